@@ -213,22 +213,28 @@ FIELDS = {field.name: field for field in (
     Field('week', 1, 53), Field('day_of_week', 0, 6, WEEKDAYS), Field('hour', 0, 23),
     Field('minute', 0, 59), Field('second', 0, 59))}
 CRON_WEEKDAY = Field('day of week', 0, 7, WEEKDAYS[6:] + WEEKDAYS[:6])
-CRON_FIELDS = (FIELDS['minute'], FIELDS['hour'], FIELDS['day'], FIELDS['month'], CRON_WEEKDAY)
+CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week')
 CRON_NAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@midnight': '0 0 * * *',
               '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *', '@yearly': '0 0 1 1 *',
               '@annually': '0 0 1 1 *'}
 
 
-def parse_field(text: str, field: Field) -> frozenset[int]:
-    """Return the numbers that a field allows.
+def parse_field(text: str, field: Field) -> frozenset:
+    """Return the numbers that a field allows; a day may be a position too, as ('3rd', 6).
 
-    part ::= ('*' | value | value '-' value) ['/' step];  field ::= part (',' part)*
+    part ::= ('*' | value | value '-' value) ['/' step] | 'last' | position weekday
+    field ::= part (',' part)*
 
     >>> sorted(parse_field('0-20/10,30', FIELDS['minute']))
     [0, 10, 20, 30]
     """
-    allowed: set[int] = set()
-    for part in text.split(','):
+    allowed: set = set()
+    for part in text.lower().split(','):
+        position, _, weekday = part.strip().partition(' ')
+        if field.name == 'day' and position in POSITIONS and (weekday or position == 'last'):
+            allowed.add((position, weekday and field_value(weekday.strip(),
+                                                           FIELDS['day_of_week'])))
+            continue
         match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d+))?\s*', part)
         if not match:
             raise UserError(f'{field.name} {part!r} is not understood; '
@@ -236,8 +242,8 @@ def parse_field(text: str, field: Field) -> frozenset[int]:
         star, first, last, step = match.groups()
         low = field.low if star else field_value(first, field)
         high = field_value(last, field) if last else field.high if star or step else low
-        if last and last.lower() == 'sun' and field is CRON_WEEKDAY and high < low:
-            high = 7                                # sat-sun
+        if last == 'sun' and field is CRON_WEEKDAY and high < low:
+            high = 7                                    # sat-sun
         if low > high:
             raise UserError(f'{field.name} {part!r} is an empty range; '
                             f'write {first}-{field.high},{field.low}-{last} to go round')
@@ -250,17 +256,12 @@ def parse_field(text: str, field: Field) -> frozenset[int]:
 
 def field_value(word: str, field: Field) -> int:
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
-    if word.lower() in field.names:
-        return field.names.index(word.lower()) + field.base
+    if word in field.names:
+        return field.names.index(word) + field.base
     if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
         also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
         raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
     return int(word)
-
-
-def days_in_month(year: int, month: int) -> int:
-    """Return the length of a month in days."""
-    return 31 if month == 12 else (date(year, month + 1, 1) - date(year, month, 1)).days
 
 
 class Schedule:
@@ -294,30 +295,44 @@ class Interval(Schedule):
 class Calendar(Schedule):
     """Wall times whose every part is allowed, in local time or the time zone `zone`.
 
-    fields: allowed numbers by FIELDS name. special: days such as ('last', None), ('3rd', 6).
-    either: day and day_of_week are alternatives (cron), where both are restricted.
-    every_hour: the hour is `*`, so due times follow real time through clock changes. Else they
-    keep to the wall: what a change skips is one run right after the gap, what comes twice
-    runs the first time.
+    texts: the fields that are given, by name; those left out are `*`, but finer than the
+    finest given one they start at their lowest value. cron: Sunday is 0, and day and
+    day_of_week are alternatives where both are restricted. Where the hour is `*`, due times
+    follow real time through clock changes. Else they keep to the wall: what a change skips
+    is one run right after the gap, what comes twice runs the first time.
     """
 
-    def __init__(self, fields: dict, special: Iterable = (), either: bool = False,
-                 every_hour: bool = True, zone: Any = None):
-        self.years, self.months = fields['year'], sorted(fields['month'])
-        self.first_year = min(self.years)
-        self.monthdays, self.weeks = fields['day'], fields['week']
-        self.weekdays, self.special = fields['day_of_week'], tuple(special)
-        self.either = either
+    def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
+        finest = max(list(FIELDS).index(name) for name in texts)
+        allowed: dict = {}
+        for index, (name, field) in enumerate(FIELDS.items()):
+            if name in texts:
+                allowed[name] = parse_field(
+                    texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
+            else:
+                every = index < finest or name in ('week', 'day_of_week')
+                allowed[name] = range(field.low, field.high + 1) if every else {field.low}
+        self.years, self.first_year = allowed['year'], min(allowed['year'])
+        self.months, self.weeks = sorted(allowed['month']), allowed['week']
+        self.monthdays, self.weekdays = allowed['day'], allowed['day_of_week']
+        self.positions = [day for day in self.monthdays if isinstance(day, tuple)]
+        if cron:
+            self.weekdays = {(number + 6) % 7 for number in self.weekdays}
+        self.either = cron and not any('*' in texts[name].split(',')
+                                       for name in ('day', 'day_of_week'))
         self.hours, self.minutes, self.seconds = (
-            self.successors(fields[name], FIELDS[name].high) for name in
+            self.successors(allowed[name], FIELDS[name].high) for name in
             ('hour', 'minute', 'second'))
-        self.every_hour = every_hour
-        self.step_back = 60 if every_hour else 3 * 3600
-        self.zone = zone
         self.days = functools.lru_cache(64)(self.matching_days)
+        self.keep_time(texts.get('hour', '*') if finest > 5 else texts.get('hour', ''), zone)
+
+    def keep_time(self, hour: str, zone: Any) -> None:
+        """Set what a clock change does."""
+        self.zone, self.every_hour = zone, hour == '*'
+        self.step_back = 60 if self.every_hour else 3 * 3600
 
     @staticmethod
-    def successors(allowed: frozenset[int], high: int) -> list:
+    def successors(allowed: Iterable, high: int) -> list:
         """Return a table: at [n] the smallest allowed number that is n or more, else None."""
         table: list = [None] * (high + 2)
         for number in range(high, -1, -1):
@@ -328,28 +343,23 @@ class Calendar(Schedule):
         """Return the days of one month that are allowed, in order."""
         if year not in self.years or month not in self.months:
             return []
-        first, length = date(year, month, 1), days_in_month(year, month)
-        positions = set()
-        for position, weekday in self.special:
-            if weekday is None:
-                positions.add(length)
-                continue
-            start = (weekday - first.weekday()) % 7 + 1
-            if position == 'last':
-                positions.add(start + (length - start) // 7 * 7)
-            else:
-                positions.add(start + 7 * POSITIONS.index(position))
-        found = []
+        first = date(year, month, 1)
+        length = 31 if month == 12 else (date(year, month + 1, 1) - first).days
         week, last_week = (date(year, month, day).isocalendar()[1] for day in (1, length))
         if week <= last_week and not any(n in self.weeks for n in range(week, last_week + 1)):
             return []
+        found = []
         for day in range(1, length + 1):
             weekday = (first.weekday() + day - 1) % 7
             if weekday == 0:
                 week = date(year, month, day).isocalendar()[1]
-            by_day, by_weekday = day in self.monthdays or day in positions, weekday in self.weekdays
-            if ((by_day or by_weekday) if self.either else (by_day and by_weekday)) and (
-                    week in self.weeks):
+            by_day, by_weekday = day in self.monthdays, weekday in self.weekdays
+            if not by_day and self.positions:
+                names = {POSITIONS[(day - 1) // 7], 'last' if day + 7 > length else ''}
+                by_day = any(position in names and on == weekday if on != '' else day == length
+                             for position, on in self.positions)
+            if week in self.weeks and (by_day or by_weekday if self.either else
+                                       by_day and by_weekday):
                 found.append(day)
         return found
 
@@ -442,10 +452,9 @@ class Croniter(Calendar):
     """A cron expression beyond torque's grammar, as the croniter package reads it."""
 
     def __init__(self, text: str, zone: Any = None):
-        import croniter
-        self.text, self.zone, self.croniter = text, zone, croniter.croniter
-        self.every_hour = text.split()[1] == '*'
-        self.step_back = 60 if self.every_hour else 3 * 3600
+        import croniter                             # type: ignore
+        self.text, self.croniter = text, croniter.croniter
+        self.keep_time(text.split()[1], zone)
         try:
             self.croniter(text, datetime(2000, 1, 1))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -464,8 +473,7 @@ def parse_zone(name: str) -> Any:
         import zoneinfo
         return zoneinfo.ZoneInfo(name)
     except ImportError:
-        raise UserError(f'timezone {name!r} needs Python 3.9 or newer; '
-                        'leave it out for local time') from None
+        raise UserError(f'timezone {name!r} needs Python 3.9; local time does not') from None
     except (KeyError, ValueError, OSError):
         raise UserError(f'timezone {name!r} is not known on this machine; allowed are names '
                         'such as Europe/Berlin, where time zone data is installed') from None
@@ -479,32 +487,30 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
     (5400.0, 300)
     """
+    fields: dict[str, str] = {}
+    plain = []
     try:
         words = shlex.split(str(text))
     except ValueError as error:
         raise UserError(f'schedule {text!r}: {error}') from None
-    fields: dict = {}
-    options: dict = {}
-    plain = []
     for word in words:
         name, equals, value = word.partition('=')
         if not equals:
             plain.append(word)
-            continue
-        place = options if name in ('jitter', 'timezone') else fields
-        if place is fields and name not in FIELDS:
+        elif name in fields:
+            raise UserError(f'schedule field {name!r} is given twice')
+        elif name not in FIELDS and name not in ('jitter', 'timezone'):
             raise UserError(f'schedule field {name!r} is not known; allowed are '
                             f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
-        if name in place:
-            raise UserError(f'schedule field {name!r} is given twice')
-        place[name] = value
+        else:
+            fields[name] = value
+    jitter = parse_duration(fields.pop('jitter', 0))
+    zone = parse_zone(fields.pop('timezone')) if 'timezone' in fields else None
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
-    zone = parse_zone(options['timezone']) if 'timezone' in options else None
-    schedule = calendar_from_fields(fields, zone) if fields else parse_plain(plain, zone)
-    if 'jitter' in options:
-        schedule.jitter = parse_duration(options['jitter'])
+    schedule = Calendar(fields, zone) if fields else parse_plain(plain, zone)
+    schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
     return schedule
@@ -513,19 +519,18 @@ def parse_schedule(text: str) -> Schedule:
 def parse_plain(words: list[str], zone: Any) -> Schedule:
     """Return the Schedule of an interval or a cron expression, split into words."""
     text = ' '.join(words)
-    if text.lower() in CRON_NAMES:
-        text = CRON_NAMES[text.lower()]
-        words = text.split()
-    elif words[0].lower() == 'every' or len(words) == 1:
-        length = ' '.join(words[1:]) if words[0].lower() == 'every' else text
-        seconds = parse_duration(length)
+    if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
+        seconds = parse_duration(re.sub('(?i)^every', '', text))
         if seconds < 0.1:
-            raise UserError(f'interval {length!r} is too short; at least 0.1s is allowed')
+            raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
         if zone:
             raise UserError('timezone= means nothing to an interval; leave it out')
         return Interval(seconds)
-    if len(words) in (6, 7) or len(words) == 5 and re.search(r'[LlWw#?]', re.sub(
-            '|'.join(WEEKDAYS + MONTHS), '', text.lower())):
+    text = CRON_NAMES.get(text.lower(), text)
+    words = text.split()
+    names = '|'.join(WEEKDAYS + MONTHS)
+    if len(words) in (6, 7) or len(words) == 5 and re.search(
+            '[lw#?]', re.sub(names, '', text.lower())):
         try:
             return Croniter(text, zone)
         except ImportError:
@@ -534,48 +539,7 @@ def parse_plain(words: list[str], zone: Any) -> Schedule:
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
                         'minute hour day month weekday')
-    minute, hour, day, month, weekday = (
-        parse_field(word, field) for word, field in zip(words, CRON_FIELDS))
-    star_day, star_weekday = '*' in words[2].split(','), '*' in words[4].split(',')
-    return Calendar({
-        'year': range(1970, 10000), 'month': month, 'day': day, 'week': range(54),
-        'day_of_week': {(number + 6) % 7 for number in weekday},
-        'hour': hour, 'minute': minute, 'second': {0}},
-        either=not star_day and not star_weekday, every_hour=words[1] == '*', zone=zone)
-
-
-def calendar_from_fields(texts: dict, zone: Any) -> Calendar:
-    """Return the Calendar of NAME=VALUE fields; parts left out follow APScheduler's rule."""
-    finest = max(list(FIELDS).index(name) for name in texts)
-    fields: dict = {}
-    special: list = []
-    for index, (name, field) in enumerate(FIELDS.items()):
-        text = texts.get(name)
-        if text is None:
-            always = index < finest or name in ('week', 'day_of_week')
-            fields[name] = range(field.low, field.high + 1) if always else {field.low}
-            continue
-        parts = text.split(',')
-        if name == 'day':
-            special = [found for found in map(parse_position, parts) if found]
-            parts = [part for part in parts if not parse_position(part)]
-        fields[name] = parse_field(','.join(parts), field) if parts else frozenset()
-    return Calendar(fields, special, zone=zone,
-                    every_hour='hour' not in texts and finest > 5 or texts.get('hour') == '*')
-
-
-def parse_position(text: str) -> tuple | None:
-    """Return ('last', None) for `last`, ('3rd', 6) for `3rd sun`, None for other days.
-
-    >>> parse_position('3rd sun'), parse_position('15')
-    (('3rd', 6), None)
-    """
-    words = text.lower().split()
-    if words == ['last']:
-        return 'last', None
-    if len(words) == 2 and words[0] in POSITIONS:
-        return words[0], field_value(words[1], FIELDS['day_of_week'])
-    return None
+    return Calendar({**dict(zip(CRON_FIELDS, words)), 'second': '0'}, zone, cron=True)
 
 # --- Scheduler -------------------------------------------------------------------------------
 # Tasks enter: a name, a Schedule, and a function to call. Two heaps hold due times, one in Unix
@@ -910,6 +874,7 @@ class Scheduler:
 NOHASH = ''                             # the target of commands that belong to no item
 RPC_TIMEOUT = 30.0                      # seconds for a whole call
 RPC_LIMIT = 256 << 20                   # bytes of one answer
+MISSING = (-506, -32601)                # codes of faults: there is no such command
 BATCH = 500                             # calls in one request; rTorrent takes 512 KiB at most
 HEAD_LIMIT = 8192                       # bytes before the body of an SCGI answer
 
@@ -1243,7 +1208,7 @@ def xml_scan(text: str) -> tuple[Any, bool]:
     head = XML_HEAD.match(text)
     if not head:
         raise ValueError('not a methodResponse')
-    stack: list[Any] = [[]]                  # lists and dicts that are open; a name above its dict
+    stack: list = [[]]                  # lists and dicts that are open; a name above its dict
     place = head.end()
     while True:
         token = XML_TOKEN.match(text, place)
@@ -1268,8 +1233,7 @@ def xml_scan(text: str) -> tuple[Any, bool]:
         else:
             value = xml_single(kind, token)
         if isinstance(stack[-1], str):
-            name = stack.pop()
-            stack[-1][name] = value
+            stack[-2][stack.pop()] = value
         else:
             stack[-1].append(value)
     if len(stack) != 1 or len(stack[0]) != 1 or not XML_TAIL.fullmatch(text, place):
@@ -1396,8 +1360,8 @@ def json_error(item: Any) -> RpcError:
 class Proxy:
     """Calls rTorrent as xmlrpc.client.ServerProxy does: proxy.d.name(HASH).
 
-    send: request body and content type in, body of the answer out. notice: told the outcome
-    of every exchange, an RpcError or None. Everything raises RpcError.
+    send: request body and content type in, body of the answer out. notice: told after every
+    exchange what failed, also that a command is missing, or None. All of it raises RpcError.
     """
 
     def __init__(self, send: Callable[[bytes, str], bytes], where: str, speaks_json: bool = False,
@@ -1446,7 +1410,8 @@ class Proxy:
             found = type(error)(f'{self.where}: {name}: {error}', error.code)
             self.notice(found)
             raise found from None
-        self.notice(None)
+        self.notice(next((answer for answer in answers if isinstance(answer, RpcError)
+                          and answer.code in MISSING), None))
         return answers
 
     def exchange(self, calls: list[tuple]) -> list:
@@ -1582,17 +1547,17 @@ class Engine:
     def notice(self, error: RpcError | None) -> None:
         """Log that rTorrent has gone, or is back; an error that says so counts as told."""
         with self.lock:
+            if error is not None:
+                self.proxy = None       # was it restarted or upgraded? look again
             if isinstance(error, Unreachable):
-                error.told, self.proxy = True, None
+                error.told = True
                 if self.gone_since is None:
                     self.gone_since = elapsed_time()
                     self.log.warning('%s', error)
-            elif self.gone_since is not None and error is None:
+            elif self.gone_since is not None:
                 self.log.info('%s answers again, after %s', self.address.where,
                               show_duration(elapsed_time() - self.gone_since))
                 self.gone_since = None
-            if error is not None and error.code in (-506, -32601):
-                self.proxy = None       # a command is missing: was it upgraded meanwhile?
 
     def look(self) -> Proxy:
         """Ask rTorrent who it is and what it offers."""
@@ -1843,9 +1808,11 @@ class EngineStats(Job):
                  + (f' of {show_size(limit)}' if limit else '') for way, rate, limit in (
                      ('up', stats.up_rate, stats.up_limit),
                      ('down', stats.down_rate, stats.down_limit))]
+        torrents, active = ('?' if stats.views[view] is None else stats.views[view]
+                            for view in ('main', 'active'))
         self.LOG.info('%s rTorrent %s%s; %s torrents, %s active; %s; rpc %.1f ms',
-                      stats.engine_id, stats.version, started, stats.views['main'],
-                      stats.views['active'], ', '.join(rates), stats.rpc_time * 1000)
+                      stats.engine_id, stats.version, started, torrents, active,
+                      ', '.join(rates), stats.rpc_time * 1000)
 
 
 def replace_file(path: str, text: str) -> None:
@@ -2061,9 +2028,9 @@ class InfluxDB(Job):
             return
         said = f'HTTP {answer.status} {answer.reason} {quoted(beginning(answer.body))}'
         if answer.status == 413 and len(lines) > 1:
-            self.batch = max(len(lines) // 2, 1)
-            self.post(lines[:self.batch])
-            self.post(lines[self.batch:])
+            half = self.batch = len(lines) // 2
+            self.post(lines[:half])
+            self.post(lines[half:])
         elif answer.status in (400, 413, 422):
             series = {re.split(r'(?<!\\)[, ]', line)[0] for line in lines}
             if len(series) == 1:
