@@ -5,6 +5,7 @@ Sections follow those of torque.py. rTorrent and InfluxDB are the real programs,
 loopback in a temporary folder; where they are not installed those tests are skipped, and with
 TORQUE_LIVE=1 fail instead. TORQUE_RTORRENTS names the rTorrent commands to test, one a line.
 """
+import bisect
 import contextlib
 import datetime
 import doctest
@@ -12,7 +13,6 @@ import io
 import json
 import logging
 import os
-import queue
 import random
 import re
 import shlex
@@ -29,7 +29,9 @@ import types
 import unittest
 import urllib.parse
 import urllib.request
+import warnings
 import xmlrpc.client
+from importlib.metadata import version
 from unittest import mock
 
 import torque
@@ -268,6 +270,543 @@ def scgi_answer(body, content_type='text/xml'):
     body = body if isinstance(body, bytes) else body.encode()
     return (f'Status: 200 OK\r\nContent-Type: {content_type}\r\n'
             f'Content-Length: {len(body)}\r\n\r\n').encode() + body
+
+
+# --- Values and schedules ------------------------------------------------------------------------
+
+try:
+    import zoneinfo
+    zoneinfo.ZoneInfo('Europe/Berlin')
+    NO_ZONES = ''
+except (ImportError, KeyError) as error:
+    NO_ZONES = f'no time zone data here: {error}'
+
+with warnings.catch_warnings():             # theirs are not ours to mend
+    warnings.simplefilter('ignore')
+    try:
+        from apscheduler.triggers.cron import CronTrigger
+    except ImportError:
+        CronTrigger = None
+    try:
+        from croniter import croniter
+        CRONITER = int(version('croniter').split('.')[0])
+    except ImportError:
+        CRONITER = 0
+
+MONTHS = 'jan feb mar apr may jun jul aug sep oct nov dec'.split()
+WEEKDAYS = 'mon tue wed thu fri sat sun'.split()
+POSITIONS = '1st 2nd 3rd 4th 5th last'.split()
+BASE = '12:00'                              # on a Wednesday in a leap year
+# By zone: the same rules without a database; its changes of 2024, forward and back.
+ZONES = {
+    'Europe/Berlin': ('CET-1CEST,M3.5.0,M10.5.0/3', 1711846800, 1729990800),
+    'America/New_York': ('EST5EDT,M3.2.0,M11.1.0', 1710054000, 1730613600),
+    'Australia/Lord_Howe': ('<+1030>-10:30<+11>-11,M10.1.0,M4.1.0', 1728142200, 1712415600),
+    'America/Havana': ('CST5CDT,M3.2.0/0,M11.1.0/1', 1710046800, 1730610000),
+    'Africa/Cairo': ('EET-2EEST,M4.5.5/0,M10.5.4/24', 1714082400, 1730408400)}
+THREE = tuple(ZONES)[:3]
+
+
+@contextlib.contextmanager
+def local_time(rules):
+    """Make a time zone the local one for a while."""
+    try:
+        with mock.patch.dict(os.environ, TZ=rules):
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
+
+
+def unix(text):
+    """Return the Unix seconds of a UTC time; a year or date left out is that of BASE."""
+    text = text if '-' in text else '02-28T' + text
+    text = text if text.startswith('2') else '2024-' + text
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def runs(schedule, after, number):
+    """Return the first `number` due times after `after`; None ends them."""
+    found = []
+    while len(found) < number and after is not None:
+        after = schedule.next(after)
+        found.append(after)
+    return found
+
+
+class TableCase(unittest.TestCase):
+    """A test case for tables of what is refused, and of what clock changes do."""
+
+    def assert_refused(self, parse, text, *words):
+        with self.subTest(text=text):
+            with self.assertRaises(torque.UserError) as caught:
+                parse(text)
+            for word in words:
+                self.assertIn(word, str(caught.exception))
+
+    def check_runs(self, text, start, expected):
+        with self.subTest(text=text, start=start):
+            found = runs(torque.parse_schedule(text), start, len(expected))
+            self.assertEqual(found, expected)
+
+    def check_changes(self, name, way, rows, suffix=''):
+        change = ZONES[name][way]
+        for text, *expected in rows:
+            self.check_runs(text + suffix, change - 7200, [change + n for n in expected])
+
+
+class ValuesTest(TableCase):
+    def test_text_becomes_values(self):
+        for parse, kind, values in (
+                (torque.parse_bool, bool, {
+                    ' Yes ': True, 'ON': True, 1: True, '+': True, 'off': False, 'F': False,
+                    '0': False}),
+                (torque.parse_duration, float, {
+                    '15': 15, 0.25: 0.25, '90s': 90, ' 1H 30M ': 5400, '1w2d': 777600,
+                    '1.5h': 5400, '5 m': 300, '0': 0}),
+                (torque.parse_size, int, {
+                    '0': 0, 512: 512, '1.5k': 1536, '10 MiB': 10 << 20, '4g': 4 << 30,
+                    '2TB': 2 << 40, '7b': 7}),
+                (torque.parse_count, int, {' 10 ': 10, 0: 0, '007': 7})):
+            for text, value in values.items():
+                with self.subTest(parse=parse.__name__, text=text):
+                    self.assertEqual(parse(text), value)
+                    self.assertIs(type(parse(text)), kind)
+
+    def test_bad_values_are_refused(self):
+        for parse, words, texts in (
+                (torque.parse_bool, 'is neither yes nor no; allowed are yes no',
+                 ('maybe', '', '2', 'y e s', None, 'truefalse')),
+                (torque.parse_duration, 'is not a length of time; allowed are e.g. 15s',
+                 ('', 'soon', '-5', '1h30', '5m5m', '1 2', '5x', '1..5s', '.5', 'm', '1e3', None,
+                  '5m;', '1h-30m', 'inf', 'nan', '9' * 310)),
+                (torque.parse_size, 'is not a size; allowed are e.g. 100m',
+                 ('', '-1', '5x', '1p', 'k', '1 2', '1,5k', '1e3', 'nan', '9' * 310)),
+                (torque.parse_count, 'is not a whole number of 0 or more',
+                 ('', '-1', '1.5', 'ten', '1k', '0x10', '\u0661', None, '9' * 19))):
+            for text in texts:
+                self.assert_refused(parse, text, repr(text), words)
+
+    def test_values_become_text(self):
+        for show, texts in (
+                (torque.show_duration, {
+                    0: '0s', 0.25: '250ms', 1: '1s', 59.9: '59s', 60: '1m', 3601: '1h',
+                    5430: '1h 30m', 86399: '23h 59m', 273600: '3d 4h', 31536000: '52w 1d'}),
+                (torque.show_size, {
+                    0: '0 B', 1023: '1023 B', 1024: '1 KiB', 1258291: '1.2 MiB',
+                    4 << 30: '4.0 GiB', 5 << 50: '5120.0 TiB'}),
+                (torque.quoted, {
+                    'a\nb\x1b[31m': r"'a\nb\x1b[31m'", None: "'None'",
+                    'x' * 198: repr('x' * 198), 'x' * 199: "'" + 'x' * 196 + '...'})):
+            for value, text in texts.items():
+                with self.subTest(show=show.__name__, value=value):
+                    self.assertEqual(show(value), text)
+
+    def test_nearest_word_is_offered(self):
+        self.assertEqual(torque.nearest('minutes', ['hour', 'minute']), "; did you mean 'minute'?")
+        self.assertEqual(torque.nearest('zebra', ['hour', 'minute']), '')
+
+
+# schedule; the UTC times due after BASE, or the first of them; `never` ends them
+GRAMMAR = (
+    ('second=*/15', '12:00:15 12:00:30'), ('hour=12 "day=3rd sun"', '03-17T12:00 04-21T12:00'),
+    ('minute=*/10', '12:10 12:20'), ('*/5 * * * *', '12:05 12:10'),
+    ('year=2024-2026/2 month=dec', '12-01 2026-12-01 never'),
+    ('month=Jan-MAR,9/2', '03-01 09-01 11-01 2025-01-01'), ('day=last', '02-29 03-31 04-30'),
+    ('"day=last fri"', '03-29 04-26'), ('"day=LAST,15,1st Mon"', '02-29 03-04 03-15 03-31 04-01'),
+    ('"day=5th wed"', '05-29 07-31'), ('day=29-31/2 month=2,4', '02-29 04-29 2025-04-29'),
+    ('week=10', '03-04 03-05'),
+    ('week=53', '2026-12-28 2026-12-29 2026-12-30 2026-12-31 2027-01-01'),
+    ('day_of_week=0', '03-04 03-11'), ('day_of_week=sun', '03-03 03-10'),
+    ('day_of_week=mon-fri/2 hour=9', '03-01T09:00 03-04T09:00 03-06T09:00'),
+    ('day_of_week=fri day=13', '09-13 12-13'),
+    ('hour=22-23,0-2/2', '22:00 23:00 02-29T00:00 02-29T02:00'),
+    ('minute=0-20/10,30,55/2', '12:10 12:20 12:30 12:55 12:57'),
+    # Fields left out: finer ones start at their lowest value, coarser ones mean "every".
+    ('hour=3', '02-29T03:00 03-01T03:00'), ('minute=5', '12:05 13:05'),
+    ('second=5', '12:00:05 12:01:05'), ('day=1', '03-01 04-01'), ('month=6', '06-01 2025-06-01'),
+    ('year=2025', '2025-01-01 never'), ('month=3 hour=2', '03-01T02:00 03-02T02:00'),
+    ('year=2025 minute=7', '2025-01-01T00:07 2025-01-01T01:07'),
+    # cron
+    ('@hourly', '13:00 14:00'), ('@daily', '02-29 03-01'), ('@Midnight', '02-29'),
+    ('@weekly', '03-03 03-10'), ('@monthly', '03-01 04-01'), ('@yearly', '2025-01-01 2026-01-01'),
+    ('@annually', '2025-01-01'), ('0 0 * * 0', '03-03'), ('0 0 * * 7', '03-03'),
+    ('0 0 * * sat-sun', '03-02 03-03 03-09'), ('0 0 * * SUN-tue', '03-03 03-04 03-05 03-10'),
+    ('30 4 1,15 jan-mar/2 *', '03-01T04:30 03-15T04:30 2025-01-01T04:30'),
+    ('0 0 5-5 * *', '03-05 04-05'),                  # croniter: the whole cycle, every day
+    # Day and weekday are alternatives where both are restricted; what croniter counts as not
+    # restricted is a `*` in the list, and the full range beside a field that holds a `*`.
+    ('0 0 13 * fri', '03-01 03-08 03-13 03-15'), ('0 0 */2 * mon', '02-29 03-01 03-03 03-04'),
+    ('0 0 13 * *,fri', '03-13 04-13'), ('0 0 */2 * 0-6', '02-29 03-01 03-03'),
+    ('0 0 1-31 * */5', '03-01 03-03 03-08'), ('0 0 1-31 * 1-5', '02-29 03-01 03-02 03-03'),
+    ('0 0 13 * 0-6', '02-29 03-01'),
+    # A step without an end ends on Saturday: 7 is Sunday once more.
+    ('0 0 * * 1/2', '03-01 03-04 03-06'))
+
+REFUSED = (
+    ('', 'is not understood; allowed are an interval (every 15s), fields', 'or cron (*/5'),
+    ('minute=5 7', 'is not understood'), ('day=3rd sun', 'is not understood'),
+    ('"minute=5', 'No closing quotation'),
+    ('minutes=5', "field 'minutes' is not known; allowed are year month", "mean 'minute'?"),
+    ('=5', "field '' is not known"), ('Hour=5', "field 'Hour' is not known", "mean 'hour'?"),
+    ('hour=1 hour=2', "schedule field 'hour' is given twice"),
+    ('hour=', "hour '' is not understood; allowed are * */n a a-b a-b/n"),
+    ('hour=1,,2', "hour '' is not understood"), ('hour=-1', "hour '-1' is not understood"),
+    ('hour=*-5', "hour '*-5' is not understood"), ('hour=24', "hour '24' is not in 0-23"),
+    ('day=0', "day '0' is not in 1-31"), ('day=3rd', "day '3rd' is not in 1-31"),
+    ('"day=3rd foo"', "day_of_week 'foo' is not in 0-6 or mon ... sun"),
+    ('"day=6th sun"', "day '6th sun' is not understood"),
+    ('year=1969', "year '1969' is not in 1970-9999"),
+    ('month=13', "month '13' is not in 1-12 or jan ... dec"),
+    ('day_of_week=7', "day_of_week '7' is not in 0-6 or mon ... sun"),
+    ('hour=22-2', "hour '22-2' is an empty range; write 22-23,0-2 to go round"),
+    ('month=nov-feb', "month 'nov-feb' is an empty range; write nov-12,1-feb to go round"),
+    ('minute=*/0', "minute '*/0' has a step that is not in 1-59"),
+    ('month=*/12', "month '*/12' has a step that is not in 1-11"),
+    ('0 22-2 * * *', "hour '22-2' is an empty range"),            # croniter goes round
+    ('60 * * * *', "minute '60' is not in 0-59"),
+    ('* * * * 8', "day of week '8' is not in 0-7 or sun ... sat"),
+    ('* * * * fri-tue', "day of week 'fri-tue' is an empty range"),
+    ('x * * * *', "minute 'x' is not in 0-59"), ('* * * *', 'has 4 words; cron has five fields'),
+    ('1 2 3 4 5 6 7 8', 'has 8 words; cron has five fields: minute hour day month weekday'),
+    ('month=2 day=30', 'can never fire: there is no such date'), ('0 0 31 2,4 *', 'never fire'),
+    ('week=53 month=6', 'never fire'), ('year=2023 month=2 day=29', 'never fire'),
+    ('"day=1st mon" day_of_week=tue', 'never fire'),
+    ('potato', "'potato' is not a length of time"), ('every', "'' is not a length of time"),
+    ('every 1h30', "1h30' is not a length of time"),
+    ('every 0', "0' is too short; at least 0.1s"), ('jitter=5', 'is not understood'),
+    ('minute=5 jitter=x', "'x' is not a length"),
+)
+
+# zone; 1 its change forward, 2 the one back; rows of schedule; seconds from the change to the
+# due times that follow the two hours before it. What a change skips is one run, at 0.
+CHANGES = (
+    ('Europe/Berlin', 1, ('hour=2 minute=0,30', 0, 82800, 84600),
+     ('hour=1-4 minute=30', -1800, 0, 1800, 5400),
+     ('hour=1,2 minute=59 second=59', -1, 0, 82799, 86399), ('hour=*/2', 0, 3600, 10800),
+     ('hour=3', 0, 86400), ('"day=last sun" hour=2 minute=59', 0, 2419140),
+     ('minute=*/30', -5400, -3600, -1800, 0, 1800, 3600), ('30 * * * *', -5400, -1800, 1800, 5400)),
+    ('Europe/Berlin', 2, ('hour=2 minute=0,30', -3600, -1800, 86400, 88200),
+     ('30 1-3 * * *', -5400, -1800, 5400, 84600),
+     ('hour=2 minute=59 second=*/30', -60, -30, 89940), ('hour=3', 3600, 90000),
+     ('hour=*', -3600, 0, 3600)),
+    ('America/New_York', 1, ('"day=2nd sun" hour=2 minute=59', 0), ('@hourly', -3600, 0, 3600)),
+    ('America/New_York', 2, ('hour=1 minute=15', -2700, 87300),
+     ('minute=15', -6300, -2700, 900, 4500)),
+    ('Australia/Lord_Howe', 1, ('hour=2 minute=*/10', 0, 600, 1200, 84600),
+     ('15 2 * * *', 0, 85500), ('minute=*/30', -5400, -3600, -1800, 0, 1800)),
+    ('Australia/Lord_Howe', 2, ('hour=1 minute=*/15', -3600, -2700, -1800, -900, 84600),
+     ('0 1,2 * * *', -3600, 1800), ('minute=45', -4500, -900, 900, 4500)),
+    ('America/Havana', 1, ('@daily', 0, 82800), ('day=10', 0), ('@hourly', -3600, 0, 3600)),
+    ('America/Havana', 2, ('@daily', -3600, 86400), ('30 0 3 11 *', -1800, 31537800)),
+    ('Africa/Cairo', 1, ('15 0 * * fri', 0, 602100)),
+    ('Africa/Cairo', 2, ('hour=23 minute=30', -1800, 88200), ('hour=0', 3600),
+     ('day=31 hour=* minute=0', -3600, 0, 5187600)))
+
+# Beyond torque's grammar: croniter reads it.
+BEYOND = (
+    ('0 0 L * *', '02-29 03-31 04-30'), ('0 0 * * fri#2', '03-08 04-12'), ('0 0 ? * 5', '03-01'),
+    ('0 0 * * L5', '03-29 04-26'), ('*/5 * * * * 30', '12:00:30 12:05:30'),
+    ('* * * * * *', '12:00:01 12:00:02'))
+
+# For a walk by hand: spellings of hour, minute, second, day_of_week and what they allow.
+PARTS = (
+    (('*', range(24)), ('*', range(24)), ('2', {2}), ('1-3', {1, 2, 3}),
+     ('*/2', range(0, 24, 2)), ('0,23', {0, 23}), ('1', {1})),
+    (('*', range(60)), ('0', {0}), ('30', {30}), ('*/15', {0, 15, 30, 45}), ('29,59', {29, 59})),
+    (('0', {0}), ('59', {59}), ('*/20', {0, 20, 40})),
+    (('*', range(7)), ('*', range(7)), ('fri-sun', {4, 5, 6}), ('thu', {3}), ('mon-sat', range(6))))
+
+
+def walk(low, high, zone):
+    """Return (second, its wall time, wall times skipped right before it) for every second."""
+    rows, before = [], datetime.datetime.fromtimestamp(low - 1, zone).replace(tzinfo=None)
+    for second in range(low, high):
+        wall = datetime.datetime.fromtimestamp(second, zone).replace(tzinfo=None)
+        skipped = range(1, int((wall - before).total_seconds()))
+        rows.append((second, wall, [before + datetime.timedelta(seconds=n) for n in skipped]))
+        before = wall
+    return rows
+
+
+def due_by_hand(rows, numbers, every_hour):
+    """Return the due ones of the seconds that walk() gave."""
+    hours, minutes, seconds, weekdays = numbers
+    return [second for second, wall, skipped in rows if any(
+        each.second in seconds and each.minute in minutes and each.hour in hours and
+        each.weekday() in weekdays for each in (
+            (wall,) if every_hour else skipped if wall.fold else (*skipped, wall)))]
+
+
+def some_part(rng, low, high, names=()):
+    """Return a random part of a field, as APScheduler and croniter both read it."""
+    first, last = sorted((rng.randint(low, high), rng.randint(low, high)))
+    if names == 'day' and rng.random() < 0.7:
+        return rng.choice(('last', f'{rng.choice(POSITIONS)} {rng.choice(WEEKDAYS)}'))
+    if names and names != 'day' and rng.random() < 0.4:
+        first, last = names[first - low], names[last - low]
+        return rng.choice((first.upper(), f'{first}-{last}' if first != last else first))
+    shapes = ['*', f'*/{rng.randint(1, high - low)}', str(first)]
+    if first < last:                            # croniter: 5-5 is the whole cycle, ours is 5
+        step = rng.randint(1, last - first)
+        shapes += [f'{first}-{last}', f'{first}-{last}/{step}', f'{first}/{step}']
+    return rng.choice(shapes)
+
+
+def some_list(*args):
+    return ','.join(some_part(*args) for _ in range(args[0].choice((1, 1, 1, 2, 3))))
+
+
+def some_fields(rng):
+    """Return random fields, NAME: text."""
+    return {name: some_list(rng, *limits) for name, limits in (
+        ('year', (2019, 2031)), ('month', (1, 12, MONTHS)), ('day', (1, 31, 'day')),
+        ('week', (1, 53)), ('day_of_week', (0, 6, WEEKDAYS)), ('hour', (0, 23)),
+        ('minute', (0, 59)), ('second', (0, 59)))
+        if rng.random() < (0.1 if name in ('year', 'week') else 0.4)} or {'hour': '*/5'}
+
+
+def spelled(fields):
+    return ' '.join(f'"{name}={text}"' for name, text in fields.items())
+
+
+def some_cron(rng):
+    """Return five random cron fields."""
+    sunday = rng.choice(('7', '5-7', 'sat-sun', 'mon-7', '0-7', '7/2,3', 'fri-sun/2'))
+    texts = ['*' if rng.random() < 0.3 else some_list(rng, *limits) for limits in (
+        (0, 59), (0, 23), (1, 31), (1, 12, MONTHS), (0, 6, WEEKDAYS[6:] + WEEKDAYS[:6]))]
+    return texts[:4] + [sunday if rng.random() < 0.2 else texts[4]]
+
+
+def some_moment(rng, name=None):
+    """Return the Unix seconds of a time around a change of a zone, or around the end of a month."""
+    if name:
+        return rng.choice(ZONES[name][1:]) + rng.choice((60, 60, 5400)) * rng.randint(-300, 300)
+    first = unix(f'{rng.randint(2020, 2028)}-{rng.randint(1, 12):02}-01')
+    return int(first + 86400 * rng.choice((-2, -1, 0, rng.randint(0, 30))) +
+               rng.choice((-60, -1, 0, rng.randint(0, 86399))))
+
+
+def parsed(text):
+    """Return a schedule, None if it can never fire."""
+    try:
+        return torque.parse_schedule(text)
+    except torque.UserError as error:
+        if 'can never fire' not in str(error):
+            raise
+
+
+class ScheduleTest(TableCase):
+    @local_time('UTC0')
+    @mock.patch.dict(sys.modules, croniter=None)    # the grammar never asks it
+    def test_grammar_gives_times(self):
+        for text, expected in GRAMMAR:
+            self.check_runs(text, unix(BASE), [
+                None if word == 'never' else unix(word) for word in expected.split()])
+
+    @mock.patch.dict(sys.modules, croniter=None)
+    def test_bad_schedules_are_refused(self):
+        for text, *words in REFUSED:
+            self.assert_refused(torque.parse_schedule, text, *words)
+
+    def test_intervals_do_not_drift(self):
+        for text, seconds in (
+                ('every 15s', 15), ('15s', 15), ('15', 15), ('5m', 300), ('1h30m', 5400),
+                ('2d', 172800), ('Every 1h 30m', 5400), ('every 0.1', 0.1), (15, 15)):
+            with self.subTest(text=text):
+                schedule = torque.parse_schedule(text)
+                self.assertEqual((schedule.elapsed, schedule.next(0)), (True, seconds))
+                schedule.start = 1e9 + 0.3
+                for number, due in enumerate(runs(schedule, schedule.start, 1000), 1):
+                    self.assertAlmostEqual(due, schedule.start + number * seconds, 5)
+                late = schedule.start + 2000.5 * seconds        # runs that were missed
+                self.assertAlmostEqual(schedule.next(late), late + 0.5 * seconds, 5)
+
+    def test_jitter_follows_every_spelling(self):
+        for text in ('every 15s', '15s', 'minute=5', '*/5 * * * *', '@daily'):
+            for spelling, jitter in ((text, 0), (text + ' jitter=1m', 60), ('jitter=2 ' + text, 2)):
+                with self.subTest(text=spelling):
+                    self.assertEqual(torque.parse_schedule(spelling).jitter, jitter)
+
+    @unittest.skipIf(NO_ZONES, NO_ZONES)
+    def test_timezone_follows_every_spelling(self):
+        for text in ('hour=0', '0 0 * * *', '@daily', '@daily jitter=1'):
+            self.check_runs(text + ' timezone=Asia/Kolkata', unix(BASE), [unix('18:30')])
+            self.check_runs('timezone=Asia/Kolkata ' + text, unix(BASE), [unix('18:30')])
+        for name in ('Foo/Bar', '', 'Europe', '../etc/passwd'):
+            self.assert_refused(torque.parse_schedule, 'hour=2 timezone=' + name,
+                                f'timezone {name!r} is not known on this machine', 'Europe/Berlin')
+
+    @mock.patch.dict(sys.modules, zoneinfo=None)
+    def test_local_time_needs_no_zoneinfo(self):
+        self.assert_refused(torque.parse_schedule, 'hour=2 timezone=Europe/Berlin',
+                            "timezone 'Europe/Berlin' needs Python 3.9")
+        with local_time(ZONES['Europe/Berlin'][0]):
+            self.check_runs('hour=2', unix(BASE), [unix('02-29T01:00')])
+
+    def test_clock_changes_in_local_time(self):
+        for name, way, *rows in CHANGES:
+            with local_time(ZONES[name][0]):
+                self.check_changes(name, way, rows)
+
+    @unittest.skipIf(NO_ZONES, NO_ZONES)
+    def test_clock_changes_in_timezone(self):
+        for name, way, *rows in CHANGES:
+            self.check_changes(name, way, rows, ' timezone=' + name)
+
+    @unittest.skipIf(NO_ZONES, NO_ZONES)
+    def test_skipped_day_runs_once(self):
+        change = unix('2011-12-30T10:00')           # Apia went from the 29th to the 31st
+        for text, *expected in (('month=12 day=30 hour=12', 0), ('0 12 * * *', 0, 43200),
+                                ('day=30', 0), ('hour=*', 0, 3600), ('hour=* day=30', 2592000)):
+            self.check_runs(text + ' timezone=Pacific/Apia', change - 3600,
+                            [change + n for n in expected])
+
+    def check_every_second(self, name, zone, suffix):
+        """Compare next() with a naive walk over every second around both changes."""
+        rng = random.Random(name)
+        for change in ZONES[name][1:]:
+            low, high = change - 5400, change + 5400
+            rows = walk(low, high, zone)
+            for _ in range(12):
+                texts, numbers = zip(*map(rng.choice, PARTS))
+                text = 'hour={} minute={} second={} day_of_week={}'.format(*texts)
+                schedule = torque.parse_schedule(text + suffix)
+                due = due_by_hand(rows, numbers, texts[0] == '*')
+                moments = [change - 2, change - 1, change - 0.5, change, change + 1, low] + [
+                    moment + rng.choice((0, -1, -0.5, 0.5))
+                    for moment in rng.sample(due, min(20, len(due)))]
+                for after in moments:
+                    place = bisect.bisect_right(due, after)
+                    found = min(schedule.next(after), high)
+                    expected = due[place] if place < len(due) else high
+                    self.assertEqual(found, expected, f'{text} next({change} {after - change:+}): '
+                                     f'{found - change:+} is not {expected - change:+}')
+
+    def test_every_second_in_local_time(self):
+        for name, (rules, *_) in ZONES.items():
+            with self.subTest(zone=name), local_time(rules):
+                self.check_every_second(name, None, '')
+
+    @unittest.skipIf(NO_ZONES, NO_ZONES)
+    def test_every_second_in_timezone(self):
+        for name in THREE:
+            with self.subTest(zone=name):
+                self.check_every_second(name, zoneinfo.ZoneInfo(name), ' timezone=' + name)
+
+    def check_first_after(self, rng, text):
+        """Walk through several years; what next() gives must be the first after any moment."""
+        schedule = parsed(text)
+        after = schedule and unix('2023-12-01') + rng.random()
+        while after is not None:
+            due = schedule.next(after)
+            if due is not None:
+                self.assertGreater(due, after, text)
+                for moment in (rng.uniform(after, due - 0.01), due - 1, due - 0.5):
+                    if moment >= after:
+                        self.assertEqual(schedule.next(moment), due, (text, moment))
+                due += rng.choice((0, 0, 0, 1, 3600, rng.expovariate(1e-6)))
+            after = due
+
+    def test_next_is_first_after(self):
+        for name in THREE:
+            rng = random.Random(name)
+            with local_time(ZONES[name][0]):
+                for fields in [some_fields(rng) for _ in range(30)]:
+                    self.check_first_after(rng, spelled({**fields, 'year': '2023-2027'}))
+
+
+class ScheduleOracleTest(TableCase):
+    """Other programs' answers to random questions."""
+
+    def setUp(self):
+        caught = warnings.catch_warnings()
+        caught.__enter__()
+        warnings.simplefilter('ignore')                 # their deprecations
+        self.addCleanup(caught.__exit__, None, None, None)
+
+    @local_time('UTC0')
+    def compare(self, question):
+        """Ask torque and an oracle the same: in UTC, and in three zones around their changes.
+
+        question(rng, zone) -> text, ask; ask(after) -> Unix seconds, None for never, `...`
+        where the two differ on purpose.
+        """
+        rng, compared, differ, end = random.Random(27), 0, [], unix('2034-01-01')
+        for name in (None,) if NO_ZONES else (None, *THREE):
+            zone = zoneinfo.ZoneInfo(name) if name else datetime.timezone.utc
+            for _ in range(100 if name else 450):
+                text, ask = question(rng, zone)
+                text += f' timezone={name}' if name else ''
+                schedule = parsed(text)
+                for after in [some_moment(rng, name) for _ in range(5)]:
+                    ours, theirs = schedule and schedule.next(after), ask(after)
+                    if theirs is not ...:
+                        compared += 1
+                        if min(ours or end, end) != min(theirs or end, end):
+                            differ.append((text, after, ours, theirs))
+        self.assertEqual(differ[:9], [])
+        self.assertGreater(compared, 2000)
+
+    @unittest.skipUnless(CronTrigger, 'apscheduler 3 is not installed')
+    def test_fields_agree_with_apscheduler(self):
+        def question(rng, zone):
+            fields = some_fields(rng)
+            trigger = CronTrigger(**fields, timezone=zone, end_date=datetime.datetime(2034, 1, 2))
+
+            def ask(after):
+                start = datetime.datetime.fromtimestamp(after + 1, zone)
+                found = trigger.get_next_fire_time(None, start)
+                # A clock change within a day, or on the way: it has rules of its own.
+                offsets = {datetime.datetime.fromtimestamp(each.timestamp() + n, zone).utcoffset()
+                           for each in (start, found or start) for n in (-86400, 86400)}
+                return found and found.timestamp() if len(offsets) == 1 else ...
+            return spelled(fields), ask
+        self.compare(question)
+
+    @unittest.skipIf(CRONITER < 7, 'croniter 7 is not installed; older ones misread e.g. 6/2')
+    def test_cron_agrees_with_croniter(self):
+        def question(rng, zone):
+            minute, hour, *days = some_cron(rng)
+            if zone is not datetime.timezone.utc:
+                hour = rng.choice(('*', '*', '1-3', '2', '*/2', '0,1'))
+                days = rng.choice((days, '***'))
+            text = ' '.join((minute, hour, *days))
+            oracle = croniter(text)
+
+            def ask(after):
+                found = datetime.datetime.fromtimestamp(after, zone)
+                try:
+                    found = oracle.get_next(datetime.datetime, found)
+                    # Times that come twice: ours run the first time, unless the hour is `*`.
+                    while found.fold and hour != '*':
+                        found = oracle.get_next(datetime.datetime, found)
+                except ValueError:                      # no such date
+                    return None
+                return found.timestamp()
+            return text, ask
+        self.compare(question)
+
+    @unittest.skipUnless(CRONITER, 'croniter is not installed')
+    def test_croniter_reads_the_rest(self):
+        with local_time('UTC0'):
+            for text, expected in BEYOND:
+                self.check_runs(text, unix(BASE), [unix(word) for word in expected.split()])
+        for text, words in (
+                ('0 0 * * fri#6', "croniter refuses '0 0 * * fri#6': "), ('0 0 40L * *', 'refuses'),
+                ('a b c d e f', "croniter refuses 'a b c d e f': "), ('61 0 L * *', 'refuses'),
+                ('0 0 30 2 * 0', 'can never fire'), ('0 0 * * 1 0 x', 'croniter refuses')):
+            self.assert_refused(torque.parse_schedule, text, words)
+        with local_time(ZONES['Europe/Berlin'][0]):
+            every_hour = ('30 * * * * 5', -5395, -1795, 1805)
+            self.check_changes('Europe/Berlin', 1, (('30 2 * * * 0', 0, 84600), every_hour))
+            self.check_changes('Europe/Berlin', 2, (('30 2 * * * 0', -1800, 88200), every_hour))
+
+    @mock.patch.dict(sys.modules, croniter=None)
+    def test_missing_croniter_is_named(self):
+        for text, _ in BEYOND:
+            self.assert_refused(torque.parse_schedule, text,
+                                f'{text!r} needs croniter, which is not installed; without it cron')
 
 
 # --- Scheduler ---------------------------------------------------------------------------------
@@ -561,6 +1100,772 @@ class WorkersTest(Folder):
         self.release.set()
         self.assertEqual(self.scheduler.finish(30), [])
         self.assertEqual(task.runs, 1)
+
+
+# --- RPC ---------------------------------------------------------------------------------------
+# Doubles answer what a real rTorrent rarely would; LiveRpcTest, after Engine, asks real ones.
+
+PIECES = ('', ' ', 'a', 'name', '&', '<', '>', ']]>', '"', "'", '&lt;', '&#65;', '\n', '\t', '\r',
+          '\r\n', '%20', '?', '\x7f', '\x85', '\u2028', '\ufeff', '\xe9', '\u4e2d', '\U0001f600',
+          '</string>', '<value>', '</value><value><i8>1', '<!--', '$d.name=', '\\')
+NUMBERS = (0, 1, -1, 255, 2 ** 31 - 1, -2 ** 31, 2 ** 31, 2 ** 40, 2 ** 63 - 1, -2 ** 63)
+PLAIN = (b'&<>]]>"\'', b'%20 %F0%9F %', b'what?', b'\xc3\xa9\xe4\xb8\xad', b'\x7f', b'\xc2\x85')
+HOSTILE = (*PLAIN, b'\xf0\x9f\x98\x80 \xc3\xa9', b'a\tb', b'a\nb', b'a\rb', b'\r\n', b'>\r\n<',
+           b'\xff', b'caf\xe9', b'\xc0\x80', b'\xe2\x82', b'\xed\xa0\x80', b'\xef\xbf\xbe',
+           b'\x01\x08\x0b', b'\x1b[31m', b'\x0c\x1f', b'\xff\x01')
+STYLES = ('\n', 'int'), ('\r\n', 'i4'), ('\r\n', 'i8'), ('', 'i8')  # Python, xmlrpc-c, tinyxml2
+MISSING = (-506, -32601)                # the codes of `no such command`, by XML and by JSON
+UNTRUSTED = xmlrpc.client.Fault(
+    -503, 'Command "system.pid" is not allowed for untrusted connections.')
+
+
+@mock.patch('xmlrpc.client.MAXINT', 2 ** 63)
+@mock.patch('xmlrpc.client.MININT', -2 ** 63)
+def xml_answer(value, gap='\n', number='int'):
+    """Return a methodResponse in one of the STYLES: white space between tags, name of integers.
+
+    An exception is a fault; \\udcff in text becomes the byte ff.
+    """
+    text = xmlrpc.client.dumps(value if isinstance(value, Exception) else (value,), None, True,
+                               None, True)
+    if gap != '\n':
+        text = re.sub('(<(?:param|member)>)\n|\n(?=</(?:param|member)>)', r'\1', text)
+        text = text.replace('>\n<', f'>{gap}<').replace('<data></data>', '<data/>')
+    return text.replace('int>', f'{number}>').encode('utf-8', 'surrogateescape')
+
+
+def as_text(value):
+    """Return a value of xmlrpc.client with text in the place of bytes, as torque has it."""
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    if isinstance(value, dict):
+        return {name: as_text(item) for name, item in value.items()}
+    return value.decode('utf-8', 'replace') if isinstance(value, bytes) else value
+
+
+def some_value(rng, depth=3):
+    """Return a random value: hostile text, numbers, rows of them, anything in lists and dicts."""
+    text, kind = ''.join(rng.choices(PIECES, k=rng.randrange(4))), rng.randrange(9 if depth else 5)
+    if kind < 5:
+        return (text, text, rng.choice(NUMBERS), rng.random() < 0.5, rng.choice((
+            text.encode(), b'caf\xe9' * 20)))[kind]
+    items = [some_value(rng, depth - 1 if kind < 8 else 0) for _ in range(rng.randrange(5))]
+    return {rng.choice(PIECES): item for item in items} if kind == 5 else items
+
+
+def damaged(rng, content):
+    """Return bytes to which something happened on the way."""
+    start, end = sorted(rng.choices(range(len(content)), k=2))
+    flipped = bytes([content[start] ^ 1 << rng.randrange(8)])
+    extra = rng.choice((b'<', b'>', b'&', b'\0', b'</value>', b'<fault>', b'{', b'9' * 5000))
+    return rng.choice((content[:start], content[start:], content[:start] + content[end:],
+                       content[:end] + content[start:], content[:start] + extra + content[start:],
+                       content[:start] + flipped + content[start + 1:]))
+
+
+class RpcCase(Folder):
+    """A test case with short words for calls that fail."""
+
+    def assert_error(self, words, function, *params, kind=torque.RpcError):
+        """Call; return the error, one line that has to hold all the words (between bars)."""
+        with self.subTest(words=words, params=str(params)[:200]):
+            with self.assertRaises(kind) as caught:
+                function(*params)
+            for word in words.split('|'):
+                self.assertIn(word, str(caught.exception))
+            self.assertNotIn('\n', str(caught.exception))
+            return caught.exception
+
+    def assert_trouble(self, words, engine, kind=torque.RpcError):
+        """Open; the error has to name the address and what was asked."""
+        return self.assert_error(f'{engine.address.where}: system.listMethods: |{words}',
+                                 engine.open, kind=kind)
+
+    def value_or_error(self, function, *params):
+        """Call; any value and any RpcError of one line will do."""
+        with self.subTest(params=str(params)[:300]):
+            try:
+                function(*params)
+            except torque.RpcError as error:
+                self.assertNotIn('\n', str(error))
+
+    def serve(self, answer, name=None):
+        """Start a double, on a Unix socket in the folder if that gets a name."""
+        server = Server(answer, name and os.path.join(self.folder, name))
+        self.addCleanup(server.stop)
+        return server
+
+    def start(self, name='rpc.sock', speaks_json=False, **commands):
+        """Start a double that has commands, and return an Engine for it."""
+        self.double = Commands(speaks_json, **commands)
+        self.server = self.serve(self.double.scgi, name)
+        return torque.Engine(self.server.url, 9)
+
+
+class AddressTest(RpcCase):
+    def test_spellings_are_understood(self):
+        home = os.path.expanduser('~')
+        for text, *expected in (
+                ('scgi://localhost:5000', 'localhost', 5000), ('127.0.0.1:5000', '127.0.0.1', 5000),
+                ('scgi://:5000', '127.0.0.1', 5000), ('scgi://0.0.0.0:5000/', '127.0.0.1', 5000),
+                (' seed:$PORT ', 'seed', 81), ('scgi://[::1]:5000', '::1', 5000),
+                ('scgi:///run/x.sock', '/run/x.sock'), ('/a b#?:1.sock', '/a b#?:1.sock'),
+                ('~/x.sock', f'{home}/x.sock'), ('scgi://~/x.sock', f'{home}/x.sock'),
+                ('$DIR/x.sock', '/d/x.sock'), ('scgi://${DIR}/x.sock', '/d/x.sock'),
+                ('http://host', 'http://host/RPC2', None, None),
+                ('https://me@host:444/x', 'https://host:444/x', 'me', None),
+                ('http://me:p%40ss:$PORT@host/', 'http://host/', 'me', 'p@ss:81')):
+            with self.subTest(text=text), mock.patch.dict(os.environ, PORT='81', DIR='/d'):
+                found = torque.parse_address(text)
+                parts = {'tcp': [found.host, found.port], 'unix': [found.path],
+                         'http': [found.path, found.user, found.password]}
+                self.assertEqual(parts[found.kind], expected)
+                self.assertEqual(torque.parse_address(found.where),     # what is shown is usable
+                                 found._replace(user=None, password=None))
+
+    def test_other_text_is_refused(self):
+        for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',
+                     'ftp://host:1', 'scgi://host:port', 'scgi://host:99999', 'unix:///rt.sock',
+                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2'):
+            self.assert_error(f'{text!r}|allowed are|scgi://host:port|http(s)://',
+                              torque.parse_address, text, kind=torque.UserError)
+
+    def test_refusals_hide_passwords(self):
+        for text in ('ftp://me:s3cret@host', 'http://me:s3cret#1@host/', 'http://me:s3cret/1@host/',
+                     'http://me:s3cret?1@host/', 'ftp://me:my s3cret@host/', 'me:s3cret@host/RPC2',
+                     'http://me:s3cret@[host/', 'http://me:@s3cret@host:x/', 'http://:s3cret@a:x/'):
+            error = self.assert_error('', torque.parse_address, text, kind=torque.UserError)
+            with self.subTest(text=text):
+                self.assertNotIn('s3cret', f'{error} {error!r}')
+
+
+class XmlTest(RpcCase):
+    def assert_as_python(self, content):
+        with self.subTest(content=content):
+            expected = as_text(xmlrpc.client.loads(content, use_builtin_types=True)[0][0])
+            self.assertEqual(repr(torque.xml_reply(content)), repr(expected))   # True is not 1
+
+    def test_reads_what_python_reads(self):
+        one = xml_answer(1, '')
+        for value in ('', 0, -2 ** 63, True, b'', b'caf\xe9', [], {}, [[]], [{}], [[], []], [[[7]]],
+                      [1, 'a', []], [[1, 'a'], [2, '']], {'a': [], 'b': {'c': 1}}, [['<', '\r\n']]):
+            for style in (*STYLES, ('\n  ', 'ex:i8')):
+                self.assert_as_python(xml_answer(value, *style))
+        for inner in (b'bare', b'', b'<string/>', b'<array><data /></array>', b'<struct/>',
+                      b'<double>1.5</double>', b'<nil/>', b'&apos;&#x1F600;', b'<i8> 7 </i8>'):
+            self.assert_as_python(one.replace(b'<int>1</int>', inner))
+
+    def test_reads_random_values(self):
+        rng = random.Random(1)
+        for _ in range(2000):
+            value = some_value(rng)
+            for style in (STYLES[0], rng.choice(STYLES[1:3]), STYLES[3]):
+                self.assert_as_python(xml_answer(value, *style))
+
+    def test_damage_gives_one_line(self):
+        rng = random.Random(2)
+        for number in range(2000):
+            value = (some_value(rng), UNTRUSTED, [['a', 1]] * 3)[number % 3]
+            content = xml_answer(value, *rng.choice(STYLES))
+            self.value_or_error(torque.xml_reply, damaged(rng, content))
+        one = xml_answer(1, '')
+        for inner in (b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'&b;',
+                      b'<no>1</no>', b'<string>&#xD800;</string>', b'<string>&#x110000;</string>',
+                      b'<struct><member><value>1</value></member></struct>', b'<value>' * 50000):
+            self.value_or_error(torque.xml_reply, one.replace(b'<int>1</int>', inner))
+        for content in (b'', b' ', b'\0', b'0', b'<html>', one + one, one[:-9]):
+            self.assert_error('not XML-RPC', torque.xml_reply, content)
+        for fault in (b'5', b'<int>5</int>', b'<array><data/></array>', b'<struct/>'):
+            self.assert_error('', torque.xml_reply, b'<methodResponse><fault><value>' + fault
+                              + b'</value></fault></methodResponse>')
+
+    def test_faults_are_errors(self):
+        for code, text, kind in ((-506, "Method 'x' not defined", torque.RpcError),
+                                 (-501, 'Could not find info-hash.', torque.HashNotFound),
+                                 (-503, 'parameters: info-hash not found', torque.HashNotFound)):
+            for style in STYLES:
+                error = self.assert_error(f'{code}|{text[:7]}', torque.xml_reply, xml_answer(
+                    xmlrpc.client.Fault(code, text), *style))
+                self.assertEqual((error.code, type(error)), (code, kind))
+
+    def test_document_types_are_refused(self):
+        for start in (b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>', b'<!DOCTYPE x>',
+                      b'<!DOCTYPE x SYSTEM "file:///etc/passwd">', b'<!ENTITY b "x">'):
+            content = xml_answer('').replace(b'<methodR', start + b'<methodR', 1)
+            self.assert_error('DTD', torque.xml_reply, content)
+            self.assert_error('DTD', torque.xml_reply, content.replace(b'</str', b'&b;</str'))
+
+    def test_odd_names_cost_no_other(self):
+        left, right = ['A' * 40, 'left & \xe9', 1], ['C' * 40, 'right', 3]
+        names = [f"a-{raw.decode('utf-8', 'surrogateescape')}-z" for raw in HOSTILE]
+        for style in STYLES:
+            answer = torque.xml_reply(xml_answer([
+                [left, [2, name], right] for name in names], *style))
+            for name, (before, (two, found), after) in zip(names, answer):
+                with self.subTest(style=style, name=name):
+                    self.assertEqual([before, two, after], [left, 2, right])
+                    self.assertEqual((found[:2], found[-2:]), ('a-', '-z'))
+                    if not re.search('[\udc80-\udcff]', name):      # line ends are as XML has them
+                        self.assertEqual(found, re.sub('\r\n?', '\n', name))
+
+    def test_requests_carry_every_value(self):
+        values = ('', ' & <b> ]]> "\'', '\xe9\U0001f600\n\t', *NUMBERS, b'\0\xff', [], ['a', [{}]],
+                  {'k': 1, 'a&<b': [b'x']}, '%20 $d.name=')
+        content = torque.xml_request('d.x', values)
+        self.assertEqual(xmlrpc.client.loads(content, True), (values, 'd.x'))
+        content = torque.xml_request('m', ['', True, (1, False), '/\udcff'])
+        self.assertNotIn(b'<boolean', content)          # which older rTorrents refuse
+        self.assertIn(b'<string>/\xff</string>', content)
+        content = content.replace(b'\xff', b'')
+        self.assertEqual(xmlrpc.client.loads(content)[0], ('', 1, [1, 0], '/'))
+
+    def test_refuses_what_cannot_be_sent(self):
+        for value, word in ((None, 'None'), (1.5, 'float'), (object(), 'object'), ({1}, 'set'),
+                            ([{'a': None}], 'None'), ('\ud800', 'ud800')):
+            self.assert_error(word, torque.xml_request, 'm', ['', value])
+
+
+class Commands:
+    """The commands of an rTorrent that is none; `seen` has (codec, methods) of each request."""
+
+    def __init__(self, speaks_json=False, **commands):
+        self.seen = []
+        self.commands = {
+            'system.listMethods': lambda *params: list(self.commands), 'session.name': 'double:1',
+            'session.path': '/s/', 'system.client_version': '0.9.8', 'system.pid': 1 << 30,
+            'system.library_version': '0.13.8', 'view.size': 0, **commands}
+        if speaks_json:
+            self.commands['network.rpc.use_jsonrpc'] = 1
+
+    def values(self, codec, calls):
+        self.seen.append((codec, [method for method, _ in calls]))
+        none = xmlrpc.client.Fault(MISSING[codec == 'json'], 'none')
+        found = [(self.commands.get(method, none), params) for method, params in calls]
+        return [value(*params) if callable(value) else value for value, params in found]
+
+    def answer(self, body):
+        """Return the body of the answer to a request."""
+        if body[:1] not in b'{[':
+            params, method = xmlrpc.client.loads(body, True)
+            if method != 'system.multicall':
+                return xml_answer(self.values('xml', [(method, params)])[0])
+            return xml_answer([vars(value) if isinstance(value, Exception) else [value] for value in
+                               self.values('xml', [tuple(call.values()) for call in params[0]])])
+        request = json.loads(body.decode())
+        calls = request if isinstance(request, list) else [request]
+        values = self.values('json', [(call['method'], call['params']) for call in calls])
+        if '\\udcff' in repr(values):
+            return (b'{"error":{"code":-32700,"message":"[json.exception.type_error.316] invalid '
+                    b'UTF-8 byte at index 3: 0xFF"},"id":null,"jsonrpc":"2.0"}')
+        answers = [{'id': call['id'], **({'error': {'code': value.faultCode, 'message': 'none'}}
+                                         if isinstance(value, Exception) else {'result': value})}
+                   for call, value in zip(calls, values)]
+        return json.dumps(answers if isinstance(request, list) else answers[0]).encode()
+
+    def scgi(self, connection):
+        connection.sendall(scgi_answer(self.answer(Server.request(connection))))
+
+    def asked(self, method):
+        """Return by which codecs this was asked, in order."""
+        return [codec for codec, methods in self.seen if method in methods]
+
+
+class JsonTest(RpcCase):
+    def test_batches_keep_order(self):
+        proxy = self.start(None, True, **{'d.name': lambda info_hash: info_hash.lower()}).open()
+        calls = [('d.name', 'A'), ('nosuch', ''), ('d.name', 'B'), ('system.pid', ''), ('no', '')]
+        del self.double.seen[:]
+        answers = proxy.batch(calls)
+        self.assertEqual(self.double.seen, [('json', [call[0] for call in calls])])
+        self.assertEqual([answers[0], *answers[2:4]], ['a', 'b', 1 << 30])
+        self.assertEqual([error.code for error in answers[1::3]], [-32601, -32601])
+        self.assertEqual((proxy.batch([('nosuch', '')])[0].code, proxy.batch([])), (-32601, []))
+        self.assertEqual(proxy.batch([('d.name', f'N{number}') for number in range(1234)]),
+                         [f'n{number}' for number in range(1234)])
+        self.assert_error(f'{proxy.where}: nosuch: |-32601|none', proxy.nosuch, '')
+
+    def test_lost_answers_are_asked_again(self):
+        proxy = self.start(None, True, **{
+            'd.hash': 'A', 'd.name': {'A': '\udcff', 'B': 'x', 'C': '\udcff'}.get}).open()
+        for item, name in ('A', '\ufffd'), ('B', 'x'), ('C', '\ufffd'):     # the question is XML's
+            self.assertEqual(proxy.d.name(item), name)
+        self.assertEqual(self.double.asked('d.name'), ['json', 'xml', 'xml', 'xml'])
+        answers = proxy.batch([('d.name', 'A'), ('d.nosuch', ''), ('d.hash', 'A')])
+        self.assertEqual((answers[::2], answers[1].code), (['\ufffd', 'A'], -506))
+        self.assertEqual((proxy.d.hash('A'), proxy.system.pid('')), ('A', 1 << 30))
+        self.assertEqual(self.double.asked('d.hash'), ['json', 'xml', 'json'])
+
+    def test_changes_are_never_repeated(self):
+        proxy = self.start(None, True, **dict.fromkeys(
+            ('d.start', 'd.name', 'd.multicall2'), '\udcff')).open()
+        for call in ((proxy.d.start, 'A'), (proxy.batch, [('d.name', 'A'), ('d.start', 'A')]),
+                     (proxy.d.multicall2, '', 'main', 'd.name=', 'd.start=')):
+            del self.double.seen[:]
+            self.assert_error(f'{proxy.where}: |were run|lost|UTF-8', *call)
+            self.assertEqual([codec for codec, _ in self.double.seen], ['json'])
+
+    def test_reading_is_told_from_changing(self):
+        fields = 'd.multicall2', '', 'main', 'd.hash='
+        reads = (('d.name', 'A'), ('d.custom', 'A', 'start'), ('view.list',), ('view.size', '', ''),
+                 ('system.listMethods',), (*fields, 'd.custom=stop', 'd.timestamp.started='),
+                 ('t.multicall', 'A', '', 't.url='), ('throttle.global_up.max_rate', ''),
+                 ('d.multicall.filtered', '', 'main', 'and={d.complete=,greater=d.ratio=}'))
+        changes = (('d.start', 'A'), ('d.try_stop', 'A'), ('d.custom1.set', 'A', ''),
+                   ('d.erase', 'A'), ('d.delete_tied', 'A'), ('d.check_hash', 'A'),
+                   ('d.views.push_back_unique', 'A', 'x'), ('load.start', '', '/x'),
+                   ('execute', '', 'x'), ('execute.throw', '', 'x'), ('session.save', ''),
+                   ('system.shutdown.normal',), ('view.add', '', 'x'), ('method.insert', '', 'x'),
+                   ('log.execute', '', '/x'), ('no.such', ''), ('network.scgi.open_local', '', '/'),
+                   ('throttle.global_up.max_rate.set', '', 1), (*fields, 'd.stop='),
+                   ('throttle.global_up.max_rate.set_kb', '', 1),
+                   (*fields, 'cat="$d.custom1.set=x"'), (*fields, 'branch=d.complete=,d.stop='),
+                   (*fields, 'or=((d.custom1.set,x)),d.name='), (*fields, 'cat=(d.custom1.set,x)'))
+        for call in reads + changes:
+            with self.subTest(call=call):
+                self.assertIs(torque.only_reads(call[0], call[1:]), call in reads)
+
+    def test_any_sendable_parameter_goes(self):
+        proxy = self.start(None, True, echo=lambda target, value: value).open()
+        for value in ([1, ['a']], {'a': [2]}, [], 2 ** 53 + 1, -2 ** 40, '\x01\U0001f600"\\'):
+            self.assertEqual(proxy.echo('', value), value)
+        for value in (object(), {1}, [{1}]):
+            self.assert_error(f'{proxy.where}: echo: |cannot be sent', proxy.echo, '', value)
+
+    def test_odd_answers_give_one_line(self):
+        rng, one = random.Random(3), b'{"id":0,"jsonrpc":"2.0","result":[1,"\\u0001"]}'
+        self.assertEqual(torque.json_reply(one, 1), [[1, '\1']])
+        for content in (b'', b'<html>', b'5', b'null', b'"x"', b'[]', b'[5]', b'[null]', b'{',
+                        b'[' * 100000, b'{"result":1', b'[%s,%s]' % (one, one)):
+            self.assert_error('not JSON-RPC', torque.json_reply, content, 1)
+        for error in (b'{}', b'{"error":5}', b'{"error":"x"}', b'{"error":null}', b'{"error":[]}'):
+            for count, content in (1, error), (2, error), (2, b'[%s,%s]' % (one, error)):
+                self.value_or_error(torque.json_reply, content, count)
+        for _ in range(500):
+            self.value_or_error(torque.json_reply, damaged(rng, one), 1)
+
+
+GOOD = scgi_answer(xml_answer([], *STYLES[1]))
+HTML = b'<html><body>It works!</body></html>'
+
+
+def plays(start, slowly=b'', flood=0, silent=False):
+    """Return a double that sends this, more byte by byte, that many MiB; then closes or waits."""
+    def answer(connection):
+        connection.sendall(start)
+        for byte in slowly:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+        for _ in range(flood):
+            connection.sendall(bytes(1 << 20))
+        while silent and connection.recv(65536):
+            pass
+    return answer
+
+
+def page(body, status='200 OK', header='X: y'):
+    """Return an answer as web servers send it."""
+    return f'HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{header}\r\n\r\n'.encode() + body
+
+
+def digest_is_right(head, password):
+    """Tell whether a request answers the challenge of test_http_logins (RFC 7616)."""
+    import hashlib
+    fields = dict(re.findall(r'(\w+)="?([^",\r]*)', head.partition('Authorization: ')[2]))
+
+    def md5(*parts):
+        return hashlib.md5(':'.join(parts).encode()).hexdigest()
+    return 'uri' in fields and fields['response'] == md5(
+        md5('me', 'rt', password), 'n0nce', fields['nc'], fields['cnonce'], 'auth',
+        md5('POST', fields['uri']))
+
+
+class TransportTest(RpcCase):
+    def web(self, answer):
+        """Start a web server, return its URL; answer(connection, head, body) answers."""
+        self.heads = []
+
+        def serve(connection):
+            with connection.makefile('rb') as stream:
+                self.heads.append(''.join(iter(lambda: stream.readline().decode(), '\r\n')))
+                length = re.search(r'Content-length: (\d+)', self.heads[-1], re.I)[1]
+                answer(connection, self.heads[-1], stream.read(int(length)))
+        return f'http://127.0.0.1:{self.serve(serve).port}/RPC2'
+
+    def test_scgi_trouble_is_one_line(self):
+        head, size = b'Status: 200 OK\r\nContent-Length: ', len(GOOD)
+        fault = xml_answer(xmlrpc.client.Fault(-503, 'No\nview.'))
+        for number, (words, *answer) in enumerate((
+                ('closed without an answer', b''), ('broke off after 20 bytes', GOOD[:20]),
+                (f'broke off after {size - 20} bytes', GOOD[:-20]),
+                ('connected, but no answer in 0.3 s', b'', b'', 0, True),
+                (f'only {size - 20} of {size} bytes came in 0.3 s', GOOD[:-20], b'', 0, True),
+                ('of ? bytes came in 0.3 s', GOOD[:9], GOOD[9:]),
+                (f'of {size} bytes came in 0.3 s', GOOD[:-90], GOOD[-90:]),
+                ('longer than its Content-Length', GOOD + b'more'),
+                ('longer than its Content-Length', head + b'99\r\n\r\n', b'', 300),
+                ('256.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
+                ('not one of rTorrent', head, b'', 300),
+                ('not one of rTorrent', head + b'-5\r\n\r\n12345'),
+                ('not one of rTorrent', b'Status: 200 OK\r\n\r\n<methodResponse>'),
+                ('not one of rTorrent|methodResponse', xml_answer([])),
+                ('not one of rTorrent|HTTP/1.1 502 Bad', page(HTML, '502 Bad')),
+                ('not one of rTorrent|Status: 500 No', b'Status: 500 No\r\n\r\n' + HTML),
+                ('not XML-RPC|<html>', scgi_answer(HTML)), ('not XML-RPC', scgi_answer(b'')),
+                ('not XML-RPC', scgi_answer(xml_answer([[1]])[:-50])),
+                ('', scgi_answer(xml_answer(0))), ('', scgi_answer(xml_answer([[]]))),
+                (r'fault -503|No\nview.', scgi_answer(fault)),
+                ('untrusted|web server', scgi_answer(xml_answer(UNTRUSTED))))):
+            for name in (None, f'{number}.sock'):
+                double = plays(*answer)
+                server = self.serve(lambda connection, double=double: (
+                    Server.request(connection), double(connection)), name)
+                self.assert_trouble(words, torque.Engine(server.url, 0.3 if '0.3' in words else 9))
+        self.assert_trouble('connection', torque.Engine(self.serve(lambda connection: None).url, 9))
+
+    def test_http_trouble_is_one_line(self):
+        head, good = b'HTTP/1.1 200 OK\r\n', page(xml_answer([]))
+        chunked = head + b'Transfer-Encoding: chunked\r\n\r\n'
+        for words, *answer in (
+                ('', b''), ('', good[:20]), ('broke off', good[:-20]),
+                ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:-20], b'', 0, True),
+                ('0.3 s', good[:9], good[9:]), ('0.3 s', good[:-90], good[-90:]),
+                ('broke off', chunked + b'ff\r\nabc'), ('', chunked + b'zz\r\n'),
+                ('not XML-RPC', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
+                ('1.0 MiB, the limit', head + b'Content-Length: 314572800\r\n\r\n', b'', 300),
+                ('1.0 MiB, the limit', head + b'\r\n', b'', 300),
+                ('1.0 MiB, the limit', chunked + b'fffffff\r\n', b'', 300),
+                ('not an answer of a web server|what?', b'what?\r\n\r\n'),
+                ('HTTP 200|<html>', page(HTML, header='Content-Type: text/html')),
+                ('HTTP 502 Bad Gateway|<html>', page(HTML, '502 Bad Gateway')),
+                ('HTTP 302 Found', page(b'', '302 Found', 'Location: /x')),
+                ('HTTP 401', page(HTML, '401 No', 'WWW-Authenticate: Negotiate')),
+                ('not XML-RPC', page(xml_answer([])[:-9])),
+                ('untrusted|scgi://', page(xml_answer(UNTRUSTED)))):
+            double, seconds = plays(*answer), 0.3 if '0.3' in words else 9
+            url = self.web(lambda connection, head, body, double=double: double(connection))
+            self.assert_trouble(words, torque.Engine(url, seconds, 1 << 20))
+            self.assertEqual(len(self.heads), 1)
+
+    def test_http_logins(self):
+        double, digest = Commands(), 'Digest realm="rt", nonce="n0nce", qop="auth", algorithm=MD5'
+        for challenge in ('Basic realm="rt"', digest):
+            def answer(connection, head, body, challenge=challenge):
+                right = (digest_is_right(head, 'p@ss') if challenge is digest else
+                         'Basic bWU6cEBzcw==' in head)
+                connection.sendall(page(double.answer(body)) if right else
+                                   page(b'no', '401 No', f'WWW-Authenticate: {challenge}'))
+            url = self.web(answer)
+            engine = torque.Engine(url.replace('://', '://me:p%40ss@'), 9)
+            self.assertEqual(engine.open().system.pid(''), 1 << 30)
+            for login in ('me:wr0ng@', 'me@', ''):
+                engine = torque.Engine(url.replace('://', f'://{login}'), 9)
+                error = self.assert_trouble('HTTP 401', engine)
+                self.assertNotIn('wr0ng', f'{error!r} {engine!r} {self.lines}')
+
+    def test_missing_servers_are_named(self):
+        for url, word in ((f'scgi://127.0.0.1:{free_port()}', 'nobody listens'),
+                          (f'http://127.0.0.1:{free_port()}', 'nobody listens'),
+                          (self.write('stale.sock', ''), 'nobody listens'),
+                          ('/no/such.sock', 'no such socket'), ('/' + 'x' * 200, 'too long'),
+                          ('scgi://no.such.invalid:5000', 'cannot be resolved')):
+            self.assert_trouble(word, torque.Engine(url, 9), torque.Unreachable)
+
+    def test_oversized_requests_are_named(self):
+        answers = iter([Commands().scgi] * 2 + [lambda connection: connection.recv(1)])
+        server = self.serve(lambda connection: next(answers)(connection))
+        proxy = torque.Engine(server.url, 9).open()
+        self.assert_error('load.raw: |request of|too large', proxy.load.raw, '', bytes(8 << 20))
+
+
+# --- Engine ------------------------------------------------------------------------------------
+
+class EngineTest(RpcCase):
+    def stop(self):
+        self.server.sock.shutdown(socket.SHUT_RDWR)
+        self.server.stop()
+        os.remove(self.server.url)
+
+    def looks(self):
+        return len(self.double.asked('system.listMethods'))
+
+    def test_looks_once(self):
+        engine = self.start()
+        for _ in range(3):
+            engine.open().session.name('')
+            self.assertEqual((engine.has('view.size'), engine.has('schedule2')), (True, False))
+        self.assertEqual((self.looks(), len(self.double.seen)), (1, 5))
+        self.assertEqual((engine.engine_id, engine.versions), ('double:1', ('0.9.8', '0.13.8')))
+        self.assertIn('view.size', engine.methods)
+
+    def test_looks_again_after_a_restart(self):
+        engine = self.start()
+        engine.open()
+        self.stop()
+        self.start(**{'session.name': 'double:2', 'new.one': 1})
+        self.assertEqual((engine.has('new.one'), self.looks()), (True, 1))
+        self.double.commands.update({'system.pid': (1 << 30) + 1, 'session.name': 'double:3'})
+        self.assertEqual([engine.engine_id, engine.stats().engine_id], ['double:2', 'double:3'])
+        self.assertEqual((engine.stats().engine_id, self.looks()), ('double:3', 2))
+
+    def test_looks_again_at_a_missing_command(self):
+        for speaks_json in (False, True):
+            with self.subTest(speaks_json=speaks_json):
+                engine = self.start(None, speaks_json)
+                code = self.assert_error('nosuch: ', engine.open().nosuch, '').code
+                self.assertEqual((code, self.looks()), (MISSING[speaks_json], 1))
+                engine.open().session.name('')
+                self.assertEqual((engine.has('nosuch'), self.looks()), (False, 2))
+
+    def test_stats_are_one_question(self):
+        no = xmlrpc.client.Fault(-503, 'No')
+        rates = [f'throttle.global_{way}.{what}' for way in ('up', 'down')
+                 for what in ('rate', 'max_rate', 'total')]
+        engine = self.start(**{
+            **dict(zip(rates, range(6))), 'network.max_open_files': 128, 'network.open_sockets': no,
+            'view.size': lambda target, view: len(view) if view != 'messages' else no})
+        engine.open()
+        del self.double.seen[:]
+        stats = engine.stats()
+        self.assertEqual(len(self.double.seen), 1)
+        self.assertEqual((stats.up_rate, stats.up_limit, stats.up_total, stats.down_rate,
+                          stats.down_limit, stats.down_total), (0, 1, 2, 3, 4, 5))
+        self.assertEqual((stats.max_open_files, stats.open_files, stats.open_sockets,
+                          stats.views['main'], stats.views['messages']), (128, None, None, 4, None))
+        self.assertEqual((stats.engine_id, stats.version, stats.uptime),
+                         ('double:1', '0.9.8/0.13.8', None))
+        engine = self.start(None, startup_time=int(time.time()) - 5000)
+        self.assertEqual((engine.stats().uptime // 100, engine.uptime // 100), (50, 50))
+
+    def test_says_once_that_it_is_gone_and_back(self):
+        engine = self.start()
+        where = engine.address.where
+        for times in range(3):
+            for _ in range(3):
+                engine.stats()
+            self.assertEqual(len(self.logged('INFO engine', where, 'answers again')), times)
+            self.stop()
+            for _ in range(3):
+                error = self.assert_error(where, engine.stats, kind=torque.Unreachable)
+                self.assertTrue(error.told)
+            self.assertEqual(len(self.logged('WARNING engine', where, 'not running?')), times + 1)
+            self.start()
+        self.assertFalse(self.assert_error('nosuch', engine.open().nosuch, '').told)
+        self.assertEqual(len(self.lines), 6, self.lines)
+
+    def test_odd_batches_give_one_line(self):
+        for odd in (0, [], [0] * 11, [[]] * 11, ['x'] * 11, [{}] * 11, [None] * 11):
+            engine = self.start(None)
+            engine.open()
+            self.server.answer = plays(scgi_answer(xml_answer(odd)))
+            self.value_or_error(engine.stats)
+
+    def test_rc_spellings(self):
+        home, local, where = self.folder, 'network.scgi.open_local', '/x/rpc.sock'
+        self.write('more/common.rc', f'{local} = /x/common.sock\nimport = deeper.rc\n')
+        self.write('more/deeper.rc', 'session.path.set = /deep\n')
+        self.write('loop.rc', 'import = loop.rc\nscgi_local = /x/loop.sock\n')
+        wiki = '''method.insert = cfg.basedir, private|const|string, (cat,"/x/")
+            method.insert = cfg.session, private|const|string, (cat,(cfg.basedir),"s/")
+            method.insert = cfg.log, private|const|string, (cat,(cfg.basedir),(system.time),".log")
+            session.path.set = (cat, (cfg.session))\nnetwork.scgi.open_local = '''
+        for text, expected in (
+                (wiki + where, where), (wiki + '"/x/a b.sock"', '/x/a b.sock'),
+                (wiki + '~/rpc.sock', f'{home}/rpc.sock'), (f'{wiki}\\\n  {where}', where),
+                (wiki + '(cat,(session.path),rpc.sock)', '/x/s/rpc.sock'),
+                (wiki + '(cat, (session.path), "../rpc.sock")', '/x/s/../rpc.sock'),
+                (wiki + '"$cat=$session.path=,rpc.sock"', '/x/s/rpc.sock'),
+                (wiki + '(cat, \\\n  (cfg.basedir), \\\n  rpc.sock)', where),
+                (wiki + '(cat,(system.env,HOME),/rpc.sock)', f'{home}/rpc.sock'),
+                (f'{wiki}{where} ; print = "x ; y"', where), (f'{local}={where}', where),
+                (f'scgi_local = {where}', where),
+                (f'{local} = (cat,(session.path),x)\nsession = ~/s', f'{home}/s/x'),
+                (f'# {local} = /old\n #{local} = /old\nprint = "a ; b" ; {local} = {where}', where),
+                (f'schedule2 = x,0,0,"execute.nothrow=chmod,770,/x"\n{local} = {where}', where),
+                ('network.scgi.open_port = 127.0.0.1:5000', '127.0.0.1:5000'),
+                ('network.scgi.open_port = "127.0.0.1:5000"', '127.0.0.1:5000'),
+                ('scgi_port = localhost:5000', 'localhost:5000'), ('scgi_port = :5000', ':5000'),
+                ('scgi_port = (cat,"127.0.0.1:",5000)', '127.0.0.1:5000'),
+                ('import = more/common.rc', '/x/common.sock'), ('import = loop.rc', '/x/loop.sock'),
+                ('try_import = ~/more/common.rc', '/x/common.sock'),
+                ('import = (cat,(system.env,HOME),/more/common.rc)', '/x/common.sock'),
+                (f'try_import = /no/such.rc\nscgi_local = {where}', where),
+                (f'import = more/common.rc\n{local} = (cat,(session.path),x)', '/deep/x')):
+            with self.subTest(text=text), mock.patch.dict(os.environ, HOME=home):
+                found = torque.find_url(self.write('rt.rc', b'# caf\xe9\n' + text.encode()))
+                self.assertEqual(torque.parse_address(found), torque.parse_address(expected))
+
+    def test_unclear_rc_files_are_named(self):
+        local = 'network.scgi.open_local'
+        for text, words in (
+                ('', 'rt.rc'), (f'#{local} = /x', 'rt.rc'), ('import = /no/such.rc', '/no/such.rc'),
+                (f'{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'execute.capture'),
+                (f'{local} = (cat,(session.path),rpc.sock)', 'session.path'),
+                (f'{local} = (a)\nmethod.insert = a, string, (a)', 'refers to itself')):
+            self.assert_error(f'{words}|set scgi_url', torque.find_url, self.write('rt.rc', text),
+                              kind=torque.UserError)
+        with mock.patch.dict(os.environ, HOME=self.folder):
+            names = '~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc', '/no.rc'
+            for name, words in (None, '|'.join(names[:2])), (names[2], names[2]):
+                self.assert_error(f'scgi_url|{words}', torque.find_url, name, kind=torque.UserError)
+            self.write(names[1][2:], 'scgi_local = /x/second.sock')
+            self.assertEqual(torque.find_url(None), '/x/second.sock')
+            self.write(names[0][2:], 'scgi_port = 127.0.0.1:5000')
+            self.assertEqual(torque.find_url(None), 'scgi://127.0.0.1:5000')
+
+
+def spellings(raw):
+    """Return how rTorrents may give a name: as it is, or its odd bytes as ? or as %XX."""
+    found = {raw.decode('utf-8', 'replace')}
+    for odd in (rb'[\x80-\xff]', rb'[\x00-\x1f\x80-\xff]'):
+        found.add(re.sub(odd, b'?', raw).decode())
+        found.add(re.sub(odd, lambda byte: b'%%%02X' % byte[0][0], raw).decode())
+    return found | {re.sub('\r\n?', '\n', text) for text in found}
+
+
+def on_each(test):
+    """Return a test method that runs test(self, server, proxy) for every rTorrent."""
+    def run(self):
+        for server in self.servers:
+            with self.subTest(command=server.process.args[0], url=server.url):
+                test(self, server, server.engine.open())
+    return run
+
+
+class LiveRpcTest(RpcCase):
+    @classmethod
+    def setUpClass(cls):
+        logging.getLogger('torque').addHandler(logging.NullHandler())
+        cls.began, cls.servers = time.time(), []
+        for command in RTORRENTS:
+            for tcp in (False, True):
+                folder = tempfile.mkdtemp(prefix='torque-')
+                cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+                cls.servers.append(RTorrent(folder, command, tcp))
+                cls.addClassCleanup(cls.servers[-1].stop, signal.SIGKILL)
+                if tcp and cls.servers[-1].engine.has('network.rpc.use_jsonrpc.set'):   # XML here
+                    cls.servers[-1].engine.open().network.rpc.use_jsonrpc.set('', 0)
+                    cls.servers[-1].engine = torque.Engine(cls.servers[-1].url, 10)
+
+    def own(self, command):
+        """Start an rTorrent that a test may break."""
+        server = RTorrent(os.path.join(self.folder, str(RTORRENTS.index(command))), command)
+        self.addCleanup(server.stop, signal.SIGKILL)
+        return server
+
+    @on_each
+    def test_hostile_names_arrive(self, server, proxy):
+        emoji = server.load(*metafile(b'\xf0\x9f\x98\x80 \xc3\xa9'))
+        if proxy.speaks_json:
+            self.assertEqual(proxy.d.name(emoji), '\U0001f600 \xe9')
+        hashes = [server.load(*metafile(b'a-%s-z' % raw, size))
+                  for size, raw in enumerate(HOSTILE, 1)]
+        rows = {row[0]: row[1:] for row in proxy.d.multicall2(
+            '', 'main', 'd.hash=', 'd.size_bytes=', 'd.name=', 'd.left_bytes=')}
+        self.assertEqual(len(rows), proxy.view.size('', 'main'))
+        batched = proxy.batch([('d.name', info_hash) for info_hash in hashes])
+        for size, (raw, info_hash, name) in enumerate(zip(HOSTILE, hashes, batched), 1):
+            with self.subTest(raw=raw):
+                self.assertEqual(rows[info_hash][::2], [size, size])
+                allowed = {raw.decode()} if raw in PLAIN else spellings(raw)
+                for found in (name, rows[info_hash][1], proxy.d.name(info_hash)):
+                    self.assertIn(found, {f'a-{text}-z' for text in allowed})
+
+    @on_each
+    def test_missing_commands_cost_themselves(self, server, proxy):
+        for place in range(3):
+            calls = [('system.pid', ''), ('view.list', '')]
+            calls.insert(place, ('no.such', ''))
+            answers = proxy.batch(calls)
+            self.assertIn(answers.pop(place).code, MISSING)
+            self.assertEqual((answers[0], answers[1][0]), (server.process.pid, 'main'))
+        error = self.assert_error(f'{server.engine.address.where}: no.such: ', proxy.no.such, '')
+        self.assertIn(error.code, MISSING)
+
+    @on_each
+    def test_large_numbers_go_both_ways(self, server, proxy):
+        info_hash = server.load(*metafile('large', length=6 << 30, **{
+            'piece length': 1 << 24, 'pieces': bytes(20 * 384)}))
+        self.assertEqual(proxy.d.size_bytes(info_hash), 6 << 30)
+        for number in (2 ** 31, -2 ** 40, 2 ** 62):
+            self.assertEqual(proxy.value('', number), number)
+            self.assertEqual(proxy.cat('', number), str(number))
+        self.assertLess(abs(proxy.system.time_usec('') - time.time() * 1e6), 1e9)
+        proxy.d.custom.set(info_hash, 'k', str(2 ** 60))
+        self.assertEqual(proxy.batch([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
+                         [str(2 ** 60), 2 ** 40])
+
+    @on_each
+    def test_multicall_has_one_shape(self, server, proxy):
+        pid, *failed, views = proxy.system.multicall([
+            {'methodName': name, 'params': [param]} for name, param in (
+                ('system.pid', ''), ('no.such', ''), ('d.name', 'F' * 40), ('view.list', ''))])
+        self.assertEqual((pid, views[0][0], len(failed)), ([server.process.pid], 'main', 2))
+        for fault, word in zip(failed, ('no.such', 'info-hash')):
+            self.assertEqual(sorted(fault), ['faultCode', 'faultString'])
+            self.assertIsInstance(fault['faultCode'], int)
+            self.assertIn(word, fault['faultString'])
+        self.assert_error('info-hash', proxy.d.name, 'F' * 40, kind=torque.HashNotFound)
+
+    @on_each
+    def test_stats_agree_with_single_calls(self, server, proxy):
+        server.load(*metafile('stats'))
+        stats, views = server.engine.stats(), proxy.view.list('')
+        self.assertEqual(stats.views, {
+            view: proxy.view.size('', view) if view in views else None for view in torque.VIEWS})
+        self.assertEqual(stats.views['main'], len(proxy.d.multicall2('', 'main', 'd.hash=')))
+        self.assertEqual((stats.engine_id, stats.max_open_files, stats.version), (
+            proxy.session.name(''), proxy.network.max_open_files(''),
+            f"{proxy.system.client_version('')}/{proxy.system.library_version('')}"))
+        self.assertEqual(stats.open_files is None, not server.engine.has('network.open_files'))
+        now = time.time()
+        self.assertTrue(self.began - 2 <= server.engine.startup <= now + 2)
+        self.assertTrue(0 <= stats.uptime <= now - self.began + 2)
+        url = torque.find_url(os.path.join(server.folder, 'rtorrent.rc'))
+        self.assertEqual(torque.Engine(url).stats().engine_id, stats.engine_id)
+
+    @on_each
+    def test_hung_server_is_named(self, server, proxy):
+        engine = torque.Engine(server.url, 1)
+        server.process.send_signal(signal.SIGSTOP)
+        os.waitpid(server.process.pid, os.WUNTRACED)
+        try:
+            self.assert_trouble('connected, but no answer in 1 s', engine, torque.Unreachable)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        self.assertEqual(engine.open().system.pid(''), server.process.pid)
+        self.assertEqual(len(self.logged('INFO', engine.address.where, 'answers again')), 1)
+
+    def test_deadly_calls_are_refused(self):
+        for command in RTORRENTS:
+            with self.subTest(command=command):
+                server = self.own(command)
+                proxy, info_hash = server.engine.open(), server.load(*metafile('deadly'))
+                for target in (info_hash, info_hash.lower(), info_hash + ':t0', ''):
+                    self.assert_error('f.path|HASH:f', proxy.f.path, target)
+                inner = [{'methodName': 'f.path', 'params': [info_hash]}]
+                for call in ((proxy.f.size_bytes, info_hash), (proxy.f.path,),
+                             (proxy.batch, [('system.pid', ''), ('f.path', info_hash)]),
+                             (proxy.batch, [('system.multicall', inner)]),
+                             (proxy.system.multicall, inner),
+                             (proxy.t.multicall, info_hash, '', 'f.path='),
+                             (proxy.d.multicall2, '', 'main', 'd.hash=', 'f.path='),
+                             (proxy.d.multicall2, '', 'main', 'cat=$f.path=')):
+                    self.value_or_error(*call)
+                    self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
+
+    def test_restarts_are_noticed(self):
+        for command in RTORRENTS:
+            with self.subTest(command=command):
+                server = self.own(command)
+                engine, before = server.engine, server.engine.stats()
+                server.stop(signal.SIGKILL)
+                error = self.assert_error(f'{engine.address.where}: |not running?', engine.stats,
+                                          kind=torque.Unreachable)
+                self.assertTrue(error.told)
+                server = self.own(command)
+                self.assertNotEqual(engine.stats().engine_id, before.engine_id)
+                self.assertEqual(engine.open().system.pid(''), server.process.pid)
+
 
 # --- Jobs --------------------------------------------------------------------------------------
 
@@ -938,10 +2243,595 @@ class LiveInfluxDBTest(Folder):
         job.run()
         self.assertEqual(len(self.server.query('SELECT v FROM big')), 500)
 
+
+# --- Config ------------------------------------------------------------------------------------
+
+HEAD = '[TORQUE]\nscgi_url = /nowhere\njob.connstats.active = no\n'          # lines 1 to 3
+GOOD = HEAD + 'job.a.handler = good:Plain\njob.a.schedule = 1h\n'           # and 4 to 5
+DOES = GOOD + 'job.a.handler = good:Does\njob.a.code = '                    # and 6 to 7
+RUN = ('-c', 't.ini', '--run-once', 'a')
+TIME = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d'
+GOOD_PY = '''\
+    import __main__, sys, torque
+    from torque import config_ini
+    value = 1
+    class Plain:
+        def __init__(self, config=None):
+            self.config = config
+            self.LOG = torque.get_class_logger(self)
+            if config.path == '':
+                raise torque.UserError('job.%s.path is not set' % config.job_name)
+        def run(self):
+            self.LOG.debug('fine')
+            self.LOG.info('ran %s', self.config)
+            self.LOG.warning('careful')
+        def cleanup(self):
+            self.LOG.info('cleaned')
+    class Does(torque.Job):
+        cleanup = Plain.cleanup
+        def run(self):
+            exec(self.config.code)
+    class Starts(Plain):
+        def __init__(self, config):
+            exec(config.code)
+    class Inherits(torque.Job): pass
+    class NoRun:
+        def __init__(self, config): pass
+    '''
+
+
+class ConfigCase(Folder):
+    """A test with a module of jobs beside t.ini, and a home of its own."""
+
+    def setUp(self):
+        super().setUp()
+        for patch in (mock.patch.dict(os.environ, HOME=self.folder), mock.patch.dict(sys.modules),
+                      mock.patch.object(sys, 'path', sys.path[:]),
+                      mock.patch.object(logging, 'raiseExceptions', True)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        for name in ('JOURNAL_STREAM', 'XDG_CONFIG_HOME', 'XDG_STATE_HOME'):
+            os.environ.pop(name, None)
+        self.addCleanup(torque.config_ini.clear)
+        self.write('good.py', GOOD_PY)
+
+    def ini(self, content):
+        """Write t.ini as it is given, and return its path."""
+        return self.write('t.ini', content if isinstance(content, bytes) else content.encode())
+
+    def load(self, content, *overrides, **kwargs):
+        """Load t.ini and return its job objects by name."""
+        torque.config_ini.load(self.ini(content), overrides, **kwargs)
+        return torque.config_ini.make_jobs()
+
+    def check(self, content):
+        """Return exit status and output of --check, and what it warns of in t.ini."""
+        path, out, err = self.ini(content), io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = torque.main(['-c', path, '--check'])
+        err = err.getvalue().replace(self.folder + os.sep, '')
+        return status, out.getvalue(), err, re.findall('WARNING config: (.*)', err)
+
+    def assert_refused(self, content, line, *words, override=()):
+        """That line (a regex) has the only mistake, told in one line that holds the words."""
+        common = len(GOOD) if content[:len(GOOD)] == GOOD else 0
+        with self.subTest(content=content[common:], override=override):
+            with self.assertRaises(torque.Mistakes) as caught:
+                self.load(content, *override)
+            told, = caught.exception.lines
+            told = told.replace(self.folder + os.sep, '')
+            self.assertRegex(told, '^-D' if override else rf'^t\.ini:{line}' + ': ' * bool(line))
+            for word in words:
+                self.assertIn(word, told)
+            self.assertNotRegex(told, r"\n|\x1b|hunter2|('\w+').*; did you mean \1")
+
+    def command(self, *words):
+        """Run torque.py as a user does: no mistake of his ends in a traceback."""
+        status, out, err = run_torque(*words, cwd=self.folder)
+        self.assertNotIn('Traceback', out + err)
+        return status, out, err
+
+
+class IniTest(ConfigCase):
+    def test_pyrocore_rules_hold(self):
+        plain = f'{HEAD}[S]\na = 1\n  ü\nb = 2\n'.encode()
+        for text, expected in (
+                ('Key = 1\nkEY = 2', {'Key': '1', 'kEY': '2'}), ('b c.d-e=ü', {'b c.d-e': 'ü'}),
+                ('a: 1\nb : x=y\nc = x:y\nd=1=2', {'a': '1', 'b': 'x=y', 'c': 'x:y', 'd': '1=2'}),
+                ('a = 100%% % %(x', {'a': '100% % %(x'}), ('a = %%(x)s', {'a': '%(x)s'}),
+                ('a = 1 ; note', {'a': '1'}), ('a = 1\t;note', {'a': '1'}),
+                ('a = ; note', {'a': ''}), ('a = 1;2 # 3', {'a': '1;2 # 3'}),
+                ('a = x ; note\n  y ; z\n  # w\n  ;v%%', {'a': 'x\ny ; z\n# w\n;v%'}),
+                ('# c\n;c\na = #1\n#b = 2\n;b = 3', {'a': '#1'}),
+                ('a = x\n\n# c\n;d = 5\n   \n\ty\nb = z', {'a': 'x\ny', 'b': 'z'}),
+                ('a =\n  x\nb =', {'a': '\nx', 'b': ''}), ('a = ""\nb="x"', {'a': '', 'b': '"x"'}),
+                ('a = 1\n  2\na = 3\n  4', {'a': '3\n4'}),
+                ('a = 1\n[T]\nb = 2\n[S] ; again [1]\nc = 3', {'a': '1', 'c': '3'}),
+                ('[DEFAULT]\nb = 1\n[S]\na = 2', {'a': '2'}),
+                *((content, {'a': '1\nü', 'b': '2'}) for content in (   # as editors leave it
+                    plain.rstrip(), plain.replace(b'\n', b'\r\n'), b'\xef\xbb\xbf' + plain))):
+            with self.subTest(text=text):
+                self.load(text if isinstance(text, bytes) else f'{HEAD}[S]\n{text}\n')
+                self.assertEqual(torque.config_ini.s, expected)
+
+    def test_surprises_are_warned_of(self):
+        for text, line, *words in (
+                ('a = 1 ; b = 2', 5, 'comment', "'b = 2'"), ('a = x=1 ; y=2\n  z', 5, "'y=2'"),
+                ('a = 1\n  job.b.c = 2', 6, 'belongs to the value above', "'job.b.c = 2'"),
+                ('a = 1\n\n# c\n\tgrace=5', 8, 'above', "'grace=5'"),
+                ('a = 1\n  job.my-job.c = 2', 6, 'above'), ('a = 1\n  job.b.c: 2', 6, 'above'),
+                ('[TORQUE]\nscgi_ulr = x', 6, "did you mean 'scgi_url'"),
+                ('[TORQUE]\njobs.b.active = no', 6, "did you mean 'job"),
+                ('[TORQUE]\nJob.b.active = no', 6, "did you mean 'job"),
+                ('[TORQ]\njob.b.active = no', 6, 'TORQ', 'did you mean', 'TORQUE'),
+                ('a = 1 ; note', 0), (';a = 1 ; b = 2', 0), ('a = 1;b=2', 0),
+                ('a = x=1\n   [ y=2 OR [ NOT z=3 ] ] ; w=4', 0),
+                ('a = {{# x\n  }}d.custom.set=dir,/srv/{{label}}', 0)):
+            with self.subTest(text=text):
+                told = self.check(f'{HEAD}[S]\n{text}\n')[3]
+                self.assertEqual(len(told), bool(line), told)
+                for word in (f't.ini:{line}: ', *words) * len(told):
+                    self.assertIn(word, told[0])
+
+    def test_indented_file_misleads_nobody(self):
+        for first, line in ('[TORQUE]\n', 2), ('  [TORQUE]\n', 1):
+            with self.subTest(first=first):     # read as it is meant, or refused
+                status, _, err, told = self.check(f'{first}  scgi_url = /nowhere\n  grace = 5\n')
+                self.assertIn('/nowhere: ' if status == 0 else f't.ini:{line}: ', err)
+                self.assertEqual(told, [])
+
+
+class ConfigTest(ConfigCase):
+    def test_pyrocore_ini_loads(self):
+        status, out, err, told = self.check(textwrap.dedent('''\
+            [TORQUE]
+            scgi_url = /nowhere
+            apscheduler.coalesce    = True
+            httpd.download_url.x    =
+                https://example.com/x.js
+            ; v1.15
+            job.queue.handler       = pyrocore.torrent.queue:QueueManager
+            job.queue.startable     = is_ignored=0 message= prio>0
+                    [ prio>2 OR [ NOT [ traits=audio kind_25=jpg,png,tif,bmp ] ] ]
+            job.connstats.handler   = pyrocore.torrent.jobs:EngineStats
+            job.fluxstats.handler   = pyrocore.torrent.jobs:InfluxDBStats
+            job.fluxstats.active    = True
+            job.fluxstats.series    = ""
+            ;job.fluxstats.
+            job.treewatch.path      =
+            job.treewatch.cmd.dir   = {{# set target path
+                }}d.directory.set="/srv/{{traits.get('show', '_')}}"{{#
+            '''))
+        self.assertEqual((status, told, err.count(' INFO ')), (0, [], 1))
+        self.assertRegex(err, r'INFO config: .*apscheduler\.\*,? httpd\.\*\n')
+        self.assertEqual(re.findall('(.*?) .*pyrocore', out), ['connstats', 'fluxstats'])
+        settings = torque.config_ini.torque
+        self.assertEqual(settings['job.queue.startable'], 'is_ignored=0 message= prio>0\n'
+                         '[ prio>2 OR [ NOT [ traits=audio kind_25=jpg,png,tif,bmp ] ] ]')
+        self.assertEqual(settings['job.treewatch.cmd.dir'], '{{# set target path\n'
+                         '''}}d.directory.set="/srv/{{traits.get('show', '_')}}"{{#''')
+
+    def test_one_line_is_enough(self):
+        url = 'scgi_url=/nowhere'
+        self.assertEqual(list(self.load('', url)), ['connstats'])
+        self.assertEqual(self.load('[TORQUE]\njob.connstats.active = False', url), {})
+        for name, handler in (('fluxstats', 'InfluxDB'), ('queue', 'QueueManager')):
+            if f'torque:{handler}' in torque.BUILT_IN:      # all of them, one day
+                jobs = self.load(f'[TORQUE]\njob.{name}.active = True', url)
+                self.assertEqual({name: type(job).__name__ for name, job in jobs.items()},
+                                 {'connstats': 'EngineStats', name: handler})
+
+    def test_job_sees_its_settings(self):
+        text = GOOD + ('job.a.schedule = 15\njob.a.Path = /srv\njob.a.number = 007\njob.a.on=Yes\n'
+                       'job.a.off = false\njob.a.size = 1.5\njob.a.empty =\njob.a.cmd.nfo = x=y\n'
+                       'job.b.handler = good::Plain\njob.b.schedule = hour=3\njob.b.dry_run = on\n')
+        jobs = self.load(text)
+        config, other = jobs['a'].config, jobs['b'].config
+        expected = {'Path': '/srv', 'number': 7, 'on': True, 'off': False, 'size': '1.5',
+                    'empty': '', 'schedule': '15', 'path': None, 'job_name': 'a',
+                    'dry_run': False, 'active': True, 'cmd.nfo': 'x=y'}
+        self.assertEqual({name: config.get(name) for name in expected}, expected)
+        self.assertEqual({name: getattr(config, name) for name in expected}, expected)
+        self.assertEqual(('path' in config, other.dry_run, other.Path), (False, True, None))
+        self.assertIs(type(jobs['a']), type(jobs['b']))
+        self.assertTrue(self.load(text, dry_run=True)['a'].config.dry_run)
+
+    def test_inactive_job_is_not_imported(self):
+        for word in 'no', 'False', 'off', '0':
+            self.assertEqual(self.load(f'{GOOD}job.a.handler = none:X\njob.a.active = {word}'), {})
+        self.assertEqual(list(self.load(GOOD + 'job.a.active = no', only='a')), ['a'])
+
+    def test_config_ini_is_one_object(self):
+        config = torque.config_ini
+        self.load(HEAD + 'grace = 1m\nOwn = 12\n[INFLUXDB]\nurl = http://x\n[Mine]\nKey = 1\n')
+        self.assertIs(torque.config_ini, config)
+        self.assertEqual((config.torque.grace, config.torque.Own, config.torque.nothing,
+                          config.influxdb.url, config.mine['Key']), (60, 12, None, 'http://x', '1'))
+        self.load(HEAD)
+        self.assertEqual((config.torque.grace, config.torque.Own, config.mine), (10, None, None))
+        code = 'import torque; print(dict(torque.config_ini), torque.config_ini.engine)'
+        self.assertEqual(subprocess.check_output([sys.executable, '-c', code], cwd=HERE).split(),
+                         [b'{}', b'None'])
+
+    def test_overrides_win(self):
+        text = HEAD + 'grace = 5\n[Mine]\nkey = 1\n[INFLUXDB]\nurl = http://x\n'
+        for override, name, key, value in (
+                ('grace=7', 'torque', 'grace', 7), ('torque.grace = 1m', 'torque', 'grace', 60),
+                ('job.a.x==2', 'torque', 'job.a.x', '=2'), ('own=', 'torque', 'own', ''),
+                ('influxdb.url=y', 'influxdb', 'url', 'y'), ('mine.key=2', 'mine', 'key', '2')):
+            with self.subTest(override=override):
+                self.load(text, override, 'job.a.active=no')
+                self.assertEqual(torque.config_ini[name][key], value)
+        for override, word in (('grace', 'KEY=VALUE'), ('=1', 'KEY=VALUE'),
+                               ('grace=x', "grace: 'x'"), ('job.a.active=x', "active: 'x'")):
+            self.assert_refused(GOOD, 0, word, override=[override])
+
+    def test_sections_match_in_any_case(self):
+        text = HEAD.lower() + 'job.fluxstats.active = yes\n[influxdb]\nurl = http://y\ntimeout = 3'
+        config = self.load(text, 'influxdb.user=me')['fluxstats'].config
+        self.assertEqual((config.url, config.timeout, config.user), ('http://y', 3, 'me'))
+
+    def test_jobs_share_engines(self):
+        jobs = self.load(GOOD + ''.join(
+            f'job.{name}.handler = good:Does\njob.{name}.schedule = 1h\n'
+            f'job.{name}.scgi_url = scgi://host:5000\n' for name in 'bc'), dry_run=True)
+        self.assertIs(jobs['a'].config.engine, torque.config_ini.engine)
+        self.assertEqual(jobs['b'].engine.address.port, 5000)
+        self.assertIs(jobs['b'].engine, jobs['c'].engine)
+        self.assertIsNone(jobs['b'].act('d.start', 'HASH'))     # nothing is sent there
+        self.assertEqual(len(self.logged('INFO b: dry run', 'd.start', 'HASH')), 1)
+
+    def test_example_shows_every_option(self):
+        path = os.path.join(HERE, 'torque.ini.example')
+        if not os.path.exists(path):
+            self.skipTest('torque.ini.example is not there yet')
+        with open(path, encoding='utf-8') as stream:
+            text = stream.read()
+        shown, section = {}, ''                 # (section, key) -> values
+        for title, key, value in re.findall(
+                r'(?m)^(?:\[(\w+)\]|;?([\w.-]+) *= *(.*?))(?:[ \t]+;.*)?$', text):
+            section = title or section
+            shown.setdefault((section, key), []).append(value)
+        names = [('EngineStats', 'connstats'), ('InfluxDB', 'fluxstats'), ('QueueManager', 'queue'),
+                 ('TreeWatch', 'treewatch')]    # class, job
+        names += [(torque.HANDLERS.get(value, value).rpartition(':')[2], key.split('.')[1])
+                  for (_, key), values in shown.items() if key.endswith('.handler')
+                  for value in values]
+        wanted = [('TORQUE', [''], option) for option in torque.TORQUE_OPTIONS]
+        wanted += [(job.section, [f'job.{name}.' for known, name in names if known == handler[7:]],
+                    option) for handler, job in torque.BUILT_IN.items() for option in job.options]
+        names = {f'job.{key.split(".")[1]}.' for _, key in shown if key.startswith('job.')}
+        wanted += [('', names, option) for option in torque.CORE_OPTIONS]
+        for section, prefixes, option in wanted:
+            with self.subTest(section=section, prefixes=prefixes, option=option.name):
+                values = shown.get((section, option.name), [])
+                for prefix in prefixes:
+                    values = values + shown.get(('TORQUE', prefix + option.name), [])
+                self.assertTrue(values)
+                if option.default != '':
+                    self.assertIn(option.parse(option.default), map(option.parse, values))
+        self.assertEqual(self.check(text + '\n[TORQUE]\nscgi_url = /nowhere\n')[::3], (0, []))
+
+
+class BrokenIniTest(ConfigCase):
+    JOB = (                                 # settings of job a in line 6, the words told
+        ('active = maybe', "'maybe' is neither yes nor no", 'yes no true false'),
+        ('dry_run = 2', "'2' is neither"), ('max_runtime = long', "'long'", '15s'),
+        ('max_runtime = 5 5', "'5 5'"), ('log_level = loud', "'loud'", 'DEBUG INFO WARNING ERROR'),
+        ('scgi_url = here', "'here'", 'scgi://host:port'), ('scgi_url = scgi://h:p', 'scgi://h:p'),
+        ('handler =', 'is missing'), ('schedule =', 'is missing'), ('x = %(y)s', "'%(y)s'"),
+        ('schedule = minute=61', "minute '61' is not in 0-59"), ('schedule = 0s', "'0s'"),
+        ('schedule = minuet=1', "'minuet'", "did you mean 'minute'?"),
+        ('schedule = now and then', "'now and then'"), ('schedule = minute', "'minute'"),
+        ('schedule = year=2001', 'year=2001', 'never fire'), ('schedule = hour=5-1', "'5-1'"),
+        ('schedule = "minute=1', '"minute=1'), ('schedule = minute=* jitter=x', "'x'"),
+        ('schedule = minute=* timezone=No/Where', 'No/Where'), ('schedule = @often', '@often'),
+        ('schedule = month=2 day=30', 'month=2 day=30', 'never fire'))
+    TORQUE = (                              # lines of [TORQUE] from 6 on, the line, the words told
+        ('foo bar', 6, "'foo bar'", 'KEY = VALUE'), ('= 5', 6, "'= 5'"), ('[OPEN', 6, "'[OPEN'"),
+        ('\n\n\x1b[31m', 8, r"'\x1b[31m'"), ('job = 1', 6, 'job.NAME.PARAM'),
+        ('job.b = 1', 6, 'job.NAME.PARAM'), ('job..c = 1', 6, 'job.NAME.PARAM'),
+        ('job.b. = 1', 6, 'job.NAME.PARAM'), ('grace = soon', 6, "grace: 'soon'", '15s'),
+        ('grace = 5\ngrace = -1', 7, "grace: '-1'"), ('rpc_timeout = x', 6, "rpc_timeout: 'x'"),
+        ('rpc_limit = big', 6, "rpc_limit: 'big'", '100m'), ('scgi_url =', 6, 'scgi_url is not'),
+        ('scgi_url = here', 6, "scgi_url: 'here'", 'a socket path'),
+        ('scgi_url = ftp://me:hunter2@h/', 6, 'ftp://me:***@h/', 'http(s)://'),
+        ('job.b.handler = good:Plain', 6, 'job.b.schedule: is missing'),
+        ('job.b.schedule = 5s', 6, 'job.b.handler: is missing'),
+        ('\n\n\njob.b.x = 1\njob.b.handler = good:Plain', 9, 'job.b.schedule: is missing'),
+        ('job.connstats.active = yes\njob.connstats.shedule = 5s', 7, 'job.connstats.shedule: ',
+         "EngineStats has no such option; did you mean 'schedule'?"),
+        ('job.connstats.active = yes\njob.connstats.colour = red', 7, 'colour', 'no such option'),
+        ('[S]\nb = 1\n  -%(home)s-', '[78]', 'b: ', 'interpolated'))
+    FLUX = (                                # settings of fluxstats or [INFLUXDB], the words told
+        ('dbnam = x', "no such option; did you mean 'dbname'?"), ('buffer = many', "'many'", '0'),
+        ('gzip = perhaps', "'perhaps'"), ('timeout = x', "'x'", '15s'), ('tags = x', "'x'", '='),
+        ('api = 4', "'4'", '1, 2, 3'), ('url = http://me:hunter2@x/', 'http://me:***@x/'))
+    FILES = (                               # whole files, the line, the words told
+        ('x = 1\n' + HEAD, 1, "'x = 1' stands before any [SECTION]", '[TORQUE]'),
+        ('\n# c\n[TORQUE\nscgi_url = /nowhere\n', 3, "'[TORQUE'"), (b'\xff\xfe[\0T\0', '', 'UTF-8'),
+        ('', '', 'scgi_url', '~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc'),
+        ('[TORQUE]\nrtorrent_rc = /nowhere\n', 2, 'scgi_url', '/nowhere'))
+
+    def test_every_mistake_is_told(self):
+        for text, *words in self.JOB:
+            self.assert_refused(f'{GOOD}job.a.{text}\n', 6, f"job.a.{text.split()[0]}: ", *words)
+        for text, line, *words in self.TORQUE:
+            self.assert_refused(f'{GOOD}{text}\n', line, *words)
+        for text, *words in self.FLUX:
+            for place, line in ('job.fluxstats.', '[67]'), ('[INFLUXDB]\n', '[68]'):
+                self.assert_refused(f'{GOOD}job.fluxstats.active = yes\n{place}{text}\n',
+                                    line if 'url' in text else line[2], text.split()[0], *words)
+        for content, line, *words in self.FILES:
+            self.assert_refused(content, line, *words)
+
+    def test_all_are_told_at_once(self):
+        self.ini(GOOD + 'foo bar\njob.a.active = maybe\njob.connstats.active = yes\n'
+                 'job.connstats.b = 1\njob.connstats.a = 1\ngrace = x\njob.b.handler = none:X\n'
+                 'job.b.schedule = 0s\n  job.c.a = 1\njob.c.a = %(x)s\njob.c.active = no\n')
+        status, out, err = self.command('-c', 't.ini')
+        self.assertEqual((status, out), (78, ''))
+        self.assertIn(' WARNING config: t.ini:14: an indented line belongs to the value above', err)
+        lines = [int(line) for line in re.findall(r'(?m)^t\.ini:(\d+): ', err)]
+        self.assertEqual(sorted(lines), [6, 7, 9, 10, 11, 12, 13, 15])
+        self.assertEqual(lines, sorted(lines))          # so one goes through the file once
+
+
+class HandlerTest(ConfigCase):
+    def test_old_names_are_ours(self):
+        three = 'pyrocore.torrent.%s pyrocore.job.%s pyrosimple.job.%s'
+        for ours, names in (
+                ('EngineStats', 'pyrocore.torrent.jobs:EngineStats pyrosimple.job.metrics'),
+                ('InfluxDB', 'pyrocore.torrent.jobs:InfluxDBStats'),
+                ('QueueManager', three.replace('%s', 'queue')),
+                ('TreeWatch', three.replace('%s', 'watch')), ('Action', 'pyrosimple.job.action'),
+                ('Command', 'pyrosimple.job.action'), ('ItemCommand', 'pyrosimple.job.action'),
+                ('Move', 'pyrosimple.job.move_path:PathMover')):
+            for name in ['torque', *names.split()] * (f'torque:{ours}' in torque.BUILT_IN):
+                for colon in ':', '::':
+                    name = (name if ':' in name else f'{name}:{ours}').replace(':', colon)
+                    with self.subTest(name=name), self.assertRaisesRegex(
+                            torque.Mistakes, f'{ours} has no such option'):   # only it says so
+                        self.load(f'{GOOD}job.a.handler = {name}\njob.a.nonsense = 1\n')
+
+    def test_bad_handlers_are_explained(self):
+        for name, text in (('broken', 'x = 1\ndef broken(:\n    pass\n'), ('pack/__init__', ''),
+                           ('needy', '\n\nimport absent_thing\n'), ('pack/inner', 'import needy\n'),
+                           ('quits', 'import sys\nsys.exit(5)\n'), ('raises', '\n{}["key"]\n')):
+            self.write(f'{name}.py', text)
+        for handler, *words in (
+                ('good', "'good' is no handler", 'module.path:ClassName'),
+                ('good.Plain', "'good.Plain' is no handler"), (':Plain', 'is no handler'),
+                ('good:', "'good:' is no handler"), ('.good:Plain', "'.good:Plain' is no handler"),
+                ('goood:Plain', "there is no module 'goood'"),
+                ('good.sub:Plain', "there is no module 'good.sub'"),
+                ('pack.absent:X', "there is no module 'pack.absent'"),
+                ('good:Plane', "module 'good' has no class 'Plane'; did you mean 'Plain'?"),
+                ('good::plane', "module 'good' has no class 'plane'"),
+                ('good:value', "module 'good' has no class 'value'"),
+                ('torque:EngineStat', "no class 'EngineStat'; did you mean 'EngineStats'?"),
+                ('pyrocore.torrent.jobs:EngineStat', "did you mean 'torque:EngineStats'?"),
+                ('broken:X', "module 'broken' cannot be imported: ", 'broken.py:2: '),
+                ('needy:X', "'needy' cannot be imported: ", 'needy.py:3: ', "'absent_thing'"),
+                ('pack.inner:X', "'pack.inner' cannot be imported: ", 'needy.py:3: '),
+                ('quits:X', "'quits' cannot be imported: ", 'quits.py:2: ', 'SystemExit'),
+                ('raises:X', "'raises' cannot be imported: ", "raises.py:2: KeyError: 'key'")):
+            self.assert_refused(f'{GOOD}job.a.handler = {handler}\n', 6, 'job.a.handler: ', *words)
+
+    def test_bad_initializers_are_explained(self):
+        line = GOOD_PY.splitlines().index('            exec(config.code)') + 1
+        for handler, code, word in (
+                ('NoRun', '', 'has no run()'), ('Inherits', '', 'has no run()'),
+                ('Plain', '\njob.a.path =', 'job.a: job.a.path is not set'),
+                ('Starts', 'raise torque.LoggableError("no luck")', 'no luck'),
+                ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
+                ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),
+                ('Starts', 'raise ValueError("a\\nb\\x1b")', f'good.py:{line}: ValueError: a')):
+            self.assert_refused(f'{GOOD}job.a.handler = good:{handler}\njob.a.code = {code}\n', 6,
+                                'job.a', word)
+
+    def test_torque_is_the_running_program(self):
+        self.ini(DOES + 'self.LOG.info([torque is __main__, isinstance(self, __main__.Job), '
+                 'config_ini.engine is self.engine, config_ini is __main__.config_ini])\n')
+        status, _, err = self.command(*RUN)
+        self.assertEqual((status, err.count('True')), (0, 4), err)
+
+    def test_folder_shadows_nothing(self):
+        for name in 'csv', 'gzip', 'shlex':         # imported by a job, when needed, at start
+            self.write(f'{name}.py', 'raise Exception("shadowed")\n')
+        self.ini(DOES + 'import csv, gzip, shlex\n')
+        shutil.copy(torque.__file__, self.folder)
+        for program in torque.__file__, 'torque.py':
+            with self.subTest(program=program):
+                done = subprocess.run([sys.executable, program, *RUN], cwd=self.folder,
+                                      stderr=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stderr[20:]), (0, b'INFO a: cleaned\n'))
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+class CommandLineTest(ConfigCase):
+    def test_every_answer_helps(self):
+        self.ini(GOOD)
+        options = [*torque.CORE_OPTIONS, *torque.TORQUE_OPTIONS, *(
+            option for job in torque.BUILT_IN.values() for option in job.options)]
+        for words, expected, *texts in (
+                (['--version'], 0, 'torque '), (['--help'], 0, '--run-once JOB', '78 config'),
+                (['--list-jobs'], 0, *torque.BUILT_IN, *(
+                    str(text) for option in options for text in (option[0], *option[2:]))),
+                (['-x'], 2, 'usage: ', '-x'), (['t.ini'], 2, 't.ini'), (['-D'], 2, '-D'),
+                ([*RUN[:3], 'b'], 2, "no job 'b'", ' a', ' connstats'),
+                (['-c', 'none.ini'], 78, 'none.ini: No such file'), (['-c', '.'], 78, '.: Is a '),
+                (['-c', 't.ini', '--log-file', '/nowhere/x'], 78, '/nowhere/x: No such file'),
+                (['-c', 't.ini', '-D', 'grace=x'], 78, "grace: 'x'")):
+            with self.subTest(words=words):
+                status, *told = self.command(*words)
+                self.assertEqual((status, told[expected == 0]), (expected, ''))
+                for text in texts:
+                    self.assertIn(text, told[expected != 0])
+
+    def test_usual_places_are_searched(self):
+        os.environ['XDG_CONFIG_HOME'] = os.path.join(self.folder, 'xdg')
+        places = ['.pyroscope/torque.ini', 'xdg/torque/torque.ini', 'torque.ini']
+        status, out, err = self.command('--check')
+        self.assertEqual((status, out), (78, ''))
+        for word in (*places, 'copy torque.ini.example to torque.ini', 'scgi_url'):
+            self.assertIn(word, err)
+        for place in places:
+            self.write(place, HEAD)
+            status, out, _ = self.command('--check')
+            self.assertEqual(status, 0)
+            self.assertRegex(out, rf'(?m)^(\S+/)?{place}: ')
+
+    def test_check_shows_next_runs(self):
+        before = int(time.time())
+        status, out, err, _ = self.check(f'{GOOD}job.b.handler = good:Plain\njob.b.schedule=hour=3')
+        self.assertEqual(status, 0)
+        self.assertRegex(err, rf'^{TIME} WARNING engine: .*/nowhere: .*\n$')
+        rows = {line.split()[0]: line for line in out.splitlines()}
+        self.assertRegex(rows['JOB'], '^JOB +HANDLER +SCHEDULE +NEXT')
+        by_hour = torque.parse_schedule('hour=3').next
+        for name, schedule, first, following in (
+                ('a', '1h', range(before, int(time.time()) + 1), lambda due: due + 3600),
+                ('b', 'hour=3', {by_hour(before), by_hour(time.time())}, by_hour)):
+            self.assertRegex(rows[name], f'^{name} +good:Plain +{schedule} +{TIME}(, {TIME}){{2}}$')
+            due = [time.mktime(time.strptime(text, '%Y-%m-%d %H:%M:%S'))
+                   for text in re.findall(TIME, rows[name])]
+            self.assertIn(due[0], first)
+            self.assertEqual(due[1:], [following(due[0]), following(due[1])])
+
+    def test_run_once_tells_how_it_went(self):
+        self.ini(DOES + '\njob.a.active = no\njob.b.handler = good:Plain\njob.b.schedule = 1h\n')
+        for code, expected, text in (
+                ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
+                ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
+            with self.subTest(code=code):
+                status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
+                self.assertEqual((status, out), (expected, ''))
+                self.assertIn(text, err)
+                self.assertEqual('Traceback' in err, 'ERROR a: ' in text)
+                self.assertEqual((err.count('INFO a: cleaned'), err.count(' b: ')), (1, 0))
+
+    def test_log_shows_what_is_asked(self):
+        self.ini(GOOD + 'job.a.password = hunter2\njob.a.url = http://me:hunter2@h/\n')
+        every = 'DEBUG INFO WARNING INFO'
+        for words, levels in (
+                ([], every[6:]), (['-v'], every), (['--debug'], every), (['-q'], 'WARNING'),
+                (['-D', 'job.a.log_level=debug'], every), (['-D', 'job.a.log_level=ERROR'], '')):
+            with self.subTest(words=words):
+                status, _, err = self.command(*RUN, *words)
+                self.assertEqual((status, re.findall('([A-Z]+) a: ', err)), (0, levels.split()))
+                self.assertNotIn('hunter2', err)
+        self.assertRegex(self.command(*RUN, '-n')[2], rf"^{TIME} INFO a: ran .*'dry_run': True")
+
+    def test_journal_adds_the_time_itself(self):
+        self.ini(GOOD)
+        for journal, pattern in ('{0.st_dev}:{0.st_ino}', 'INFO a: '), ('8:1', f'{TIME} INFO a: '):
+            with self.subTest(journal=journal), open(self.write('err', ''), 'r+') as stream:
+                journal = journal.format(os.fstat(stream.fileno()))         # of stderr, or another
+                with mock.patch.dict(os.environ, JOURNAL_STREAM=journal):
+                    subprocess.check_call([sys.executable, torque.__file__, *RUN], cwd=self.folder,
+                                          stderr=stream)
+                stream.seek(0)
+                self.assertRegex(stream.read(), f'^{pattern}ran ')
+
+    def test_hostile_text_is_escaped(self):
+        text = r'a\x0ab\x1b[2J\x07c\x85d\u2028e\udce9f'
+        self.ini(f"{DOES}self.LOG.info('{text}')\n")
+        log = os.path.join(self.folder, 'log')
+        shown = self.command(*RUN)[2]
+        self.assertEqual(self.command(*RUN, '--log-file', log), (0, '', ''))
+        with open(log, encoding='utf-8') as stream:
+            for told in shown, stream.read():
+                self.assertRegex(told, rf'^{TIME} INFO a: {re.escape(text)}\n')
+
+    def test_rtorrent_is_asked(self):
+        daemon = RTorrent(self.folder)
+        self.addCleanup(daemon.stop)
+        self.ini(f'{DOES}self.LOG.info(config_ini.engine.open().session.name())\n'
+                 f'scgi_url = {daemon.url}')
+        self.assertRegex(self.command(*RUN)[2], rf'^{TIME} INFO a: \S+:{daemon.process.pid}\n')
+        status, out, err = self.command('-c', 't.ini', '--check')
+        self.assertRegex(out, rf'(?m)^scgi://{re.escape(daemon.url)}: rTorrent [\d./]+ answers$')
+        self.assertEqual((status, err), (0, ''))
+
+
+class DaemonTest(ConfigCase):
+    def start(self, text='', handler='Does'):
+        """Start torque with a job w whose runs wait for a byte in a fifo; return the Program."""
+        fifo = os.path.join(self.folder, f'fifo{len(os.listdir(self.folder))}')
+        os.mkfifo(fifo)
+        self.fifo = os.open(fifo, os.O_RDWR)
+        self.addCleanup(os.close, self.fifo)
+        self.ini(f'{GOOD}job.w.handler = good:{handler}\njob.w.schedule = 0.1s\njob.w.code = '
+                 'log = torque.logging.getLogger("torque.w"); log.info("begun"); '
+                 f'stream = open("{fifo}", "rb", 0); stream.read(1); log.info("ended")\n{text}')
+        self.program = start_torque('-c', 't.ini', cwd=self.folder)
+        self.addCleanup(self.program.stop, signal.SIGKILL)
+        self.wait('INFO w: begun')
+        return self.program
+
+    def wait(self, *words):
+        """Wait for a line of its log."""
+        wait_for(lambda: self.program.seen(*words))
+
+    def test_runs_in_progress_may_end(self):
+        for number in signal.SIGTERM, signal.SIGINT:
+            with self.subTest(number=number):
+                program = self.start()
+                self.wait('INFO a: ran')
+                program.process.send_signal(number)
+                self.wait('stopping', 'w')
+                self.assertEqual((program.process.poll(), program.seen('cleaned')), (None, []))
+                os.write(self.fifo, b'x')
+                self.assertEqual(program.stop(0), 0)
+                self.assertEqual([line[20:] for line in program.seen(' w: ')], [
+                    'INFO w: begun', 'INFO w: ended', 'INFO w: cleaned'])
+                self.assertEqual(len(program.seen('INFO a: cleaned')), 1)
+                self.assertEqual(program.seen('Traceback'), [])
+
+    def test_hung_run_is_left(self):
+        for grace, number in ('0.2s', 0), ('1h', signal.SIGTERM):
+            with self.subTest(grace=grace):     # it runs out, or a second signal ends it
+                program = self.start(f'grace = {grace}\n')
+                program.process.terminate()
+                self.wait('stopping', 'w')
+                self.assertEqual(program.stop(number), 0)
+                self.assertTrue(program.seen('still running: w'))
+                self.assertEqual([line[20:] for line in program.seen('cleaned')],
+                                 ['INFO a: cleaned'])
+
+    def test_nothing_ends_the_daemon(self):
+        program = self.start('job.connstats.active = yes\njob.connstats.schedule = 0.1s\n'
+                             'job.t.handler = good:Plain\njob.t.schedule = 0.1s\n' + ''.join(
+            f'job.{name}.handler = good:Does\njob.{name}.schedule = 1h\njob.{name}.code = {code}\n'
+            for name, code in (('bug', r'raise ValueError("a\nb\x1b[2J")'), ('exit', 'sys.exit(3)'),
+                               ('luck', 'raise torque.LoggableError("no luck")'),
+                               ('key', 'raise KeyboardInterrupt'))))
+        for line in (r'ERROR bug: ValueError: a\x0ab\x1b[2J', 'ERROR exit: SystemExit: 3',
+                     'WARNING luck: no luck', 'ERROR key: KeyboardInterrupt', 'WARNING engine: '):
+            self.wait(line)
+        seen = len(program.seen('INFO t: ran'))
+        wait_for(lambda: len(program.seen('INFO t: ran')) > seen + 2)
+        os.write(self.fifo, b'x' * 999)
+        self.assertEqual(program.stop(), 0)
+        self.assertEqual([len(program.seen(word)) for word in (
+            'Traceback', 'no luck', '/nowhere', 'cleaned')], [3, 1, 1, 7])
+        self.assertNotIn('\x1b', ''.join(program.lines))
+
+    def test_early_interrupt_is_quiet(self):
+        program = self.start(handler='Starts')
+        program.process.send_signal(signal.SIGINT)
+        os.write(self.fifo, b'xx')
+        program.stop(0)
+        self.assertEqual(program.seen('Traceback'), [])
+
+
 # --- Measurements ------------------------------------------------------------------------------
 
-REPLY_ROW = ['A' * 40, 'Some name of a torrent 2026', 734003200, 734003200, 1520, 20480, 0, 2 ** 33, 1,
-             1, 1, 'label', '/srv/data/Some name of a torrent 2026', 1700000000, '']
+REPLY_ROW = ['A' * 40, 'Some name of a torrent 2026', 734003200, 734003200, 1520, 20480, 0,
+             2 ** 33, 1, 1, 1, 'label', '/srv/data/Some name of a torrent 2026', 1700000000, '']
 
 
 def reply_xml(rows):
@@ -999,7 +2889,8 @@ def bench_schedules():
         except torque.UserError as error:
             print(f'next runs of {text}: {error}')
             continue
-        line = f'next runs a second, {text:31} torque {per_second(lambda after: schedule.next(start if after is None else after) or start):9,.0f}'
+        rate = per_second(lambda after: schedule.next(after or start) or start)
+        line = f'next runs a second, {text:31} torque {rate:9,.0f}'
         with contextlib.suppress(ImportError):
             from apscheduler.triggers.cron import CronTrigger
             if '=' in text:

@@ -23,6 +23,11 @@ Exit status: 0 fine, 1 a job failed (--run-once), 2 usage, 78 configuration.
 """
 from __future__ import annotations
 
+import sys
+
+if __name__ == '__main__':              # nothing beside this file may shadow a library
+    sys.path.append(sys.path.pop(0))
+
 import binascii
 import bisect
 import collections
@@ -37,7 +42,6 @@ import random
 import re
 import shlex
 import socket
-import sys
 import threading
 import time
 from datetime import date, datetime, timedelta
@@ -86,6 +90,7 @@ class HashNotFound(RpcError):
 
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
+NUMBER = r'([0-9]{1,15}(?:\.[0-9]{1,15})?)'
 DURATION_UNITS = {'w': 604800, 'd': 86400, 'h': 3600, 'm': 60, 's': 1}
 SIZE_UNITS = {'': 1, 'b': 1, 'k': 1 << 10, 'm': 1 << 20, 'g': 1 << 30, 't': 1 << 40}
 
@@ -108,10 +113,11 @@ def parse_duration(text: Any) -> float:
     >>> parse_duration('1h30m'), parse_duration('0.25'), parse_duration(15)
     (5400.0, 0.25, 15.0)
     """
-    words = re.findall(r'(\d+(?:\.\d+)?)\s*([wdhms]?)\s*', str(text).strip().lower())
-    rest = re.sub(r'\d+(?:\.\d+)?\s*[wdhms]?\s*', '', str(text).strip().lower())
+    part = NUMBER + r'\s*([wdhms]?)\s*'
+    words = re.findall(part, str(text).lower())
     units = [unit for _, unit in words]
-    if rest or not words or ('' in units and len(units) > 1) or len(set(units)) < len(units):
+    if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(set(units)) < len(units)
+            or '' in units and len(units) > 1):
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d')
     return sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
 
@@ -122,7 +128,7 @@ def parse_size(text: Any) -> int:
     >>> parse_size('1.5k'), parse_size('4G')
     (1536, 4294967296)
     """
-    match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?', str(text).strip().lower())
+    match = re.fullmatch(NUMBER + r'\s*([bkmgt]?)(?:i?b)?', str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
     return int(float(match[1]) * SIZE_UNITS[match[2]])
@@ -168,6 +174,15 @@ def show_size(number: float) -> str:
             return f'{number:.0f} {unit}' if unit in ('B', 'KiB') else f'{number:.1f} {unit}'
         number /= 1024
     return f'{number:.1f} TiB'
+
+
+CONTROL = {**{number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]},
+           0x2028: '\\u2028', 0x2029: '\\u2029'}
+
+
+def one_line(text: str) -> str:
+    """Return text with control characters escaped, so that it stays one line of a log."""
+    return text.translate(CONTROL).encode('utf-8', 'backslashreplace').decode()
 
 
 def quoted(text: Any, limit: int = 200) -> str:
@@ -241,7 +256,10 @@ def parse_field(text: str, field: Field) -> frozenset:
                             'allowed are * */n a a-b a-b/n and lists of these')
         star, first, last, step = match.groups()
         low = field.low if star else field_value(first, field)
-        high = field_value(last, field) if last else field.high if star or step else low
+        top = field.high
+        if field is CRON_WEEKDAY and not last:
+            low, top = low % 7, 6                       # 7 is Sunday once more
+        high = field_value(last, field) if last else top if star or step else low
         if last == 'sun' and field is CRON_WEEKDAY and high < low:
             high = 7                                    # sat-sun
         if low > high:
@@ -297,7 +315,7 @@ class Calendar(Schedule):
 
     texts: the fields that are given, by name; those left out are `*`, but finer than the
     finest given one they start at their lowest value. cron: Sunday is 0, and day and
-    day_of_week are alternatives where both are restricted. Where the hour is `*`, due times
+    day_of_week are alternatives where both are restricted. Where every hour is allowed, due times
     follow real time through clock changes. Else they keep to the wall: what a change skips
     is one run right after the gap, what comes twice runs the first time.
     """
@@ -318,18 +336,20 @@ class Calendar(Schedule):
         self.positions = [day for day in self.monthdays if isinstance(day, tuple)]
         if cron:
             self.weekdays = {(number + 6) % 7 for number in self.weekdays}
-        self.either = cron and not any('*' in texts[name].split(',')
-                                       for name in ('day', 'day_of_week'))
+        self.either = cron and not (                    # as croniter decides
+            '*' in texts['day'].split(',') + texts['day_of_week'].split(',')
+            or len(self.monthdays) == 31 and '*' in texts['day_of_week']
+            or len(self.weekdays) == 7 and '*' in texts['day'])
         self.hours, self.minutes, self.seconds = (
             self.successors(allowed[name], FIELDS[name].high) for name in
             ('hour', 'minute', 'second'))
         self.days = functools.lru_cache(64)(self.matching_days)
-        self.keep_time(texts.get('hour', '*') if finest > 5 else texts.get('hour', ''), zone)
+        self.keep_time(len(allowed['hour']) == 24, zone)
 
-    def keep_time(self, hour: str, zone: Any) -> None:
+    def keep_time(self, every_hour: bool, zone: Any) -> None:
         """Set what a clock change does."""
-        self.zone, self.every_hour = zone, hour == '*'
-        self.step_back = 60 if self.every_hour else 3 * 3600
+        self.zone, self.every_hour = zone, every_hour
+        self.step_back = 60 if every_hour else 3 * 3600
 
     @staticmethod
     def successors(allowed: Iterable, high: int) -> list:
@@ -435,11 +455,11 @@ class Calendar(Schedule):
 
     def by_wall(self, start: int) -> int | None:
         """Return the first second from `start` on that is allowed and not a repetition."""
-        wall = self.wall(start)
+        wall = self.wall(start - 1)                 # `start` may be right after a gap
         if wall.fold:                               # go to where the repetition ends
-            change = self.change(self.unix(wall.replace(fold=0)), start)
-            wall = max(wall.replace(fold=0), self.wall(change - 1) + SECOND)
-        found = self.wall_from(wall)
+            change = self.change(self.unix(wall.replace(fold=0)), start - 1)
+            wall = max(wall.replace(fold=0), self.wall(change - 1))
+        found = self.wall_from(wall + SECOND)
         if found is None:
             return None
         seconds = self.unix(found)
@@ -454,7 +474,7 @@ class Croniter(Calendar):
     def __init__(self, text: str, zone: Any = None):
         import croniter                             # type: ignore
         self.text, self.croniter = text, croniter.croniter
-        self.keep_time(text.split()[1], zone)
+        self.keep_time(text.split()[1] == '*', zone)
         try:
             self.croniter(text, datetime(2000, 1, 1))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -520,11 +540,9 @@ def parse_plain(words: list[str], zone: Any) -> Schedule:
     """Return the Schedule of an interval or a cron expression, split into words."""
     text = ' '.join(words)
     if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
-        seconds = parse_duration(re.sub('(?i)^every', '', text))
+        seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
         if seconds < 0.1:
             raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
-        if zone:
-            raise UserError('timezone= means nothing to an interval; leave it out')
         return Interval(seconds)
     text = CRON_NAMES.get(text.lower(), text)
     words = text.split()
@@ -908,8 +926,8 @@ def parse_address(text: str) -> Address:
     try:
         url = urlsplit(spelt if '://' in spelt else 'scgi://' + spelt)
         host, port = url.hostname or '', url.port or 0
-    except ValueError as error:
-        raise UserError(f'{redacted(text)!r}: {error}; {allowed}') from None
+    except ValueError:                          # what it says may hold a password
+        raise UserError(f'{redacted(text)!r} is no address; {allowed}') from None
     if url.scheme in ('http', 'https') and host:
         clean = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path or '/RPC2'}"
         return Address('http', clean, clean, host, port, url.username and unquote(url.username),
@@ -920,18 +938,18 @@ def parse_address(text: str) -> Address:
         return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
         raise UserError(f'{redacted(text)!r} is no address; {allowed}')
-    if host in ('', '0.0.0.0'):
-        host = '127.0.0.1'
-    return Address('tcp', f'scgi://{host}:{port}', '', host, port)
+    host = '127.0.0.1' if host in ('', '0.0.0.0') else host
+    shown = f'[{host}]' if ':' in host else host
+    return Address('tcp', f'scgi://{shown}:{port}', '', host, port)
 
 
 def redacted(text: Any) -> str:
-    """Return text without the password that a URL in it carries.
+    """Return a URL, or what was meant to be one, without the password in it.
 
     >>> redacted('http://me:secret@host/RPC2')
     'http://me:***@host/RPC2'
     """
-    return re.sub(r'(://[^/\s:@]*):[^/\s]*@', r'\1:***@', str(text))
+    return re.sub(r'(?s)^((?:\w+://)?[^:/@]*):.*@', r'\1:***@', str(text))
 
 
 class Deadline:
@@ -1101,7 +1119,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
             answer = error
         with answer:
             content = answer.read(limit + 1)
-            left = answer.headers.get('Content-Length', '')
+            left = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
         if len(content) > limit:
             raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
         if left.isdigit() and int(left) > len(content):
@@ -1110,8 +1128,12 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
             name.lower(): value for name, value in answer.headers.items()}, content)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, 'reason', error)
+        if isinstance(error, http.client.IncompleteRead):
+            raise Unreachable(f'the answer broke off after {len(error.partial)} bytes') from None
         if isinstance(reason, socket.timeout):
             raise Unreachable(f'no whole answer in {seconds:g} s') from None
+        if 'scheme' in str(reason):
+            raise Unreachable('HTTP 401: it asks for a login neither basic nor digest') from None
         if isinstance(reason, OSError):
             raise Unreachable(describe(reason)) from None
         raise Unreachable(f'not an answer of a web server: {quoted(reason)}') from None
@@ -1134,11 +1156,15 @@ def http_request(address: Address, body: bytes, content_type: str, deadline: Dea
 # send; and expat, below xmlrpc.client, fails over control characters and bytes that are not
 # UTF-8, which rTorrent passes on from torrents. So both directions are our own.
 
+def xml_escape(text: Any) -> str:
+    """Return text as character data."""
+    return str(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+
+
 def xml_value(value: Any) -> str:
     """Return a <value>; numbers are i8, booleans too (older rTorrents refuse <boolean>)."""
     if isinstance(value, str):
-        text = value.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
-        return f'<value><string>{text}</string></value>'
+        return f'<value><string>{xml_escape(value)}</string></value>'
     if isinstance(value, int):
         return f'<value><i8>{int(value)}</i8></value>'
     if isinstance(value, bytes):
@@ -1146,7 +1172,7 @@ def xml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"<value><array><data>{''.join(map(xml_value, value))}</data></array></value>"
     if isinstance(value, dict):
-        members = ''.join(f'<member><name>{name}</name>{xml_value(item)}</member>'
+        members = ''.join(f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
                           for name, item in value.items())
         return f'<value><struct>{members}</struct></value>'
     raise RpcError(f'{type(value).__name__} {quoted(value)} cannot be sent to rTorrent; '
@@ -1156,8 +1182,12 @@ def xml_value(value: Any) -> str:
 def xml_request(method: str, params: Iterable) -> bytes:
     """Return a methodCall; file names that are not UTF-8 go out as the bytes they are."""
     values = ''.join(f'<param>{xml_value(value)}</param>' for value in params)
-    return (f'<?xml version="1.0"?><methodCall><methodName>{method}</methodName>'
-            f'<params>{values}</params></methodCall>').encode('utf-8', 'surrogateescape')
+    text = (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
+            f'<params>{values}</params></methodCall>')
+    try:
+        return text.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError as error:
+        raise RpcError(f'{quoted(error.object[error.start])} cannot be sent to rTorrent') from None
 
 
 XML_CELL = r'(?:string>[^<]*</string>|i8>[^<]*</i8>|i4>[^<]*</i4>)'
@@ -1228,7 +1258,7 @@ def xml_scan(text: str) -> tuple[Any, bool]:
             value: Any = xml_row(token[1])
         elif kind == 9:
             value = stack.pop()
-            if isinstance(value, dict) != (token[9] == 'struct'):
+            if not stack or type(value) is not (dict if token[9] == 'struct' else list):
                 raise ValueError('tags that do not match')
         else:
             value = xml_single(kind, token)
@@ -1267,14 +1297,15 @@ def xml_reply(content: bytes) -> Any:
     What the scanner does not know is left to xmlrpc.client, but never a DTD.
     """
     text = content.decode('utf-8', 'replace')
-    if text.count('\r') != text.count('>\r\n<') or '<string>\r\n<' in text:    # as XML has it
+    if text.count('\r') != text.count('>\r\n<') or any(      # as XML has it
+            f'<{tag}>\r\n</' in text for tag in ('string', 'name', 'value')):
         text = text.replace('\r\n', '\n').replace('\r', '\n')
     try:
         value, fault = xml_scan(text)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         value, fault = xml_loads(text, str(error)), False
     if fault:
-        raise rpc_fault(value.get('faultCode'), value.get('faultString'))
+        raise rpc_fault(value)
     return value
 
 
@@ -1287,14 +1318,19 @@ def xml_loads(text: str, why: str) -> Any:
     try:
         return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
     except xmlrpc.client.Fault as fault:
-        raise rpc_fault(fault.faultCode, fault.faultString) from None
+        raise rpc_fault({'faultCode': fault.faultCode,
+                         'faultString': fault.faultString}) from None
     except (ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
             AttributeError, OverflowError):
         raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])} ({why[:80]})') from None
 
 
-def rpc_fault(code: Any, message: Any) -> RpcError:
+def rpc_fault(fault: Any) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
+    if not isinstance(fault, dict):
+        return RpcError(f'a fault without a code: {quoted(fault)}')
+    code, message = (fault.get('faultCode', fault.get('code')),
+                     fault.get('faultString', fault.get('message')))
     if 'info-hash' in str(message):
         return HashNotFound(f'fault {code}: {quoted(message)}', code)
     hint = ''
@@ -1313,7 +1349,8 @@ ACTIONS = frozenset(                    # parts of the names of commands that ch
     'tracker_announce save_full_session save_resume push_back push_back_unique shutdown '
     'update_priorities try_start try_stop try_close set_create_queued set_resize_queued '
     'unset_create_queued unset_resize_queued call_target filter filter_on filter_all sort '
-    'filter_download set_visible set_not_visible adjust_alloc prune save persistent'.split())
+    'filter_download set_visible set_not_visible adjust_alloc prune save persistent set_kb '
+    'open_local open_port open_systemd'.split())
 READS = frozenset('d f t p view session system throttle network pieces directory download_list '
                   'equal not and or greater less match compare cat value false if'.split())
 
@@ -1322,7 +1359,7 @@ def only_reads(method: str, params: Iterable) -> bool:
     """Tell whether a call, and the commands in its parameters, change nothing."""
     words = [method]
     for param in params:
-        words += re.findall(r'([a-z][\w.]*)=', str(param))
+        words += re.findall(r'[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
     return all(parts[0] in READS and not ACTIONS.intersection(parts[1:])
                for parts in (word.split('.') for word in words))
 
@@ -1333,28 +1370,27 @@ def json_request(calls: list[tuple]) -> bytes:
         'data:application/octet-stream;base64,' + binascii.b2a_base64(param).decode().strip()
         if isinstance(param, bytes) else param for param in params]}
         for number, (method, *params) in enumerate(calls)]
-    return json.dumps(items if len(items) > 1 else items[0]).encode()
+    try:
+        return json.dumps(items if len(items) > 1 else items[0]).encode()
+    except (TypeError, ValueError) as error:
+        raise RpcError(f'this cannot be sent to rTorrent: {error}') from None
 
 
 def json_reply(content: bytes, count: int) -> list:
     """Return the results of `count` calls, an RpcError in the place of each that failed."""
     try:
         items = json.loads(content.decode('utf-8', 'replace'))
-    except ValueError:
-        raise RpcError(f'the answer is not JSON-RPC: {quoted(beginning(content))}') from None
+    except (ValueError, RecursionError):
+        items = None
     if isinstance(items, dict):
         if count > 1 and 'error' in items:
-            raise json_error(items)
+            raise rpc_fault(items['error'])
         items = [items]
-    if not isinstance(items, list) or len(items) != count:
+    if not isinstance(items, list) or len(items) != count or not all(
+            isinstance(item, dict) for item in items):
         raise RpcError(f'the answer is not JSON-RPC: {quoted(beginning(content))}')
-    return [item['result'] if 'result' in item else json_error(item) for item in items]
-
-
-def json_error(item: Any) -> RpcError:
-    """Return the exception for an error object."""
-    error = item.get('error') or {}
-    return rpc_fault(error.get('code'), error.get('message'))
+    return [item['result'] if 'result' in item else rpc_fault(item.get('error'))
+            for item in items]
 
 
 class Proxy:
@@ -1416,7 +1452,7 @@ class Proxy:
 
     def exchange(self, calls: list[tuple]) -> list:
         """Return the answers by JSON where it serves, else by XML."""
-        question = tuple((method, *params[1:]) for method, *params in calls)
+        question = repr([(method, *params[1:]) for method, *params in calls])
         if self.speaks_json and question not in self.xml_only:
             content = self.send(json_request(calls), 'application/json')
             try:
@@ -1446,8 +1482,8 @@ class Proxy:
         answers = xml_reply(self.send(body, 'text/xml'))
         if not isinstance(answers, list) or len(answers) != len(calls):
             raise RpcError('system.multicall did not answer every call')
-        return [rpc_fault(answer.get('faultCode'), answer.get('faultString'))
-                if isinstance(answer, dict) else answer[0] for answer in answers]
+        return [answer[0] if isinstance(answer, list) and answer else rpc_fault(answer)
+                for answer in answers]
 
 
 class Method:
@@ -1465,9 +1501,14 @@ class Method:
 
 
 def refuse_deadly(method: str, params: list) -> None:
-    """Refuse f.x(HASH) without a file's index: rTorrent 0.9.8 dies of it."""
+    """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
+    if method == 'system.multicall':
+        for entry in params[0] if params else ():
+            refuse_deadly(entry['methodName'], list(entry['params']))
     if (method.startswith('f.') and 'multicall' not in method
-            and ':f' not in (str(params[0]) if params else '')):
+            and ':f' not in (str(params[0]) if params else '')
+            or method.startswith('d.') and any(re.match(r'\W*f\.(?!multicall)', str(param))
+                                               for param in params)):
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 # --- Engine ----------------------------------------------------------------------------------
@@ -1562,14 +1603,17 @@ class Engine:
     def look(self) -> Proxy:
         """Ask rTorrent who it is and what it offers."""
         proxy = Proxy(self.send, self.address.where, False, self.notice)
-        methods = frozenset(proxy.call('system.listMethods'))
+        methods = proxy.call('system.listMethods')
+        if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
+            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of '
+                           f'commands: {quoted(methods)}')
         names = ['session.name', 'session.path', 'system.client_version',
                  'system.library_version', 'system.pid', 'startup_time', 'network.rpc.use_jsonrpc']
         answers = dict(zip(names, proxy.batch([(name, '') for name in names])))
         known = {name: value for name, value in answers.items()
                  if not isinstance(value, RpcError)}
         with self.lock:
-            self.methods = methods
+            self.methods = frozenset(methods)
             self.engine_id = str(known.get('session.name', self.address.where))
             self.session_path = str(known.get('session.path', ''))
             self.versions = (str(known.get('system.client_version', '?')),
@@ -1784,10 +1828,6 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
-    def run(self) -> None:
-        """Do the work once."""
-        raise NotImplementedError
-
     def act(self, method: str, *params: Any) -> Any:
         """Call a command that changes something in rTorrent; a dry run only says so."""
         if self.dry_run:
@@ -1834,6 +1874,14 @@ def parse_tags(text: str) -> dict[str, str]:
     if not all(name and value for name, value in tags.items()):
         raise UserError(f'{text!r} are not tags; allowed is name=value, name=value')
     return tags
+
+
+def parse_web_url(text: str) -> str:
+    """Return the base URL of a web server."""
+    if not re.match(r'https?://[^/@\s]+(/\S*)?$', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
+                        'with user and password as settings')
+    return text.rstrip('/')
 
 
 def parse_api(text: str) -> int:
@@ -1890,7 +1938,7 @@ class InfluxDB(Job):
     """Push figures of rTorrent and of the host to InfluxDB, or what speaks its line protocol."""
     section = 'INFLUXDB'
     options = (
-        Option('url', str, 'http://localhost:8086', 'base URL of the server'),
+        Option('url', parse_web_url, 'http://localhost:8086', 'base URL of the server'),
         Option('user', str, '', 'account (1.x)'),
         Option('password', str, '', 'password of that account'),
         Option('password_file', str, '', 'file that holds the password'),
@@ -1915,9 +1963,6 @@ class InfluxDB(Job):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
-        if not re.match(r'https?://[^/@]+(/|$)', config.url):
-            raise UserError(f'url {redacted(config.url)!r} is no web address; allowed is '
-                            'http(s)://host:port, with user and password as settings')
         self.api = config.api or (2 if config.org or config.bucket else 1)
         self.batch, self.pause, self.retry_at, self.saved_at = self.BATCH, 0.0, 0.0, 0.0
         self.problem = ''
@@ -2065,7 +2110,7 @@ class InfluxDB(Job):
         if config.gzip:
             import gzip
             body, headers['Content-Encoding'] = gzip.compress(body), 'gzip'
-        return http_post(f"{config.url.rstrip('/')}{path}?{urlencode(query)}", body, headers,
+        return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers,
                          config.timeout)
 
 
@@ -2109,6 +2154,7 @@ HANDLERS = {                            # names that pyrocore and pyrosimple hav
            'queue:QueueManager': 'QueueManager', 'watch:TreeWatch': 'TreeWatch',
            'action:Action': 'Action', 'action:Command': 'Command',
            'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}}
+SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
 CORE_OPTIONS = (                        # what any job has
     Option('handler', str, '', 'module:Class of the job'),
     Option('schedule', str, '', 'when it runs'),
@@ -2133,12 +2179,19 @@ class Entry(NamedTuple):
     place: str
 
 
+class UnknownJob(UserError):
+    """A job is named on the command line that the configuration does not have."""
+
+
 class Mistakes(UserError):
     """All that is wrong with a configuration, a line each."""
 
     def __init__(self, lines: list[str]):
-        super().__init__('\n'.join(lines))
-        self.lines = lines
+        def number(line: str) -> int:
+            match = re.match(r'[^:]*:(\d+): ', line)
+            return int(match[1]) if match else 0
+        self.lines = [one_line(line) for line in sorted(lines, key=number)]
+        super().__init__('\n'.join(self.lines))
 
 
 class Ini:
@@ -2148,64 +2201,79 @@ class Ini:
         self.sections: dict[str, dict[str, Entry]] = {'TORQUE': {}}
         self.mistakes: list[str] = []
         self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     def read(self, lines: Iterable[str], name: str) -> None:
-        """Add the entries of one file, by the rules of pyrocore's parser.
-
-        On the line of a key ` ;` starts a comment, on further lines of a value it does not.
-        """
+        """Add the entries of one file, by the rules of pyrocore's parser."""
         import configparser
-        numbers: list[int] = []
         places: dict = {}
-        section = ['']
+        section, number = '', 0
 
         def clean() -> Iterator[str]:
+            nonlocal section, number
+            indent = None                       # of the last key: what stands deeper goes on it
             for number, line in enumerate(lines, 1):
-                line = line.rstrip('\r\n').replace('\ufeff', '')
-                if not line.strip() or line[0] in '#;':
+                line = line.rstrip().replace('\ufeff', '')
+                text, depth = line.lstrip(), len(line) - len(line.lstrip())
+                deeper = indent is not None and depth > indent
+                if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
                     continue
-                if line[0] == '[':
-                    section[0] = line[1:].partition(']')[0]
-                elif not line[0].isspace():
+                if deeper:
+                    if re.match(r'[\w.-]+ *[=:](?!/)', text):
+                        self.warnings.append(f'{name}:{number}: an indented line belongs to the '
+                                             f'value above it: {quoted(text, 60)}')
+                    yield line + '\n'
+                elif text[0] == '[' and ']' in text:
+                    section, indent = text[1:].partition(']')[0].upper(), None
+                    yield f'[{section}]\n'
+                elif not section or not re.match('[^=:[]+[=:]', text):
+                    self.mistakes.append(f'{name}:{number}: {quoted(text, 60)} ' + (
+                        'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
+                        else 'stands before any [SECTION]; settings belong under [TORQUE]'))
+                    section, indent = section or '?', depth
+                    yield f'[{section}]\n'
+                else:
                     cut = re.search(r'\s;', line)
-                    note = line[cut.end():] if cut else ''
-                    line = line[:cut.start()] if cut else line
-                    if '=' in note:
+                    if cut and '=' in line[cut.end():]:
                         self.warnings.append(f'{name}:{number}: text after `;` is a comment: '
-                                             f'{quoted(note.strip(), 60)}')
-                elif re.match(r'\s+[\w.]+ *=', line) and section[0] in places:
-                    self.warnings.append(f'{name}:{number}: an indented line belongs to the '
-                                         f'value above it: {quoted(line.strip(), 60)}')
-                numbers.append(number)
-                yield line + '\n'
+                                             f'{quoted(line[cut.end():].strip(), 60)}')
+                    indent = depth
+                    yield (line[:cut.start()] if cut else line) + '\n'
 
         def place(key: str) -> str:
-            places.setdefault(section[0], {})[key.strip()] = numbers[-1]
+            places.setdefault(section, {})[key.strip()] = f'{name}:{number}'
             return key.strip()
 
         parser = configparser.RawConfigParser(
             strict=False, comment_prefixes=('\0',), empty_lines_in_values=False,
             default_section='\0')
-        parser.optionxform = place      # type: ignore
-        try:
-            parser.read_file(clean(), name)
-        except configparser.MissingSectionHeaderError as error:
-            self.mistakes.append(f'{name}:{numbers[-1]}: {quoted(error.line.strip(), 60)} stands '
-                                 'before any [SECTION]; settings belong under [TORQUE]')
-        except configparser.ParsingError as error:
-            for line, text in error.errors:
-                self.mistakes.append(f'{name}:{numbers[line - 1]}: {text.strip()} is neither '
-                                     'KEY = VALUE nor [SECTION]')
+        parser.optionxform = place              # type: ignore
+        parser.read_file(clean(), name)
         for title in parser.sections():
             for key, value in parser.items(title, raw=True):
-                self.add(title, key, value or '', f'{name}:{places[title][key]}')
+                self.add(title, key, '' if value == '""' else value, places[title][key])
 
     def add(self, section: str, key: str, value: str, place: str) -> None:
         """Add one entry; a later one replaces an earlier one."""
-        if re.search(r'%\(\w+\)s', value):
+        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
             self.mistakes.append(f'{place}: {key}: {quoted(value, 60)}: nothing is interpolated; '
                                  'write the value itself, and %% for %')
         self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
+
+    def warn_of_strangers(self) -> None:
+        """Warn of settings that torque has no use for and that look like others."""
+        known = [option.name for option in TORQUE_OPTIONS]
+        for section, entries in self.sections.items():
+            place = next(iter(entries.values())).place if entries else ''
+            close = nearest(section, SECTIONS)
+            if close and section not in SECTIONS:
+                self.warnings.append(f'{place}: section [{section}] means nothing to torque{close}')
+        for key, entry in self.sections['TORQUE'].items():
+            stem = key.partition('.')[0]
+            if stem not in (*known, 'job', 'apscheduler', 'httpd') and (
+                    nearest(stem, [*known, 'job']) or stem.lower() == 'job'):
+                self.warnings.append(f'{entry.place}: {key} means nothing to torque'
+                                     f"{nearest(stem.lower() + ' ', [*known, 'job'])}")
 
 
 def convert(text: str) -> Any:
@@ -2222,22 +2290,24 @@ def convert(text: str) -> Any:
 
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
-    module, colon, name = text.replace('::', ':').partition(':')
-    if not colon or not module or not name:
+    text = text.replace('::', ':')
+    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
+    module, name = text.split(':')
     if text in HANDLERS:
         module, name = 'torque', HANDLERS[text]
     import importlib
     try:
         found = importlib.import_module(module)
-    except Exception as error:                  # whatever the module does when imported
+    except (Exception, SystemExit) as error:    # whatever the module does when imported
         if isinstance(error, ModuleNotFoundError) and error.name and (
                 module == error.name or module.startswith(error.name + '.')):
             raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
                             f'Python does){nearest(text, BUILT_IN)}') from None
         raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
     if not callable(getattr(found, name, None)):
-        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, dir(found))}')
+        classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
+        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, classes)}')
     return getattr(found, name)
 
 
@@ -2255,12 +2325,11 @@ def origin(error: BaseException) -> str:
 
 
 class PlannedJob(NamedTuple):
-    """A job that can be made: place is where its handler is named in the ini."""
+    """A job that can be made; place is where the user's file speaks of it."""
     name: str
     make: Callable[[JobConfig], Any]
     config: JobConfig
     schedule: Schedule
-    text: Settings                      # handler and schedule as they are written
     place: str
 
 
@@ -2269,58 +2338,80 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    __slots__ = ('path', 'engine', 'state_dir', 'jobs', 'notes', 'warnings')
+    __slots__ = ('path', 'engine', 'engines', 'state_dir', 'jobs', 'warnings', 'notes')
+    __setattr__ = object.__setattr__
     path: str
     engine: Any
+    engines: dict[str, Engine]
     state_dir: str
-    __setattr__ = object.__setattr__
+    jobs: list[PlannedJob]
+    warnings: list[str]
+    notes: list[str]
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
-             only: str | None = None, now: float | None = None) -> None:
+             only: str | None = None) -> None:
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
+        ini.warn_of_strangers()
         torque = ini.sections['TORQUE']
         options = checked(TORQUE_OPTIONS, torque, '', ini.mistakes)
-        groups, ignored = group_jobs(torque, ini)
-        self.path, self.notes, self.warnings = path, [], ini.warnings
-        if ignored:
-            self.notes.append(f"settings of pyrocore without a use here: {', '.join(ignored)}")
+        groups = group_jobs(torque, ini)
+        if only and only not in groups:
+            raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
+                             f'{nearest(only, groups)}')
+        self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
         self.clear()
         self.update({name.lower(): Settings((key, entry.value) for key, entry in entries.items())
                      for name, entries in ini.sections.items()})
         self['torque'] = Settings((key, convert(entry.value)) for key, entry in torque.items())
         self['torque'].update(options)
         self.state_dir = os.path.expanduser(options.state_dir) or default_state_dir(path)
-        engines = Engines(options)
-        self.engine = engines.get(torque.get('scgi_url'), ini.mistakes)
+        self.engines = {}
+        self.engine = self.find_engine(torque, 'scgi_url', ini.mistakes)
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
             sys.path.append(folder)
-        if only and only not in groups:
-            raise Mistakes([f"there is no job {only!r}; the jobs are {', '.join(sorted(groups))}"])
         self.jobs = []
-        for name, entries in groups.items():
-            planned = plan_job(name, entries, ini, engines, dry_run, only == name,
-                               time.time() if now is None else now)
-            if planned and only in (None, name):
-                planned.config.engine = engines.get(entries.get('scgi_url'), ini.mistakes,
-                                                    self.engine)
+        for name in [only] if only else groups:
+            planned = plan_job(name, groups[name], ini, dry_run, bool(only))
+            if planned:
+                planned.config.engine = self.find_engine(
+                    groups[name], f'job.{name}.scgi_url', ini.mistakes) \
+                    if planned.config.scgi_url else self.engine
                 planned.config.state_dir = None if only else self.state_dir
                 self.jobs.append(planned)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
+
+    def find_engine(self, entries: dict[str, Entry], key: str, mistakes: list[str]) -> Any:
+        """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
+        entry, rc = entries.get('scgi_url'), entries.get('rtorrent_rc')
+        url = entry.value if entry else ''
+        try:
+            if not url and mistakes:            # it may be among what was not understood
+                return None
+            if not url:
+                url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
+            if url not in self.engines:
+                self.engines[url] = Engine(url, self.torque.rpc_timeout or RPC_TIMEOUT,
+                                           self.torque.rpc_limit or RPC_LIMIT)
+            return self.engines[url]
+        except UserError as error:
+            place = entry.place if entry else rc.place if rc else self.path
+            mistakes.append(f'{place}: {key}: {error}')
+            return None
 
     def make_jobs(self) -> dict[str, Any]:
         """Return the job objects by name; raises Mistakes."""
         made, mistakes = {}, []
         for planned in self.jobs:
             try:
-                made[planned.name] = planned.make(planned.config)
-                if not callable(getattr(made[planned.name], 'run', None)):
+                job = made[planned.name] = planned.make(planned.config)
+                if not callable(getattr(job, 'run', None)):
                     raise UserError('the class has no run()')
             except UserError as error:
                 mistakes.append(f'{planned.place}: job.{planned.name}: {error}')
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 mistakes.append(f'{planned.place}: job.{planned.name} cannot be made: '
                                 f'{origin(error)}')
         if mistakes:
@@ -2344,18 +2435,17 @@ def read_files(path: str, overrides: Iterable[str]) -> Ini:
         section, dot, rest = key.strip().partition('.')
         if not equals or not key.strip():
             ini.mistakes.append(f'-D {text}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif dot and section.upper() in {*ini.sections, 'INFLUXDB'}:
+        elif dot and section.upper() in {*ini.sections, *SECTIONS}:
             ini.add(section.upper(), rest, value.strip(), '-D')
         else:
             ini.add('TORQUE', key.strip(), value.strip(), '-D')
     return ini
 
 
-def group_jobs(torque: dict[str, Entry], ini: Ini) -> tuple[dict, list[str]]:
-    """Return the entries of each job by name, and what only pyrocore has a use for."""
+def group_jobs(torque: dict[str, Entry], ini: Ini) -> dict[str, dict[str, Entry]]:
+    """Return the entries of each job by name; note what only pyrocore has a use for."""
     groups: dict[str, dict[str, Entry]] = {}
     ignored = set()
-    known = [option.name for option in TORQUE_OPTIONS]
     for key, entry in torque.items():
         stem, _, rest = key.partition('.')
         name, dot, param = rest.partition('.')
@@ -2365,10 +2455,9 @@ def group_jobs(torque: dict[str, Entry], ini: Ini) -> tuple[dict, list[str]]:
             groups.setdefault(name, {})[param] = entry
         elif stem == 'job':
             ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
-        elif key not in known and nearest(key, [*known, 'job']):
-            ini.warnings.append(f'{entry.place}: {key} means nothing to torque'
-                                f'{nearest(key, known)}')
-    return groups, sorted(ignored)
+    if ignored:
+        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
+    return groups
 
 
 def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
@@ -2390,11 +2479,12 @@ def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
     return values
 
 
-def plan_job(name: str, entries: dict[str, Entry], ini: Ini, engines: Engines, dry_run: bool,
-             force: bool, now: float) -> PlannedJob | None:
+def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
+             force: bool) -> PlannedJob | None:
     """Return an active job ready to be made, None for any other and for one with mistakes."""
     prefix, before = f'job.{name}.', len(ini.mistakes)
-    first = min(entries.values(), key=lambda entry: entry.place)
+    own = [entry.place for entry in entries.values() if not entry.place.startswith('<')]
+    first = own[0] if own else '<defaults>'
     core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
     if len(ini.mistakes) == before and not core.active and not force:
         return None
@@ -2408,10 +2498,10 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, engines: Engines, d
                 make = import_handler(entry.value)
             else:
                 schedule = parse_schedule(entry.value)
-                if schedule.next(now) is None:
+                if schedule.next(time.time()) is None:
                     raise UserError(f'{entry.value!r} lies in the past: it would never fire')
         except UserError as error:
-            ini.mistakes.append(f'{(entry or first).place}: {prefix}{key}: {error}')
+            ini.mistakes.append(f'{entry.place if entry else first}: {prefix}{key}: {error}')
     if core.log_level and core.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
         ini.mistakes.append(f"{entries['log_level'].place}: {prefix}log_level: "
                             f'{core.log_level!r}; allowed are DEBUG INFO WARNING ERROR')
@@ -2422,39 +2512,15 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, engines: Engines, d
         for key in set(entries).difference(known):
             ini.mistakes.append(f'{entries[key].place}: {prefix}{key}: {make.__name__} has no such '
                                 f'option{nearest(key, known) or "; see --list-jobs"}')
-        config.update(checked(make.options, entries, prefix, ini.mistakes,
-                              ini.sections.get(make.section)))
+        shared = ini.sections.get(make.section, {})
+        for key in set(shared).difference(known):
+            ini.mistakes.append(f'{shared[key].place}: {key}: {make.__name__} has no such '
+                                f'option{nearest(key, known) or "; see --list-jobs"}')
+        config.update(checked(make.options, entries, prefix, ini.mistakes, shared))
     config.update(core, job_name=name, active=core.active, dry_run=core.dry_run or dry_run)
     if len(ini.mistakes) > before or not make or not schedule:
         return None
-    text = Settings(handler=entries['handler'].value, schedule=entries['schedule'].value)
-    return PlannedJob(name, make, config, schedule, text, entries['handler'].place)
-
-
-class Engines:
-    """One Engine for each address that the configuration names."""
-
-    def __init__(self, options: Settings):
-        self.options = options
-        self.known: dict[str, Engine] = {}
-
-    def get(self, entry: Entry | None, mistakes: list[str],
-            default: Engine | None = None) -> Engine | None:
-        """Return the Engine for an entry's URL; without one the default, or what the rc says."""
-        try:
-            if not entry or not entry.value:
-                if default:
-                    return default
-                url = find_url(self.options.rtorrent_rc)
-            else:
-                url = entry.value
-            if url not in self.known:
-                self.known[url] = Engine(url, self.options.rpc_timeout or RPC_TIMEOUT,
-                                         self.options.rpc_limit or RPC_LIMIT)
-            return self.known[url]
-        except UserError as error:
-            mistakes.append(f'{entry.place}: scgi_url: {error}' if entry else str(error))
-            return None
+    return PlannedJob(name, make, config, schedule, first)
 
 
 def default_state_dir(path: str) -> str:
@@ -2476,7 +2542,6 @@ BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
 # end of the process. Signal handlers only put a function into the scheduler's mail.
 
 INI_PLACES = ('torque.ini', '$XDG_CONFIG_HOME/torque/torque.ini', '~/.pyroscope/torque.ini')
-CONTROL = {number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160), 0x2028, 0x2029]}
 
 
 class LogFormat(logging.Formatter):
@@ -2488,8 +2553,20 @@ class LogFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.job = record.name.partition('.')[2] or record.name
-        record.text = record.getMessage().translate(CONTROL)
+        record.text = one_line(record.getMessage())
         return super().format(record)
+
+    def formatException(self, ei: Any) -> str:
+        return super().formatException(ei).translate({**CONTROL, 10: '\n'})
+
+
+def stderr_is_journal() -> bool:
+    """Tell whether systemd's journal reads stderr: it names device and inode of the stream."""
+    try:
+        stream = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get('JOURNAL_STREAM') == f'{stream.st_dev}:{stream.st_ino}'
 
 
 def set_up_log(level: int, log_file: str | None) -> None:
@@ -2503,7 +2580,7 @@ def set_up_log(level: int, log_file: str | None) -> None:
             raise UserError(f'--log-file {log_file}: {error.strerror}') from None
     else:
         handler = logging.StreamHandler()
-    handler.setFormatter(LogFormat(bool(log_file) or 'JOURNAL_STREAM' not in os.environ))
+    handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
     root = logging.getLogger('torque')
     root.handlers[:] = [handler]
     root.propagate = False
@@ -2596,12 +2673,14 @@ def check(config: Config) -> int:
     config.make_jobs()
     for planned in config.jobs:
         due: float | None = now
-        dates = ['at start'] if planned.schedule.elapsed else []
-        while len(dates) < 3 and due is not None:
-            due = planned.schedule.next(due if dates or not planned.schedule.elapsed else now)
+        dates: list[str] = []
+        if isinstance(planned.schedule, Interval):
+            planned.schedule.start, due = now, now - 0.001
+        while due is not None and len(dates) < 3:
+            due = planned.schedule.next(due)
             if due is not None:
                 dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
-        rows.append((planned.name, planned.text.handler, planned.text.schedule,
+        rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
                      ', '.join(dates)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -2660,6 +2739,20 @@ def parse_arguments(words: list[str] | None) -> Any:
     return parser.parse_args(words)
 
 
+def load(arguments: Any) -> None:
+    """Load the configuration, and log what is noteworthy in it even when it is refused."""
+    log = logging.getLogger('torque.config')
+    config_ini.warnings, config_ini.notes = [], []
+    try:
+        config_ini.load(arguments.config or find_ini(), arguments.define, arguments.dry_run,
+                        arguments.run_once)
+    finally:
+        for text in config_ini.warnings:
+            log.warning('%s', text)
+        for text in config_ini.notes:
+            log.info('%s', text)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
@@ -2670,19 +2763,15 @@ def main(words: list[str] | None = None) -> int:
         logging.WARNING if arguments.quiet else logging.INFO
     try:
         set_up_log(level, arguments.log_file)
-        config_ini.load(arguments.config or find_ini(), arguments.define, arguments.dry_run,
-                        arguments.run_once)
-        log = logging.getLogger('torque.config')
-        for text in config_ini.warnings:
-            log.warning('%s', text)
-        for text in config_ini.notes:
-            log.info('%s', text)
+        load(arguments)
         if arguments.check:
             return check(config_ini)
         return run_once(config_ini) if arguments.run_once else run_daemon(config_ini)
     except UserError as error:
         print(error, file=sys.stderr)
-        return EXIT_CONFIG
+        return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
+    except KeyboardInterrupt:
+        return EXIT_FAILED
 
 
 if __name__ == '__main__':
