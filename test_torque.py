@@ -2247,8 +2247,8 @@ class LiveInfluxDBTest(Folder):
 # --- Config ------------------------------------------------------------------------------------
 
 HEAD = '[TORQUE]\nscgi_url = /nowhere\njob.connstats.active = no\n'          # lines 1 to 3
-GOOD = HEAD + 'job.a.handler = good:Plain\njob.a.schedule = 1h\n'           # and 4 to 5
-DOES = GOOD + 'job.a.handler = good:Does\njob.a.code = '                    # and 6 to 7
+GOOD_INI = HEAD + 'job.a.handler = good:Plain\njob.a.schedule = 1h\n'           # and 4 to 5
+DOES = GOOD_INI + 'job.a.handler = good:Does\njob.a.code = '                    # and 6 to 7
 RUN = ('-c', 't.ini', '--run-once', 'a')
 TIME = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d'
 GOOD_PY = '''\
@@ -2314,7 +2314,7 @@ class ConfigCase(Folder):
 
     def assert_refused(self, content, line, *words, override=()):
         """That line (a regex) has the only mistake, told in one line that holds the words."""
-        common = len(GOOD) if content[:len(GOOD)] == GOOD else 0
+        common = len(GOOD_INI) if content[:len(GOOD_INI)] == GOOD_INI else 0
         with self.subTest(content=content[common:], override=override):
             with self.assertRaises(torque.Mistakes) as caught:
                 self.load(content, *override)
@@ -2422,7 +2422,7 @@ class ConfigTest(ConfigCase):
                                  {'connstats': 'EngineStats', name: handler})
 
     def test_job_sees_its_settings(self):
-        text = GOOD + ('job.a.schedule = 15\njob.a.Path = /srv\njob.a.number = 007\njob.a.on=Yes\n'
+        text = GOOD_INI + ('job.a.schedule = 15\njob.a.Path = /srv\njob.a.number = 007\njob.a.on=Yes\n'
                        'job.a.off = false\njob.a.size = 1.5\njob.a.empty =\njob.a.cmd.nfo = x=y\n'
                        'job.b.handler = good::Plain\njob.b.schedule = hour=3\njob.b.dry_run = on\n')
         jobs = self.load(text)
@@ -2438,8 +2438,8 @@ class ConfigTest(ConfigCase):
 
     def test_inactive_job_is_not_imported(self):
         for word in 'no', 'False', 'off', '0':
-            self.assertEqual(self.load(f'{GOOD}job.a.handler = none:X\njob.a.active = {word}'), {})
-        self.assertEqual(list(self.load(GOOD + 'job.a.active = no', only='a')), ['a'])
+            self.assertEqual(self.load(f'{GOOD_INI}job.a.handler = none:X\njob.a.active = {word}'), {})
+        self.assertEqual(list(self.load(GOOD_INI + 'job.a.active = no', only='a')), ['a'])
 
     def test_config_ini_is_one_object(self):
         config = torque.config_ini
@@ -2464,7 +2464,7 @@ class ConfigTest(ConfigCase):
                 self.assertEqual(torque.config_ini[name][key], value)
         for override, word in (('grace', 'KEY=VALUE'), ('=1', 'KEY=VALUE'),
                                ('grace=x', "grace: 'x'"), ('job.a.active=x', "active: 'x'")):
-            self.assert_refused(GOOD, 0, word, override=[override])
+            self.assert_refused(GOOD_INI, 0, word, override=[override])
 
     def test_sections_match_in_any_case(self):
         text = HEAD.lower() + 'job.fluxstats.active = yes\n[influxdb]\nurl = http://y\ntimeout = 3'
@@ -2472,7 +2472,7 @@ class ConfigTest(ConfigCase):
         self.assertEqual((config.url, config.timeout, config.user), ('http://y', 3, 'me'))
 
     def test_jobs_share_engines(self):
-        jobs = self.load(GOOD + ''.join(
+        jobs = self.load(GOOD_INI + ''.join(
             f'job.{name}.handler = good:Does\njob.{name}.schedule = 1h\n'
             f'job.{name}.scgi_url = scgi://host:5000\n' for name in 'bc'), dry_run=True)
         self.assertIs(jobs['a'].config.engine, torque.config_ini.engine)
@@ -2555,18 +2555,18 @@ class BrokenIniTest(ConfigCase):
 
     def test_every_mistake_is_told(self):
         for text, *words in self.JOB:
-            self.assert_refused(f'{GOOD}job.a.{text}\n', 6, f"job.a.{text.split()[0]}: ", *words)
+            self.assert_refused(f'{GOOD_INI}job.a.{text}\n', 6, f"job.a.{text.split()[0]}: ", *words)
         for text, line, *words in self.TORQUE:
-            self.assert_refused(f'{GOOD}{text}\n', line, *words)
+            self.assert_refused(f'{GOOD_INI}{text}\n', line, *words)
         for text, *words in self.FLUX:
             for place, line in ('job.fluxstats.', '[67]'), ('[INFLUXDB]\n', '[68]'):
-                self.assert_refused(f'{GOOD}job.fluxstats.active = yes\n{place}{text}\n',
+                self.assert_refused(f'{GOOD_INI}job.fluxstats.active = yes\n{place}{text}\n',
                                     line if 'url' in text else line[2], text.split()[0], *words)
         for content, line, *words in self.FILES:
             self.assert_refused(content, line, *words)
 
     def test_all_are_told_at_once(self):
-        self.ini(GOOD + 'foo bar\njob.a.active = maybe\njob.connstats.active = yes\n'
+        self.ini(GOOD_INI + 'foo bar\njob.a.active = maybe\njob.connstats.active = yes\n'
                  'job.connstats.b = 1\njob.connstats.a = 1\ngrace = x\njob.b.handler = none:X\n'
                  'job.b.schedule = 0s\n  job.c.a = 1\njob.c.a = %(x)s\njob.c.active = no\n')
         status, out, err = self.command('-c', 't.ini')
@@ -2592,7 +2592,7 @@ class HandlerTest(ConfigCase):
                     name = (name if ':' in name else f'{name}:{ours}').replace(':', colon)
                     with self.subTest(name=name), self.assertRaisesRegex(
                             torque.Mistakes, f'{ours} has no such option'):   # only it says so
-                        self.load(f'{GOOD}job.a.handler = {name}\njob.a.nonsense = 1\n')
+                        self.load(f'{GOOD_INI}job.a.handler = {name}\njob.a.nonsense = 1\n')
 
     def test_bad_handlers_are_explained(self):
         for name, text in (('broken', 'x = 1\ndef broken(:\n    pass\n'), ('pack/__init__', ''),
@@ -2616,7 +2616,7 @@ class HandlerTest(ConfigCase):
                 ('pack.inner:X', "'pack.inner' cannot be imported: ", 'needy.py:3: '),
                 ('quits:X', "'quits' cannot be imported: ", 'quits.py:2: ', 'SystemExit'),
                 ('raises:X', "'raises' cannot be imported: ", "raises.py:2: KeyError: 'key'")):
-            self.assert_refused(f'{GOOD}job.a.handler = {handler}\n', 6, 'job.a.handler: ', *words)
+            self.assert_refused(f'{GOOD_INI}job.a.handler = {handler}\n', 6, 'job.a.handler: ', *words)
 
     def test_bad_initializers_are_explained(self):
         line = GOOD_PY.splitlines().index('            exec(config.code)') + 1
@@ -2627,7 +2627,7 @@ class HandlerTest(ConfigCase):
                 ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
                 ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),
                 ('Starts', 'raise ValueError("a\\nb\\x1b")', f'good.py:{line}: ValueError: a')):
-            self.assert_refused(f'{GOOD}job.a.handler = good:{handler}\njob.a.code = {code}\n', 6,
+            self.assert_refused(f'{GOOD_INI}job.a.handler = good:{handler}\njob.a.code = {code}\n', 6,
                                 'job.a', word)
 
     def test_torque_is_the_running_program(self):
@@ -2652,7 +2652,7 @@ class HandlerTest(ConfigCase):
 
 class CommandLineTest(ConfigCase):
     def test_every_answer_helps(self):
-        self.ini(GOOD)
+        self.ini(GOOD_INI)
         options = [*torque.CORE_OPTIONS, *torque.TORQUE_OPTIONS, *(
             option for job in torque.BUILT_IN.values() for option in job.options)]
         for words, expected, *texts in (
@@ -2685,7 +2685,7 @@ class CommandLineTest(ConfigCase):
 
     def test_check_shows_next_runs(self):
         before = int(time.time())
-        status, out, err, _ = self.check(f'{GOOD}job.b.handler = good:Plain\njob.b.schedule=hour=3')
+        status, out, err, _ = self.check(f'{GOOD_INI}job.b.handler = good:Plain\njob.b.schedule=hour=3')
         self.assertEqual(status, 0)
         self.assertRegex(err, rf'^{TIME} WARNING engine: .*/nowhere: .*\n$')
         rows = {line.split()[0]: line for line in out.splitlines()}
@@ -2714,7 +2714,7 @@ class CommandLineTest(ConfigCase):
                 self.assertEqual((err.count('INFO a: cleaned'), err.count(' b: ')), (1, 0))
 
     def test_log_shows_what_is_asked(self):
-        self.ini(GOOD + 'job.a.password = hunter2\njob.a.url = http://me:hunter2@h/\n')
+        self.ini(GOOD_INI + 'job.a.password = hunter2\njob.a.url = http://me:hunter2@h/\n')
         every = 'DEBUG INFO WARNING INFO'
         for words, levels in (
                 ([], every[6:]), (['-v'], every), (['--debug'], every), (['-q'], 'WARNING'),
@@ -2726,7 +2726,7 @@ class CommandLineTest(ConfigCase):
         self.assertRegex(self.command(*RUN, '-n')[2], rf"^{TIME} INFO a: ran .*'dry_run': True")
 
     def test_journal_adds_the_time_itself(self):
-        self.ini(GOOD)
+        self.ini(GOOD_INI)
         for journal, pattern in ('{0.st_dev}:{0.st_ino}', 'INFO a: '), ('8:1', f'{TIME} INFO a: '):
             with self.subTest(journal=journal), open(self.write('err', ''), 'r+') as stream:
                 journal = journal.format(os.fstat(stream.fileno()))         # of stderr, or another
@@ -2764,7 +2764,7 @@ class DaemonTest(ConfigCase):
         os.mkfifo(fifo)
         self.fifo = os.open(fifo, os.O_RDWR)
         self.addCleanup(os.close, self.fifo)
-        self.ini(f'{GOOD}job.w.handler = good:{handler}\njob.w.schedule = 0.1s\njob.w.code = '
+        self.ini(f'{GOOD_INI}job.w.handler = good:{handler}\njob.w.schedule = 0.1s\njob.w.code = '
                  'log = torque.logging.getLogger("torque.w"); log.info("begun"); '
                  f'stream = open("{fifo}", "rb", 0); stream.read(1); log.info("ended")\n{text}')
         self.program = start_torque('-c', 't.ini', cwd=self.folder)

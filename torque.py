@@ -1505,10 +1505,10 @@ def refuse_deadly(method: str, params: list) -> None:
     if method == 'system.multicall':
         for entry in params[0] if params else ():
             refuse_deadly(entry['methodName'], list(entry['params']))
-    if (method.startswith('f.') and 'multicall' not in method
-            and ':f' not in (str(params[0]) if params else '')
-            or method.startswith('d.') and any(re.match(r'\W*f\.(?!multicall)', str(param))
-                                               for param in params)):
+    listing = '.multicall' in method and not method.startswith('f.') and any(
+        re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
+    if listing or (method.startswith('f.') and 'multicall' not in method
+                   and ':f' not in (str(params[0]) if params else '')):
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 # --- Engine ----------------------------------------------------------------------------------
