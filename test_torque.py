@@ -2247,8 +2247,8 @@ class LiveInfluxDBTest(Folder):
 # --- Config ------------------------------------------------------------------------------------
 
 HEAD = '[TORQUE]\nscgi_url = /nowhere\njob.connstats.active = no\n'          # lines 1 to 3
-GOOD_INI = HEAD + 'job.a.handler = good:Plain\njob.a.schedule = 1h\n'           # and 4 to 5
-DOES = GOOD_INI + 'job.a.handler = good:Does\njob.a.code = '                    # and 6 to 7
+GOOD_INI = HEAD + 'job.a.handler = good:Plain\njob.a.schedule = 1h\n'       # and 4 to 5
+DOES = GOOD_INI + 'job.a.handler = good:Does\njob.a.code = '                # and 6 to 7
 RUN = ('-c', 't.ini', '--run-once', 'a')
 TIME = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d'
 GOOD_PY = '''\
@@ -2422,9 +2422,10 @@ class ConfigTest(ConfigCase):
                                  {'connstats': 'EngineStats', name: handler})
 
     def test_job_sees_its_settings(self):
-        text = GOOD_INI + ('job.a.schedule = 15\njob.a.Path = /srv\njob.a.number = 007\njob.a.on=Yes\n'
-                       'job.a.off = false\njob.a.size = 1.5\njob.a.empty =\njob.a.cmd.nfo = x=y\n'
-                       'job.b.handler = good::Plain\njob.b.schedule = hour=3\njob.b.dry_run = on\n')
+        text = GOOD_INI + (
+            'job.a.schedule = 15\njob.a.Path = /srv\njob.a.number = 007\njob.a.on = Yes\n'
+            'job.a.off = false\njob.a.size = 1.5\njob.a.empty =\njob.a.cmd.nfo = x=y\n'
+            'job.b.handler = good::Plain\njob.b.schedule = hour=3\njob.b.dry_run = on\n')
         jobs = self.load(text)
         config, other = jobs['a'].config, jobs['b'].config
         expected = {'Path': '/srv', 'number': 7, 'on': True, 'off': False, 'size': '1.5',
@@ -2438,7 +2439,8 @@ class ConfigTest(ConfigCase):
 
     def test_inactive_job_is_not_imported(self):
         for word in 'no', 'False', 'off', '0':
-            self.assertEqual(self.load(f'{GOOD_INI}job.a.handler = none:X\njob.a.active = {word}'), {})
+            text = f'{GOOD_INI}job.a.handler = none:X\njob.a.active = {word}'
+            self.assertEqual(self.load(text), {})
         self.assertEqual(list(self.load(GOOD_INI + 'job.a.active = no', only='a')), ['a'])
 
     def test_config_ini_is_one_object(self):
@@ -2529,6 +2531,7 @@ class BrokenIniTest(ConfigCase):
         ('schedule = month=2 day=30', 'month=2 day=30', 'never fire'))
     TORQUE = (                              # lines of [TORQUE] from 6 on, the line, the words told
         ('foo bar', 6, "'foo bar'", 'KEY = VALUE'), ('= 5', 6, "'= 5'"), ('[OPEN', 6, "'[OPEN'"),
+        ('foo\n  more', 6, "'foo'"), ('b ; c=1', 6, "'b"), ('[]', 6, "'[]'", '[SECTION]'),
         ('\n\n\x1b[31m', 8, r"'\x1b[31m'"), ('job = 1', 6, 'job.NAME.PARAM'),
         ('job.b = 1', 6, 'job.NAME.PARAM'), ('job..c = 1', 6, 'job.NAME.PARAM'),
         ('job.b. = 1', 6, 'job.NAME.PARAM'), ('grace = soon', 6, "grace: 'soon'", '15s'),
@@ -2555,7 +2558,8 @@ class BrokenIniTest(ConfigCase):
 
     def test_every_mistake_is_told(self):
         for text, *words in self.JOB:
-            self.assert_refused(f'{GOOD_INI}job.a.{text}\n', 6, f"job.a.{text.split()[0]}: ", *words)
+            name = text.split()[0]
+            self.assert_refused(f'{GOOD_INI}job.a.{text}\n', 6, f'job.a.{name}: ', *words)
         for text, line, *words in self.TORQUE:
             self.assert_refused(f'{GOOD_INI}{text}\n', line, *words)
         for text, *words in self.FLUX:
@@ -2616,7 +2620,8 @@ class HandlerTest(ConfigCase):
                 ('pack.inner:X', "'pack.inner' cannot be imported: ", 'needy.py:3: '),
                 ('quits:X', "'quits' cannot be imported: ", 'quits.py:2: ', 'SystemExit'),
                 ('raises:X', "'raises' cannot be imported: ", "raises.py:2: KeyError: 'key'")):
-            self.assert_refused(f'{GOOD_INI}job.a.handler = {handler}\n', 6, 'job.a.handler: ', *words)
+            self.assert_refused(f'{GOOD_INI}job.a.handler = {handler}\n', 6, 'job.a.handler: ',
+                                *words)
 
     def test_bad_initializers_are_explained(self):
         line = GOOD_PY.splitlines().index('            exec(config.code)') + 1
@@ -2627,8 +2632,8 @@ class HandlerTest(ConfigCase):
                 ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
                 ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),
                 ('Starts', 'raise ValueError("a\\nb\\x1b")', f'good.py:{line}: ValueError: a')):
-            self.assert_refused(f'{GOOD_INI}job.a.handler = good:{handler}\njob.a.code = {code}\n', 6,
-                                'job.a', word)
+            self.assert_refused(f'{GOOD_INI}job.a.handler = good:{handler}\njob.a.code = {code}\n',
+                                6, 'job.a', word)
 
     def test_torque_is_the_running_program(self):
         self.ini(DOES + 'self.LOG.info([torque is __main__, isinstance(self, __main__.Job), '
@@ -2685,7 +2690,8 @@ class CommandLineTest(ConfigCase):
 
     def test_check_shows_next_runs(self):
         before = int(time.time())
-        status, out, err, _ = self.check(f'{GOOD_INI}job.b.handler = good:Plain\njob.b.schedule=hour=3')
+        status, out, err, _ = self.check(GOOD_INI + 'job.b.handler = good:Plain\n'
+                                         'job.b.schedule = hour=3\n')
         self.assertEqual(status, 0)
         self.assertRegex(err, rf'^{TIME} WARNING engine: .*/nowhere: .*\n$')
         rows = {line.split()[0]: line for line in out.splitlines()}

@@ -566,6 +566,7 @@ def parse_plain(words: list[str], zone: Any) -> Schedule:
 # task never overlaps itself: what comes due during its run is merged into one run after it.
 
 MAX_SLEEP = 30                  # seconds; a changed clock is noticed within this time
+TRACE = 5                       # log level of --debug: tracebacks of any failure
 PATIENCE = 0.005                # seconds all workers may be busy before one more is started
 SPARE_WORKERS = 8               # idle threads that are kept
 MOST_MISSED = 1000              # due times that are counted one by one
@@ -642,7 +643,8 @@ class Task:
             return
         prefix = f'still failing, {row[0]} times in {show_duration(row[1])}: ' if row[0] else ''
         if isinstance(error, LoggableError):
-            self.log.warning('%s%s', prefix, error)
+            self.log.warning('%s%s', prefix, error,
+                             exc_info=error if self.log.isEnabledFor(TRACE) else None)
         else:
             self.log.error('%s%s', prefix, self.last_error, exc_info=None if prefix else error)
 
@@ -906,6 +908,7 @@ class Address(NamedTuple):
     port: int = 0
     user: str | None = None
     password: str | None = None
+    exposed: bool = False               # rTorrent's port is open to the network
 
     def is_local(self) -> bool:
         """Tell whether rTorrent runs on this machine, as far as the address shows."""
@@ -938,9 +941,10 @@ def parse_address(text: str) -> Address:
         return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
         raise UserError(f'{redacted(text)!r} is no address; {allowed}')
-    host = '127.0.0.1' if host in ('', '0.0.0.0') else host
+    exposed = host in ('', '0.0.0.0', '::')
+    host = '127.0.0.1' if exposed else host
     shown = f'[{host}]' if ':' in host else host
-    return Address('tcp', f'scgi://{shown}:{port}', '', host, port)
+    return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
 
 
 def redacted(text: Any) -> str:
@@ -1116,6 +1120,8 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
         try:
             answer = opener.open(lib.Request(url, body, headers), timeout=seconds)
         except urllib.error.HTTPError as error:
+            if error.fp is None:                        # Python 3.8, when a login was refused
+                return HttpAnswer(error.code, str(error.reason), {}, b'')
             answer = error
         with answer:
             content = answer.read(limit + 1)
@@ -1583,6 +1589,7 @@ class Engine:
     def send(self, body: bytes, content_type: str) -> bytes:
         """Carry a request to rTorrent and the body of the answer back."""
         request = http_request if self.address.kind == 'http' else scgi_request
+        self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         return request(self.address, body, content_type, Deadline(self.timeout), self.limit)
 
     def notice(self, error: RpcError | None) -> None:
@@ -2393,8 +2400,12 @@ class Config(Settings):
             if not url:
                 url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
             if url not in self.engines:
-                self.engines[url] = Engine(url, self.torque.rpc_timeout or RPC_TIMEOUT,
-                                           self.torque.rpc_limit or RPC_LIMIT)
+                engine = self.engines[url] = Engine(url, self.torque.rpc_timeout or RPC_TIMEOUT,
+                                                    self.torque.rpc_limit or RPC_LIMIT)
+                if engine.address.exposed:
+                    self.warnings.append(
+                        f'{url}: the RPC port of rTorrent is open to the network: whoever reaches '
+                        'it runs commands as you; bind it to 127.0.0.1 or use a socket')
             return self.engines[url]
         except UserError as error:
             place = entry.place if entry else rc.place if rc else self.path
@@ -2730,7 +2741,7 @@ def parse_arguments(words: list[str] | None) -> Any:
            help='set a key of [TORQUE], or section.KEY, over the file')
     option('-v', '--verbose', action='store_true', help='log more of what jobs do')
     option('-q', '--quiet', action='store_true', help='log only warnings and errors')
-    option('--debug', action='store_true', help='log everything, with tracebacks')
+    option('--debug', action='store_true', help='log everything, with the traceback of any failure')
     option('--log-file', metavar='FILE', help='log to a file instead of stderr')
     option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
     option('--check', action='store_true', help='check the configuration, show what would run')
@@ -2759,7 +2770,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
     if arguments.list_jobs:
         return list_jobs()
-    level = logging.DEBUG if arguments.debug or arguments.verbose else \
+    level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
         logging.WARNING if arguments.quiet else logging.INFO
     try:
         set_up_log(level, arguments.log_file)
