@@ -200,7 +200,11 @@ class RTorrent(Program):
                          f'trackers.use_udp.set = no\nsystem.daemon.set = true\n{rc}\n')
         super().__init__([*command, '-n', '-o', f'import={folder}/rtorrent.rc'], cwd=folder)
         self.engine = torque.Engine(self.url, 10)
-        wait_for(self.answers)
+        try:
+            wait_for(self.answers)
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
 
     def answers(self):
         if self.process.poll() is not None:
@@ -245,6 +249,8 @@ class Server:
 
     def stop(self):
         self.ended.set()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
         for connection in self.connections:
             with contextlib.suppress(OSError):
@@ -1221,7 +1227,7 @@ class AddressTest(RpcCase):
                          'http': [found.path, found.user, found.password]}
                 self.assertEqual(parts[found.kind], expected)
                 self.assertEqual(torque.parse_address(found.where),     # what is shown is usable
-                                 found._replace(user=None, password=None))
+                                 found._replace(user=None, password=None, exposed=False))
 
     def test_other_text_is_refused(self):
         for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',

@@ -31,6 +31,7 @@ if __name__ == '__main__':              # nothing beside this file may shadow a 
 import binascii
 import bisect
 import collections
+import contextlib
 import functools
 import heapq
 import itertools
@@ -45,7 +46,7 @@ import socket
 import threading
 import time
 from datetime import date, datetime, timedelta
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, configparser, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
@@ -875,13 +876,18 @@ class Scheduler:
     def finish(self, grace: float) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
         end = self.elapsed() + grace
+        with contextlib.suppress(queue.Empty):
+            while True:                         # what has not begun does not begin any more
+                self.work.get_nowait().running_since = None
         while self.running() and self.elapsed() < end:
             try:
                 message = self.mail.get(timeout=max(end - self.elapsed(), 0))
             except queue.Empty:
                 break
-            if message is not None:             # a second signal: no more waiting
+            if message == self.stop:            # a second signal: no more waiting
                 break
+            if isinstance(message, functools.partial):      # start(task): not any more
+                message.args[0].running_since = None
         return self.running()
 
 
@@ -909,6 +915,9 @@ class Address(NamedTuple):
     user: str | None = None
     password: str | None = None
     exposed: bool = False               # rTorrent's port is open to the network
+
+    def __repr__(self) -> str:
+        return f'<Address {self.where}>'
 
     def is_local(self) -> bool:
         """Tell whether rTorrent runs on this machine, as far as the address shows."""
@@ -1109,11 +1118,13 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     passwords = lib.HTTPPasswordMgrWithDefaultRealm()
     if user is not None:
         passwords.add_password(None, url, user, password or '')
+    digest = lib.HTTPDigestAuthHandler(passwords)
+    digest.retried = 5                                  # try once; urllib would six times
     opener = lib.OpenerDirector()
     opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
     local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
     for handler in (lib.ProxyHandler({} if local else None), http_handler(Deadline(seconds)),
-                    lib.HTTPDigestAuthHandler(passwords), lib.HTTPBasicAuthHandler(passwords),
+                    digest, lib.HTTPBasicAuthHandler(passwords),
                     lib.HTTPErrorProcessor(), lib.HTTPDefaultErrorHandler()):
         opener.add_handler(handler)
     try:
@@ -2178,6 +2189,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
     Option('queue_startable_base', str, '', 'condition that any startable item must meet'))
+TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
 class Entry(NamedTuple):
@@ -2211,54 +2223,44 @@ class Ini:
         self.notes: list[str] = []
 
     def read(self, lines: Iterable[str], name: str) -> None:
-        """Add the entries of one file, by the rules of pyrocore's parser."""
-        import configparser
-        places: dict = {}
-        section, number = '', 0
+        """Add the entries of one file, by the rules of pyrocore's parser.
 
-        def clean() -> Iterator[str]:
-            nonlocal section, number
-            indent = None                       # of the last key: what stands deeper goes on it
-            for number, line in enumerate(lines, 1):
-                line = line.rstrip().replace('\ufeff', '')
-                text, depth = line.lstrip(), len(line) - len(line.lstrip())
-                deeper = indent is not None and depth > indent
-                if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
-                    continue
-                if deeper:
-                    if re.match(r'[\w.-]+ *[=:](?!/)', text):
-                        self.warnings.append(f'{name}:{number}: an indented line belongs to the '
-                                             f'value above it: {quoted(text, 60)}')
-                    yield line + '\n'
-                elif text[0] == '[' and ']' in text:
-                    section, indent = text[1:].partition(']')[0].upper(), None
-                    yield f'[{section}]\n'
-                elif not section or not re.match('[^=:[]+[=:]', text):
-                    self.mistakes.append(f'{name}:{number}: {quoted(text, 60)} ' + (
-                        'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
-                        else 'stands before any [SECTION]; settings belong under [TORQUE]'))
-                    section, indent = section or '?', depth
-                    yield f'[{section}]\n'
-                else:
-                    cut = re.search(r'\s;', line)
-                    if cut and '=' in line[cut.end():]:
-                        self.warnings.append(f'{name}:{number}: text after `;` is a comment: '
-                                             f'{quoted(line[cut.end():].strip(), 60)}')
-                    indent = depth
-                    yield (line[:cut.start()] if cut else line) + '\n'
-
-        def place(key: str) -> str:
-            places.setdefault(section, {})[key.strip()] = f'{name}:{number}'
-            return key.strip()
-
-        parser = configparser.RawConfigParser(
-            strict=False, comment_prefixes=('\0',), empty_lines_in_values=False,
-            default_section='\0')
-        parser.optionxform = place              # type: ignore
-        parser.read_file(clean(), name)
-        for title in parser.sections():
-            for key, value in parser.items(title, raw=True):
-                self.add(title, key, '' if value == '""' else value, places[title][key])
+        configparser knows no lines, and cuts comments from the wrong ones.
+        """
+        section = key = ''
+        indent: int | None = None               # of the last key: what stands deeper goes on it
+        found: dict = {}                        # (section, key) -> [value, place]
+        for number, line in enumerate(lines, 1):
+            line, place = line.replace('\ufeff', '').rstrip(), f'{name}:{number}'
+            text, depth = line.lstrip(), len(line) - len(line.lstrip())
+            deeper = indent is not None and depth > indent
+            if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
+                continue
+            cut = re.search(r'\s;', text)
+            header = re.match(r'\[([^]]+)\]', text)
+            entry = re.match(r'([^=:[][^=:]*)[=:](.*)', text[:cut.start()] if cut else text)
+            if deeper and key:
+                found[section, key][0] += '\n' + text
+                if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
+                    self.warnings.append(f'{place}: an indented line belongs to the value above '
+                                         f'it: {quoted(text, 60)}')
+            elif deeper:                        # goes on a line that was refused
+                continue
+            elif header:
+                section, key, indent = header[1].upper(), '', None
+            elif not section or not entry:
+                self.mistakes.append(f'{place}: {quoted(text, 60)} ' + (
+                    'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
+                    else 'stands before any [SECTION]; settings belong under [TORQUE]'))
+                section, key, indent = section or '?', '', depth
+            else:
+                if cut and '=' in text[cut.end():]:
+                    self.warnings.append(f'{place}: text after `;` is a comment: '
+                                         f'{quoted(text[cut.end():].strip(), 60)}')
+                key, indent = entry[1].strip(), depth
+                found[section, key] = [entry[2].strip(), place]
+        for (section, key), (value, place) in found.items():
+            self.add(section, key, '' if value == '""' else value, place)
 
     def add(self, section: str, key: str, value: str, place: str) -> None:
         """Add one entry; a later one replaces an earlier one."""
@@ -2269,7 +2271,6 @@ class Ini:
 
     def warn_of_strangers(self) -> None:
         """Warn of settings that torque has no use for and that look like others."""
-        known = [option.name for option in TORQUE_OPTIONS]
         for section, entries in self.sections.items():
             place = next(iter(entries.values())).place if entries else ''
             close = nearest(section, SECTIONS)
@@ -2277,10 +2278,10 @@ class Ini:
                 self.warnings.append(f'{place}: section [{section}] means nothing to torque{close}')
         for key, entry in self.sections['TORQUE'].items():
             stem = key.partition('.')[0]
-            if stem not in (*known, 'job', 'apscheduler', 'httpd') and (
-                    nearest(stem, [*known, 'job']) or stem.lower() == 'job'):
+            if stem not in (*TORQUE_NAMES, 'job', 'apscheduler', 'httpd') and (
+                    nearest(stem, [*TORQUE_NAMES, 'job']) or stem.lower() == 'job'):
                 self.warnings.append(f'{entry.place}: {key} means nothing to torque'
-                                     f"{nearest(stem.lower() + ' ', [*known, 'job'])}")
+                                     f"{nearest(stem.lower() + ' ', [*TORQUE_NAMES, 'job'])}")
 
 
 def convert(text: str) -> Any:
@@ -2309,8 +2310,10 @@ def import_handler(text: str) -> Any:
     except (Exception, SystemExit) as error:    # whatever the module does when imported
         if isinstance(error, ModuleNotFoundError) and error.name and (
                 module == error.name or module.startswith(error.name + '.')):
+            hint = f'; write {module[:-3]}:{name}' if module.endswith('.py') else \
+                nearest(text, BUILT_IN)
             raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
-                            f'Python does){nearest(text, BUILT_IN)}') from None
+                            f'Python does){hint}') from None
         raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
     if not callable(getattr(found, name, None)):
         classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
@@ -2448,6 +2451,8 @@ def read_files(path: str, overrides: Iterable[str]) -> Ini:
             ini.mistakes.append(f'-D {text}: allowed is KEY=VALUE or section.KEY=VALUE')
         elif dot and section.upper() in {*ini.sections, *SECTIONS}:
             ini.add(section.upper(), rest, value.strip(), '-D')
+        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
+            ini.mistakes.append(f'-D {text}: there is no section [{section.upper()}]')
         else:
             ini.add('TORQUE', key.strip(), value.strip(), '-D')
     return ini
@@ -2466,6 +2471,10 @@ def group_jobs(torque: dict[str, Entry], ini: Ini) -> dict[str, dict[str, Entry]
             groups.setdefault(name, {})[param] = entry
         elif stem == 'job':
             ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
+    for name, entries in groups.items():
+        if 'handler' not in entries and nearest(name, [other for other in groups if other != name]):
+            ini.warnings.append(f'{next(iter(entries.values())).place}: job.{name} has no handler'
+                                f'{nearest(name, [other for other in groups if other != name])}')
     if ignored:
         ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
     return groups
@@ -2660,6 +2669,8 @@ def run_daemon(config: Config) -> int:
 
 def run_once(config: Config) -> int:
     """Run the one planned job now, in the foreground."""
+    import signal
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     planned, = config.jobs
     job = config.make_jobs()[planned.name]
     task = make_tasks(config, {planned.name: job})[0]
@@ -2768,12 +2779,12 @@ def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
     arguments = parse_arguments(words)
-    if arguments.list_jobs:
-        return list_jobs()
     level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
         logging.WARNING if arguments.quiet else logging.INFO
     try:
         set_up_log(level, arguments.log_file)
+        if arguments.list_jobs:
+            return list_jobs()
         load(arguments)
         if arguments.check:
             return check(config_ini)
@@ -2783,6 +2794,9 @@ def main(words: list[str] | None = None) -> int:
         return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
     except KeyboardInterrupt:
         return EXIT_FAILED
+    except BrokenPipeError:                             # as with `--list-jobs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_OK
 
 
 if __name__ == '__main__':
