@@ -2208,8 +2208,8 @@ class LiveInfluxDBTest(Folder):
         engine = types.SimpleNamespace(stats=lambda: torque.Stats(
             'box:1', 'v', 1.0, next(numbers), *[0] * 9, {'main': 1}, 0.001))
         numbers = iter(range(1, 100))
-        clock = mock.patch('torque.time.time', lambda start=time.time(): next(seconds) + start)
-        seconds = iter(range(100))              # no two points in the same millisecond
+        start, seconds = time.time(), iter(range(100))
+        clock = mock.patch('torque.time.time', lambda: start + next(seconds))   # no two at once
         clock.start()
         self.addCleanup(clock.stop)
         job = self.job(engine=engine, series_host='')

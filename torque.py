@@ -1119,7 +1119,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     if user is not None:
         passwords.add_password(None, url, user, password or '')
     digest = lib.HTTPDigestAuthHandler(passwords)
-    digest.retried = 5                                  # try once; urllib would six times
+    digest.retried = 5                  # type: ignore  # one try; urllib would make six
     opener = lib.OpenerDirector()
     opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
     local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
@@ -1887,8 +1887,8 @@ def replace_file(path: str, text: str) -> None:
 
 def parse_tags(text: str) -> dict[str, str]:
     """Return the tags in `name=value, name=value`."""
-    tags = dict((part.partition('=')[0].strip(), part.partition('=')[2].strip())
-                for part in text.split(',') if part.strip())
+    tags = {part.partition('=')[0].strip(): part.partition('=')[2].strip()
+            for part in text.split(',') if part.strip()}
     if not all(name and value for name, value in tags.items()):
         raise UserError(f'{text!r} are not tags; allowed is name=value, name=value')
     return tags
