@@ -15,11 +15,15 @@ Sections, each using only what stands above it:
     Scheduler           due times and the worker threads that meet them
     RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
     Engine              one rTorrent: where it is, what it offers, its figures
+    Torrents            fields of torrents, and lists of them
+    Filter and template conditions on torrents; text and commands with values put in
     Jobs                Job, and the built-in ones
     Config              torque.ini -> Config -> jobs
-    Command line        signals, log, main
+    Daemon              pid file, status, reload, what is remembered
+    Command line        arguments, log, main
 
-Exit status: 0 fine, 1 a job failed (--run-once), 2 usage, 78 configuration.
+Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
+78 configuration.
 """
 from __future__ import annotations
 
@@ -28,31 +32,38 @@ import sys
 if __name__ == '__main__':              # nothing beside this file may shadow a library
     sys.path.append(sys.path.pop(0))
 
+import ast
 import binascii
 import bisect
 import collections
 import contextlib
+import errno
+import fnmatch
 import functools
 import heapq
 import itertools
 import json
 import logging
+import logging.handlers
+import operator
 import os
 import queue
 import random
 import re
+import select
 import shlex
 import socket
+import struct
 import threading
 import time
 from datetime import date, datetime, timedelta
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
-# argparse, configparser, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
+# argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
 
 VERSION = '1.0'
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CONFIG = 0, 1, 2, 78
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_RUNNING, EXIT_CONFIG = 0, 1, 2, 69, 75, 78
 
 
 # --- Errors ----------------------------------------------------------------------------------
@@ -97,11 +108,7 @@ SIZE_UNITS = {'': 1, 'b': 1, 'k': 1 << 10, 'm': 1 << 20, 'g': 1 << 30, 't': 1 <<
 
 
 def parse_bool(text: Any) -> bool:
-    """Return the truth that a word stands for.
-
-    >>> parse_bool('Yes'), parse_bool('off')
-    (True, False)
-    """
+    """Return the truth that a word stands for."""
     word = str(text).strip().lower()
     if word not in TRUE and word not in FALSE:
         raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
@@ -116,9 +123,9 @@ def parse_duration(text: Any) -> float:
     """
     part = NUMBER + r'\s*([wdhms]?)\s*'
     words = re.findall(part, str(text).lower())
-    units = [unit for _, unit in words]
-    if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(set(units)) < len(units)
-            or '' in units and len(units) > 1):
+    units = {unit for _, unit in words}
+    if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(units) < len(words)
+            or '' in units and len(words) > 1):
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d')
     return sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
 
@@ -136,11 +143,7 @@ def parse_size(text: Any) -> int:
 
 
 def parse_count(text: Any) -> int:
-    """Return a whole number, zero or more.
-
-    >>> parse_count('10')
-    10
-    """
+    """Return a whole number, zero or more."""
     if not re.fullmatch(r'[0-9]{1,18}', str(text).strip()):
         raise UserError(f'{text!r} is not a whole number of 0 or more')
     return int(text)
@@ -156,9 +159,9 @@ def show_duration(seconds: float) -> str:
         return f'{seconds * 1000:.0f}ms'
     left, parts = int(seconds), []
     for unit, size in DURATION_UNITS.items():
-        if left >= size:
-            parts.append(f'{left // size}{unit}')
-            left %= size
+        number, left = divmod(left, size)
+        if number:
+            parts.append(f'{number}{unit}')
         elif parts:
             break
     return ' '.join(parts[:2]) or '0s'
@@ -211,32 +214,31 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 WEEKDAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
 MONTHS = ('jan', 'feb', 'mar', 'apr', 'may', 'jun', 'jul', 'aug', 'sep', 'oct', 'nov', 'dec')
-POSITIONS = ('1st', '2nd', '3rd', '4th', '5th', 'last')
-SECOND = timedelta(seconds=1)
+POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
+SECOND, DAY = timedelta(seconds=1), timedelta(1)
 
 
 class Field(NamedTuple):
-    """One part of a calendar schedule: its range, its names, and the value of names[0]."""
+    """One part of a calendar schedule: its range, and the names of its values."""
     name: str
     low: int
     high: int
     names: tuple = ()
-    base: int = 0
 
 
 FIELDS = {field.name: field for field in (
-    Field('year', 1970, 9999), Field('month', 1, 12, MONTHS, 1), Field('day', 1, 31),
+    Field('year', 1970, 9999), Field('month', 1, 12, MONTHS), Field('day', 1, 31),
     Field('week', 1, 53), Field('day_of_week', 0, 6, WEEKDAYS), Field('hour', 0, 23),
     Field('minute', 0, 59), Field('second', 0, 59))}
 CRON_WEEKDAY = Field('day of week', 0, 7, WEEKDAYS[6:] + WEEKDAYS[:6])
-CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week')
+CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week', 'second')
 CRON_NAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@midnight': '0 0 * * *',
               '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *', '@yearly': '0 0 1 1 *',
               '@annually': '0 0 1 1 *'}
 
 
 def parse_field(text: str, field: Field) -> frozenset:
-    """Return the numbers that a field allows; a day may be a position too, as ('3rd', 6).
+    """Return the numbers that a field allows; for a position among days (its index, weekday).
 
     part ::= ('*' | value | value '-' value) ['/' step] | 'last' | position weekday
     field ::= part (',' part)*
@@ -248,8 +250,8 @@ def parse_field(text: str, field: Field) -> frozenset:
     for part in text.lower().split(','):
         position, _, weekday = part.strip().partition(' ')
         if field.name == 'day' and position in POSITIONS and (weekday or position == 'last'):
-            allowed.add((position, weekday and field_value(weekday.strip(),
-                                                           FIELDS['day_of_week'])))
+            allowed.add((POSITIONS[position],
+                         field_value(weekday.strip(), FIELDS['day_of_week']) if weekday else None))
             continue
         match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d+))?\s*', part)
         if not match:
@@ -276,7 +278,7 @@ def parse_field(text: str, field: Field) -> frozenset:
 def field_value(word: str, field: Field) -> int:
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
     if word in field.names:
-        return field.names.index(word) + field.base
+        return field.names.index(word) + field.low
     if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
         also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
         raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
@@ -287,7 +289,7 @@ class Schedule:
     """When a job is due. `jitter` is the most seconds a run may be put off, at random."""
     jitter = 0.0
     elapsed = False                     # True: next() takes and gives elapsed, not Unix seconds
-    step_back = 60                      # clock set back by less: no due time comes twice
+    every_hour = True                   # follows real time through clock changes
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`, None when there is none any more."""
@@ -298,17 +300,16 @@ class Interval(Schedule):
     """Every so many seconds, counted from `start` without drift.
 
     >>> Interval(15).next(31)
-    45
+    45.0
     """
     elapsed = True
 
-    def __init__(self, seconds: float, start: float = 0):
-        self.seconds = seconds
-        self.start = start
+    def __init__(self, seconds: float):
+        self.seconds, self.start = seconds, 0.0
 
     def next(self, after: float) -> float:
-        due = self.start + ((after - self.start) // self.seconds + 1) * self.seconds
-        return due if due > after else due + self.seconds      # the division may round down
+        ticks = ((after - self.start) / self.seconds + 2e-6) // 1       # it may round down
+        return self.start + (ticks + 1) * self.seconds
 
 
 class Calendar(Schedule):
@@ -325,15 +326,16 @@ class Calendar(Schedule):
         finest = max(list(FIELDS).index(name) for name in texts)
         allowed: dict = {}
         for index, (name, field) in enumerate(FIELDS.items()):
+            every = index < finest or name in ('week', 'day_of_week')
+            allowed[name] = range(field.low, (field.high if every else field.low) + 1)
             if name in texts:
                 allowed[name] = parse_field(
                     texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
-            else:
-                every = index < finest or name in ('week', 'day_of_week')
-                allowed[name] = range(field.low, field.high + 1) if every else {field.low}
-        self.years, self.first_year = allowed['year'], min(allowed['year'])
-        self.months, self.weeks = sorted(allowed['month']), allowed['week']
-        self.monthdays, self.weekdays = allowed['day'], allowed['day_of_week']
+        (self.years, months, self.monthdays, weeks, self.weekdays, hours, minutes,
+         seconds) = allowed.values()
+        self.first_year, self.months = min(self.years), sorted(months)
+        self.weeks, self.seconds = set(weeks), sorted(seconds)
+        self.minutes: list[int] = sorted(60 * hour + each for hour in hours for each in minutes)
         self.positions = [day for day in self.monthdays if isinstance(day, tuple)]
         if cron:
             self.weekdays = {(number + 6) % 7 for number in self.weekdays}
@@ -341,24 +343,8 @@ class Calendar(Schedule):
             '*' in texts['day'].split(',') + texts['day_of_week'].split(',')
             or len(self.monthdays) == 31 and '*' in texts['day_of_week']
             or len(self.weekdays) == 7 and '*' in texts['day'])
-        self.hours, self.minutes, self.seconds = (
-            self.successors(allowed[name], FIELDS[name].high) for name in
-            ('hour', 'minute', 'second'))
         self.days = functools.lru_cache(64)(self.matching_days)
-        self.keep_time(len(allowed['hour']) == 24, zone)
-
-    def keep_time(self, every_hour: bool, zone: Any) -> None:
-        """Set what a clock change does."""
-        self.zone, self.every_hour = zone, every_hour
-        self.step_back = 60 if every_hour else 3 * 3600
-
-    @staticmethod
-    def successors(allowed: Iterable, high: int) -> list:
-        """Return a table: at [n] the smallest allowed number that is n or more, else None."""
-        table: list = [None] * (high + 2)
-        for number in range(high, -1, -1):
-            table[number] = number if number in allowed else table[number + 1]
-        return table
+        self.zone, self.every_hour = zone, len(hours) == 24
 
     def matching_days(self, year: int, month: int) -> list[int]:
         """Return the days of one month that are allowed, in order."""
@@ -367,54 +353,43 @@ class Calendar(Schedule):
         first = date(year, month, 1)
         length = 31 if month == 12 else (date(year, month + 1, 1) - first).days
         week, last_week = (date(year, month, day).isocalendar()[1] for day in (1, length))
-        if week <= last_week and not any(n in self.weeks for n in range(week, last_week + 1)):
+        if week <= last_week and self.weeks.isdisjoint(range(week, last_week + 1)):
             return []
-        found = []
-        for day in range(1, length + 1):
-            weekday = (first.weekday() + day - 1) % 7
-            if weekday == 0:
-                week = date(year, month, day).isocalendar()[1]
-            by_day, by_weekday = day in self.monthdays, weekday in self.weekdays
-            if not by_day and self.positions:
-                names = {POSITIONS[(day - 1) // 7], 'last' if day + 7 > length else ''}
-                by_day = any(position in names and on == weekday if on != '' else day == length
-                             for position, on in self.positions)
-            if week in self.weeks and (by_day or by_weekday if self.either else
-                                       by_day and by_weekday):
-                found.append(day)
-        return found
+        monthdays = set(self.monthdays)
+        for index, weekday in self.positions:
+            among = range(1, length + 1) if weekday is None else range(
+                1 + (weekday - first.weekday()) % 7, length + 1, 7)
+            monthdays.update(among[index:][:1])
+        weekdays = {day for day in range(1, length + 1)
+                    if (first.weekday() + day - 1) % 7 in self.weekdays}
+        days = monthdays | weekdays if self.either else monthdays & weekdays
+        return [day for day in range(1, length + 1) if day in days and (
+            len(self.weeks) == 53 or date(year, month, day).isocalendar()[1] in self.weeks)]
 
-    def wall_from(self, wall: datetime) -> datetime | None:
-        """Return the first allowed wall time that is `wall` or later."""
-        year, month, day = wall.year, wall.month, wall.day
+    def wall_from(self, wall: datetime) -> datetime:
+        """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
+        year, month, now = wall.year, wall.month, 60 * wall.hour + wall.minute
         days = self.days(year, month)
-        if day in days:
-            hour, minute, second = wall.hour, wall.minute, self.seconds[wall.second]
-            if second is None:
-                minute, second = minute + 1, self.seconds[0]
-            if self.minutes[minute] != minute:
-                minute, second = self.minutes[minute], self.seconds[0]
-            if minute is None:
-                hour, minute = hour + 1, self.minutes[0]
-            if self.hours[hour] != hour:
-                hour, minute, second = self.hours[hour], self.minutes[0], self.seconds[0]
-            if hour is not None:
-                return datetime(year, month, day, hour, minute, second)
-        index = bisect.bisect(days, day)
-        last = min(max(year, self.first_year) + 400, 9999)      # the calendar repeats by then
+        if wall.day in days:
+            second = bisect.bisect_left(self.seconds, wall.second)
+            minute = bisect.bisect_left(self.minutes, now + (second == len(self.seconds)))
+            if minute < len(self.minutes):
+                second = second if self.minutes[minute] == now else 0
+                return datetime(year, month, wall.day, *divmod(self.minutes[minute], 60),
+                                self.seconds[second])
+        index = bisect.bisect(days, wall.day)
+        last = max(year, self.first_year) + 400     # the calendar repeats by then
         while index >= len(days):
-            later = bisect.bisect(self.months, month)
-            year, month = (year, self.months[later]) if later < len(self.months) else (
-                year + 1, self.months[0])
+            year += month >= self.months[-1]
+            month = self.months[bisect.bisect(self.months, month) % len(self.months)]
             if year > last:
-                return None
+                raise ValueError('there is no such date')
             days, index = self.days(year, month), 0
-        return datetime(year, month, days[index], self.hours[0], self.minutes[0], self.seconds[0])
+        return datetime(year, month, days[index], *divmod(self.minutes[0], 60), self.seconds[0])
 
     def wall(self, seconds: float) -> datetime:
         """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
-        wall = datetime.fromtimestamp(seconds, self.zone)
-        return wall.replace(tzinfo=None) if self.zone else wall
+        return datetime.fromtimestamp(seconds, self.zone).replace(tzinfo=None)
 
     def unix(self, wall: datetime) -> int:
         """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
@@ -422,47 +397,42 @@ class Calendar(Schedule):
 
     def change(self, low: int, high: int) -> int:
         """Return the first second after `low` that has the offset of `high`."""
-        def offset(seconds: int) -> int:
-            wall = self.wall(seconds)
-            return (wall - datetime(1970, 1, 1)) // SECOND - seconds
-        after = offset(high)
+        def zero(seconds: int) -> datetime:         # what the wall shows at 0 by this offset
+            return self.wall(seconds) - timedelta(0, seconds)
+        after = zero(high)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if offset(middle) == after else (middle, high)
+            low, high = (low, middle) if zero(middle) == after else (middle, high)
         return high
 
     def next(self, after: float) -> float | None:
         start = int(after // 1) + 1
         try:
             return self.by_real_time(start) if self.every_hour else self.by_wall(start)
-        except (OverflowError, ValueError):         # beyond the year 9999
+        except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
-    def by_real_time(self, start: int) -> int | None:
+    def by_real_time(self, start: int) -> int:
         """Return the first second from `start` on whose wall time is allowed."""
         while True:
             wall = self.wall(start)
             found = self.wall_from(wall)
-            if found is None:
-                return None
-            ahead = (found - wall) // SECOND
-            end = start + min(ahead, 86400)         # no two changes lie within a day
-            if self.wall(end) - wall != (end - start) * SECOND:
+            ahead = min(found - wall, DAY)          # no two changes lie within a day
+            end = start + ahead // SECOND
+            seen = self.wall(end)
+            if seen - wall != ahead:
                 start = self.change(start, end)
-            elif end == start + ahead:
+            elif seen == found:
                 return end
             else:
-                start = max(end, self.unix(found - timedelta(1)))
+                start = max(end, self.unix(found - DAY))
 
-    def by_wall(self, start: int) -> int | None:
+    def by_wall(self, start: int) -> int:
         """Return the first second from `start` on that is allowed and not a repetition."""
         wall = self.wall(start - 1)                 # `start` may be right after a gap
         if wall.fold:                               # go to where the repetition ends
-            change = self.change(self.unix(wall.replace(fold=0)), start - 1)
-            wall = max(wall.replace(fold=0), self.wall(change - 1))
+            wall = self.wall(self.change(self.unix(wall.replace(fold=0)), start - 1) - 1)
         found = self.wall_from(wall + SECOND)
-        if found is None:
-            return None
         seconds = self.unix(found)
         if self.wall(seconds) == found:
             return seconds
@@ -473,19 +443,19 @@ class Croniter(Calendar):
     """A cron expression beyond torque's grammar, as the croniter package reads it."""
 
     def __init__(self, text: str, zone: Any = None):
-        import croniter                             # type: ignore
-        self.text, self.croniter = text, croniter.croniter
-        self.keep_time(text.split()[1] == '*', zone)
         try:
-            self.croniter(text, datetime(2000, 1, 1))
+            import croniter                         # type: ignore
+            croniter.croniter(text, datetime(2000, 1, 1))
+        except ImportError:
+            raise UserError(f'{text!r} needs croniter, which is not installed; without it cron '
+                            'has five fields of * */n a a-b a-b/n and names') from None
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f'croniter refuses {text!r}: {error}') from None
+        self.text, self.croniter = text, croniter.croniter
+        self.zone, self.every_hour = zone, text.split()[1] == '*'
 
-    def wall_from(self, wall: datetime) -> datetime | None:
-        try:
-            return self.croniter(self.text, wall - SECOND).get_next(datetime)
-        except ValueError:                          # CroniterBadDateError: no such date
-            return None
+    def wall_from(self, wall: datetime) -> datetime:
+        return self.croniter(self.text, wall - SECOND).get_next(datetime)
 
 
 def parse_zone(name: str) -> Any:
@@ -547,18 +517,13 @@ def parse_plain(words: list[str], zone: Any) -> Schedule:
         return Interval(seconds)
     text = CRON_NAMES.get(text.lower(), text)
     words = text.split()
-    names = '|'.join(WEEKDAYS + MONTHS)
-    if len(words) in (6, 7) or len(words) == 5 and re.search(
-            '[lw#?]', re.sub(names, '', text.lower())):
-        try:
-            return Croniter(text, zone)
-        except ImportError:
-            raise UserError(f'{text!r} needs croniter, which is not installed; without it cron '
-                            'has five fields of * */n a a-b a-b/n and names') from None
+    unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
+    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
+        return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
                         'minute hour day month weekday')
-    return Calendar({**dict(zip(CRON_FIELDS, words)), 'second': '0'}, zone, cron=True)
+    return Calendar(dict(zip(CRON_FIELDS, [*words, '0'])), zone, cron=True)
 
 # --- Scheduler -------------------------------------------------------------------------------
 # Tasks enter: a name, a Schedule, and a function to call. Two heaps hold due times, one in Unix
@@ -616,7 +581,8 @@ class Task:
     """
 
     def __init__(self, name: str, schedule: Schedule, run: Callable[[], Any],
-                 max_runtime: float | None = None, log: Any = None):
+                 max_runtime: float | None = None, log: Any = None, at_start: bool = False):
+        self.at_start = at_start                # a calendar task is due at once, too
         self.name, self.schedule, self.run, self.max_runtime = name, schedule, run, max_runtime
         self.log = log or logging.getLogger('torque.' + name)
         self.due: float | None = None
@@ -627,14 +593,18 @@ class Task:
         self.last_error: str | None = None
         self.running_since: float | None = None
         self.overdue = self.removed = False
+        self.after_end: Callable[[], None] | None = None    # once it is removed and has ended
         self.failing: tuple | None = None       # (elapsed seconds, failures) when it began
         self.repeats = Repeats()
 
     def failed(self, error: BaseException, now: float) -> None:
         """Count a failure and log it: in full once, then summed up."""
         self.failures += 1
-        self.last_error = f'{error}' if isinstance(error, LoggableError) else \
-            f'{type(error).__name__}: {error}'
+        known = isinstance(error, LoggableError)
+        try:
+            self.last_error = f'{error}' if known else f'{type(error).__name__}: {error}'
+        except Exception:                       # its __str__ is broken, too
+            self.last_error = type(error).__name__
         since, said, before = self.failing or (now, False, self.failures - 1)
         row = self.repeats.seen(re.sub(r'[\d.]+', '#', self.last_error), now)
         told = getattr(error, 'told', False)
@@ -643,11 +613,17 @@ class Task:
             self.log.debug('failed again: %s', self.last_error)
             return
         prefix = f'still failing, {row[0]} times in {show_duration(row[1])}: ' if row[0] else ''
-        if isinstance(error, LoggableError):
-            self.log.warning('%s%s', prefix, error,
-                             exc_info=error if self.log.isEnabledFor(TRACE) else None)
-        else:
-            self.log.error('%s%s', prefix, self.last_error, exc_info=None if prefix else error)
+        traced = self.log.isEnabledFor(TRACE) if known else not prefix
+        self.log.log(logging.WARNING if known else logging.ERROR, '%s%s', prefix, self.last_error,
+                     exc_info=error if traced else None)
+
+    def merged(self, times: int, when: str, now: float) -> None:
+        """Note that due times became one run, without flooding the log."""
+        self.missed += times - 1
+        row = self.repeats.seen(when, now)
+        if row is not None:
+            again = f' ({row[0]} times in {show_duration(row[1])})' if row[0] else ''
+            self.log.info('%d runs came due %s, merged into one%s', times, when, again)
 
     def worked(self, now: float) -> None:
         """Note that a run went well, and say so when the last failure was said."""
@@ -669,8 +645,8 @@ class Scheduler:
         self.wall, self.elapsed = wall, elapsed
         self.offset = wall() - elapsed()
         self.tasks: dict[str, Task] = {}
-        self.wall_heap: list = []               # (when, sequence, function of now)
-        self.elapsed_heap: list = []
+        # of (when, sequence, function of now), the first in Unix, the second in elapsed seconds
+        self.heaps: tuple[list, list] = [], []
         self.sequence = itertools.count()
         self.lock = threading.Lock()            # guards running_since, waiting, spare, workers
         self.work: queue.SimpleQueue = queue.SimpleQueue()
@@ -687,23 +663,25 @@ class Scheduler:
         if isinstance(task.schedule, Interval):
             task.schedule.start = task.due = self.elapsed()
         else:
-            task.due = task.schedule.next(self.wall())
+            task.due = self.wall() if task.at_start else task.schedule.next(self.wall())
         self.push(task)
         return task
 
     def remove(self, name: str) -> Task:
         """Take a task out; a run in progress goes on."""
-        task = self.tasks.pop(name)
-        task.removed = True
-        return task
+        self.tasks[name].removed = True
+        return self.tasks.pop(name)
+
+    def at(self, when: float, elapsed: bool, function: Callable, *args: Any) -> None:
+        """Let tick() call function(*args, now), which returns tasks to start."""
+        heapq.heappush(self.heaps[elapsed], (
+            when, next(self.sequence), functools.partial(function, *args)))
 
     def push(self, task: Task) -> None:
         """Enter the task's due time into the heap of its clock."""
         if task.due is not None:
-            heap = self.elapsed_heap if task.schedule.elapsed else self.wall_heap
             delay = random.uniform(0, task.schedule.jitter) if task.schedule.jitter else 0
-            heapq.heappush(heap, (task.due + delay, next(self.sequence),
-                                  functools.partial(self.come_due, task, delay)))
+            self.at(task.due + delay, task.schedule.elapsed, self.come_due, task, delay)
 
     def next_run(self, task: Task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
@@ -717,54 +695,37 @@ class Scheduler:
         """Move a task to its next due time; return it when a run is to start."""
         if task.removed:
             return []
-        task.last_due, missed = task.due, 0
-        due = task.schedule.next(now if task.due is None else task.due)
-        while due is not None and due <= now - delay and missed < MOST_MISSED:
-            task.last_due, missed = due, missed + 1
-            due = task.schedule.next(due)
-        if due is not None and due <= now - delay:
-            due = task.schedule.next(now)
+        due, times = task.due, 0
+        while due is not None and due + delay <= now:
+            task.last_due, times = due, times + 1
+            due = task.schedule.next(due if times <= MOST_MISSED else now)
         task.due = due
         self.push(task)
         with self.lock:
             if task.running_since is not None:
-                task.waiting += 1 + missed
+                task.waiting += times
                 return []
             task.running_since = self.wall()
-        if missed:
-            task.missed += missed
-            self.say_merged(task, f'{missed + 1} runs came due while the machine or torque '
-                            'was held up', now)
+        if times > 1:
+            task.merged(times, 'while the machine or torque was held up', self.elapsed())
         return [task]
-
-    def say_merged(self, task: Task, text: str, now: float) -> None:
-        """Log that due times were merged into one run, without flooding."""
-        row = task.repeats.seen(re.sub(r'\d+', '#', text), now)
-        if row is not None:
-            again = f' ({row[0]} times in {show_duration(row[1])})' if row[0] else ''
-            task.log.info('%s, merged into one%s', text, again)
-
-    def set_back(self, step: float, wall: float) -> None:
-        """Compute due times anew after the clock was set back by `step` seconds."""
-        self.log.info('the clock was set back by %s', show_duration(step))
-        self.wall_heap.clear()
-        for task in self.tasks.values():
-            if not task.schedule.elapsed:
-                after = wall
-                if task.last_due is not None and step < task.schedule.step_back:
-                    after = max(wall, task.last_due)
-                task.due = task.schedule.next(after)
-                self.push(task)
 
     def tick(self, wall: float, elapsed: float) -> tuple[list[Task], float]:
         """Return the tasks that are to start now, and the seconds until the next look."""
         step = self.offset - (wall - elapsed)
         self.offset = wall - elapsed
         if step > 0.5:
-            self.set_back(step, wall)
+            self.log.info('the clock was set back by %s', show_duration(step))
+            self.heaps[False].clear()
+            for task in self.tasks.values():
+                if not task.schedule.elapsed:
+                    again = step >= (60 if task.schedule.every_hour else 3 * 3600)
+                    after = wall if again else max(wall, task.last_due or wall)
+                    task.due = task.schedule.next(after)
+                    self.push(task)
         ready: list[Task] = []
         sleep: float = MAX_SLEEP
-        for heap, now in ((self.wall_heap, wall), (self.elapsed_heap, elapsed)):
+        for heap, now in zip(self.heaps, (wall, elapsed)):
             while heap and heap[0][0] <= now:
                 ready += heapq.heappop(heap)[2](now)
             if heap:
@@ -778,9 +739,7 @@ class Scheduler:
         with self.lock:
             self.spare -= 1
         if task.max_runtime:
-            heapq.heappush(self.elapsed_heap, (
-                self.elapsed() + task.max_runtime, next(self.sequence),
-                functools.partial(self.check_overdue, task, task.runs)))
+            self.at(self.elapsed() + task.max_runtime, True, self.check_overdue, task, task.runs)
         self.work.put(task)
 
     def check_overdue(self, task: Task, run: int, now: float) -> list[Task]:
@@ -794,21 +753,18 @@ class Scheduler:
     def add_workers(self, most: int) -> None:
         """Start threads for runs that wait for one."""
         for _ in range(most):
-            with self.lock:
-                if self.spare >= 0:
-                    return
-                self.spare += 1
-                self.workers += 1
+            if self.spare >= 0:
+                return
             try:
                 threading.Thread(target=self.worker, daemon=True).start()
             except RuntimeError as error:               # no more threads: try again later
-                with self.lock:
-                    self.spare -= 1
-                    self.workers -= 1
                 self.patience = 1.0
                 if self.repeats.seen('threads', self.elapsed()):
                     self.log.error('no new worker thread: %s; %d are there', error, self.workers)
                 return
+            with self.lock:
+                self.spare += 1
+                self.workers += 1
             self.patience = PATIENCE
 
     def worker(self) -> None:
@@ -837,13 +793,12 @@ class Scheduler:
             waited, task.waiting = task.waiting, 0
             again = waited and not self.stopping and not task.removed
             task.running_since = self.wall() if again else None
+        if waited > 1 and again:
+            task.merged(waited, 'during the last one', ended)
         if again:
-            task.missed += waited - 1
-            if waited > 1:
-                self.say_merged(task, f'{waited} runs came due during the last one', ended)
             self.mail.put(functools.partial(self.start, task))
         elif self.stopping or task.removed:
-            self.mail.put(None)
+            self.mail.put(task.after_end)
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
@@ -866,8 +821,10 @@ class Scheduler:
                 if self.spare < 0:              # nothing taken meanwhile: they are all stuck
                     self.add_workers(10 if self.work.qsize() >= before else 1)
             else:
-                if message is not None:
-                    message()
+                try:
+                    (message or bool)()
+                except Exception:
+                    self.log.exception('this should not happen')
 
     def stop(self) -> None:
         """Let serve() return; no new runs start."""
@@ -888,6 +845,8 @@ class Scheduler:
                 break
             if isinstance(message, functools.partial):      # start(task): not any more
                 message.args[0].running_since = None
+            elif message is not None:
+                message()
         return self.running()
 
 
@@ -921,8 +880,7 @@ class Address(NamedTuple):
 
     def is_local(self) -> bool:
         """Tell whether rTorrent runs on this machine, as far as the address shows."""
-        return self.kind == 'unix' or self.host in ('localhost', '::1') or \
-            self.host.startswith('127.')
+        return bool(re.match(r'localhost$|127\.|::1$|$', self.host))
 
 
 def parse_address(text: str) -> Address:
@@ -940,7 +898,7 @@ def parse_address(text: str) -> Address:
         host, port = url.hostname or '', url.port or 0
     except ValueError:                          # what it says may hold a password
         raise UserError(f'{redacted(text)!r} is no address; {allowed}') from None
-    if url.scheme in ('http', 'https') and host:
+    if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
         clean = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path or '/RPC2'}"
         return Address('http', clean, clean, host, port, url.username and unquote(url.username),
                        url.password and unquote(url.password))
@@ -965,73 +923,52 @@ def redacted(text: Any) -> str:
     return re.sub(r'(?s)^((?:\w+://)?[^:/@]*):.*@', r'\1:***@', str(text))
 
 
-class Deadline:
-    """The moment by which a call must be over, whatever the other side does."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.end = seconds, time.monotonic() + seconds
-
-    def arm(self, sock: Any) -> None:
-        """Give the socket what time is left; raises socket.timeout when there is none."""
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout('timed out')
-        sock.settimeout(left)
+def arm(sock: Any, end: float) -> None:
+    """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise socket.timeout('timed out')
+    sock.settimeout(left)
 
 
-def scgi_request(address: Address, body: bytes, content_type: str, deadline: Deadline,
+def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
                  limit: int) -> bytes:
     """Send one SCGI request and return the body of its answer.
 
     Raises Unreachable; the text says what happened, the caller adds where and which method.
     """
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
-    received, end, state = bytearray(), 0, 'connect'
+    received, size, state, end = bytearray(), 0, 'connect', time.monotonic() + seconds
     try:
-        with scgi_connect(address, deadline) as sock:
+        with socket.socket(socket.AF_UNIX) if address.kind == 'unix' else \
+                socket.create_connection((address.host, address.port), seconds) as sock:
+            arm(sock, end)
+            if address.kind == 'unix':
+                sock.connect(address.path)
             state = 'send'
             sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
             state = 'receive'
-            while not end or len(received) < end:
-                deadline.arm(sock)
+            while not size or len(received) < size:
+                arm(sock, end)
                 chunk = sock.recv(1 << 18)
                 if not chunk:
-                    break
+                    raise Unreachable(
+                        f'the answer broke off after {len(received)} bytes' if received else
+                        'the connection was closed without an answer')
                 received += chunk
-                end = end or answer_end(received, limit)
+                size = size or answer_end(received, limit)
     except socket.timeout:
-        waited = f'{deadline.seconds:g} s'
+        waited = f'{seconds:g} s'
         raise Unreachable(
             f'no connection within {waited}' if state == 'connect' else
-            f'only {len(received)} of {end or "?"} bytes came in {waited}' if received else
+            f'only {len(received)} of {size or "?"} bytes came in {waited}' if received else
             f'connected, but no answer in {waited}: reading its session, or hung') from None
     except OSError as error:
-        if state == 'send':
-            raise Unreachable(f'the connection was closed during a request of {len(body)} '
-                              'bytes: too large for it?') from None
-        raise Unreachable(describe(error)) from None
-    if not end or len(received) < end:
-        raise Unreachable(f'the answer broke off after {len(received)} bytes' if received
-                          else 'the connection was closed without an answer')
-    if len(received) > end:
+        raise Unreachable(f'the connection was closed during a request of {len(body)} bytes: too '
+                          'large for it?' if state == 'send' else describe(error)) from None
+    if len(received) > size:
         raise Unreachable('the answer is longer than its Content-Length says')
     return bytes(received[received.index(b'\r\n\r\n') + 4:])
-
-
-def scgi_connect(address: Address, deadline: Deadline) -> socket.socket:
-    """Return a connected socket."""
-    if address.kind == 'tcp':
-        sock = socket.create_connection((address.host, address.port), deadline.seconds)
-    else:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        deadline.arm(sock)
-        if address.kind == 'unix':
-            sock.connect(address.path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def answer_end(received: bytearray, limit: int) -> int:
@@ -1072,15 +1009,15 @@ class HttpAnswer(NamedTuple):
     body: bytes
 
 
-def http_handler(deadline: Deadline) -> Any:
-    """Return urllib's handler for http and https, where every read obeys the deadline."""
+def http_handler(end: float) -> Any:
+    """Return urllib's handler of both schemes: no read outlasts `end`, and errors are answers."""
     import http.client
     import io
     import urllib.request
 
     class Reader(socket.SocketIO):
         def readinto(self, buffer: Any) -> int | None:
-            deadline.arm(self._sock)                    # type: ignore[attr-defined]
+            arm(self._sock, end)                        # type: ignore[attr-defined]
             return super().readinto(buffer)
 
     class Response(http.client.HTTPResponse):
@@ -1089,19 +1026,13 @@ def http_handler(deadline: Deadline) -> Any:
             sock._io_refs += 1                          # as its makefile() does
             self.fp = io.BufferedReader(Reader(sock, 'rb'))
 
-    def connection(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        made = kind(*args, **kwargs)
-        made.response_class = Response
-        return made
+    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+            timed = type('Timed', (http_class,), {'response_class': Response})
+            return super().do_open(timed, req, **options)       # type: ignore[arg-type]
 
-    class Handler(urllib.request.HTTPSHandler):
-        def http_open(self, request: Any) -> Any:
-            return self.do_open(functools.partial(connection, http.client.HTTPConnection), request)
-
-        def https_open(self, request: Any) -> Any:
-            return self.do_open(functools.partial(connection, http.client.HTTPSConnection), request)
-
-        http_request = urllib.request.AbstractHTTPHandler.do_request_
+        def http_error_default(self, request: Any, answer: Any, *about: Any) -> Any:
+            return answer
 
     return Handler()
 
@@ -1123,44 +1054,41 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     opener = lib.OpenerDirector()
     opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
     local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
-    for handler in (lib.ProxyHandler({} if local else None), http_handler(Deadline(seconds)),
-                    digest, lib.HTTPBasicAuthHandler(passwords),
-                    lib.HTTPErrorProcessor(), lib.HTTPDefaultErrorHandler()):
+    for handler in (lib.ProxyHandler({} if local else None), digest, lib.HTTPErrorProcessor(),
+                    lib.HTTPBasicAuthHandler(passwords), http_handler(time.monotonic() + seconds)):
         opener.add_handler(handler)
     try:
-        try:
-            answer = opener.open(lib.Request(url, body, headers), timeout=seconds)
-        except urllib.error.HTTPError as error:
-            if error.fp is None:                        # Python 3.8, when a login was refused
-                return HttpAnswer(error.code, str(error.reason), {}, b'')
-            answer = error
-        with answer:
+        with opener.open(lib.Request(url, body, headers), timeout=seconds) as answer:
             content = answer.read(limit + 1)
-            left = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
+            size = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
         if len(content) > limit:
             raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-        if left.isdigit() and int(left) > len(content):
-            raise Unreachable(f'the answer broke off after {len(content)} of {left} bytes')
+        if size.isdigit() and int(size) > len(content):
+            raise Unreachable(f'the answer broke off after {len(content)} of {size} bytes')
         return HttpAnswer(answer.code, str(answer.reason), {
             name.lower(): value for name, value in answer.headers.items()}, content)
+    except urllib.error.HTTPError as error:             # a digest login was refused
+        return HttpAnswer(error.code, str(error.reason), {}, b'')
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, 'reason', error)
         if isinstance(error, http.client.IncompleteRead):
-            raise Unreachable(f'the answer broke off after {len(error.partial)} bytes') from None
-        if isinstance(reason, socket.timeout):
-            raise Unreachable(f'no whole answer in {seconds:g} s') from None
-        if 'scheme' in str(reason):
-            raise Unreachable('HTTP 401: it asks for a login neither basic nor digest') from None
-        if isinstance(reason, OSError):
-            raise Unreachable(describe(reason)) from None
-        raise Unreachable(f'not an answer of a web server: {quoted(reason)}') from None
+            said = f'the answer broke off after {len(error.partial)} bytes'
+        elif isinstance(reason, socket.timeout):
+            said = f'no whole answer in {seconds:g} s'
+        elif isinstance(reason, OSError):
+            said = describe(reason)
+        elif 'scheme' in str(reason):
+            said = 'HTTP 401: it asks for a login neither basic nor digest'
+        else:
+            said = f'not an answer of a web server: {quoted(reason)}'
+        raise Unreachable(said) from None
 
 
-def http_request(address: Address, body: bytes, content_type: str, deadline: Deadline,
+def http_request(address: Address, body: bytes, content_type: str, seconds: float,
                  limit: int) -> bytes:
     """Send a request to an HTTP mount of rTorrent and return the body of its answer."""
-    answer = http_post(address.path, body, {'Content-Type': content_type}, deadline.seconds,
-                       limit, address.user, address.password)
+    answer = http_post(address.path, body, {'Content-Type': content_type}, seconds, limit,
+                       address.user, address.password)
     if answer.status == 401:
         raise Unreachable('HTTP 401: user or password is wrong or missing')
     if answer.status != 200 or 'html' in answer.headers.get('content-type', ''):
@@ -1207,126 +1135,68 @@ def xml_request(method: str, params: Iterable) -> bytes:
         raise RpcError(f'{quoted(error.object[error.start])} cannot be sent to rTorrent') from None
 
 
-XML_CELL = r'(?:string>[^<]*</string>|i8>[^<]*</i8>|i4>[^<]*</i4>)'
-XML_TOKEN = re.compile(                 # the groups are numbered 1, 2-3, 4-5, 6, ... 11
-    r'<value><array>\s*<data>\s*<value><'               # an array of scalars alone: a row
-    fr'({XML_CELL}(?:</value>\s*<value><{XML_CELL})*)</value>\s*</data>\s*</array></value>\s*'
-    r'|<value>\s*<(string|i8|i4|int)>([^<]*)</\2>\s*</value>\s*'
-    r'|<value>\s*<(boolean|base64)>([^<]*)</\4>\s*</value>\s*'
-    r'|<value>\s*<(string|array>\s*<data|struct)\s*/>\s*(?:</array>\s*)?</value>\s*'
-    r'|<value>([^<]*)</value>\s*'
-    r'|<value>\s*<(array>\s*<data|struct)>\s*'
-    r'|</(data>\s*</array|struct)>\s*</value>\s*'
-    r'|<member>\s*<name>([^<]*)</name>\s*'
-    r'|(</member>)\s*')
-XML_BETWEEN = re.compile(r'</value>\s*<value><')
-XML_HEAD = re.compile(r'\s*(?:<\?xml[^>]*\?>)?\s*<methodResponse>\s*'
-                      r'(?:<params>\s*<param>|(<fault>))\s*')
-XML_TAIL = re.compile(r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*')
-XML_ENTITY = re.compile('&(?:#([0-9]+)|#x([0-9a-fA-F]+)|(lt|gt|amp|quot|apos));')
+# An answer is turned into JSON text by replacing its tags, in this order, and JSON's grammar finds
+# what does not fit together. \0, which no XML holds, stands for the end of a value for a while.
+
+XML_AS_JSON = (
+    ('\\', r'\\'), ('"', r'\"'), ('<value><string>', '"'), ('</string></value>', '"\0'),
+    ('<value><i8>', ''), ('</i8></value>', '\0'), ('<value><i4>', ''), ('</i4></value>', '\0'),
+    ('<value><int>', ''), ('</int></value>', '\0'), ('<value><string/></value>', '""\0'),
+    ('<value><boolean>0</boolean></value>', 'false\0'),
+    ('<value><boolean>1</boolean></value>', 'true\0'),
+    ('<value><array><data>', '['), ('</data></array></value>', ']\0'),
+    ('<value><array><data/></array></value>', '[]\0'), ('<value><struct/></value>', '{}\0'),
+    ('<value><struct>', '{'), ('</struct></value>', '}\0'),
+    ('<member>', ''), ('<name>', '"'), ('</name>', '":'), ('</member>', ''),
+    ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
+    ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
+XML_ANSWER = re.compile(
+    r'\s*(?:<\?xml[^>]*\?>)?\s*<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
+    r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
+XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
 XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
-
-
-def xml_text(text: str) -> str:
-    """Return character data with its entities replaced."""
-    if '&' not in text:
-        return text
-    if len(XML_ENTITY.findall(text)) != text.count('&'):
-        raise ValueError('an entity that XML-RPC does not have')
-    return XML_ENTITY.sub(lambda found: chr(int(found[1])) if found[1] else chr(int(
-        found[2], 16)) if found[2] else XML_ENTITIES[found[3]], text)
-
-
-def xml_row(text: str) -> list:
-    """Return the values of an array that holds only text and numbers."""
-    cells = text.split('</value>\r\n<value><' if '\n<value' in text else '</value><value><')
-    if len(cells) != text.count('<value') + 1:          # some other white space between them
-        cells = XML_BETWEEN.split(text)
-    row = [cell[7:-9] if cell[0] == 's' else int(cell[3:-5]) for cell in cells]
-    return row if '&' not in text else [
-        xml_text(cell) if isinstance(cell, str) and '&' in cell else cell for cell in row]
-
-
-def xml_scan(text: str) -> tuple[Any, bool]:
-    """Return the value in a methodResponse, and whether it is a fault.
-
-    ValueError where the text is not what rTorrent or xmlrpc.client.dumps send.
-    """
-    head = XML_HEAD.match(text)
-    if not head:
-        raise ValueError('not a methodResponse')
-    stack: list = [[]]                  # lists and dicts that are open; a name above its dict
-    place = head.end()
-    while True:
-        token = XML_TOKEN.match(text, place)
-        if not token:
-            break
-        place = token.end()
-        kind = token.lastindex
-        if kind == 8:
-            stack.append({} if token[8] == 'struct' else [])
-            continue
-        if kind == 10:
-            stack.append(xml_text(token[10]))
-            continue
-        if kind == 11:
-            continue
-        if kind == 1:
-            value: Any = xml_row(token[1])
-        elif kind == 9:
-            value = stack.pop()
-            if not stack or type(value) is not (dict if token[9] == 'struct' else list):
-                raise ValueError('tags that do not match')
-        else:
-            value = xml_single(kind, token)
-        if isinstance(stack[-1], str):
-            stack[-2][stack.pop()] = value
-        else:
-            stack[-1].append(value)
-    if len(stack) != 1 or len(stack[0]) != 1 or not XML_TAIL.fullmatch(text, place):
-        raise ValueError(f'not understood at {text[place:place + 60]!r}')
-    return stack[0][0], bool(head[1])
-
-
-def xml_single(kind: int | None, token: re.Match) -> Any:
-    """Return the value of a token that is a whole <value> and no row."""
-    if kind == 3:
-        return xml_text(token[3]) if token[2] == 'string' else int(token[3])
-    if kind == 5:
-        return xml_other(token[4], token[5])
-    if kind == 6:
-        return '' if token[6] == 'string' else {} if token[6] == 'struct' else []
-    return xml_text(token[7])
-
-
-def xml_other(name: str, content: str) -> Any:
-    """Return a boolean, or the text in a base64: rTorrent sends so what is not UTF-8."""
-    if name == 'base64':
-        return binascii.a2b_base64(content).decode('utf-8', 'replace')
-    if content.strip() not in ('0', '1'):
-        raise ValueError(f'{content!r} is not a boolean')
-    return content.strip() == '1'
 
 
 def xml_reply(content: bytes) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer.
 
-    What the scanner does not know is left to xmlrpc.client, but never a DTD.
+    What is not understood here is left to xmlrpc.client, but never a DTD.
     """
-    text = content.decode('utf-8', 'replace')
-    if text.count('\r') != text.count('>\r\n<') or any(      # as XML has it
-            f'<{tag}>\r\n</' in text for tag in ('string', 'name', 'value')):
-        text = text.replace('\r\n', '\n').replace('\r', '\n')
+    text = content.decode('utf-8', 'replace').replace('\0', '\ufffd')    # NUL is a mark below
     try:
-        value, fault = xml_scan(text)
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        value, fault = xml_loads(text, str(error)), False
-    if fault:
+        if '<base64>' in text:
+            text = re.sub('<base64>([^<]*)</base64>', xml_from_base64, text)
+        answer = XML_ANSWER.fullmatch(text)
+        if not answer:
+            raise ValueError('not what rTorrent sends')
+        inner = answer[2]
+        for tag, mark in XML_AS_JSON:
+            inner = inner.replace(tag, mark)
+        if '<' in inner:
+            raise ValueError('a tag that rTorrent does not send')
+        if '&' in inner:
+            inner = XML_ENTITY.sub(xml_entity, inner)
+        value = json.loads(inner.rstrip('\n,'), strict=False)
+    except (ValueError, LookupError, OverflowError, RecursionError):
+        return xml_loads(text)
+    if answer[1]:
         raise rpc_fault(value)
     return value
 
 
-def xml_loads(text: str, why: str) -> Any:
+def xml_from_base64(found: re.Match) -> str:
+    """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
+    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
+    return '<string>%s</string>' % xml_escape(text).replace('\r', '&#13;')
+
+
+def xml_entity(found: re.Match) -> str:
+    """Return the character of an entity as JSON has it."""
+    base = {'#': 10, '#x': 16}.get(found[1])
+    return json.dumps(chr(int(found[2], base)) if base else XML_ENTITIES[found[2]])[1:-1]
+
+
+def xml_loads(text: str) -> Any:
     """Return the value in an unusual answer, read by xmlrpc.client."""
     if '<!' in text:
         raise RpcError('the answer has a DTD or the like, which is refused')
@@ -1335,11 +1205,10 @@ def xml_loads(text: str, why: str) -> Any:
     try:
         return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
     except xmlrpc.client.Fault as fault:
-        raise rpc_fault({'faultCode': fault.faultCode,
-                         'faultString': fault.faultString}) from None
+        raise rpc_fault(vars(fault)) from None
     except (ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
             AttributeError, OverflowError):
-        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])} ({why[:80]})') from None
+        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
 
 
 def rpc_fault(fault: Any) -> RpcError:
@@ -1350,9 +1219,8 @@ def rpc_fault(fault: Any) -> RpcError:
                      fault.get('faultString', fault.get('message')))
     if 'info-hash' in str(message):
         return HashNotFound(f'fault {code}: {quoted(message)}', code)
-    hint = ''
-    if 'untrusted' in str(message):
-        hint = '; the web server in between marks its connections as untrusted: use scgi:// here'
+    hint = ('; the web server in between marks its connections as untrusted: use scgi:// here'
+            if 'untrusted' in str(message) else '')
     return RpcError(f'fault {code}: {quoted(message)}{hint}', code)
 
 
@@ -1394,13 +1262,16 @@ def json_request(calls: list[tuple]) -> bytes:
 
 
 def json_reply(content: bytes, count: int) -> list:
-    """Return the results of `count` calls, an RpcError in the place of each that failed."""
+    """Return the results of `count` calls, an RpcError in the place of each that failed.
+
+    Raises it where there is no answer to all, as when one text in it is not UTF-8.
+    """
     try:
         items = json.loads(content.decode('utf-8', 'replace'))
     except (ValueError, RecursionError):
         items = None
     if isinstance(items, dict):
-        if count > 1 and 'error' in items:
+        if 'error' in items and (count > 1 or JSON_NOT_UTF8 in str(items['error'])):
             raise rpc_fault(items['error'])
         items = [items]
     if not isinstance(items, list) or len(items) != count or not all(
@@ -1426,9 +1297,6 @@ class Proxy:
         if name.startswith('__'):
             raise AttributeError(name)
         return Method(self, name)
-
-    def __repr__(self) -> str:
-        return f'<Proxy for {self.where}>'
 
     def call(self, method: str, *params: Any) -> Any:
         """Return what one command answers."""
@@ -1473,25 +1341,20 @@ class Proxy:
         if self.speaks_json and question not in self.xml_only:
             content = self.send(json_request(calls), 'application/json')
             try:
-                answers = json_reply(content, len(calls))
-                lost = next((answer for answer in answers if isinstance(answer, RpcError)
-                             and JSON_NOT_UTF8 in str(answer)), None)
+                return json_reply(content, len(calls))
             except RpcError as error:
-                lost = error
                 if JSON_NOT_UTF8 not in str(error):
                     raise
-            if not lost:
-                return answers
-            if not all(only_reads(method, params) for method, *params in calls):
-                raise RpcError(f'the commands were run, but their answer is lost: {lost}')
+                if not all(only_reads(method, params) for method, *params in calls):
+                    raise RpcError(f'the commands were run, but their answer is lost: {error}'
+                                   ) from None
             if len(self.xml_only) >= 1000:
                 self.xml_only.clear()
             self.xml_only.add(question)
         if len(calls) == 1:
+            content = self.send(xml_request(calls[0][0], calls[0][1:]), 'text/xml')
             try:
-                return [xml_reply(self.send(xml_request(calls[0][0], calls[0][1:]), 'text/xml'))]
-            except Unreachable:
-                raise
+                return [xml_reply(content)]
             except RpcError as error:
                 return [error]
         body = xml_request('system.multicall', [[
@@ -1541,27 +1404,12 @@ GAUGES = {                              # Stats field -> rTorrent command
     'down_limit': 'throttle.global_down.max_rate', 'down_total': 'throttle.global_down.total',
     'open_sockets': 'network.open_sockets', 'max_open_sockets': 'network.max_open_sockets',
     'open_files': 'network.open_files', 'max_open_files': 'network.max_open_files'}
+# One look at rTorrent: uptime and rpc_time in seconds, rates in bytes a second, 0 is no limit;
+# views has the size of each. What it does not tell is None.
+Stats: Any = collections.namedtuple('Stats', (          # type: ignore[misc]
+    'engine_id', 'version', 'uptime', *GAUGES, 'views', 'rpc_time'))
 RC_FILES = ('~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc')
 RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
-
-
-class Stats(NamedTuple):
-    """One look at rTorrent: bytes, bytes a second, counts. What it does not tell is None."""
-    engine_id: str
-    version: str
-    uptime: float | None                # seconds
-    up_rate: int | None
-    up_limit: int | None                # 0: no limit
-    up_total: int | None
-    down_rate: int | None
-    down_limit: int | None
-    down_total: int | None
-    open_sockets: int | None
-    max_open_sockets: int | None
-    open_files: int | None
-    max_open_files: int | None
-    views: dict                         # name: size
-    rpc_time: float                     # seconds that the answer took
 
 
 class Engine:
@@ -1578,30 +1426,29 @@ class Engine:
         self.pid: int | None = None
         self.methods: frozenset = frozenset()
         self.engine_id, self.session_path, self.versions = '', '', ('', '')
+        self.views: frozenset = frozenset()
+        self.aliases: dict[str, list[str]] = {}         # of trackers: name -> beginnings of URLs
         self.startup: float | None = None
 
     def open(self) -> Proxy:
         """Return a Proxy to call rTorrent with, after a look at what it offers."""
-        stamp = self.socket_stamp()
-        proxy = self.proxy
+        stamp, proxy = self.socket_stamp(), self.proxy
         if proxy is None or stamp != self.stamp:
-            proxy = self.look()
-            self.stamp = stamp
+            proxy, self.stamp = self.look(), stamp
         return proxy
 
     def socket_stamp(self) -> Any:
         """Return what identifies the socket file: a restarted rTorrent makes a new one."""
-        try:
-            found = os.stat(self.address.path) if self.address.kind == 'unix' else None
-        except OSError:
-            return None
-        return found and (found.st_ino, found.st_ctime_ns)
+        with contextlib.suppress(OSError):              # other addresses have no such path
+            found = os.stat(self.address.path)
+            return found.st_ino, found.st_ctime_ns
+        return None
 
     def send(self, body: bytes, content_type: str) -> bytes:
         """Carry a request to rTorrent and the body of the answer back."""
         request = http_request if self.address.kind == 'http' else scgi_request
         self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
-        return request(self.address, body, content_type, Deadline(self.timeout), self.limit)
+        return request(self.address, body, content_type, self.timeout, self.limit)
 
     def notice(self, error: RpcError | None) -> None:
         """Log that rTorrent has gone, or is back; an error that says so counts as told."""
@@ -1625,15 +1472,17 @@ class Engine:
         if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
             raise RpcError(f'{self.address.where}: system.listMethods: this is no list of '
                            f'commands: {quoted(methods)}')
-        names = ['session.name', 'session.path', 'system.client_version',
-                 'system.library_version', 'system.pid', 'startup_time', 'network.rpc.use_jsonrpc']
-        answers = dict(zip(names, proxy.batch([(name, '') for name in names])))
-        known = {name: value for name, value in answers.items()
+        names = ('view.list', 'session.name', 'session.path', 'system.client_version',
+                 'system.library_version', 'system.pid', 'startup_time',
+                 'network.rpc.use_jsonrpc')
+        answers = proxy.batch([(name, '') for name in names])
+        known = {name: value for name, value in zip(names, answers)
                  if not isinstance(value, RpcError)}
         with self.lock:
-            self.methods = frozenset(methods)
-            self.engine_id = str(known.get('session.name', self.address.where))
+            self.methods, views = frozenset(methods), known.get('view.list')
+            self.views = frozenset(views if isinstance(views, list) else ())
             self.session_path = str(known.get('session.path', ''))
+            self.engine_id = str(known.get('session.name', self.address.where))
             self.versions = (str(known.get('system.client_version', '?')),
                              str(known.get('system.library_version', '?')))
             self.pid = known.get('system.pid')
@@ -1647,13 +1496,18 @@ class Engine:
         self.open()
         return method in self.methods
 
+    def has_view(self, view: str) -> bool:
+        """Tell whether this rTorrent had a view when it was looked at."""
+        self.open()
+        return view in self.views
+
     @property
     def uptime(self) -> float | None:
         """Seconds since rTorrent was started, None where that cannot be known."""
         return None if self.startup is None else max(time.time() - self.startup, 0)
 
-    def stats(self) -> Stats:
-        """Return rTorrent's figures, asked in one round trip."""
+    def stats(self) -> Any:
+        """Return rTorrent's figures as Stats, asked in one round trip."""
         proxy = self.open()
         commands = [command for command in GAUGES.values() if command in self.methods]
         began = time.perf_counter()
@@ -1664,10 +1518,9 @@ class Engine:
         if pid is not None and pid != self.pid:         # it was restarted: look again
             self.look()
         gauges = dict(zip(commands, values))
-        return Stats(engine_id=self.engine_id, version='/'.join(self.versions),
-                     uptime=self.uptime, rpc_time=rpc_time,
-                     views=dict(zip(VIEWS, values[len(commands):])),
-                     **{field: gauges.get(command) for field, command in GAUGES.items()})
+        return Stats._make([self.engine_id, '/'.join(self.versions), self.uptime,
+                            *map(gauges.get, GAUGES.values()),
+                            dict(zip(VIEWS, values[len(commands):])), rpc_time])
 
 
 def process_start(pid: int | None, address: Address) -> float | None:
@@ -1733,8 +1586,7 @@ def read_rc(path: str, depth: int = 0) -> dict:
                 if len(rest) > 1:
                     settings[name.strip()] = rest[-1].strip()
             else:
-                settings[{'session.path.set': 'session', 'session.path': 'session',
-                          'directory.default.set': 'directory.default'}.get(key, key)] = value
+                settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
     return settings
 
 
@@ -1760,27 +1612,874 @@ def rc_value(text: str, settings: dict, depth: int = 0) -> str:
         raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
     if text.startswith('"') and text.endswith('"') and len(text) > 1:
         text = text[1:-1]
-    if text.startswith('(') and text.endswith(')'):
-        name, *args = split_outside(text.strip('()') if text.count('(') == 1 else text[1:-1], ',')
-    elif text.startswith('$'):
-        name, _, rest = text[1:].partition('=')
-        args = split_outside(rest, ',') if rest else []
-    else:
+    if not text.startswith('$') and not (text.startswith('(') and text.endswith(')')):
         return text
-    name = name.strip()
+    inner = text[1:-1] if text.startswith('(') else text[1:].replace('=', ',', 1)
+    name, *args = (part.strip() for part in split_outside(inner, ','))
     values = [rc_value(arg, settings, depth + 1) for arg in args]
     if name == 'cat':
         return ''.join(values)
     if name == 'system.env':
         return os.environ.get(values[0] if values else '', '')
-    if name == 'session.path' and 'session' in settings:
-        return os.path.expanduser(rc_value(settings['session'], settings, depth + 1)) \
-            .rstrip('/') + '/'
     if name in settings:
-        return rc_value(settings[name], settings, depth + 1)
+        value = rc_value(settings[name], settings, depth + 1)
+        return os.path.join(os.path.expanduser(value), '') if name == 'session.path' else value
     raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
                     'set scgi_url in [TORQUE]')
 
+
+# --- Torrents --------------------------------------------------------------------------------
+# Names of fields enter, rows leave: a Torrent maps a field's name to its value. A field is
+# worked out from raw values: what a d. command answers, or a second question ("files",
+# "trackers") that is asked only for torrents which the cheap conditions have left over.
+
+SOURCES = {                             # second questions: command, and the columns of its rows
+    'files': ('f.multicall', ('f.path=', 'f.size_bytes=')),
+    'trackers': ('t.multicall', ('t.url=', 't.is_enabled=', 't.scrape_complete=',
+                                 't.scrape_incomplete=', 't.failed_time_last=',
+                                 't.success_time_last='))}
+TV = re.compile(r'^(?P<show>.+?)[._ -]+(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|'
+                r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))(?:[._ -](?P<title>.*))?$', re.I)
+MOVIE = re.compile(r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
+KINDS = {kind: traits for traits, kinds in {
+    'audio': 'flac mp3 ogg opus m4a wav dts ac3 alac wma ape',
+    'video': 'avi mkv m4v vob mp4 mpg mpeg m2ts ts ogv wmv webm mov',
+    'img': 'jpg jpeg png gif tif bmp svg webp',
+    'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
+    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}.items() for kind in kinds.split()}
+
+
+class Torrent(dict):
+    """One item: field name -> value; `hash` and `name` are always there."""
+
+    def __str__(self) -> str:
+        return f"{quoted(self['name'])} {self['hash']}"
+
+
+class TorrentField(NamedTuple):
+    """A field: the type that conditions see, and how its value comes from the raw ones."""
+    kind: str                           # text bool number size time duration tags files
+    needs: tuple                        # raw values: commands, SOURCES, now, aliases, session
+    value: Callable | None = None       # a function of them in this order; None: the one itself
+    on_disk: bool = False               # needs a look at the disk
+
+    @property
+    def slow(self) -> bool:
+        """Does it cost more than a column of the list?"""
+        return self.on_disk or not SOURCES.keys().isdisjoint(self.needs)
+
+
+def data_path(base: str, directory: str, name: str, multi: int) -> str:
+    """Return where the data is; rTorrent tells the base path only of items opened once."""
+    return base or directory and (directory if multi else os.path.join(directory, name))
+
+
+def first_number(*values: Any) -> int:
+    """Return the first value that is a number above 0; 0 for a time that is not known."""
+    return next((int(value) for value in values if str(value).isdecimal() and int(value)), 0)
+
+
+def time_started(activations: str, start: float, end: float) -> float | None:
+    """Return the seconds between R(esumed) and P(aused) marks that lie within a window."""
+    total, since, known = 0.0, None, False
+    for mark, moment in [*re.findall(r'([RP])([0-9]+)', activations), ('P', end)]:
+        if mark == 'R':
+            since, known = float(moment), True
+        elif since is not None:
+            total += max(0.0, min(float(moment), end) - max(since, start))
+            since = None
+    return total if known else None
+
+
+def seed_time(activations: str, completed: float, active: int, now: float) -> float | None:
+    """Return for how long a complete item was seeded; None where that is not known."""
+    if not completed:
+        return None
+    spent = time_started(activations, completed, now)
+    return spent if spent is not None else now - completed if active else None
+
+
+def leech_time(activations: str, started: float, completed: float, now: float) -> float | None:
+    """Return for how long an item was downloaded; None where that is not known."""
+    spent = time_started(activations, 0, completed or now)
+    return spent if spent is not None else \
+        max((completed or now) - started, 0) if started else None
+
+
+def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
+    """Return a tracker's name by [ANNOUNCE], else the domain that its host belongs to.
+
+    >>> tracker_alias('https://tracker.example.co.uk:80/x/announce', {})
+    'example.co.uk'
+    """
+    for alias, urls in aliases.items():
+        if any(url.startswith(part) for part in urls):
+            return alias
+    host = re.sub(r'^\w+://(?:[^/@]*@)?', '', url).partition('/')[0]
+    host = re.sub(r':\d+$', '', host).lower()
+    labels = host.split('.')
+    if labels[-1].isdigit() or ':' in host:
+        return host
+    short = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in (
+        'co', 'com', 'net', 'org', 'ac', 'gov', 'edu')
+    return '.'.join(labels[-3 if short else -2:])
+
+
+def first_tracker(rows: list) -> str:
+    """Return the first enabled announce URL."""
+    return next((row[0] for row in rows if row[1] and row[0] != 'dht://'), '')
+
+
+def file_kinds(rows: list, percent: int = 0) -> list[str]:
+    """Return the extensions of files that make up at least so many percent of the data."""
+    sizes: dict[str, int] = collections.Counter()
+    for path, size in rows:
+        sizes[os.path.splitext(path)[1].lstrip('.').lower()] += size
+    total = sum(sizes.values()) or 1
+    return sorted(kind for kind, size in sizes.items() if kind and size * 100 >= percent * total)
+
+
+def name_traits(name: str, kind: str) -> dict[str, str]:
+    """Return what a name tells: kind (tv, movie, audio ...), and show, season, title, year."""
+    name, sort = name[:255], KINDS.get(kind, '')        # the patterns are quadratic
+    for trait, pattern in (('tv', TV), ('movie', MOVIE)):
+        match = pattern.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
+        if match and sort in ('', 'video', 'misc'):
+            return {'kind': trait, **{key: value or '' for key, value in
+                                      match.groupdict().items()}}
+    return {'kind': sort}
+
+
+def guess_traits(name: str, rows: list) -> list[str]:
+    """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
+    kind = (file_kinds(rows, 51) or [''])[0]
+    found = name_traits(name, kind)['kind']
+    return [found, kind or 'other'] if found else []
+
+
+def disk_of(path: str) -> tuple[int | None, int | None]:
+    """Return the device that holds a path, or would, and its free bytes; None: not known."""
+    while path and not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    try:
+        disk = os.statvfs(path)
+        return os.stat(path).st_dev, disk.f_bavail * disk.f_frsize
+    except (OSError, ValueError):
+        return None, None
+
+
+def same_fields(kind: str, names: str, value: Callable | None = None) -> dict[str, TorrentField]:
+    """Return the fields of `name=command`, of the same kind; left out, the command is d.name."""
+    return {name: TorrentField(kind, (f'd.{command or name}',), value) for name, _, command in
+            (text.partition('=') for text in names.split())}
+
+
+PATH = ('d.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
+STARTED = ('d.custom=tm_started', 'd.timestamp.started')
+COMPLETED = ('d.custom=tm_completed', 'd.timestamp.finished')
+TORRENT_FIELDS = {
+    **same_fields('text', 'hash name message directory throttle=throttle_name '
+                          'metafile=tied_to_file label=custom1'),
+    **same_fields('size', 'size=size_bytes uploaded=up.total downloaded=down.total '
+                          'left=left_bytes up=up.rate down=down.rate'),
+    **same_fields('number', 'fno=size_files prio=priority peers=peers_connected'),
+    **same_fields('number', 'ratio', lambda ratio: ratio / 1000),
+    **same_fields('bool', 'is_open is_active is_complete=complete is_ignored=ignore_commands '
+                          'is_private is_multi_file is_hashing=hashing', bool),
+    **same_fields('tags', 'views'),
+    **same_fields('tags', 'tagged=custom=tags', lambda tags: tags.lower().split()),
+    'path': TorrentField('text', PATH, data_path),
+    'realpath': TorrentField('text', PATH, lambda *raw: os.path.realpath(data_path(*raw)), True),
+    'is_ghost': TorrentField('bool', PATH, lambda *raw: not os.path.lexists(data_path(*raw)), True),
+    'free': TorrentField('size', PATH, lambda *raw: disk_of(data_path(*raw))[1], True),
+    'sessionfile': TorrentField('text', ('session', 'd.hash'), lambda folder, info_hash:
+                                f'{folder}{info_hash}.torrent' if folder else ''),
+    'done': TorrentField('number', ('d.completed_bytes', 'd.size_bytes'), lambda done, size:
+                         100.0 * done / size if size else 0.0),
+    'xfer': TorrentField('size', ('d.up.rate', 'd.down.rate'), int.__add__),
+    'loaded': TorrentField('time', ('d.custom=tm_loaded', 'd.load_date'), first_number),
+    'started': TorrentField('time', STARTED, first_number),
+    'completed': TorrentField('time', COMPLETED, first_number),
+    'stopped': TorrentField(
+        'time', ('d.custom=activations', 'd.state', 'd.state_changed', *STARTED),
+        lambda marks, state, changed, *started: first_number(
+            *re.findall(r'P([0-9]+)', marks)[-1:],
+            0 if state or not first_number(*started) else changed)),
+    'active': TorrentField('time', ('d.custom=last_active', 'd.peers_connected', 'now'),
+                           lambda last, peers, now: int(now) if peers else first_number(last)),
+    'last_xfer': TorrentField(
+        'time', ('d.custom=last_xfer', 'd.up.rate', 'd.down.rate', 'now'),
+        lambda last, up, down, now: int(now) if up or down else first_number(last)),
+    'leechtime': TorrentField(
+        'duration', ('d.custom=activations', *STARTED, *COMPLETED, 'now'),
+        lambda marks, s1, s2, c1, c2, now:
+        leech_time(marks, first_number(s1, s2), first_number(c1, c2), now)),
+    'seedtime': TorrentField(
+        'duration', ('d.custom=activations', *COMPLETED, 'd.complete', 'd.is_active', 'now'),
+        lambda marks, c1, c2, complete, active, now:
+        seed_time(marks, first_number(c1, c2), active, now) if complete else None),
+    'tracker': TorrentField('text', ('trackers',), first_tracker),
+    'alias': TorrentField('text', ('trackers', 'aliases'), lambda rows, aliases:
+                          tracker_alias(first_tracker(rows), aliases)),
+    'seeders': TorrentField('number', ('trackers',), lambda rows:
+                            max([row[2] for row in rows], default=0)),
+    'leechers': TorrentField('number', ('trackers',), lambda rows:
+                             max([row[3] for row in rows], default=0)),
+    'trackers_failed': TorrentField('number', ('trackers',), lambda rows:
+                                    sum(1 for row in rows if row[1] and row[4] > row[5])),
+    'files': TorrentField('files', ('files',), lambda rows: [row[0] for row in rows]),
+    'kind': TorrentField('tags', ('files',), file_kinds),
+    'traits': TorrentField('tags', ('d.name', 'files'), guess_traits)}
+FIELD_TYPES = {name: field.kind for name, field in TORRENT_FIELDS.items()}
+
+
+def torrent_field(name: str) -> TorrentField:
+    """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
+    found = TORRENT_FIELDS.get(name)
+    if found:
+        return found
+    stem, _, rest = name.partition('_')
+    if stem == 'custom' and rest:
+        key = rest.replace('\\', '\\\\').replace('"', '\\"')
+        return TorrentField('text', (f'd.custom{rest}' if rest in [*'12345'] else
+                                     f'd.custom="{key}"',))
+    if re.fullmatch('kind_([0-9]{1,2}|100)', name):
+        return TorrentField('tags', ('files',), lambda rows: file_kinds(rows, int(rest)))
+    if re.fullmatch(r'd_[a-z][\w.]*', name):
+        if not only_reads(f'd.{rest}', ()):     # as a column it would be done to every torrent
+            raise UserError(f'{name}: d.{rest} changes something: it is no field')
+        return TorrentField('any', (f'd.{rest}',))
+    raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
+
+
+def list_torrents(engine: Engine, view: str, fields: Iterable[str],
+                  condition: Any = None) -> list[Torrent]:
+    """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
+
+    One round trip, and one more where slow fields are needed. Raises RpcError, also when the
+    list is shorter than the view: half a list must not pass for the whole.
+    """
+    now, proxy = time.time(), engine.open()
+    tested = condition.fields if condition else ()
+    left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
+    known = {'now': now, 'aliases': engine.aliases, 'session': engine.session_path}
+    raw: dict = fetch_columns(engine, view, [need for field in left.values()
+                                             for need in field.needs
+                                             if need not in known and need not in SOURCES])
+    torrents = [Torrent() for _ in raw['d.hash']]
+    raw.update((need, itertools.repeat(value)) for need, value in known.items())
+
+    def keep(wanted: list) -> None:
+        torrents[:] = itertools.compress(torrents, wanted)
+        for need in raw:
+            raw[need] = list(itertools.compress(raw[need], wanted))
+
+    if condition:
+        add_fields(torrents, raw, {name: left.pop(name) for name in tested
+                                   if not left[name].slow})
+        keep([condition.cheap(torrent, now) for torrent in torrents])
+    for source, (method, cells) in SOURCES.items():
+        if any(source in field.needs for field in left.values()):
+            raw[source] = proxy.batch((method, item, '', *cells) for item in raw['d.hash'])
+            keep([not isinstance(rows, HashNotFound) for rows in raw[source]])
+            for rows in raw[source]:
+                if isinstance(rows, RpcError):
+                    raise rows
+    add_fields(torrents, raw, left)
+    return [torrent for torrent in torrents if condition.match(torrent, now)] \
+        if not left.keys().isdisjoint(tested) else torrents
+
+
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
+    """Return what d. commands answer for all torrents of a view: command -> values."""
+    columns = list(dict.fromkeys(needs))
+    rows, size = engine.open().batch([('d.multicall2', '', view, *(
+        need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
+    for answer in (rows, size):
+        if isinstance(answer, RpcError):
+            raise answer
+    whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
+        and {*map(len, rows)} <= {len(columns)} else []
+    if len(whole) != size:
+        raise RpcError(f'{engine.address.where}: only {len(whole)} of the {size} items of view '
+                       f'{view!r} were listed')
+    return dict(zip(columns, zip(*whole) if whole else itertools.repeat(())))
+
+
+def add_fields(torrents: list[Torrent], raw: dict, fields: dict[str, TorrentField]) -> None:
+    """Work out fields of torrents from the raw values, one for each torrent."""
+    for name, field in fields.items():
+        columns = [raw[need] for need in field.needs]
+        for torrent, value in zip(torrents, map(field.value, *columns) if field.value else
+                                  columns[0]):
+            torrent[name] = value
+
+
+# --- Filter and template ---------------------------------------------------------------------
+# Two small languages of the ini. A condition becomes closures over a row (a mapping of field
+# name to value) and `now` in Unix seconds; NOT is carried down to the single conditions, so
+# that a value which is not known matches neither a condition nor its opposite. A template is
+# text, expressions and branches; what an expression gives is data: the text around it is split
+# into arguments first. A mistake is shown with `<-- here` after its place.
+
+FAMILY = re.compile('(?P<text>custom_.+)|(?P<any>d_.+)|(?P<tags>kind_(?:[0-9]{1,2}|100))')
+AGE_UNITS = {'y': 31536000, 'M': 2592000, 'w': 604800, 'd': 86400, 'h': 3600, 'i': 60, 's': 1}
+ORDER = {'=': operator.eq, '<': operator.lt, '<=': operator.le, '>': operator.gt,
+         '>=': operator.ge}
+MIRRORED = {'<': '>', '<=': '>=', '>': '<', '>=': '<='}     # a greater age is an earlier time
+MOST_CHARACTERS, MOST_STARS, MOST_DEPTH = 4000, 6, 50
+PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
+# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
+# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+QUOTED = (r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
+          r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
+PIECE = re.compile(QUOTED, re.S)
+WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+CONDITION = re.compile(r'([A-Za-z_][\w.-]*)(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+ANY_OF = re.compile(r'(!?/(?:\\.|[^/\\])*/i?|[^,]*),', re.S)
+
+
+def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+    """Return the error that shows a text of the user with a mark at the place."""
+    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    before = before if len(before) < 90 else '...' + before[-87:]
+    after = after if len(after) < 40 else after[:37] + '...'
+    return UserError(f'{what} {quoted(f"{before} <-- here {after}".strip(), 600)}: {why}')
+
+
+def pattern(text: str) -> Callable[[str], Any]:
+    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
+    regex = re.fullmatch('/(.*)/i?', text, re.S)
+    glob = '' if regex else re.sub(r'\*+', '*', text)
+    if len(text) > 500 or glob.count('*') > MOST_STARS or '{{' in glob:
+        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    bare = re.sub(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]', 'x', regex[1] if regex else '')
+    if re.search(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]', bare):
+        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
+                        'not (a+)+')                    # only the usual slip is caught
+    try:
+        return (re.compile(regex[1], re.I).search if regex else
+                re.compile(fnmatch.translate(glob), re.I).match)
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
+
+
+def parse_age(text: str) -> int | None:
+    """Return the seconds in an age, None for what is written as something else.
+
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
+    (129600, 5400, None)
+    """
+    text = re.sub(r'(?<=[wdhWDH])([0-9]+)m', r'\1i', text)      # after w d h it is no month
+    if not re.fullmatch('(?:[0-9]{1,6}[A-Za-z])+', text):
+        return None
+    units = [unit if unit in 'mM' else unit.lower() for unit in re.findall('[A-Za-z]', text)]
+    if 'm' in units:
+        raise UserError('m is months to pyrocore and minutes to pyrosimple; '
+                        'allowed are M for months and i for minutes')
+    if not set(units) <= set(AGE_UNITS) or len(set(units)) < len(units):
+        raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
+    return sum(int(number) * AGE_UNITS[unit]
+               for number, unit in zip(re.findall('[0-9]+', text), units))
+
+
+def parse_time(text: str) -> float:
+    """Return the Unix seconds of a local date, or of Unix seconds: a number below 10^8 (1973)
+    is an age that lost its unit."""
+    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+        return int(text)
+    form = '%m/%d/%Y' if '/' in text else '%d.%m.%Y' if '.' in text else '%Y-%m-%d'
+    text = text.upper().replace(' ', 'T')
+    form += 'T%H:%M:%S'[:3 + 3 * text.count(':')] if 'T' in text else ''
+    try:
+        return time.mktime(time.strptime(text, form))
+    except (ValueError, OverflowError):
+        raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
+                        '03/15/2024 15.03.2024T14:50, Unix seconds') from None
+
+
+def compare_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of a number, size, time or duration: (found, now) -> bool."""
+    if op == '=' and text[:1] in ('+', '-'):
+        op, text = ('>' if text[0] == '+' else '<'), text[1:]
+    compare = ORDER[op]
+    if kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text) or len(text) > 40:
+        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
+    if kind == 'any':
+        return lambda found, now: (PLAIN_NUMBER.fullmatch(str(found)) is not None
+                                   and compare(float(found), float(text)))
+    if kind in ('number', 'size'):
+        limit = float(text) if kind == 'number' else parse_size(text)
+        return lambda found, now: compare(found, limit)
+    age = parse_age(text)
+    if op == '=' and not text.isdigit():
+        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
+    if kind == 'time' and age is not None:
+        compare = ORDER[MIRRORED[op]]
+        return lambda found, now: compare(found, now - age)
+    if kind == 'duration' and age is None and text != '0':
+        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
+    limit = parse_time(text) if age is None else age
+    return lambda found, now: compare(found, limit)
+
+
+def value_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of one value of a condition: (found, now) -> bool."""
+    if kind in ('number', 'size', 'time', 'duration') or kind == 'any' and op != '=':
+        return compare_test(kind, op, text)
+    if op != '=':
+        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
+    if kind == 'bool':
+        wanted = parse_bool(text)
+        return lambda found, now: bool(found) is wanted
+    alone = kind == 'tags' and text.startswith(':')
+    match = pattern(text[1:] if alone else text)
+    if kind not in ('tags', 'files'):
+        return lambda found, now: match(str(found)) is not None
+    if text in ('', ':'):
+        return lambda found, now: not found
+    if alone:
+        return lambda found, now: bool(found) and all(map(match, found))
+    return lambda found, now: any(map(match, found))
+
+
+class Node(NamedTuple):
+    """Conditions joined."""
+    test: Callable                  # (row, now) -> bool
+    cheap: Callable                 # the same, as if all that need a second question held
+    cost: int                       # how many need a second question
+
+
+def leaf(name: str, test: Callable, negated: bool, slow: bool, unknown: tuple) -> Node:
+    """Return one condition: False for an unknown value, also when it is negated."""
+    def holds(row: Mapping, now: float) -> bool:
+        found = row.get(name)
+        return found not in unknown and test(found, now) is not negated
+    return Node(holds, (lambda row, now: True) if slow else holds, int(slow))
+
+
+def joined(nodes: list[Node], every: bool) -> Node:
+    """Return the Node of all or any of some, the cheap ones first."""
+    def chain(tests: list) -> Callable:
+        def holds(row: Mapping, now: float) -> bool:
+            for test in tests:
+                if test(row, now) is not every:
+                    return not every
+            return every
+        return holds if len(tests) > 1 else tests[0]
+    nodes = sorted(nodes, key=lambda node: node.cost)
+    return Node(chain([node.test for node in nodes]), chain([node.cheap for node in nodes]),
+                sum(node.cost for node in nodes))
+
+
+def unquoted(piece: re.Match) -> str:
+    """Return a piece of a word as what it stands for."""
+    regex, double, single, escaped = piece.groups()
+    return regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
+
+
+class Filter:
+    """An rtcontrol condition, compiled; `fields` are the names it needs.
+
+    fields: type of each field, slow: names, or their beginnings such as `kind_`, of those
+    that cost a second question; left out, what TORRENT_FIELDS has. Slow ones
+    are looked at last, and `cheap` works on a row without them.
+
+    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
+    True
+    """
+
+    def __init__(self, text: str, fields: Mapping | None = None,
+                 slow: Iterable[str] | None = None):
+        self.text = text
+        self.types = {name: field.kind for name, field in TORRENT_FIELDS.items()} \
+            if fields is None else fields
+        self.slow = frozenset(['kind_', *(
+            name for name, field in TORRENT_FIELDS.items() if field.slow)]
+            if slow is None else slow)
+        self.at = 0                                     # end of the word in hand
+        names: dict[str, None] = {}
+        try:
+            self.root = self.parse(self.words(), names, False, 0)
+        except UserError as error:
+            raise mistake('condition', text, self.at, error) from None
+        self.fields = tuple(names)
+
+    def match(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row meets the condition; ages count back from `now`."""
+        return self.root.test(row, time.time() if now is None else now)
+
+    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row may still meet the condition, by its cheap fields alone."""
+        return self.root.cheap(row, time.time() if now is None else now)
+
+    def words(self) -> Iterator[tuple]:
+        """Give the words as (keyword or nothing, text without its quotes)."""
+        if len(self.text) > MOST_CHARACTERS:
+            raise UserError(f'this is too long; allowed are {MOST_CHARACTERS} characters')
+        while self.at < len(self.text.rstrip()):
+            word = WORD.match(self.text, self.at)
+            if not word:
+                raise UserError('after this, a quote has no other half')
+            self.at = word.end()
+            yield word[2] and 'NOT' or word[1], PIECE.sub(unquoted, word[3] or '')
+        yield 'END', ''
+
+    def parse(self, words: Iterator[tuple], names: dict, negated: bool, depth: int) -> Node:
+        """expr ::= term ( 'OR' term )*;  term ::= factor+
+        factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
+        if depth > MOST_DEPTH:
+            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
+        terms: list[Node] = []
+        factors: list[Node] = []
+        flip, last = negated, ''
+        for key, text in words:
+            if key == 'NOT':
+                flip = not flip
+            elif key == '[' or not key:
+                factors.append(self.parse(words, names, flip, depth + 1) if key else
+                               self.condition(text, names, flip))
+                flip = negated
+            elif not factors or last == 'NOT':
+                raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+            else:
+                terms.append(joined(factors, not negated))
+                factors = []
+                if key != 'OR':
+                    break
+            last = key
+        if (key == ']') is not (depth > 0):
+            raise UserError('a bracket without its other half; [ and ] stand between spaces')
+        return joined(terms, negated)                   # neither a nor b: not a, and not b
+
+    def condition(self, text: str, names: dict, negated: bool) -> Node:
+        """condition ::= field op value | value;  value may be several, with commas"""
+        match = CONDITION.fullmatch(text)
+        if not match and re.search('^(?!/).*[=<>]|^(and|or|not)$', text, re.S | re.I):
+            raise UserError('this is no condition; allowed are field=value, a glob, OR, NOT; '
+                            'side by side means and')
+        name, op, value = match.groups() if match else ('name', '=', text)
+        family = FAMILY.fullmatch(name)
+        kind = self.types.get(name) or (family.lastgroup if family else None)
+        if not kind:
+            raise UserError(f'{quoted(name)} is not a field{nearest(name, self.types)}')
+        names[name] = None
+        negated = negated is not (op in ('!=', '<>'))
+        if op == '~' or op == '==' and kind == 'tags':  # pyrocore: a regex; this tag and no other
+            value = f'/{value}/' if op == '~' else ':' + value
+        op = '=' if op in ('==', '!=', '<>', '~') else op
+        parts = ANY_OF.findall(value + ',') if op == '=' else [value]
+        if '' in parts and len(parts) > 1:
+            raise UserError('a value is missing beside a comma')
+        return joined([self.value(name, kind, op, part, negated) for part in parts], negated)
+
+    def value(self, name: str, kind: str, op: str, text: str, negated: bool) -> Node:
+        """Return the Node of one value; a ! before it negates, as in pyrocore."""
+        if op == '=' and text.startswith('!'):
+            negated, text = not negated, text[1:]
+        unknown = (None, 0) if kind == 'time' and text.lstrip('+-') != '0' else (None,)
+        slow = name in self.slow or name[:name.find('_') + 1] in self.slow
+        return leaf(name, value_test(kind, op, text), negated, slow, unknown)
+
+
+TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
+BRANCH = re.compile(r'(if|elif|else|endif)\b\s*(.*?)\s*:?', re.S)
+MOST_EXPRESSION = 300
+MARK = '\0'                             # stands for a value while the text around it is split
+COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
+ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
+# Commands that take arguments as data; others (multicall, branch ...) would run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]+|view\.set_(not_)?visible|print|execute.*')
+SHELL = re.compile('(ba|da|a|z|k|fi)?sh')
+
+
+def show(value: Any) -> str:
+    """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        ordered = value if isinstance(value, (list, tuple)) else sorted(value, key=str)
+        return ' '.join(map(show, ordered))
+    return '' if value is None else str(int(value) if isinstance(value, bool) else value)
+
+
+def part_of(value: Any, name: str, other: Any = None) -> Any:
+    """Return a named part of a mapping; whatever else it is has none."""
+    found = value.get(name) if isinstance(value, Mapping) else None
+    return other if found is None else found
+
+
+COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+           ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda part, whole: part in whole,
+           ast.NotIn: lambda part, whole: part not in whole}
+
+
+def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
+    """Tell whether a comparison holds; what cannot be compared does not."""
+    try:
+        return bool(COMPARE[type(op)](one, other))
+    except TypeError:
+        return isinstance(op, ast.NotIn)
+
+
+FILTERS: dict[str, Callable] = {
+    'lower': str.lower, 'upper': str.upper, 'title': str.title, 'replace': str.replace,
+    'basename': os.path.basename, 'dirname': os.path.dirname,
+    'stem': lambda text: os.path.splitext(os.path.basename(text))[0],
+    'size': show_size, 'duration': show_duration, 'get': part_of,
+    'date': lambda when: time.strftime('%F %T', time.localtime(when)) if when else '',
+    'default': lambda value, other='': value if value or value == 0 else other}
+UNTEXTED = ('size', 'duration', 'date', 'default', 'get')       # they take values as they are
+OLD_FILTERS = {'pathbase': 'basename', 'pathdir': 'dirname', 'pathname': 'stem', 'sz': 'size',
+               'iso': 'date'}           # pyrocore's names
+FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+
+
+def filter_call(node: Any) -> tuple[str, list]:
+    """Return (filter, operands) of a|filter, a|filter(x), a|h.filter or a.filter(x)."""
+    piped = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+    call = node.right if piped else node
+    callee = call.func if isinstance(call, ast.Call) else call if piped else None
+    name = getattr(callee, 'attr', getattr(callee, 'id', ''))
+    name = OLD_FILTERS.get(name, name)
+    value, args = node.left if piped else getattr(callee, 'value', None), getattr(call, 'args', [])
+    if not value or name not in FILTERS or getattr(call, 'keywords', None):
+        raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
+                        f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
+    if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
+        raise UserError(f'{name} does not take {len(args)} arguments')
+    return name, [value, *args]
+
+
+def evaluate(node: Any, values: Mapping) -> Any:
+    """Return what an expression gives. All of it is looked at, so that one call with an empty
+    defaultdict finds its mistakes and its names. A name without a value is a KeyError.
+
+    Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
+    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python.
+    """
+    def each(nodes: Iterable) -> list:
+        return [evaluate(part, values) for part in nodes]
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -ast.literal_eval(node.operand)
+    if isinstance(node, ast.Name):
+        return values[node.id]
+    if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
+        if getattr(node.value, 'id', '') in ('item', 'd', 'i'):
+            return values[node.attr]                    # the item is what the values are of
+        return part_of(evaluate(node.value, values), node.attr)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return each(node.elts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not evaluate(node.operand, values)
+    if isinstance(node, ast.BoolOp):
+        found, decides = each(node.values), isinstance(node.op, ast.Or)
+        return next((part for part in found[:-1] if bool(part) is decides), found[-1])
+    if isinstance(node, ast.Compare) and all(type(op) in COMPARE for op in node.ops):
+        found = each([node.left, *node.comparators])
+        return all(map(compares, node.ops, found, found[1:]))
+    name, operands = filter_call(node)
+    operands = each(operands)
+    if operands[0] is None and name not in ('default', 'get'):
+        return None
+    return FILTERS[name](*operands if name in UNTEXTED else map(show, operands))
+
+
+class Template:
+    """Text with {{expression}}, {{if}} ... {{endif}} and {{# comment }}.
+
+    known: the names there will be, where that is known; others are refused. `names` are those
+    it needs: item.name is `name`.
+
+    >>> Template('{{if ratio > 1}}{{item.name|upper}}{{endif}}').render({'ratio': 2, 'name': 'a'})
+    'A'
+    """
+
+    def __init__(self, text: str, known: Iterable[str] | None = None):
+        self.text, self.known = text, None if known is None else set(known)
+        self.at = self.widest = 0                       # end of the tag in hand; most branches
+        self.seen: dict = collections.defaultdict(lambda: None)
+        try:
+            self.nodes, word, _ = self.block(iter(TAG.split(text)), 0)
+            if word or MARK in text:
+                raise UserError(f'{word} without if' if word else 'a NUL is not possible')
+            for branch in range(self.widest + 1):       # what rendering would meet
+                self.divide(self.marked({}, branch)[0])
+        except UserError as error:
+            raise mistake('template', text, self.at, error) from None
+        self.names = tuple(self.seen)
+
+    def block(self, parts: Iterator[str], depth: int) -> tuple[list, str, str]:
+        """Return the nodes up to elif, else, endif or the end; that word; its condition.
+        A node is text, an ast of an expression, or of an if [(ast or None, nodes), ...]."""
+        nodes: list = []
+        for part in parts:
+            self.at += len(part)
+            code = part[2:-2].strip('- \t\r\n' if part[1:2] == '%' else None)
+            branch = BRANCH.fullmatch(code)
+            if not TAG.fullmatch(part):
+                nodes.append(part)
+                if '{{' in part or '{%' in part:
+                    raise UserError('a {{ or {% in this is not closed')
+            elif part[1] == '#' or part[2] == '#':
+                continue
+            elif branch and branch[1] != 'if':
+                return nodes, branch[1], branch[2]
+            elif branch:
+                nodes.append(self.branches(branch[2], parts, depth + 1))
+            else:
+                nodes.append(self.expression(code if part[1] == '{' else part))
+        return nodes, '', ''
+
+    def branches(self, code: str, parts: Iterator[str], depth: int) -> list:
+        """Return [(ast, nodes), ...] of an if; the ast of else is None."""
+        if depth > MOST_DEPTH:
+            raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
+        branches, word = [], 'if'
+        while word != 'endif':
+            test = None if word == 'else' else self.expression(code)
+            nodes, word, code = self.block(parts, depth)
+            branches.append((test, nodes))
+            if not word or test is None and word != 'endif':
+                raise UserError(f'{word} after else' if word else 'an if has no endif')
+        self.widest = max(self.widest, len(branches))
+        return branches
+
+    def expression(self, code: str) -> ast.AST:
+        """Return the ast of an expression whose parts and names are allowed."""
+        try:
+            tree = ast.parse(code if len(code) <= MOST_EXPRESSION else '', mode='eval').body
+            evaluate(tree, self.seen)
+        except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
+                RecursionError, Warning):
+            raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
+                            "label|default('x'), 'TV' in flags and not is_private") from None
+        for name in self.seen:
+            if self.known is not None and name not in self.known:
+                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
+        return tree
+
+    def pieces(self, nodes: list, values: Mapping, branch: int | None) -> Iterator[tuple]:
+        """Give (is it a value, text). With `branch`, take that one of each if, and no values."""
+        for node in nodes:
+            if isinstance(node, str):
+                yield False, node
+            elif not isinstance(node, list):
+                yield True, show(evaluate(node, values)) if branch is None else ''
+            else:
+                bodies = ([body for test, body in node if test is None or evaluate(test, values)]
+                          if branch is None else [body for _, body in node][branch:])
+                yield from self.pieces(bodies[0] if bodies else [], values, branch)
+
+    def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Iterator[str]]:
+        """Return the text with a MARK for each value, and the values."""
+        try:
+            pieces = list(self.pieces(self.nodes, values, branch))
+        except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
+            why = 'there is no ' if isinstance(error, KeyError) else ''
+            raise LoggableError(f'template {quoted(self.text, 80)}: {why}{error}') from None
+        return (''.join(MARK if is_value else text for is_value, text in pieces),
+                iter([text for is_value, text in pieces if is_value]))
+
+    def divide(self, text: str) -> list:
+        """Return what the text is split into before the values are put in."""
+        return [text]
+
+    def render(self, values: Mapping) -> Any:
+        """Return the text, values put in; LoggableError where one is missing."""
+        return filled(*self.marked(values))
+
+
+def filled(text: str, values: Iterator[str]) -> str:
+    """Return text with the next values in place of its marks."""
+    return re.sub(MARK, lambda mark: next(values), text)
+
+
+def check_words(words: list[str]) -> None:
+    """Refuse a value inside the script of `sh -c`: no quoting is safe there."""
+    scripts = [word for flag, word in zip(words, words[1:]) if re.fullmatch(r'-\w*c', flag)]
+    if MARK in ''.join(scripts) and any(SHELL.fullmatch(os.path.basename(word)) for word in words):
+        raise UserError('a value in a shell script is run with it; allowed is '
+                        """sh -c '... "$1"' sh {{name}}""")
+
+
+class CommandTemplate(Template):
+    r"""Commands of rTorrent, separated by ; or line breaks; one without values stays as it is.
+
+    >>> print(CommandTemplate('d.custom.set=dir,/done/{{a}}').render({'a': 'x "y", z'}))
+    d.custom.set="dir","/done/x \"y\", z"
+    """
+
+    def divide(self, text: str) -> list:
+        """Return (text, nothing) or (`name=`, arguments) of each command, values still marks."""
+        return [self.command(part.strip()) for part in COMMAND.findall(text) if part.strip()]
+
+    def command(self, text: str) -> tuple[str, list]:
+        """Return one command, divided."""
+        name, equals, rest = text.partition('=')
+        if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
+            raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
+                            'allowed is name=argument,...')
+        if MARK not in rest:
+            return text, []
+        matches = list(ARGUMENT.finditer(rest + ','))
+        words = [re.sub(r'\\(.)', r'\1', match[1] or (match[2] or '').strip()) for match in matches]
+        if not DATA_COMMAND.fullmatch(name.strip()):
+            raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
+        if ''.join(match[0] for match in matches) != rest + ',' or any(
+                word[0] == '$' and MARK in word for word in words if word):
+            raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        if name.startswith('execute'):
+            check_words(words)
+        return name.strip() + '=', words
+
+    def commands(self, values: Mapping) -> list[str]:
+        """Return the commands, each fit for load.*; none where all is empty."""
+        text, shown = self.marked(values)
+        return [name + ','.join(self.argument(word, shown) for word in words)
+                for name, words in self.divide(text)]
+
+    def render(self, values: Mapping) -> str:
+        """Return the commands as one text, which load.* takes too."""
+        return ' ; '.join(self.commands(values))
+
+    @staticmethod
+    def argument(word: str, values: Iterator[str]) -> str:
+        """Return an argument quoted as a whole. rTorrent RUNS one that begins with $, quoted or
+        not; (cat,{"..."}) keeps it as it is (seen on 0.9.8 and 0.16.17)."""
+        text = filled(word, values)
+        plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
+        return f'(cat,{{{plain}}})' if MARK in word and text.startswith('$') else plain
+
+
+class ArgsTemplate(Template):
+    """An external command as a list; no shell is involved.
+
+    >>> ArgsTemplate('mv -- {{item.name}} "/old stuff"').render({'name': 'a; b'})
+    ['mv', '--', 'a; b', '/old stuff']
+    """
+
+    def divide(self, text: str) -> list[str]:
+        """Return the arguments, values still marks."""
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UserError(f'{error}; allowed are words, "..." and \'...\'') from None
+        if not words or MARK in words[0]:
+            raise UserError('the program is missing, or depends on a value')
+        check_words(words)
+        return words
+
+    def render(self, values: Mapping) -> list[str]:
+        """Return the arguments; LoggableError for a value that would pass for an option."""
+        text, shown = self.marked(values)
+        args: list[str] = []
+        for word in self.divide(text):
+            args.append(filled(word, shown))
+            if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
+                raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
+                                    'write -- before it')
+        return args
 
 # --- Jobs ------------------------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
@@ -1808,9 +2507,10 @@ class JobConfig(Settings):
 
     engine is the job's rTorrent. state_dir is where it may keep a file, None where it may not.
     """
-    __slots__ = ('engine', 'state_dir')
+    __slots__ = ('engine', 'state_dir', 'alone')
     engine: Any
     state_dir: str | None
+    alone: bool                         # a single run, beside the daemon perhaps
     __setattr__ = object.__setattr__
 
 
@@ -1820,6 +2520,7 @@ class Option(NamedTuple):
     parse: Callable[[Any], Any]
     default: Any
     help: str
+    alias: str = ''                     # another name of it, as pyrosimple has it
 
     @property
     def kind(self) -> str:
@@ -1839,6 +2540,8 @@ class Job:
     """What built-in jobs share; a plain class with __init__(config) and run() is a job too."""
     options: tuple | None = None        # None: any option is taken, as the ini has it
     section = ''                        # the ini section that gives options their defaults
+    families: tuple[str, ...] = ()      # beginnings of options that may have any name
+    at_start = False                    # run at the start, too
 
     def __init__(self, config: JobConfig):
         self.config = config
@@ -1984,9 +2687,11 @@ class InfluxDB(Job):
         self.api = config.api or (2 if config.org or config.bucket else 1)
         self.batch, self.pause, self.retry_at, self.saved_at = self.BATCH, 0.0, 0.0, 0.0
         self.problem = ''
-        self.file = config.state_dir and os.path.join(config.state_dir,
-                                                      f'{config.job_name}.points')
-        self.points: collections.deque = collections.deque(self.load(), config.buffer or 1)
+        self.file = not config.alone and config.state_dir and os.path.join(config.state_dir,
+                                                      f'{config.job_name}.points'.replace('/', '_'))
+        self.points: collections.deque = collections.deque()
+        self.load()                             # a file that cannot be read stops the start
+        self.loaded = False
 
     def load(self) -> list[str]:
         """Return the points that an earlier process could not deliver."""
@@ -2002,7 +2707,7 @@ class InfluxDB(Job):
     def save(self) -> None:
         """Keep undelivered points for the next process, or remove what was kept."""
         self.saved_at = elapsed_time()
-        if not self.file:
+        if not self.file or not self.loaded:
             return
         try:
             if self.points:
@@ -2019,11 +2724,16 @@ class InfluxDB(Job):
         if self.dry_run:
             self.LOG.info('dry run, not sent to %s: %s', self.config.url, ' | '.join(lines))
         else:
-            lost = len(self.points) + len(lines) - (self.points.maxlen or 0)
+            if not self.loaded:                 # not before a job that this one replaces has saved
+                self.points.extend(self.load())
+                self.loaded = True
             self.points.extend(lines)
             try:
                 self.deliver()
             except LoggableError as error:
+                lost = max(len(self.points) - self.config.buffer, 0)
+                for _ in range(lost):
+                    self.points.popleft()
                 kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
                 dropped = f', the oldest {lost} dropped' if lost > 0 else ''
                 raise LoggableError(f'{error}; {kept}{dropped}') from None
@@ -2052,7 +2762,9 @@ class InfluxDB(Job):
                 problem = error
         if config.series_host:
             tags = {'host': socket.gethostname(), **config.tags}
-            lines.append(influx_line(config.series_host, tags, host_figures(), now))
+            figures = host_figures()
+            if figures:
+                lines.append(influx_line(config.series_host, tags, figures, now))
             for path in filter(None, config.disk_path.split(os.pathsep)):
                 try:
                     disk = os.statvfs(os.path.expanduser(path))
@@ -2080,6 +2792,8 @@ class InfluxDB(Job):
             self.problem, self.pause = '', 0.0
             for _ in lines:
                 self.points.popleft()
+            if len(lines) >= self.batch:        # it was small once, perhaps it no longer has to be
+                self.batch = min(self.batch * 2, self.BATCH)
 
     def post(self, lines: list[str]) -> None:
         """Write points, in parts where the server wants that; drop what it calls malformed.
@@ -2143,6 +2857,1119 @@ def read_secret(path: str) -> str:
         raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
 
 
+ENVIRONMENT = {name.upper(): name for name in (
+    'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')}
+TEMPLATE_NAMES = frozenset([*TORRENT_FIELDS, 'item', *ENVIRONMENT.values()])
+
+
+def parse_condition(text: str) -> Filter | None:
+    """Return the Filter of a condition, None for an empty one."""
+    if not str(text).strip():
+        return None
+    condition = Filter(text)
+    for name in condition.fields:
+        torrent_field(name)                     # refuses d_erase and the like
+    return condition
+
+
+def parse_sort(text: str) -> list[tuple[str, bool]]:
+    """Return (field, reversed) of each key in `-prio, loaded, name`."""
+    keys = [(word.lstrip('-'), word[0] == '-') for word in re.split(r'[\s,]+', text) if word]
+    for name, _ in keys:
+        torrent_field(name)
+    return keys
+
+
+def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torrent]:
+    """Return torrents sorted by the keys; what is not known comes first."""
+    for name, backwards in reversed(keys):
+        torrents = sorted(torrents, key=lambda torrent: (  # noqa: B023
+            torrent[name] is not None, isinstance(torrent[name], str),
+            0 if torrent[name] is None else torrent[name]), reverse=backwards)
+    return torrents
+
+
+def field_names(names: Iterable[str]) -> list[str]:
+    """Return the names of a template that are fields of a torrent."""
+    return [name for name in names if name != 'item']
+
+
+class Choice(Job):
+    """What jobs share that work on the torrents of a view that meet a condition."""
+    options: tuple | None = (
+        Option('view', str, 'main', 'view of rTorrent that is looked at'),
+        Option('matcher', parse_condition, '', 'condition that a torrent must meet'),
+        Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
+    fields: tuple = ()                  # what the job needs to know of a torrent, too
+
+    def chosen(self) -> list[Torrent]:
+        """Return the torrents that meet the condition, in order."""
+        config = self.config
+        return in_order(list_torrents(self.engine, config.view, [
+            *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
+
+    def each(self, torrents: Iterable[Torrent], work: Callable[[Torrent], Any]) -> None:
+        """Do the work on every torrent; one that fails costs its own turn only."""
+        failures = []
+        for torrent in torrents:
+            try:
+                work(torrent)
+            except Unreachable:
+                raise
+            except (LoggableError, OSError) as error:
+                self.LOG.warning('%s: %s', torrent, error)
+                failures.append(error)
+        if failures:
+            raise LoggableError(f'{len(failures)} torrents failed, the last: {failures[-1]}')
+
+
+class QueueManager(Job):
+    """Start waiting torrents, a few per run, while there is room."""
+    section = 'TORQUE'
+    options = (
+        Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
+               'condition that any startable item must meet, too'),
+        Option('startable', parse_condition, 'is_ignored=no done=0 message=/^$|ghost/ prio>0',
+               'condition of what may be started (and queue_startable_base)', 'matcher'),
+        Option('downloading', parse_condition, '', 'condition of active items that count as '
+                                                   'downloading; others that are started count'),
+        Option('sort_fields', parse_sort, '-prio, loaded, name', 'order of starting', 'sort'),
+        Option('downloading_min', parse_count, '1', 'as many are started at once, whatever '
+                                                    'start_at_once says'),
+        Option('downloading_max', parse_count, '9', 'most downloading items'),
+        Option('start_at_once', parse_count, '1', 'most starts in one run'),
+        Option('intermission', parse_duration, '0', 'least time between starts'),
+        Option('downloading_traffic_max', parse_size, '0', 'start nothing above this rate; 0: any',
+               'max_downloading_traffic'),
+        Option('room', parse_size, '0', 'start only what fits on its disk and leaves this much '
+                                        'free; 0: whatever its size'),
+        Option('viewname', str, '', 'view that is looked at; left out, pyrotorque or main'),
+        Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
+        Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
+    RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        self.running = parse_condition(self.RUNNING)
+        self.startable = parse_condition(' '.join(f'[ {condition.text} ]' for condition in (
+            config.queue_startable_base, config.startable) if condition))
+        self.needs = ('left', 'path') if config.room else ()
+        self.file = config.state_dir and os.path.join(
+            config.state_dir, f'{config.job_name}.last_start'.replace('/', '_'))
+        self.last_start = 0.0
+        with contextlib.suppress(OSError, ValueError), open(
+                self.file or os.devnull, encoding='ascii') as stream:
+            self.last_start = float(stream.read())
+
+    def run(self) -> None:
+        config, now = self.config, time.time()
+        self.last_start = min(self.last_start, now)     # the clock may have been set back
+        if now < self.last_start + config.intermission:
+            self.LOG.debug('no start: the intermission is not over')
+            return
+        if self.places(self.list_running()) <= 0:
+            return
+        view = config.viewname or ('pyrotorque' if self.engine.has_view('pyrotorque') else 'main')
+        startable = in_order(list_torrents(self.engine, view, [
+            *self.needs, *(name for name, _ in config.sort_fields)], self.startable),
+            config.sort_fields)
+        if not startable:
+            self.LOG.debug('no start: nothing is startable')
+            return
+        running = self.list_running()           # again: listing took time, and a view may be stale
+        hashes = {torrent['hash'] for torrent in running}
+        coming: dict = collections.Counter()
+        for torrent in running if config.room else ():
+            coming[disk_of(torrent['path'])[0]] += torrent['left']
+        ready = (torrent for torrent in startable
+                 if torrent['hash'] not in hashes and self.fits(torrent, coming))
+        for torrent in itertools.islice(ready, max(self.places(running), 0)):
+            self.start(torrent, now)
+
+    def list_running(self) -> list[Torrent]:
+        """Return all that is started and not complete: hashing, paused or failing, too."""
+        config = self.config
+        return list_torrents(self.engine, 'default', [
+            'is_active', 'down', *self.needs,
+            *(config.downloading.fields if config.downloading else ())], self.running)
+
+    def places(self, running: list[Torrent]) -> int:
+        """Return how many may be started in this run, beside what is running."""
+        config, now = self.config, time.time()
+        downloading = [torrent for torrent in running if not torrent['is_active']
+                       or not config.downloading or config.downloading.match(torrent, now)]
+        count, traffic = len(downloading), sum(torrent['down'] for torrent in downloading)
+        if 0 < config.downloading_traffic_max < traffic:
+            self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
+            return 0
+        self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
+        return min(max(config.start_at_once, config.downloading_min - count),
+                   config.downloading_max - count)
+
+    def fits(self, torrent: Torrent, coming: dict) -> bool:
+        """Tell whether the disk has room for an item beside what is still coming to it."""
+        if not self.config.room:
+            return True
+        device, free = disk_of(torrent['path'])
+        if free is None or free - coming[device] - torrent['left'] < self.config.room:
+            self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent, show_size(
+                torrent['left']), show_size(free or 0), show_size(coming[device]))
+            return False
+        coming[device] += torrent['left']
+        return True
+
+    def start(self, torrent: Torrent, now: float) -> None:
+        """Start an item, having noted when."""
+        self.LOG.info('%s %s', 'dry run, not started:' if self.dry_run else 'starting', torrent)
+        if self.dry_run:
+            return
+        if self.file and self.config.intermission and self.last_start != now:
+            replace_file(self.file, f'{now}\n')
+        self.last_start = now
+        proxy = self.engine.open()
+        proxy.d.start(torrent['hash'])
+        if self.config.log_to_client and not self.config.quiet:
+            with contextlib.suppress(RpcError):         # older ones take no emoji, for example
+                proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
+
+
+ERASE = [('d.stop',), ('d.close',), ('d.erase',)]
+DO: dict[str, Any] = {                  # action -> commands with the item's hash, or their maker
+    'start': [('d.start',)], 'stop': [('d.stop',)], 'close': [('d.stop',), ('d.close',)],
+    'open': [('d.open',)], 'hash_check': [('d.check_hash',)],
+    'ignore': [('d.ignore_commands.set', 1)], 'heed': [('d.ignore_commands.set', 0)],
+    'delete': ERASE, 'cull': ERASE,
+    'tag': lambda args, item: change_tags(set.union, args, item),
+    'untag': lambda args, item: change_tags(set.difference, args, item),
+    'custom': lambda args, item: [
+        (f'd.custom{key}.set', value) if re.fullmatch('[1-5]', key) else
+        ('d.custom.set', key, value) for key, _, value in [args.partition('=')]],
+    'prio': lambda args, item: [('d.priority.set', int(args)), ('d.update_priorities',)],
+    'throttle': lambda args, item: [] if item['throttle'] == args else [
+        *[('d.stop',)] * item['is_active'], ('d.throttle_name.set', args),
+        *[('d.start',)] * item['is_active']],
+    'exec': None, 'log': None}
+
+
+def change_tags(change: Callable, args: str, item: Torrent) -> list:
+    """Return the command that changes the tags of an item; none where that changes nothing."""
+    tags = change({*item['tagged']}, args.lower().replace(',', ' ').split())
+    return [] if tags == {*item['tagged']} else [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
+
+
+def parse_word(known: Iterable[str], text: str) -> str:
+    """Return a word that has to be one of those known."""
+    if text not in known:
+        raise UserError(f"{text!r} is not known; allowed are {' '.join(known)}"
+                        f'{nearest(text, known)}')
+    return text
+
+
+def lies_in(path: str, folder: str) -> bool:
+    """Tell whether a path is a folder or below it, both real paths."""
+    return os.path.commonpath([path, folder]) == os.path.commonpath([folder])       # // is /
+
+
+def links_below(folder: str) -> Iterator[str]:
+    """Give the symbolic links in a folder."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path
+            elif entry.is_dir():
+                yield from links_below(entry.path)
+
+
+def used_by_other(engine: Engine, hashes: Iterable[str], *places: str) -> str:
+    """Return a path by which an item other than these may use data at places, '' for none."""
+    reals = [os.path.realpath(place) for place in places]
+    for other in list_torrents(engine, 'default', ['path']):
+        if other['hash'] not in hashes and other['path']:
+            for path in (other['path'], *links_below(other['path'])):
+                found = os.path.realpath(path)
+                if not os.path.isabs(path) or any(
+                        lies_in(found, real) or lies_in(real, found) for real in reals):
+                    return path
+    return ''
+
+
+def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False) -> list[str]:
+    """Return the files of an item that exist at `base`, by rTorrent's own list of them.
+
+    Raises LoggableError where that is doubtful; with `whole` also over a symbolic link, and a
+    file with data that is not there: not every name comes through as it is.
+    """
+    if not os.path.isabs(base):
+        raise LoggableError(f'its path {quoted(base)} is not absolute')
+    found, multi = {}, torrent['is_multi_file'] and not os.path.islink(base)
+    for name, size, chunks in engine.open().f.multicall(
+            torrent['hash'], '', 'f.path=', 'f.size_bytes=', 'f.completed_chunks='):
+        path = os.path.join(base, name) if multi else base
+        if os.path.islink(path) or os.path.isfile(path):
+            found[path] = os.lstat(path).st_size
+            if multi and not lies_in(os.path.realpath(os.path.dirname(path)),
+                                     os.path.realpath(base)):
+                raise LoggableError(f'{quoted(path)} leads out of {quoted(base)}')
+        elif size and chunks and re.search('[?%\ufffd]', name):
+            raise LoggableError(f'{quoted(path)} is not there by this name: its data would stay')
+        done = size and torrent['is_complete']
+        if whole and (os.path.islink(path) or size and chunks and path not in found
+                      or done and found.get(path) != size):
+            raise LoggableError(f'{quoted(path)} is a link, or not whole')
+    return list(found)
+
+
+def freed_by(files: list[str]) -> int:
+    """Return the bytes that deleting files frees: none of one with a hard link elsewhere."""
+    stats = [os.lstat(path) for path in files]
+    links = collections.Counter((stat.st_dev, stat.st_ino) for stat in stats)
+    return sum(stat.st_blocks * 512 // stat.st_nlink for stat in stats
+               if links[stat.st_dev, stat.st_ino] == stat.st_nlink)
+
+
+def remove_files(files: Iterable[str], base: str) -> None:
+    """Delete files, and the folders below and at `base` that are empty then."""
+    failed = None
+    for path in files:
+        try:
+            os.remove(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            failed = error
+        with contextlib.suppress(OSError):              # not empty: something else is in it
+            while path != base:
+                path = os.path.dirname(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(path)
+    if failed:
+        raise LoggableError(f'not all is deleted: {failed}')
+
+
+class Action(Choice):
+    """Do something with every torrent that meets a condition; deleting has guards."""
+    options = (
+        *(Choice.options or ()),
+        Option('action', functools.partial(parse_word, DO), '', ' '.join(DO)),
+        Option('args', str, '', 'template for tag untag throttle log, KEY=VALUE for custom, 0 to '
+                                '3 for prio, commands of rTorrent for exec'),
+        Option('limit', lambda text: None if text == '' else parse_count(text), '',
+               'most torrents in one run; left out, 10 for delete and cull, else all'),
+        Option('confirm', parse_count, '1', 'act on what met the condition in so many runs on end'),
+        Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
+        Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
+               'data that another item uses: keep or delete'))
+
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        action, args = config.action, config.args
+        if action == 'custom':
+            args = re.sub(r'\s*=\s*', '=', args, count=1)
+        if not config.matcher:
+            raise UserError('matcher is not set; for all torrents write matcher = *')
+        if config.until_free and action != 'cull':
+            raise UserError('until_free is for the action cull: nothing else frees anything')
+        if not args and (callable(DO[action]) or action == 'exec'):
+            raise UserError(f'the action {action} needs args')
+        if action == 'prio' and args not in ('0', '1', '2', '3'):
+            raise UserError(f'args {args!r} is no priority; allowed are 0 1 2 3')
+        if action == 'custom' and not re.match(r'[\w.-]+=', args):
+            raise UserError(f'args {args!r} is not KEY=VALUE')
+        args = '' if (action, args) == ('throttle', 'none') else args
+        self.deletes = action in ('delete', 'cull')
+        self.template: Any = (CommandTemplate if action == 'exec' else Template)(
+            args, TEMPLATE_NAMES)
+        self.fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path',
+                       *field_names(self.template.names))
+        self.met: dict[str, int] = {}           # hash -> runs on end that it met the condition
+        self.gone: set[str] = set()             # erased in this run, or would be
+
+    def run(self) -> None:
+        config, self.gone = self.config, set()
+        met, self.met = self.met, {}            # a listing that fails ends all runs on end
+        torrents = self.chosen()
+        self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
+        ready = self.hold_back(torrents, [
+            torrent for torrent in torrents if self.met[torrent['hash']] >= config.confirm],
+            f'it did not meet the condition in {config.confirm} runs on end')
+        if config.until_free:
+            ready = self.hold_back(ready, list(self.until_free(ready)), 'it is not needed, or no '
+                                   f'help, to have {show_size(config.until_free)} free')
+        limit = config.limit if config.limit is not None else 10 if self.deletes else len(ready)
+        self.each(self.hold_back(ready, ready[:limit], f'the limit is {limit}'), self.perform)
+
+    def hold_back(self, before: list[Torrent], after: list[Torrent], why: str) -> list[Torrent]:
+        """Log which torrents are left alone for now; return the others."""
+        kept = {torrent['hash'] for torrent in after}
+        left = [torrent for torrent in before if torrent['hash'] not in kept]
+        for torrent in left:
+            self.LOG.log(logging.INFO if self.dry_run else logging.DEBUG,
+                         'held back: %s: %s', torrent, why)
+        if left and self.deletes and not self.dry_run:
+            self.LOG.info('%d held back: %s', len(left), why)
+        return after
+
+    def until_free(self, torrents: list[Torrent]) -> Iterator[Torrent]:
+        """Give torrents in order until deleting them frees enough on their disk."""
+        promised: dict = collections.defaultdict(int)
+        for torrent in torrents:
+            device, free = disk_of(torrent['path'])
+            if free is not None and free + promised[device] < self.config.until_free:
+                try:
+                    freed = freed_by(self.own_files(torrent))
+                except (LoggableError, OSError) as error:
+                    if isinstance(error, Unreachable):
+                        raise
+                    self.LOG.warning('%s: %s', torrent, error)
+                    continue
+                promised[device] += freed
+                if freed:
+                    yield torrent
+
+    def own_files(self, torrent: Torrent) -> list[str]:
+        """Return the files to delete with an item: none that another item uses."""
+        user = self.config.shared == 'keep' and used_by_other(
+            self.engine, {torrent['hash'], *self.gone}, torrent['path'])
+        if user:
+            self.LOG.info('the data of %s stays: another item uses %s', torrent, quoted(user))
+        return [] if user else item_files(self.engine, torrent, torrent['path'])
+
+    def perform(self, torrent: Torrent) -> None:
+        """Do the action on one torrent."""
+        action, values = self.config.action, {**torrent, 'item': torrent}
+        shown, make = self.template.render(values), DO[action]
+        if action == 'exec':
+            make = [('branch', 'd.hash=', text) for text in self.template.commands(values)]
+        calls = [(method, torrent['hash'], *rest) for method, *rest in (
+            make(shown, torrent) if callable(make) else make or ())]
+        if not calls and action != 'log':
+            self.LOG.debug('%s %s: nothing to do', action, torrent)
+            return
+        files = self.own_files(torrent) if action == 'cull' else []
+        self.LOG.info('%s%s %s%s%s', 'dry run, not done: ' if self.dry_run else '', action, torrent,
+                      f' {quoted(shown)}' if shown else '', f', {len(files)} files at '
+                      f"{quoted(torrent['path'])}" if action == 'cull' else '')
+        if self.dry_run:
+            self.gone.update([torrent['hash']] if self.deletes else ())
+            return
+        for answer in self.engine.open().batch(calls) if calls else ():
+            if isinstance(answer, RpcError):
+                raise answer
+        remove_files(files, torrent['path'])
+
+
+class Command(Job):
+    """Run a program."""
+    children: set = set()               # pids of programs that run
+    options: tuple | None = (
+        Option('args', str, '', 'program and arguments; quotes as in a shell'),
+        Option('shell', parse_bool, 'no', 'args is a line for the shell'),
+        Option('cwd', str, '', 'folder to run in'),
+        Option('env', parse_tags, '', 'more environment: NAME=value, NAME=value'),
+        Option('timeout', parse_duration, '', 'after this time the program and its children are '
+                                              'ended'))
+
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        if not config.args:
+            raise UserError('args is not set')
+        try:
+            self.words = config.args if config.shell else shlex.split(config.args)
+        except ValueError as error:
+            raise UserError(f'args {quoted(config.args)}: {error}') from None
+
+    def run(self) -> None:
+        self.execute(self.words, {})
+
+    @classmethod
+    def end_all(cls) -> None:
+        """End the programs that still run, for torque ends."""
+        for pid in list(cls.children):
+            with contextlib.suppress(OSError):
+                os.killpg(pid, 15)              # SIGTERM
+
+    def execute(self, words: str | list[str], environment: dict) -> None:
+        """Run the program once; its output goes to the log, a failure is raised."""
+        import signal
+        import subprocess
+        import tempfile
+        config = self.config
+        shown = quoted(words if isinstance(words, str) else ' '.join(map(shlex.quote, words)))
+        if self.dry_run:
+            self.LOG.info('dry run, not run: %s', shown)
+            return
+        with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
+            try:
+                process = subprocess.Popen(
+                    words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
+                    env={**os.environ, **environment, **config.env}, start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            except (OSError, ValueError) as error:
+                raise LoggableError(f'{shown}: {error}') from None
+            self.children.add(process.pid)
+            try:
+                status = f'status {process.wait(config.timeout)}'
+            except BaseException as error:              # KeyboardInterrupt, too
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                        os.killpg(process.pid, number)
+                        process.wait(3)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                status = f'force after {config.timeout:g} s'
+            finally:
+                self.children.discard(process.pid)
+            output.seek(max(output.seek(0, os.SEEK_END) - 50000, 0))
+            for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
+                self.LOG.info('%s', line[:500])
+        if status != 'status 0':
+            raise LoggableError(f'{shown} ended with {status}')
+
+
+class ItemCommand(Choice, Command):
+    """Run a program for every torrent that meets a condition."""
+    options = (
+        *(Choice.options or ()), *(Command.options or ()),
+        Option('once', parse_bool, 'no', 'only once for each torrent, which is marked'))
+
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        if not config.matcher:
+            raise UserError('matcher is not set; for all torrents write matcher = *')
+        if config.shell and '{{' in config.args:
+            raise UserError('args of a shell are no template: names must not reach it; write '
+                            '"$TORRENT_NAME" ...')
+        self.template = ArgsTemplate('-' if config.shell else config.args, TEMPLATE_NAMES)
+        self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
+        if config.once:
+            config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
+        self.fields = (*ENVIRONMENT.values(), *field_names(self.template.names))
+
+    def run(self) -> None:
+        self.each(self.chosen(), self.for_torrent)
+
+    def for_torrent(self, torrent: Torrent) -> None:
+        """Run the program for one torrent."""
+        self.execute(self.words if self.config.shell else self.template.render(
+            {**torrent, 'item': torrent}), {f'TORRENT_{name}': show(torrent[field]).replace(
+                '\0', ' ') for name, field in ENVIRONMENT.items()})
+        if self.config.once and not self.dry_run:
+            proxy = self.engine.open()
+            proxy.d.custom.set(torrent['hash'], self.mark, '1')
+            proxy.d.save_full_session(torrent['hash'])
+
+
+class Move(Choice):
+    """Move the data of torrents that meet a condition, and tell rTorrent.
+
+    The data becomes whole at the target first, as hard links or as copies, under a temporary
+    name; then rTorrent is told; then the source is removed. After a crash at any moment the
+    torrent points at whole data, and the next run goes on by the MARK, `SOURCE//TARGET`.
+    """
+    options = (
+        *(Choice.options or ()),
+        Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
+    MARK = 'torque_move'                # a custom value of rTorrent
+    NEEDS = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'd_state',
+             f'custom_{MARK}')
+
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        if not config.matcher or not config.target:
+            raise UserError('matcher and target have to be set; for all torrents matcher = *')
+        self.template = Template(config.target, TEMPLATE_NAMES)
+        self.fields = (*self.NEEDS, *field_names(self.template.names))
+
+    def run(self) -> None:
+        import fcntl
+        folder = self.config.state_dir
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with open(os.path.join(folder, 'move.lock'), 'w', encoding='ascii') as lock:
+            try:                                # against other Moves and --run-once, too
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LoggableError('another Move is at work') from None
+            self.each(self.chosen(), self.move)
+
+    def move(self, torrent: Torrent) -> None:
+        """Move one item, unless anything about it is doubtful."""
+        folder = os.path.expanduser(self.template.render({**torrent, 'item': torrent}))
+        source, mark = torrent['path'], torrent[f'custom_{self.MARK}']
+        if not folder:
+            return
+        if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
+            raise LoggableError(f'target {quoted(folder)} is no absolute path')
+        folder = os.path.normpath(folder)
+        target = os.path.join(folder, os.path.basename(source))
+        if os.path.isabs(source) and os.path.realpath(source) == os.path.realpath(target):
+            if mark.endswith(f'//{target}') and not self.dry_run:
+                self.finish(torrent, mark[:-len(target) - 2], target)
+            return
+        files = item_files(self.engine, torrent, source, whole=True)
+        user = used_by_other(self.engine, [torrent['hash']], source, target)
+        again = mark == f'{source}//{target}' and all(
+            same_file(path, target + path[len(source):]) for path in files)
+        problem = (f'there is no data at {quoted(source)}' if not files else
+                   f'another item uses {quoted(user)}' if user else
+                   'it is being checked' if torrent['is_hashing'] else
+                   f'{quoted(folder)} lies in it' if lies_in(os.path.realpath(folder),
+                                                             os.path.realpath(source)) else
+                   f'{quoted(target)} exists: nothing is overwritten'
+                   if os.path.lexists(target) and not again else '')
+        if problem:
+            raise LoggableError(f'not moved: {problem}')
+        self.LOG.info('%s %s from %s to %s', 'dry run, not moved:' if self.dry_run else 'moving',
+                      torrent, quoted(source), quoted(folder))
+        if not self.dry_run:
+            self.carry_out(torrent, files, target)
+
+    def carry_out(self, torrent: Torrent, files: list[str], target: str) -> None:
+        """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
+        proxy, item, folder = self.engine.open(), torrent['hash'], os.path.dirname(target)
+        proxy.d.close(item)             # d.state stays: a crash does not make it forget
+        try:
+            if not os.path.lexists(target):
+                with whole_copy(files, torrent['path'], target, item) as copy:
+                    if proxy.d.is_open(item):
+                        raise LoggableError('it was opened while its data was copied')
+                    proxy.d.custom.set(item, self.MARK, f"{torrent['path']}//{target}")
+                    if os.path.lexists(target):
+                        raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
+                    os.rename(copy, target)
+                    sync(folder)
+            name, place = ('d.directory_base', target) if torrent['is_multi_file'] else (
+                'd.directory', folder)
+            proxy.call(name + '.set', item, place)
+            if proxy.call(name, item) != place:
+                raise LoggableError(f'rTorrent took {quoted(place)} for something else')
+            proxy.d.open(item)          # only this renews d.base_path
+            proxy.d.save_full_session(item)
+        except BaseException:
+            self.start_again(torrent)
+            raise
+        self.finish(torrent, torrent['path'], target)
+
+    def start_again(self, torrent: Torrent) -> None:
+        """Bring an item to the state that it had."""
+        names = ('d.stop', 'd.start') if torrent['d_state'] else \
+            () if torrent['is_open'] else ('d.close',)
+        for answer in self.engine.open().batch([        # at once: a crash between would stop it
+                (name, torrent['hash']) for name in ('d.open', *names)]):
+            if isinstance(answer, RpcError):
+                raise answer
+
+    def finish(self, torrent: Torrent, source: str, target: str) -> None:
+        """Remove those files of an item at its old place that are at the new one, too."""
+        try:
+            if used_by_other(self.engine, [torrent['hash']], source):
+                raise LoggableError(f'{quoted(source)} stays, too: another item uses it')
+            places = [(path, source + path[len(target):])
+                      for path in item_files(self.engine, torrent, target)]
+            remove_files([old for path, old in places
+                          if same_file(path, old) or not os.path.lexists(old)], source)
+        finally:
+            self.start_again(torrent)
+        self.engine.open().d.custom.set(torrent['hash'], self.MARK, '')
+        self.engine.open().d.save_full_session(torrent['hash'])
+
+
+def same_file(path: str, copy: str) -> bool:
+    """Tell whether another path is a copy, or hard link; times may be rounded to 2 s."""
+    try:
+        one, other = os.lstat(path), os.lstat(copy)
+    except OSError:
+        return False
+    return (one.st_mode >> 12, one.st_size) == (other.st_mode >> 12, other.st_size) and \
+        abs(one.st_mtime - other.st_mtime) <= 2 and os.path.realpath(path) != os.path.realpath(copy)
+
+
+def sync(path: str) -> None:
+    """Have a file or folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def discard(path: str) -> None:
+    """Delete a file, or a folder and all in it, if it is there."""
+    import shutil
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+@contextlib.contextmanager
+def whole_copy(files: list[str], source: str, target: str, name: str) -> Iterator[str]:
+    """Give the path of a copy of data, beside its target, that is removed if left there."""
+    import shutil
+    copy = os.path.join(os.path.dirname(target), f'.torque-{name}')
+    try:
+        discard(copy)                   # what a crash left
+        if os.path.lexists(copy):
+            raise LoggableError(f'{quoted(copy)} cannot be deleted')
+        for path in files:
+            place = copy + path[len(source):]
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:             # another file system, or one without hard links
+                shutil.copyfile(path, place)
+                with contextlib.suppress(OSError):      # not every file system has modes
+                    shutil.copystat(path, place)
+            if not same_file(path, place):
+                raise LoggableError(f'{quoted(path)} changed while it was copied')
+            sync(place)
+        for folder, _, _ in os.walk(copy):
+            sync(folder)
+        yield copy
+    except (OSError, ValueError) as error:
+        raise LoggableError(f'{quoted(target)}: {error}') from None
+    finally:
+        discard(copy)
+
+
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+
+
+def bdecode(content: bytes) -> tuple[Any, bytes]:
+    """Return the value of bencoded bytes, and the bytes of its `info`, of which comes the hash.
+
+    Raises ValueError for anything else. Text stays bytes; what follows the value is ignored,
+    as rTorrent ignores it.
+
+    >>> bdecode(b'd4:infod4:name1:aee')
+    ({b'info': {b'name': b'a'}}, b'd4:name1:ae')
+    """
+    info = b''
+
+    def value(at: int, depth: int) -> tuple[Any, int]:
+        nonlocal info
+        token = BENCODED.match(content, at)
+        if token:
+            end = token.end() + int(token[2] or 0)
+            if end <= len(content):
+                return int(token[1]) if token[1] else content[token.end():end], end
+        elif content[at:at + 1] in (b'l', b'd') and depth < 50:
+            items: list = []
+            is_list, at = content[at:at + 1] == b'l', at + 1
+            while content[at:at + 1] != b'e':
+                item, end = value(at, depth + 1)
+                if depth == 0 and len(items) % 2 and items[-1] == b'info':
+                    info = content[at:end]
+                items.append(item)
+                at = end
+            if is_list:
+                return items, at + 1
+            if len(items) % 2 == 0 and all(isinstance(key, bytes) for key in items[::2]):
+                return dict(zip(items[::2], items[1::2])), at + 1
+        raise ValueError(f'not bencoded at byte {at}')
+
+    return value(0, 0)[0], info
+
+
+METAFILE_LIMIT = 64 << 20               # bytes
+
+
+class Metafile(NamedTuple):
+    """What a .torrent file says."""
+    content: bytes
+    info_hash: str
+    name: str                           # bytes that are no UTF-8 are surrogates in it
+    tracker: str
+    main_file: str                      # name of the largest file
+
+
+def read_metafile(path: str) -> Metafile:
+    """Return a metafile; raises ValueError when it is none, or not whole."""
+    import hashlib
+    import stat
+    if not stat.S_ISREG(os.stat(path).st_mode):         # a named pipe would block for ever
+        raise ValueError('no regular file')
+    with open(path, 'rb') as stream:
+        content = stream.read(METAFILE_LIMIT + 1)
+    if not content or len(content) > METAFILE_LIMIT:
+        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}' if content else 'empty')
+    meta, info_bytes = bdecode(content)
+    info = meta.get(b'info') if isinstance(meta, dict) else None
+    if not isinstance(info, dict):
+        raise ValueError('no `info` in it')
+    name, files, pieces = info.get(b'name'), info.get(b'files'), info.get(b'pieces')
+    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        raise ValueError('no usable `name` in it')
+    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20 or not (
+            isinstance(files, list) or isinstance(info.get(b'length'), int)):
+        raise ValueError('no pieces, or no length in it')
+    if list(info) != sorted(info):
+        raise ValueError('the keys of `info` are not in order')
+    largest = name
+    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+        largest = max(files or [], key=lambda entry: entry[b'length'])[b'path'][-1]
+    return Metafile(content, hashlib.sha1(info_bytes).hexdigest().upper(), *(
+        text.decode('utf-8', 'surrogateescape') if isinstance(text, bytes) else ''
+        for text in (name, meta.get(b'announce'), largest)))
+
+
+class Inotify:
+    """Changes in folders, told by Linux; raises OSError where that does not work."""
+    CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x8, 0x40, 0x80, 0x100
+    OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x4000, 0x8000, 0x1000000, 0x40000000
+
+    def __init__(self) -> None:
+        import ctypes
+        self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
+        self.folders: dict[int, str] = {}       # by the number of the watch
+        self.stream = open(self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC), 'rb', 0)
+
+    def call(self, name: str, *args: Any) -> int:
+        """Return what a system call gives."""
+        result = getattr(self.libc, name)(*args)
+        if result < 0:
+            raise OSError(self.ctypes.get_errno(), os.strerror(self.ctypes.get_errno()))
+        return result
+
+    def add(self, folder: str) -> None:
+        """Watch one folder; one that is watched already by another name goes by this one."""
+        mask = self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE | self.ONLYDIR
+        self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
+                               mask)] = folder
+
+    def forget(self, folder: str) -> None:
+        """Watch a folder and what is below it no longer; this wakes who waits for events."""
+        for watch, path in list(self.folders.items()):
+            if os.path.join(path, '').startswith(os.path.join(folder, '')):
+                self.libc.inotify_rm_watch(self.stream.fileno(), watch)
+                self.folders.pop(watch, None)
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self.folders.clear()
+        self.stream.close()
+
+    def events(self) -> Iterator[tuple[int, str]]:
+        """Give (mask, path) of what happened; the path of an overflow is empty."""
+        content, at = self.stream.read(1 << 16) or b'', 0
+        while at < len(content):
+            watch, mask, _, length = struct.unpack_from('iIII', content, at)
+            name = content[at + 16:at + 16 + length].rstrip(b'\0')
+            at += 16 + length
+            if mask & self.IGNORED:
+                self.folders.pop(watch, None)
+            elif mask & self.OVERFLOW:
+                yield mask, ''
+            elif watch in self.folders:
+                yield mask, os.path.join(self.folders[watch], os.fsdecode(name))
+
+
+def parse_mode(text: str) -> str:
+    """Return how new items are loaded: normal or start."""
+    if text.lower() not in ('', 'normal', 'load', 'start', 'started'):
+        raise UserError(f'{text!r} is no mode; allowed are normal and start')
+    return 'start' if text.lower().startswith('start') else 'normal'
+
+
+class TreeWatch(Job):
+    """Load metafiles that appear in trees of folders.
+
+    What a look through the trees or an event finds goes into `waiting`; work() handles it.
+    """
+    options = (
+        Option('path', str, '', 'folders to watch, separated by :'),
+        Option('load_mode', parse_mode, 'normal', 'normal, or start'),
+        Option('started', parse_bool, 'no', 'the same as load_mode = start'),
+        Option('queued', parse_bool, 'no', 'leave starting to the queue: "start" keeps the '
+                                           'priority, "normal" sets it to off'),
+        Option('quiet', parse_bool, 'no', 'do not tell rTorrent'),
+        Option('print_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'),
+        Option('inotify', parse_bool, 'yes', 'no: only look on schedule (network mounts)'),
+        Option('remove_already_added', parse_bool, 'no', 'delete a metafile whose item was there '
+                                                         'before, and is not tied to it'),
+        Option('check_unhandled', parse_bool, 'yes', 'has no effect: files are never missed'),
+        Option('trace_inotify', parse_bool, 'no', 'log every event'),
+        Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
+    at_start = True
+    families = ('cmd.', 'cmd_')
+    ENDINGS = ('.torrent', '.load', '.start', '.queue')
+    RETRY = 5                           # seconds between looks at files that wait
+    NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
+                      'filetype label traits flags'.split())
+
+    @staticmethod
+    def folders(config: Any) -> list[str]:
+        """Return the folders that a configuration names."""
+        return [os.path.abspath(os.path.expanduser(path.strip()))
+                for path in config.path.split(os.pathsep) if path.strip()]
+
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        self.roots = self.folders(config)
+        if not self.roots:
+            raise UserError('path is not set')
+        for root in self.roots:
+            if not os.path.isdir(root):
+                raise UserError(f'path {root!r} is not a folder')
+        self.commands = [CommandTemplate(text, self.NAMES)
+                         for key, text in sorted(config.items()) if key.startswith(self.families)]
+        self.lock = threading.Lock()            # run() and the watching thread take turns
+        self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
+        self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
+        self.by_path = None if self.engine.address.is_local() else False    # None: not known
+        self.use_inotify = config.inotify and not config.alone
+        self.inotify: Inotify | None = None
+        self.thread: threading.Thread | None = None
+        self.ended = False
+
+    def run(self) -> None:
+        """Look through the trees, and see to it that changes are watched."""
+        with self.lock:
+            if self.use_inotify and (not self.inotify or self.inotify.stream.closed):
+                try:
+                    self.inotify = Inotify()
+                    self.thread = threading.Thread(target=self.watch, args=(self.inotify,),
+                                                   daemon=True)
+                    self.thread.start()
+                except (ImportError, AttributeError, OSError) as error:
+                    self.LOG.warning('no inotify, files are found on schedule only: %s', error)
+                    self.use_inotify, self.inotify = False, None
+            trouble = self.look()
+            self.work()
+        if trouble:
+            raise LoggableError(trouble)
+
+    def cleanup(self) -> None:
+        """End the watching thread."""
+        self.ended = True
+        if self.inotify and self.thread:
+            if self.lock.acquire(timeout=5):    # else it is in a call, and will see `ended`
+                self.inotify.forget(os.sep)
+                self.lock.release()
+            self.thread.join(5)
+
+    def watch(self, inotify: Inotify) -> None:
+        """Handle files as they appear, and those that wait; a thread, while there are watches."""
+        poll = select.poll()
+        poll.register(inotify.stream.fileno(), select.POLLIN)
+        timeout: float | None = 0.0
+        while not inotify.stream.closed:
+            poll.poll(timeout)
+            with self.lock, contextlib.ExitStack() as close_unless_all_went_well:
+                close_unless_all_went_well.callback(inotify.close)
+                for mask, path in inotify.events():
+                    self.see(inotify, mask, path)
+                with contextlib.suppress(RpcError):             # the engine has told it
+                    self.work()
+                due = min(self.waiting.values(), default=None)
+                timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
+                if inotify.folders and not self.ended:
+                    close_unless_all_went_well.pop_all()
+
+    def see(self, inotify: Inotify, mask: int, path: str) -> None:
+        """Note what one event of inotify tells."""
+        if self.config.trace_inotify:
+            self.LOG.debug('inotify %#x %s', mask, quoted(path))
+        trouble = ''
+        if mask & Inotify.OVERFLOW:
+            self.LOG.info('too many changes at once for inotify: looking through everything')
+            trouble = self.look()
+        elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
+            inotify.forget(path)
+        elif mask & Inotify.ISDIR:
+            trouble = self.scan([path])
+        elif not mask & Inotify.MOVED_FROM:
+            self.note(path)
+        if trouble:
+            self.LOG.warning('%s', trouble)
+
+    def look(self) -> str:
+        """Note all files of the trees, watch all folders anew; return what cannot be read."""
+        if self.inotify:
+            self.inotify.forget(os.sep)         # also what was moved away unseen
+        self.waiting.clear()
+        trouble = self.scan(self.roots)
+        self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
+        return trouble
+
+    def scan(self, folders: list[str]) -> str:
+        """Note the files below folders, which are watched from before they are read."""
+        left = folders[:]
+        trouble: dict[str, str] = {}            # one folder for each reason is enough
+
+        def failed(error: OSError) -> None:
+            why = 'too many inotify watches' if error.errno == errno.ENOSPC else \
+                str(error.strerror)
+            if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                trouble.setdefault(why, f'{quoted(folder)} cannot be watched or read: {why}')
+
+        for folder in left:                     # it grows meanwhile
+            try:
+                if self.inotify:
+                    self.inotify.add(folder)
+            except OSError as error:            # the schedule finds its files
+                failed(error)
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            left.append(entry.path)
+                        else:
+                            self.note(entry.path)
+            except OSError as error:
+                failed(error)
+        return '; '.join(trouble.values())
+
+    def note(self, path: str) -> None:
+        """Let work() handle a file, if its name is one of a metafile."""
+        if path.lower().endswith(self.ENDINGS):
+            self.waiting[path] = 0.0
+
+    def work(self) -> None:
+        """Handle the files that are due; raises Unreachable when rTorrent is away."""
+        now = time.monotonic()
+        for path in sorted(path for path, due in self.waiting.items() if due <= now):
+            if self.ended:
+                return
+            del self.waiting[path]
+            try:
+                self.handle(path)
+            except Unreachable:
+                self.waiting = dict.fromkeys([path, *self.waiting], time.monotonic() + self.RETRY)
+                raise
+
+    def handle(self, path: str) -> None:
+        """Load a file if it is a new metafile; one that may be half-written waits."""
+        stamp: Any = None
+        try:
+            found = os.stat(path)
+            stamp = found.st_ino, found.st_ctime_ns, found.st_size
+            if self.done.get(path) != stamp:
+                self.load(path, read_metafile(path))
+        except (FileNotFoundError, NotADirectoryError):
+            self.done.pop(path, None)
+            return
+        except OSError as error:
+            stamp = stamp or error.errno
+            if self.done.get(path) != stamp:
+                self.LOG.warning('%s: %s', quoted(path), error.strerror)
+        except ValueError as error:
+            if abs(time.time() - found.st_mtime) < 2 * self.RETRY:
+                self.waiting[path] = time.monotonic() + self.RETRY
+                return
+            self.LOG.warning('%s is no metafile: %s', quoted(path), error)
+        except Unreachable:
+            raise
+        except LoggableError as error:
+            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
+        except Exception:
+            self.LOG.exception('%s is not loaded', quoted(path))
+        self.done[path] = stamp
+
+    def values(self, path: str, meta: Metafile) -> dict[str, Any]:
+        """Return what templates know of a file."""
+        folder, base = os.path.split(path)
+        root = max((root for root in self.roots if path.startswith(os.path.join(root, ''))),
+                   key=len, default=folder)
+        relative = os.path.relpath(folder, root)
+        kind = os.path.splitext(meta.main_file)[1]
+        traits = name_traits(meta.name, kind[1:].lower())
+        return {
+            'pathname': path, 'watch_path': root, 'rel_path': relative,
+            'relpath': '' if relative == '.' else relative,
+            'info_hash': meta.info_hash, 'info_name': meta.name, 'filetype': kind,
+            'tracker_alias': meta.tracker and tracker_alias(meta.tracker, self.engine.aliases),
+            'flags': {*path.split(os.sep), *base.split('.')} - {''}, 'traits': traits,
+            'label': traits['kind'] and f"{traits['kind']}/{kind[1:]}".strip('/')}
+
+    def plan(self, path: str, meta: Metafile) -> tuple[bool, bool, list[str], dict]:
+        """Return for a file: is it started, is it queued, its commands, the template's values."""
+        values, config = self.values(path, meta), self.config
+        flags = set(map(str.lower, values['flags']))
+        start = 'start' in flags or 'load' not in flags and (
+            config.started or config.load_mode == 'start')
+        queued = config.queued or 'queue' in flags
+        commands = [command for template in self.commands
+                    for command in template.commands(values)]
+        if queued and not start:
+            commands.append('d.priority.set=0')
+        return start and not queued, queued, commands, values
+
+    def load(self, path: str, meta: Metafile) -> None:
+        """Load a metafile unless its item is there, and wait for that."""
+        proxy, name = self.engine.open(), quoted(meta.name)
+        start, queued, commands, _ = self.plan(path, meta)
+        with contextlib.suppress(HashNotFound):
+            file = proxy.d.tied_to_file(meta.info_hash)
+            tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
+                          for text in (file, path))
+            if tied != ours and not (file and os.path.realpath(os.path.expanduser(file))
+                                     == os.path.realpath(path)):
+                self.LOG.info('%s: %s is loaded already', quoted(path), name)
+                if self.config.remove_already_added and not self.dry_run:
+                    os.remove(path)
+            return
+        how = ' [queued]' if queued else ' [started]' if start else ''
+        if self.dry_run:
+            self.LOG.info('dry run, not loaded: %s from %s%s', name, quoted(path), how)
+            return
+        self.send(proxy, path, meta, start, commands)
+        self.LOG.info('loaded %s from %s%s', name, quoted(path), how)
+        if self.config.print_to_client and not self.config.quiet:
+            with contextlib.suppress(RpcError):
+                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{how}')
+
+    def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
+        """Load by path where rTorrent sees the file, else by content; wait for the item."""
+        if not all(re.fullmatch('[ -\ud7ff]*', text) for text in (path, *texts)):
+            path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
+            proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
+        patience = 1 + len(meta.content) / 5e6
+        by_path = self.by_path is not False and not re.search(r'[*?[]', str(path))  # no pattern
+        if by_path:
+            (proxy.load.start if start else proxy.load.normal)('', path, *texts)
+            if self.appears(proxy, meta.info_hash, patience):
+                self.by_path = True
+                return
+        try:
+            (proxy.load.raw_start if start else proxy.load.raw)('', meta.content, *texts)
+        except Unreachable:
+            if len(meta.content) > 100000:
+                proxy.system.pid('')            # is it away, or was this too much for it?
+                raise LoggableError(f'{show_size(len(meta.content))} are more than rTorrent takes '
+                                    'in one request') from None
+            raise
+        if not self.appears(proxy, meta.info_hash, patience):
+            raise LoggableError('rTorrent did not take it, and does not say why'
+                                + ('' if meta.tracker else '; it has no tracker: is DHT off?'))
+        if by_path and self.by_path is None:
+            self.by_path = False                # it sees other files than torque does
+
+    @staticmethod
+    def appears(proxy: Proxy, item: str, seconds: float) -> bool:
+        """Tell whether an item comes up in time."""
+        end, pause = time.monotonic() + seconds, 0.0002
+        while True:
+            with contextlib.suppress(HashNotFound):
+                proxy.d.hash(item)
+                return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def explain(self, path: str) -> list[str]:
+        """Return lines that tell what would be done with a metafile."""
+        path = os.path.abspath(path)
+        try:
+            start, queued, commands, values = self.plan(path, read_metafile(path))
+        except (OSError, ValueError, LoggableError) as error:
+            return [f'{path} is not loaded: {error}']
+        how = 'queued' if queued else 'started' if start else 'loaded, not started'
+        below = any(path.startswith(os.path.join(root, '')) for root in self.roots)
+        values['flags'] = sorted(values['flags'])
+        return [f"{path}: {how}{'' if below else ' (if it lay below path)'}",
+                *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
+                *(f'  command {command}' for command in commands)]
+
 # --- Config ----------------------------------------------------------------------------------
 # torque.ini becomes entries (value and place), entries become settings, settings become jobs.
 # Every mistake is collected as one line `file:line: setting: what is wrong; what is allowed`;
@@ -2150,7 +3977,6 @@ def read_secret(path: str) -> str:
 
 DEFAULTS = """
 [TORQUE]
-queue_startable_base = is_open=no is_active=no is_complete=no
 job.connstats.handler = torque:EngineStats
 job.connstats.schedule = minute=*
 job.fluxstats.handler = torque:InfluxDB
@@ -2180,7 +4006,9 @@ CORE_OPTIONS = (                        # what any job has
     Option('dry_run', parse_bool, 'no', 'only say what would be done'),
     Option('scgi_url', str, '', 'rTorrent of this job; left out, that of [TORQUE]'),
     Option('log_level', str, '', 'DEBUG, INFO, WARNING or ERROR'),
-    Option('max_runtime', parse_duration, '', 'a run is called overdue after this time'))
+    Option('max_runtime', parse_duration, '', 'a run is called overdue after this time'),
+    Option('catch_up', parse_bool, 'no', 'make up at the start for a run missed before'),
+    Option('ping_url', str, '', 'monitor that is told of runs: /start, /fail, or nothing added'))
 TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('scgi_url', str, '', 'where rTorrent answers; left out, rtorrent_rc tells'),
     Option('rtorrent_rc', str, '', "rTorrent's configuration"),
@@ -2188,7 +4016,11 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
-    Option('queue_startable_base', str, '', 'condition that any startable item must meet'))
+    Option('pid_file', str, '', 'left out, torque.pid in state_dir'),
+    Option('log_file', str, '', 'log in the background; left out, torque.log in state_dir'),
+    Option('ping_url', str, '', 'monitor of all jobs that do not name one'),
+    Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
+           'condition that any startable item of a queue must meet'))
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
@@ -2209,7 +4041,7 @@ class Mistakes(UserError):
         def number(line: str) -> int:
             match = re.match(r'[^:]*:(\d+): ', line)
             return int(match[1]) if match else 0
-        self.lines = [one_line(line) for line in sorted(lines, key=number)]
+        self.lines = [one_line(line) for line in sorted(dict.fromkeys(lines), key=number)]
         super().__init__('\n'.join(self.lines))
 
 
@@ -2341,6 +4173,7 @@ class PlannedJob(NamedTuple):
     config: JobConfig
     schedule: Schedule
     place: str
+    source: tuple = ()                  # all texts it is made of: the same, and so is the job
 
 
 class Config(Settings):
@@ -2348,11 +4181,14 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    __slots__ = ('path', 'engine', 'engines', 'state_dir', 'jobs', 'warnings', 'notes')
+    __slots__ = ('path', 'engine', 'engines', 'former', 'aliases', 'state_dir', 'jobs', 'warnings',
+                 'notes')
     __setattr__ = object.__setattr__
     path: str
     engine: Any
     engines: dict[str, Engine]
+    former: dict[str, Engine]           # of the configuration before, which may serve on
+    aliases: dict[str, list[str]]
     state_dir: str
     jobs: list[PlannedJob]
     warnings: list[str]
@@ -2377,6 +4213,8 @@ class Config(Settings):
         self['torque'].update(options)
         self.state_dir = os.path.expanduser(options.state_dir) or default_state_dir(path)
         self.engines = {}
+        self.aliases = {name: entry.value.split()
+                        for name, entry in ini.sections.get('ANNOUNCE', {}).items()}
         self.engine = self.find_engine(torque, 'scgi_url', ini.mistakes)
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
@@ -2388,7 +4226,7 @@ class Config(Settings):
                 planned.config.engine = self.find_engine(
                     groups[name], f'job.{name}.scgi_url', ini.mistakes) \
                     if planned.config.scgi_url else self.engine
-                planned.config.state_dir = None if only else self.state_dir
+                planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
                 self.jobs.append(planned)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
@@ -2403,8 +4241,13 @@ class Config(Settings):
             if not url:
                 url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
             if url not in self.engines:
-                engine = self.engines[url] = Engine(url, self.torque.rpc_timeout or RPC_TIMEOUT,
-                                                    self.torque.rpc_limit or RPC_LIMIT)
+                engine = self.former.get(url)
+                timeout, limit = (self.torque.rpc_timeout or RPC_TIMEOUT,
+                                  self.torque.rpc_limit or RPC_LIMIT)
+                if not engine or (engine.timeout, engine.limit) != (timeout, limit):
+                    engine = Engine(url, timeout, limit)
+                self.engines[url] = engine
+                engine.aliases = self.aliases
                 if engine.address.exposed:
                     self.warnings.append(
                         f'{url}: the RPC port of rTorrent is open to the network: whoever reaches '
@@ -2414,6 +4257,18 @@ class Config(Settings):
             place = entry.place if entry else rc.place if rc else self.path
             mistakes.append(f'{place}: {key}: {error}')
             return None
+
+    def snapshot(self) -> list:
+        """Return what restore() takes to go back to this configuration."""
+        return [dict(self), *(getattr(self, name) for name in self.__slots__)]
+
+    def restore(self, snapshot: list) -> None:
+        """Go back to an earlier configuration."""
+        values, *slots = snapshot
+        self.clear()
+        self.update(values)
+        for name, value in zip(self.__slots__, slots):
+            setattr(self, name, value)
 
     def make_jobs(self) -> dict[str, Any]:
         """Return the job objects by name; raises Mistakes."""
@@ -2485,13 +4340,14 @@ def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
     """Return the values of options, noting the mistakes in them."""
     values = Settings()
     for option in options:
-        entry = entries.get(option.name) or (defaults or {}).get(option.name)
+        entry = entries.get(option.name) or entries.get(option.alias) or (
+            defaults or {}).get(option.name)
         text = entry.value if entry else option.default
         if text == '' and (option.parse in (parse_duration, parse_size, parse_count, parse_bool)):
             text = option.default
         try:
-            values[option.name] = None if text == '' and option.parse is parse_duration else \
-                option.parse(text)
+            values[option.name] = None if text == '' and option.parse in (
+                parse_duration, parse_size, parse_count) else option.parse(text)
         except UserError as error:
             mistakes.append(f"{entry.place if entry else '<defaults>'}: "
                             f'{prefix}{option.name}: {error}')
@@ -2505,9 +4361,11 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
     prefix, before = f'job.{name}.', len(ini.mistakes)
     own = [entry.place for entry in entries.values() if not entry.place.startswith('<')]
     first = own[0] if own else '<defaults>'
-    core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-    if len(ini.mistakes) == before and not core.active and not force:
+    mistakes: list[str] = []
+    core = checked(CORE_OPTIONS, entries, prefix, mistakes)
+    if core.active is False and not force:      # whatever else there is
         return None
+    ini.mistakes += mistakes
     make, schedule = None, None
     for key in ('handler', 'schedule'):
         entry = entries.get(key)
@@ -2527,20 +4385,32 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
                             f'{core.log_level!r}; allowed are DEBUG INFO WARNING ERROR')
     config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
                         convert(entry.value)) for key, entry in entries.items())
+    for key in set(entries).intersection(('engine', 'state_dir', 'alone', *dir(dict))):
+        ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
+                            f'the job finds it as config[{key!r}]')
     if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-        known = [option.name for option in (*CORE_OPTIONS, *make.options)]
+        known = [name for option in (*CORE_OPTIONS, *make.options)
+                 for name in (option.name, option.alias) if name]
         for key in set(entries).difference(known):
+            if key.startswith(make.families):
+                continue
             ini.mistakes.append(f'{entries[key].place}: {prefix}{key}: {make.__name__} has no such '
                                 f'option{nearest(key, known) or "; see --list-jobs"}')
         shared = ini.sections.get(make.section, {})
-        for key in set(shared).difference(known):
+        for key in set(shared).difference(known) if make.section != 'TORQUE' else ():
             ini.mistakes.append(f'{shared[key].place}: {key}: {make.__name__} has no such '
                                 f'option{nearest(key, known) or "; see --list-jobs"}')
         config.update(checked(make.options, entries, prefix, ini.mistakes, shared))
     config.update(core, job_name=name, active=core.active, dry_run=core.dry_run or dry_run)
     if len(ini.mistakes) > before or not make or not schedule:
         return None
-    return PlannedJob(name, make, config, schedule, first)
+    shared = ini.sections.get(getattr(make, 'section', ''), {})
+    names = {option.name for option in getattr(make, 'options', None) or ()}
+    texts = {**{f'{make.section}.{key}': shared[key] for key in names.intersection(shared)},
+             **entries} \
+        if shared else entries
+    return PlannedJob(name, make, config, schedule, first, tuple(sorted(
+        (key, entry.value) for key, entry in texts.items())))
 
 
 def default_state_dir(path: str) -> str:
@@ -2553,9 +4423,583 @@ def default_state_dir(path: str) -> str:
 
 
 config_ini = Config()
+config_ini.former = {}
 BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
-            if isinstance(job, type) and issubclass(job, Job) and job is not Job}
+            if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
 
+
+# --- Daemon ----------------------------------------------------------------------------------
+# The life of the process: the lock on its pid file, what is remembered over restarts, pings of
+# a monitor, reload, and the socket beside the pid file over which --status and --reload ask.
+# What may take long (making jobs, cleanup, answers) has a thread of its own; tasks are changed
+# in the main thread alone, by functions put into the scheduler's mail.
+
+STATUS_TIMEOUT, RELOAD_TIMEOUT = 10, 60 # seconds that a daemon has to answer over its socket
+
+
+class PidFile:
+    """The file with the daemon's pid, locked as long as it lives: the lock alone counts."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.stream: Any = None
+        self.socket = path + '.sock'
+
+    def acquire(self) -> bool:
+        """Lock the file and write our pid; tell whether nobody else has it."""
+        import fcntl
+        try:
+            make_folder(os.path.dirname(self.path))
+            stream = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
+        except OSError as error:
+            raise UserError(f'pid file {self.path}: {error.strerror}') from None
+        for _ in range(20):                     # holder() of another process has it for a moment
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)
+        else:
+            stream.close()
+            return False
+        self.stream = stream
+        with contextlib.suppress(OSError):      # on a full disk the lock has to do
+            stream.truncate()
+            os.write(stream.fileno(), b'%d\n' % os.getpid())
+        return True
+
+    def holder(self) -> int | None:
+        """Return the pid of a running daemon, 0 where it cannot be told, None for no daemon."""
+        import fcntl
+        try:
+            with open(self.path, encoding='ascii', errors='replace') as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return None
+                except BlockingIOError:
+                    text, inode = stream.read(20).strip(), os.fstat(stream.fileno()).st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f'pid file {self.path}: {error.strerror}') from None
+        named = int(text) if text.isdigit() else 0
+        try:                                    # Linux knows whose lock it is, whatever is written
+            with open('/proc/locks', encoding='ascii') as locks:
+                found = {int(words[4]) for words in map(str.split, locks)
+                         if words[1] == 'FLOCK' and words[5].endswith(f':{inode}')}
+        except OSError:
+            return named
+        return named if named in found else max(found, default=0)
+
+    def stop(self, seconds: float) -> bool:
+        """End a running daemon, and tell whether there was one; returns when it is gone."""
+        import signal
+        pid, end = self.holder(), time.monotonic() + seconds
+        if pid is None:
+            return False
+        if not pid:
+            raise LoggableError(f'{self.path} is locked by a process that is not seen from here')
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        except OSError as error:
+            raise LoggableError(f'process {pid} cannot be ended: {error.strerror}') from None
+        while self.holder() == pid:
+            if time.monotonic() > end:
+                raise LoggableError(f'process {pid} has not ended in {seconds:g} s')
+            time.sleep(0.02)
+        return True
+
+    def ask(self, question: str, seconds: float) -> Any:
+        """Return a running daemon's answer to status or reload."""
+        try:
+            with socket.socket(socket.AF_UNIX) as sock, short_path(self.socket) as path:
+                sock.settimeout(seconds)
+                sock.connect(path)
+                sock.sendall(question.encode() + b'\n')
+                return json.loads(b''.join(iter(lambda: sock.recv(65536), b'')))
+        except (OSError, ValueError) as error:
+            raise LoggableError(f'the daemon does not answer over {self.socket}: {error}') from None
+
+
+@contextlib.contextmanager
+def short_path(path: str) -> Iterator[str]:
+    """Give a name for a Unix socket that fits into the 107 bytes it may have."""
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
+    finally:
+        os.close(folder)
+
+
+def in_thread(function: Callable[[], Any], here: bool = False) -> threading.Thread | None:
+    """Start a function in a thread; where there can be none call it here, or not at all."""
+    thread = threading.Thread(target=function, daemon=True)
+    try:
+        thread.start()
+        return thread
+    except RuntimeError:
+        if here:
+            function()
+        return None
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder for the user alone, with those above it."""
+    if folder and not os.path.isdir(folder):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
+class Memory:
+    """When jobs were last started, kept over restarts in a small file."""
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, 'starts.json')
+        self.lock, self.saved_at, self.repeats = threading.Lock(), 0.0, Repeats()
+        self.log = logging.getLogger('torque.main')
+        self.starts: dict[str, float] = {}      # Unix seconds
+        self.saved: dict[str, float] = {}       # what of that is on disk
+        try:
+            with open(self.path, encoding='utf-8') as stream:
+                found = json.load(stream)
+            if found['version'] != 1:
+                raise ValueError(f"version {found['version']!r}")
+            self.starts = {name: float(when) for name, when in found['starts'].items()
+                           if 0 < when < 1 << 33}
+        except FileNotFoundError:
+            pass
+        except Exception as error:              # whatever a disk may have made of it
+            self.log.warning('%s is not usable, starting without it: %s', self.path,
+                             quoted(error, 80))
+
+    def started(self, name: str, at_once: bool) -> None:
+        """Note that a job starts; at_once: it has to be on disk before it does."""
+        self.starts[name] = when = time.time()
+        if at_once or elapsed_time() - self.saved_at > 60:
+            if self.lock.acquire(blocking=at_once):     # a disk that hangs holds up no other job
+                try:
+                    if self.saved.get(name) != when:    # many at once: the first saves them all
+                        self.save()
+                finally:
+                    self.lock.release()
+
+    def save(self) -> None:
+        """Write the file; a disk that is full must not stop a job."""
+        self.saved_at, starts = elapsed_time(), dict(self.starts)
+        try:
+            replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
+            self.saved = starts
+        except OSError as error:
+            if self.repeats.seen(error.errno, self.saved_at):
+                self.log.warning('%s cannot be written: %s', self.path, error.strerror)
+
+    def missed(self, name: str, schedule: Schedule, now: float) -> bool:
+        """Tell whether a run came due since the last start, while nobody was there."""
+        last = self.starts.get(name)
+        due = None if last is None or schedule.elapsed else schedule.next(min(last, now))
+        return due is not None and due <= now
+
+
+class Pinger:
+    """Tells monitors of runs, each in a thread of its own: a deaf one delays nothing."""
+    MOST_WAITING = 100                  # pings to one monitor; more are dropped
+
+    def __init__(self) -> None:
+        self.lock, self.repeats = threading.Lock(), Repeats()
+        self.queues: dict[str, queue.Queue] = {}        # by scheme and host
+        self.log = logging.getLogger('torque.ping')
+
+    def send(self, url: str, text: str = '') -> None:
+        """Queue one ping."""
+        host = '/'.join(url.split('/', 3)[:3])
+        with self.lock, contextlib.suppress(queue.Full):
+            if host not in self.queues:
+                waiting: queue.Queue = queue.Queue(self.MOST_WAITING)
+                if not in_thread(lambda: self.work(waiting)):
+                    return
+                self.queues[host] = waiting
+            self.queues[host].put_nowait((url, text))
+
+    def work(self, waiting: queue.Queue) -> None:
+        while True:
+            url, text = waiting.get()
+            try:
+                answer = http_post(url, text.encode('utf-8', 'replace'), {}, 10)
+                trouble = '' if answer.status < 300 else f'HTTP {answer.status} {answer.reason}'
+            except Exception as error:
+                trouble = str(error)
+            if trouble and self.repeats.seen((url, trouble), elapsed_time()):
+                self.log.warning('%s: %s', url, trouble)
+            waiting.task_done()
+
+    def busy(self) -> bool:
+        """Tell whether some ping is still on its way."""
+        return any(waiting.unfinished_tasks for waiting in self.queues.values())
+
+
+def systemd_notify(state: str) -> None:
+    """Tell systemd our state, when it wants to know (sd_notify)."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    if address.startswith(('/', '@')):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX,
+                                                         socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), address.replace('@', '\0', 1))
+
+
+def scrubbed(text: str) -> str:
+    """Return text without the passwords of URLs in it.
+
+    >>> scrubbed('at http://me:secret@host/RPC2: refused')
+    'at http://me:***@host/RPC2: refused'
+    """
+    return re.sub(r'(\w://[^\s:/@]*):\S*@', r'\1:***@', text)
+
+
+def clean_up(name: str, job: Any) -> None:
+    """Call a job's cleanup(), whatever comes of it."""
+    try:
+        getattr(job, 'cleanup', lambda: None)()
+    except BaseException as error:
+        logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
+
+
+class Daemon:
+    """A running torque: its jobs, their tasks, and how they change."""
+
+    def __init__(self, config: Config, reload: Callable[[], None], pid_file: PidFile):
+        self.config, self.load_again, self.pid_file = config, reload, pid_file
+        self.log = logging.getLogger('torque.main')
+        self.scheduler, self.pinger = Scheduler(), Pinger()
+        self.memory = Memory(config.state_dir)
+        self.began, self.reloading = elapsed_time(), threading.Lock()
+        self.options: Settings = config.torque  # in use; those of config may be half loaded
+        self.jobs: dict[str, Any] = {}          # a new one may wait for an old one's last run
+        self.leaving: dict[str, Task] = {}      # taken out, until their cleanup is over
+        self.cleaning: dict[str, threading.Thread | None] = {}
+        self.planned: dict[str, PlannedJob] = {}
+        self.files: dict[str, int] = {}         # of modules: when they were changed
+
+    def run(self, ready: Callable[[], None]) -> int:
+        """Run jobs on schedule until a signal comes; ready() is called when all have begun."""
+        import signal
+        signal.signal(signal.SIGHUP, lambda *_: self.scheduler.mail.put(self.reload_soon))
+        self.jobs = self.config.make_jobs()
+        self.planned = {planned.name: planned for planned in self.config.jobs}
+        self.files = self.module_files()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
+        server = self.listen()
+        for name in self.jobs:
+            self.scheduler.add(self.task(name, catch_up=True))
+        ready()
+        self.log.info('started with %d jobs: %s', len(self.jobs),
+                      ', '.join(sorted(self.jobs)) or 'none is active')
+        systemd_notify('READY=1')
+        self.scheduler.serve()
+        systemd_notify('STOPPING=1')
+        hung = self.finish()
+        if server:
+            server.close()
+            with contextlib.suppress(OSError):
+                os.remove(self.pid_file.socket)
+        self.log.info('stopped%s', f"; still running: {', '.join(sorted(hung))}" if hung else '')
+        if hung or any(not thread.daemon for thread in threading.enumerate()
+                       if thread is not threading.main_thread()):
+            Command.end_all()
+            logging.shutdown()                  # Python would wait for threads, or crash
+            os._exit(EXIT_OK)
+        return EXIT_OK
+
+    def finish(self) -> set[str]:
+        """Let runs in progress end, clean up; return the names of those that still run."""
+        self.scheduler.tasks.update(self.leaving)
+        end, running = elapsed_time() + self.options.grace, self.scheduler.running()
+        if running:
+            self.log.info('stopping; %s may run for %g s more',
+                          ', '.join(task.name for task in running), self.options.grace)
+        hung = {task.name for task in self.scheduler.finish(self.options.grace)}
+        for name, task in self.leaving.items():
+            if task.after_end and name not in hung:
+                task.after_end()
+        for name, job in self.jobs.items():
+            if name not in hung:
+                self.clean_up(name, job)
+        end = max(end, elapsed_time() + 0.8)
+        for name, thread in self.cleaning.items():
+            if thread:
+                thread.join(max(end - elapsed_time(), 0))
+                hung |= {name} if thread.is_alive() else set()
+        while self.pinger.busy() and elapsed_time() < end:
+            time.sleep(0.01)
+        if self.memory.lock.acquire(timeout=0.5):       # not when a dead disk keeps a job at it
+            self.memory.save()
+        return hung
+
+    def clean_up(self, name: str, job: Any, then: Callable[[], Any] = lambda: None) -> None:
+        """Clean up after a job in a thread: it may take long, or for ever."""
+        def work() -> None:
+            clean_up(name, job)
+            then()
+        self.cleaning[name] = in_thread(work, here=True)
+
+    def task(self, name: str, catch_up: bool = False) -> Task:
+        """Return a task for a job; catch_up: what was missed while nobody was there counts."""
+        planned, job = self.planned[name], self.jobs[name]
+        config, log = planned.config, logging.getLogger('torque.' + name)
+        log.setLevel(config.log_level.upper() if config.log_level else logging.NOTSET)
+        at_start = bool(getattr(job, 'at_start', False))
+        if catch_up and self.memory.missed(name, planned.schedule, time.time()):
+            at_start = at_start or config.catch_up
+            log.info('a run was missed while torque was not running%s',
+                     ': made up for now' if config.catch_up else '')
+
+        def run() -> None:
+            if not config.dry_run:
+                self.memory.started(name, bool(config.catch_up))
+            self.ping(config, '/start')
+            try:
+                job.run()
+            except BaseException as error:
+                self.ping(config, '/fail', f'{type(error).__name__}: {error}')
+                raise
+            self.ping(config, '')
+        return Task(name, planned.schedule, run, config.max_runtime, log, at_start)
+
+    def ping(self, config: JobConfig, way: str, text: str = '') -> None:
+        """Tell the job's monitor, if it has one; a dry run does not."""
+        url = config.ping_url or self.options.ping_url
+        if url and not config.dry_run:
+            self.pinger.send(url.rstrip('/') + way, scrubbed(text)[:10000])
+
+    @staticmethod
+    def module_files() -> dict[str, int]:
+        """Return when the files of modules that are not Python's own were changed."""
+        own, files = os.path.dirname(os.__file__), {}
+        for module in list(sys.modules.values()):
+            file = getattr(module, '__file__', None) or own
+            with contextlib.suppress(OSError):
+                files[file] = 0 if file.startswith(own) else os.stat(file).st_mtime_ns
+        return files
+
+    def reload_soon(self) -> None:
+        """Reload in a thread of its own: it may take long to make jobs."""
+        if not in_thread(self.reload):
+            self.log.error('not reloaded: there can be no thread for it')
+
+    def reload(self) -> dict[str, list[str]]:
+        """Read the configuration again and swap jobs; return mistakes, which kept the old."""
+        if not self.reloading.acquire(timeout=STATUS_TIMEOUT):
+            return {'mistakes': ['an earlier reload is not at its end'], 'notes': []}
+        try:
+            systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+            answer: dict[str, list[str]] = {'mistakes': [], 'notes': []}
+            made = self.prepare(answer['mistakes'])
+            for file, stamp in self.module_files().items():
+                if self.files.setdefault(file, stamp) != stamp:
+                    answer['notes'].append(f'{file} has changed: that needs a restart')
+            if made is not None:
+                answer['notes'] += [
+                    f'{name} has changed: that needs a restart' for name in
+                    ('state_dir', 'pid_file', 'log_file')
+                    if self.config.torque[name] != self.options[name]]
+                done: queue.SimpleQueue = queue.SimpleQueue()
+                self.scheduler.mail.put(lambda: self.swap(*made, done))
+                done.get()
+            for line in answer['mistakes']:
+                self.log.error('not reloaded: %s', line)
+            for line in answer['notes']:
+                self.log.warning('%s', line)
+            return answer
+        finally:
+            systemd_notify('READY=1')
+            self.reloading.release()
+
+    def prepare(self, mistakes: list[str]) -> tuple[dict, dict] | None:
+        """Return the planned jobs and objects of those that are new; None after mistakes."""
+        before, made = self.config.snapshot(), {}
+        self.config.former = self.config.engines
+        try:
+            self.load_again()
+            planned = {job.name: job for job in self.config.jobs}
+            for job in planned.values():
+                old = self.planned.get(job.name)
+                if not old or old.source != job.source or (
+                        old.config.engine is not job.config.engine):
+                    self.config.jobs = [job]    # one by one: those made will be cleaned up
+                    try:
+                        made.update(self.config.make_jobs())
+                    except Mistakes as error:
+                        mistakes += error.lines
+            self.config.jobs = list(planned.values())
+        except UserError as error:
+            mistakes += getattr(error, 'lines', [str(error)])
+        except Exception as error:
+            mistakes.append(origin(error))
+        if not mistakes:
+            return planned, made
+        self.config.restore(before)
+        for engine in self.config.engines.values():
+            engine.aliases = self.config.aliases
+        for name, job in made.items():
+            clean_up(name, job)
+        return None
+
+    def swap(self, planned: dict[str, PlannedJob], made: dict[str, Any],
+             done: queue.SimpleQueue) -> None:
+        """Take out jobs that are gone or changed, put in those that are new or changed."""
+        self.options = self.config.torque
+        for name in [name for name in self.jobs if name in made or name not in planned]:
+            self.retire(name)
+        self.planned = planned
+        self.jobs.update(made)
+        for name in made:
+            if name not in self.leaving:
+                self.scheduler.add(self.task(name))
+        self.log.info('reloaded: %d jobs, %d of them new or changed', len(planned), len(made))
+        done.put(True)
+
+    def retire(self, name: str) -> None:
+        """Take a job out; after its run and cleanup one of the same name may begin."""
+        job = self.jobs.pop(name)
+        if name in self.leaving:                # it was still waiting for that
+            self.clean_up(name, job)
+            return
+        task = self.leaving[name] = self.scheduler.remove(name)
+
+        def gone() -> None:
+            del self.leaving[name]
+            if name in self.jobs:
+                self.scheduler.add(self.task(name))
+
+        def over() -> None:
+            if task.after_end:                  # once only, however the run and this race
+                task.after_end = None
+                self.clean_up(name, job, lambda: self.scheduler.mail.put(gone))
+        task.after_end = over
+        if task.running_since is None:
+            over()
+
+    def listen(self) -> socket.socket | None:
+        """Open the socket for questions, served by a thread of its own."""
+        server = socket.socket(socket.AF_UNIX)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.pid_file.socket)
+            mask = os.umask(0o177)
+            try:
+                with short_path(self.pid_file.socket) as path:
+                    server.bind(path)
+            finally:
+                os.umask(mask)
+            server.listen(5)
+            threading.Thread(target=self.answer, args=(server,), daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            server.close()
+            self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
+            return None
+        return server
+
+    def answer(self, server: socket.socket) -> None:
+        """Accept questions; a thread."""
+        while server.fileno() >= 0:
+            try:
+                reply = functools.partial(self.reply, server.accept()[0])
+            except OSError:                     # closed, or no more open files
+                time.sleep(0.5)
+            else:
+                in_thread(reply, here=True)
+
+    def reply(self, sock: socket.socket) -> None:
+        """Answer a question."""
+        with contextlib.suppress(Exception), sock:
+            sock.settimeout(STATUS_TIMEOUT)
+            answer = {b'status': self.status, b'reload': self.reload}[sock.recv(100).strip()]
+            sock.sendall(json.dumps(answer()).encode())
+
+    def status(self) -> dict:
+        """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
+        up = elapsed_time()
+        uptime, tasks = up - self.began, {**self.leaving, **self.scheduler.tasks}
+        engines = [{'address': engine.address.where, 'version': '/'.join(engine.versions),
+                    'away_for': None if engine.gone_since is None else up - engine.gone_since}
+                   for engine in list(self.config.engines.values())]
+        jobs = [{'name': task.name, 'state': 'overdue' if task.overdue else 'running'
+                 if task.running_since is not None else 'idle',
+                 'running_since': task.running_since, 'last_start': task.last_start,
+                 'last_duration': task.last_duration, 'runs': task.runs,
+                 'failures': task.failures, 'missed': task.missed,
+                 'last_error': task.last_error and scrubbed(task.last_error),
+                 'next_run': self.scheduler.next_run(task)}
+                for _, task in sorted(tasks.items())]
+        return {'pid': os.getpid(), 'version': VERSION, 'config': os.path.realpath(
+            self.config.path), 'started': time.time() - uptime, 'uptime': uptime,
+            'rtorrent': engines, 'jobs': jobs}
+
+
+def print_table(rows: list[tuple]) -> None:
+    """Print rows of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def status_of(status: dict) -> int:
+    """Return the exit status: 1 when a job's last run failed, or is overdue."""
+    return EXIT_FAILED if any(job['last_error'] or job['state'] == 'overdue'
+                              for job in status['jobs']) else EXIT_OK
+
+
+def print_status(status: dict) -> int:
+    """Print a daemon's status as a table; return the exit status."""
+    def when(moment: float | None) -> str:
+        return '-' if moment is None else time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
+    print(f"torque {status['version']}, pid {status['pid']}, up "
+          f"{show_duration(status['uptime'])}, {status['config']}")
+    for engine in status['rtorrent']:
+        print(f"rTorrent {engine['version']}".rstrip('/ ') + f" at {engine['address']}: " + (
+            f"has not answered for {show_duration(engine['away_for'])}"
+            if engine['away_for'] is not None else
+            'answers' if engine['version'] != '/' else 'not asked yet'))
+    print_table([('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED', 'NEXT RUN',
+                  'LAST ERROR')] + [
+        (job['name'], job['state'] + ('' if job['running_since'] is None else
+                                      f" since {when(job['running_since'])}"),
+         when(job['last_start']), '-' if job['last_duration'] is None else
+         show_duration(job['last_duration']), str(job['runs']), str(job['failures']),
+         str(job['missed']), when(job['next_run']), one_line(job['last_error'] or '-')[:100])
+        for job in status['jobs']])
+    return status_of(status)
+
+
+def detach() -> Callable[[int], None]:
+    """Go into the background; return what is to be called with the exit status of the start.
+
+    The process that was started waits for that, so that what goes wrong at the start still
+    reaches the terminal.
+    """
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        with os.fdopen(reader, 'rb') as stream:
+            text = stream.read()
+        os._exit(int(text) if text.isdigit() else EXIT_FAILED)
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(EXIT_OK)
+
+    def started(status: int) -> None:
+        if status == EXIT_OK:
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.close(null)
+        with contextlib.suppress(OSError):      # it may have been interrupted
+            os.write(writer, str(status).encode())
+        os.close(writer)
+    return started
 
 # --- Command line ----------------------------------------------------------------------------
 # Arguments enter, an exit status leaves. Here alone are signals, the log's form and the
@@ -2573,11 +5017,11 @@ class LogFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.job = record.name.partition('.')[2] or record.name
-        record.text = one_line(record.getMessage())
+        record.text = scrubbed(one_line(record.getMessage()))
         return super().format(record)
 
     def formatException(self, ei: Any) -> str:
-        return super().formatException(ei).translate({**CONTROL, 10: '\n'})
+        return scrubbed(super().formatException(ei).translate({**CONTROL, 10: '\n'}))
 
 
 def stderr_is_journal() -> bool:
@@ -2589,15 +5033,40 @@ def stderr_is_journal() -> bool:
     return os.environ.get('JOURNAL_STREAM') == f'{stream.st_dev}:{stream.st_ino}'
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A log of 10 MiB and five older ones; begun anew when somebody moves it away."""
+
+    def __init__(self, path: str):
+        super().__init__(path, maxBytes=10 << 20, backupCount=5, encoding='utf-8')
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding,
+                    opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: Any = self.stream
+        try:
+            same = os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
+        except (OSError, ValueError, AttributeError):   # gone, or a full disk has closed it
+            same = False
+        if not same:
+            with contextlib.suppress(OSError, AttributeError):
+                stream.close()
+            self.stream = None                  # type: ignore  # opened again by emit()
+            with contextlib.suppress(OSError):
+                make_folder(os.path.dirname(self.baseFilename))
+        super().emit(record)
+
+
 def set_up_log(level: int, log_file: str | None) -> None:
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
     logging.raiseExceptions = False             # a closed stderr must not end anything
     if log_file:
         try:
-            handler: logging.Handler = logging.FileHandler(os.path.expanduser(log_file),
-                                                           encoding='utf-8')
+            path = os.path.abspath(os.path.expanduser(log_file))
+            handler: logging.Handler = LogFile(path)
         except OSError as error:
-            raise UserError(f'--log-file {log_file}: {error.strerror}') from None
+            raise UserError(f'log file {log_file}: {error.strerror}') from None
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
@@ -2620,51 +5089,27 @@ def find_ini() -> str:
                     'rTorrent answers, and start `python3 torque.py -c torque.ini`')
 
 
-def make_tasks(config: Config, jobs: dict[str, Any]) -> list[Task]:
-    """Return a task for each planned job."""
-    tasks = []
-    for planned in config.jobs:
-        log = logging.getLogger('torque.' + planned.name)
-        if planned.config.log_level:
-            log.setLevel(planned.config.log_level.upper())
-        tasks.append(Task(planned.name, planned.schedule, jobs[planned.name].run,
-                          planned.config.max_runtime, log))
-    return tasks
-
-
-def clean_up(name: str, job: Any) -> None:
-    """Call a job's cleanup(), whatever comes of it."""
-    try:
-        getattr(job, 'cleanup', lambda: None)()
-    except BaseException as error:
-        logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
-
-
-def run_daemon(config: Config) -> int:
-    """Run jobs on schedule until SIGTERM or SIGINT."""
-    import signal
+def warn_of_risks(config: Config) -> None:
+    """Log what lets others read secrets or run commands as this user."""
     log = logging.getLogger('torque.main')
-    jobs = config.make_jobs()
-    scheduler = Scheduler()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: scheduler.mail.put(scheduler.stop))
-    for task in make_tasks(config, jobs):
-        scheduler.add(task)
-    log.info('started with %d jobs: %s', len(jobs), ', '.join(sorted(jobs)) or 'none is active')
-    scheduler.serve()
-    running = scheduler.running()
-    if running:
-        log.info('stopping; %s may run for %g s more', ', '.join(task.name for task in running),
-                 config.torque.grace)
-    hung = {task.name for task in scheduler.finish(config.torque.grace)}
-    for name, job in jobs.items():
-        if name not in hung:
-            clean_up(name, job)
-    log.info('stopped%s', f"; still running: {', '.join(sorted(hung))}" if hung else '')
-    if hung:                                    # Python would wait for nothing, but may crash
-        logging.shutdown()
-        os._exit(EXIT_OK)
-    return EXIT_OK
+    secrets = [key for section in config.values() for key, value in section.items() if value and (
+        re.search(r'(password|token)$', key) or redacted(value) != str(value))]
+    with contextlib.suppress(OSError):
+        if secrets and os.stat(config.path).st_mode & 0o044:
+            log.warning('%s holds %s and can be read by others: chmod 600', config.path,
+                        secrets[0])
+    for engine in config.engines.values():
+        with contextlib.suppress(OSError):
+            if engine.address.kind == 'unix' and os.stat(engine.address.path).st_mode & 0o002:
+                log.warning('%s is open to every user of this machine: each runs commands as you',
+                            engine.address.where)
+    for planned in config.jobs:
+        for root in getattr(planned.make, 'folders', lambda config: [])(planned.config):
+            with contextlib.suppress(OSError):
+                if os.stat(root).st_mode & 0o002:
+                    log.warning('%s, which is watched, can be written by every user', root)
+    if os.geteuid() == 0:
+        log.warning('torque runs as root; the user of rTorrent is enough')
 
 
 def run_once(config: Config) -> int:
@@ -2673,7 +5118,8 @@ def run_once(config: Config) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     planned, = config.jobs
     job = config.make_jobs()[planned.name]
-    task = make_tasks(config, {planned.name: job})[0]
+    task = Task(planned.name, planned.schedule, job.run)
+    task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
     try:
         task.run()
         return EXIT_OK
@@ -2704,9 +5150,7 @@ def check(config: Config) -> int:
                 dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
         rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
                      ', '.join(dates)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
             engine.open()
@@ -2718,10 +5162,21 @@ def check(config: Config) -> int:
     return EXIT_OK
 
 
+def explain(config: Config, path: str) -> int:
+    """Print what every TreeWatch would do with a metafile."""
+    watches = {name: job for name, job in config.make_jobs().items() if isinstance(job, TreeWatch)}
+    for name, job in watches.items():
+        print('\n'.join(one_line(f'{name}: {line}') for line in job.explain(path)))
+    if not watches:
+        print('no TreeWatch job is active')
+    return EXIT_OK
+
+
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
     def show(option: Option) -> None:
-        print(f'    {option.name:<18} {option.kind:<7} {option.help}'
+        also = f' (or {option.alias})' if option.alias else ''
+        print(f'    {option.name:<23} {option.kind:<7} {option.help}{also}'
               + (f' [{option.default}]' if option.default != '' else ''))
     for name, job in BUILT_IN.items():
         print(f"{name}\n    {(job.__doc__ or '').splitlines()[0]}")
@@ -2737,37 +5192,123 @@ def list_jobs() -> int:
     return EXIT_OK
 
 
+def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
+    """Return the pid file that goes with a configuration, and the time that an end may take."""
+    try:
+        options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
+                          '', [])
+    except UserError:                           # it may be broken or gone by now
+        options = Settings()
+    folder = os.path.expanduser(options.state_dir or '') or default_state_dir(path)
+    name = arguments.pid_file or os.path.expanduser(options.pid_file or '')
+    return PidFile(os.path.abspath(name or os.path.join(folder, 'torque.pid'))), \
+        (options.grace or 10) + 20
+
+
+def control(arguments: Any, path: str) -> int:
+    """Speak with a running daemon; return the exit status."""
+    daemon, patience = pid_file(arguments, path)
+    if daemon.holder() is None:
+        if not arguments.pid_file:
+            read_files(path, ())                # raises where it could have named another
+        print('{}' if arguments.json else 'torque is not running')
+        return EXIT_NOT_RUNNING
+    if arguments.stop:
+        daemon.stop(patience)
+        return EXIT_OK
+    if arguments.reload:
+        answer = daemon.ask('reload', RELOAD_TIMEOUT)
+        print('\n'.join(answer['notes'] + (answer['mistakes'] or ['reloaded'])),
+              file=sys.stderr if answer['mistakes'] else sys.stdout)
+        return EXIT_CONFIG if answer['mistakes'] else EXIT_OK
+    status = daemon.ask('status', STATUS_TIMEOUT)
+    if arguments.json:
+        print(json.dumps(status, indent=1))
+        return status_of(status)
+    return print_status(status)
+
+
+def run_daemon(arguments: Any, path: str, level: int) -> int:
+    """Start, in the background when that is asked for, and run until a signal comes."""
+    background = not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
+    started = detach() if background else lambda status: None
+    status = EXIT_FAILED
+    try:
+        load(arguments, path)
+        lock, patience = pid_file(arguments, path)
+        if arguments.restart:                   # not before the configuration is known to be good
+            lock.stop(patience)
+        if not lock.acquire():
+            if not arguments.cron:
+                print(f'torque is running already, with pid {lock.holder() or "unknown"} '
+                      f'({lock.path})', file=sys.stderr)
+            status = EXIT_RUNNING
+            return status
+        daemon = Daemon(config_ini, lambda: load(arguments, path), lock)
+        warn_of_risks(config_ini)
+
+        def ready() -> None:
+            nonlocal status
+            if background:
+                log_file = arguments.log_file or config_ini.torque.log_file
+                if not log_file:
+                    make_folder(config_ini.state_dir)
+                set_up_log(level, log_file or os.path.join(config_ini.state_dir, 'torque.log'))
+            status = EXIT_OK
+            started(status)
+        return daemon.run(ready)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        status = EXIT_CONFIG
+        return status
+    finally:
+        if status != EXIT_OK:
+            started(status)
+
+
 def parse_arguments(words: list[str] | None) -> Any:
     """Return the command line's options."""
     import argparse
     parser = argparse.ArgumentParser(
         prog='torque', description='Run jobs on a schedule beside rTorrent.',
-        epilog='Exit status: 0 fine, 1 a job failed, 2 usage, 78 configuration.')
+        epilog='Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already, '
+               '78 configuration.')
     option = parser.add_argument
     option('-c', '--config', metavar='FILE',
            help='configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
                 '~/.pyroscope/torque.ini')
-    option('-n', '--dry-run', action='store_true', help='change nothing, only say what would be')
     option('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
            help='set a key of [TORQUE], or section.KEY, over the file')
-    option('-v', '--verbose', action='store_true', help='log more of what jobs do')
-    option('-q', '--quiet', action='store_true', help='log only warnings and errors')
-    option('--debug', action='store_true', help='log everything, with the traceback of any failure')
     option('--log-file', metavar='FILE', help='log to a file instead of stderr')
+    option('--pid-file', metavar='FILE', help='left out, torque.pid in the state folder')
+    for words_of_option, text in (
+            (('-n', '--dry-run'), 'change nothing, only say what would be'),
+            (('-v', '--verbose'), 'log more of what jobs do'),
+            (('-q', '--quiet'), 'log only warnings and errors'),
+            (('--debug',), 'log everything, with the traceback of any failure'),
+            (('--daemon',), 'go into the background'),
+            (('--fg', '--no-fork'), 'stay in the foreground, as it is without --daemon'),
+            (('--cron',), 'as --daemon, and silent when it is running already'),
+            (('--stop',), 'end the running daemon, and wait until it is gone'),
+            (('--restart',), 'end it, if it runs, and start another in the background'),
+            (('--status',), 'show the running daemon and its jobs'),
+            (('--json',), 'with --status: for programs'),
+            (('--reload',), 'let the running daemon read its configuration again'),
+            (('--check',), 'check the configuration, show what would run'),
+            (('--list-jobs',), 'show built-in jobs and their options')):
+        option(*words_of_option, action='store_true', help=text)
     option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
-    option('--check', action='store_true', help='check the configuration, show what would run')
-    option('--list-jobs', action='store_true', help='show built-in jobs and their options')
+    option('--explain', metavar='FILE', help='show what each TreeWatch would do with a metafile')
     option('--version', action='version', version=f'torque {VERSION}')
     return parser.parse_args(words)
 
 
-def load(arguments: Any) -> None:
+def load(arguments: Any, path: str) -> None:
     """Load the configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
     config_ini.warnings, config_ini.notes = [], []
     try:
-        config_ini.load(arguments.config or find_ini(), arguments.define, arguments.dry_run,
-                        arguments.run_once)
+        config_ini.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
         for text in config_ini.warnings:
             log.warning('%s', text)
@@ -2779,19 +5320,31 @@ def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
     arguments = parse_arguments(words)
+    fd = os.open(os.devnull, os.O_RDWR)                 # what of 0 to 2 is closed must not
+    while fd < 3:                                       # become a file of ours
+        fd = os.dup(fd)
+    os.close(fd)
     level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
         logging.WARNING if arguments.quiet else logging.INFO
     try:
         set_up_log(level, arguments.log_file)
         if arguments.list_jobs:
             return list_jobs()
-        load(arguments)
-        if arguments.check:
-            return check(config_ini)
-        return run_once(config_ini) if arguments.run_once else run_daemon(config_ini)
+        path = arguments.config or find_ini()
+        if arguments.status or arguments.stop or arguments.reload:
+            return control(arguments, path)
+        if not (arguments.explain or arguments.check or arguments.run_once):
+            return run_daemon(arguments, path, level)
+        load(arguments, path)
+        if arguments.explain:
+            return explain(config_ini, arguments.explain)
+        return check(config_ini) if arguments.check else run_once(config_ini)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
+    except LoggableError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
     except BrokenPipeError:                             # as with `--list-jobs | head`
