@@ -308,8 +308,9 @@ class Interval(Schedule):
         self.seconds, self.start = seconds, 0.0
 
     def next(self, after: float) -> float:
-        ticks = ((after - self.start) / self.seconds + 2e-6) // 1       # it may round down
-        return self.start + (ticks + 1) * self.seconds
+        count = (after - self.start) // self.seconds + 1
+        due = self.start + count * self.seconds         # by one formula: no rounding adds up
+        return due if due > after else self.start + (count + 1) * self.seconds
 
 
 class Calendar(Schedule):
@@ -511,6 +512,8 @@ def parse_plain(words: list[str], zone: Any) -> Schedule:
     """Return the Schedule of an interval or a cron expression, split into words."""
     text = ' '.join(words)
     if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
+        if f'@{text.lower()}' in CRON_NAMES:
+            raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
         seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
         if seconds < 0.1:
             raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
@@ -2155,7 +2158,8 @@ class Filter:
     def condition(self, text: str, names: dict, negated: bool) -> Node:
         """condition ::= field op value | value;  value may be several, with commas"""
         match = CONDITION.fullmatch(text)
-        if not match and re.search('^(?!/).*[=<>]|^(and|or|not)$', text, re.S | re.I):
+        if not match and (text in self.types or re.search(
+                '^(?!/).*[=<>]|^(and|or|not|[&|]+)$', text, re.S | re.I)):
             raise UserError('this is no condition; allowed are field=value, a glob, OR, NOT; '
                             'side by side means and')
         name, op, value = match.groups() if match else ('name', '=', text)
@@ -3059,6 +3063,8 @@ def change_tags(change: Callable, args: str, item: Torrent) -> list:
 
 def parse_word(known: Iterable[str], text: str) -> str:
     """Return a word that has to be one of those known."""
+    if not text:
+        raise UserError(f"is not set; allowed are {' '.join(known)}")
     if text not in known:
         raise UserError(f"{text!r} is not known; allowed are {' '.join(known)}"
                         f'{nearest(text, known)}')
@@ -3189,9 +3195,13 @@ class Action(Choice):
         met, self.met = self.met, {}            # a listing that fails ends all runs on end
         torrents = self.chosen()
         self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
+        # a single dry run shows what will be done once enough runs agree
+        confirm = 1 if self.dry_run and config.alone else config.confirm
+        if self.dry_run:
+            self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
         ready = self.hold_back(torrents, [
-            torrent for torrent in torrents if self.met[torrent['hash']] >= config.confirm],
-            f'it did not meet the condition in {config.confirm} runs on end')
+            torrent for torrent in torrents if self.met[torrent['hash']] >= confirm],
+            f'it did not meet the condition in {confirm} runs on end')
         if config.until_free:
             ready = self.hold_back(ready, list(self.until_free(ready)), 'it is not needed, or no '
                                    f'help, to have {show_size(config.until_free)} free')
@@ -3382,7 +3392,7 @@ class Move(Choice):
 
     def run(self) -> None:
         import fcntl
-        folder = self.config.state_dir
+        folder = str(self.config.state_dir)
         os.makedirs(folder, mode=0o700, exist_ok=True)
         with open(os.path.join(folder, 'move.lock'), 'w', encoding='ascii') as lock:
             try:                                # against other Moves and --run-once, too
@@ -3913,6 +3923,9 @@ class TreeWatch(Job):
             return
         self.send(proxy, path, meta, start, commands)
         self.LOG.info('loaded %s from %s%s', name, quoted(path), how)
+        message = proxy.d.message(meta.info_hash) if commands else ''
+        if 'creation failed' in message:        # a command was wrong; the item is there
+            self.LOG.warning('%s: %s', name, quoted(message))
         if self.config.print_to_client and not self.config.quiet:
             with contextlib.suppress(RpcError):
                 proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{how}')
@@ -4349,8 +4362,9 @@ def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
             values[option.name] = None if text == '' and option.parse in (
                 parse_duration, parse_size, parse_count) else option.parse(text)
         except UserError as error:
-            mistakes.append(f"{entry.place if entry else '<defaults>'}: "
-                            f'{prefix}{option.name}: {error}')
+            own = [other.place for other in entries.values() if other.place[0] != '<']
+            place = entry.place if entry else (own or ['<defaults>'])[0]
+            mistakes.append(f'{place}: {prefix}{option.name}: {error}')
             values[option.name] = None
     return values
 
@@ -5164,12 +5178,11 @@ def check(config: Config) -> int:
 
 def explain(config: Config, path: str) -> int:
     """Print what every TreeWatch would do with a metafile."""
-    watches = {name: job for name, job in config.make_jobs().items() if isinstance(job, TreeWatch)}
-    for name, job in watches.items():
-        print('\n'.join(one_line(f'{name}: {line}') for line in job.explain(path)))
-    if not watches:
-        print('no TreeWatch job is active')
-    return EXIT_OK
+    lines = [f'{name}: {line}' for name, job in config.make_jobs().items()
+             if isinstance(job, TreeWatch) for line in job.explain(path)]
+    print('\n'.join(map(one_line, lines)) or 'no TreeWatch job is active')
+    failed = not lines or any(' is not loaded: ' in line for line in lines)
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 def list_jobs() -> int:
@@ -5300,7 +5313,10 @@ def parse_arguments(words: list[str] | None) -> Any:
     option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
     option('--explain', metavar='FILE', help='show what each TreeWatch would do with a metafile')
     option('--version', action='version', version=f'torque {VERSION}')
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.json and not arguments.status:
+        parser.error('--json goes with --status')
+    return arguments
 
 
 def load(arguments: Any, path: str) -> None:
