@@ -5484,6 +5484,23 @@ FAULTS = []                             # rows of the table of faults
 COLUMNS = ('on time', 'recovered', 'memory', 'log', 'nothing lost')
 
 
+class UnitFileTest(Folder):
+    def test_systemd_takes_units_of_readme(self):
+        if not shutil.which('systemd-analyze'):
+            self.skipTest('systemd-analyze is not installed')
+        with open(os.path.join(HERE, 'README'), encoding='utf-8') as stream:
+            units = re.findall(r'(?ms)^    \[Unit\].*?WantedBy=\S+', stream.read())
+        self.assertEqual(len(units), 2)
+        for kind, unit in zip(('--user', '--system'), units):
+            unit = re.sub(r'\S+/torque\.py', torque.__file__, textwrap.dedent(unit))
+            path = self.write(f'torque{kind}.service', unit.replace('User=rtorrent', 'User=daemon'))
+            done = subprocess.run(['systemd-analyze', 'verify', kind, path], timeout=60,
+                                  stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  env={**os.environ, 'XDG_RUNTIME_DIR': self.folder})
+            told = [line for line in done.stderr.decode().splitlines() if 'torque' in line]
+            self.assertEqual((done.returncode, told), (0, []), done.stderr)
+
+
 class FaultTest(DaemonFolder):
     """Every fault, under the real program, whose other jobs have to go on."""
 
@@ -6143,6 +6160,30 @@ def bench_watch():
         daemon.stop(signal.SIGKILL)
 
 
+def soak(minutes=30):
+    """Run 200 jobs a second for a while, and print how much memory that takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'torque.ini')
+        with open(os.path.join(folder, 'nothing.py'), 'w', encoding='ascii') as stream:
+            stream.write('class Job:\n    def __init__(self, config):\n        pass\n'
+                         '    def run(self):\n        pass\n')
+        with open(path, 'w', encoding='utf-8') as stream:
+            stream.write(f'[TORQUE]\nscgi_url = {folder}/none\nstate_dir = {folder}\n'
+                         'job.connstats.active = no\n' + ''.join(
+                             f'job.j{number}.handler = nothing:Job\n'
+                             f'job.j{number}.schedule = every 0.1s\n' for number in range(20)))
+        daemon = start_torque('-c', path, '-q')
+        ask = torque.PidFile(os.path.join(folder, 'torque.pid')).ask
+        wait_for(lambda: os.path.exists(os.path.join(folder, 'torque.pid.sock')))
+        for minute in range(int(minutes) + 1):
+            time.sleep(60 if minute else 5)
+            with open(f'/proc/{daemon.process.pid}/status', encoding='ascii') as stream:
+                resident = int(re.search(r'VmRSS:\s+(\d+)', stream.read())[1]) / 1024
+            runs = sum(job['runs'] for job in ask('status', 20)['jobs'])
+            print(f'{minute:3} min: {runs:7} runs, {resident:.1f} MiB resident', flush=True)
+        daemon.stop()
+
+
 def bench():
     """Print all measurements; nothing here passes or fails."""
     print(f'torque {torque.VERSION}, Python {sys.version.split()[0]}, {os.cpu_count()} CPUs')
@@ -6165,6 +6206,8 @@ def main():
     if sys.argv[1:] == ['bench']:
         bench()
         return 0
+    if sys.argv[1:2] == ['soak']:
+        return soak(*sys.argv[2:3])
     if sys.argv[1:] == ['faults']:
         return faults()
     program = unittest.main(exit=False)

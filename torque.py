@@ -4490,7 +4490,7 @@ class PidFile:
                     fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     return None
                 except BlockingIOError:
-                    text, inode = stream.read(20).strip(), os.fstat(stream.fileno()).st_ino
+                    text, file = stream.read(20).strip(), os.fstat(stream.fileno())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -4498,11 +4498,15 @@ class PidFile:
         named = int(text) if text.isdigit() else 0
         try:                                    # Linux knows whose lock it is, whatever is written
             with open('/proc/locks', encoding='ascii') as locks:
-                found = {int(words[4]) for words in map(str.split, locks)
-                         if words[1] == 'FLOCK' and words[5].endswith(f':{inode}')}
+                rows = [(words[5], int(words[4])) for words in map(str.split, locks)
+                        if words[1] == 'FLOCK' and words[5].endswith(f':{file.st_ino}')]
         except OSError:
             return named
-        return named if named in found else max(found, default=0)
+        place = f'{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}'
+        ours = {pid for where, pid in rows if where == place}
+        if named in (ours or {pid for _, pid in rows}):         # btrfs shows another device there
+            return named
+        return max(ours, default=0)
 
     def stop(self, seconds: float) -> bool:
         """End a running daemon, and tell whether there was one; returns when it is gone."""
