@@ -6092,6 +6092,17 @@ def bench_process():
     server.stop()
 
 
+def peer_rule(url):
+    """Return pyrosimple's job for the rule of bench_torrents, None where it is not there."""
+    try:
+        from pyrosimple.job.action import Action
+        return Action({'scgi_url': f'scgi+unix://{url}', 'matcher': 'is_complete=yes ratio>2',
+                       'view': 'main', 'action': 'stop', 'dry_run': True})
+    except Exception as error:                  # whatever is wrong with it, ours is measured
+        print(f'pyrosimple: {type(error).__name__}: {error}')
+        return None
+
+
 def bench_torrents():
     """Time rules and lists on a real rTorrent that is filled for it."""
     try:
@@ -6103,6 +6114,7 @@ def bench_torrents():
         daemon, loaded = RTorrent(folder), 0
         proxy = daemon.engine.open()
         condition = torque.parse_condition('is_complete=yes ratio>2')
+        peer = peer_rule(daemon.url)
         fields = ('size done ratio up down uploaded is_active is_complete is_open label directory '
                   'loaded message').split()
         for count in (100, 1000, 5000):
@@ -6111,8 +6123,12 @@ def bench_torrents():
                 proxy.batch([('load.raw', '', metafile(f'item {name}')[0]) for name in names])
                 loaded += len(names)
             wait_for(lambda: proxy.view.size('', 'main') == loaded, 120)
-            cpu, wall = [], []
+            cpu, wall, theirs = [], [], []
             for _ in range(7):
+                if peer:
+                    began = time.process_time()
+                    peer.run()
+                    theirs.append(time.process_time() - began)
                 began = time.process_time()
                 torque.list_torrents(daemon.engine, 'main', (), condition)
                 cpu.append(time.process_time() - began)
@@ -6120,7 +6136,8 @@ def bench_torrents():
                 torque.list_torrents(daemon.engine, 'main', fields)
                 wall.append(time.perf_counter() - began)
             print(f'{count:5} torrents: the rule `is_complete=yes ratio>2` {min(cpu) * 1000:6.2f} '
-                  f'ms CPU, a list of 15 fields {min(wall) * 1000:6.1f} ms')
+                  f'ms CPU, a list of 15 fields {min(wall) * 1000:6.1f} ms'
+                  + (f'; pyrosimple: rule {min(theirs) * 1000:6.1f} ms CPU' if theirs else ''))
         daemon.stop(signal.SIGKILL)
     row = {'is_complete': True, 'ratio': 3.0}
     print(f'conditions: {2 * per_second(lambda last: condition.match(row, 0)):,.0f} a second')
