@@ -4614,6 +4614,7 @@ class IniTest(ConfigCase):
                 ('[TORQUE]\njobs.b.active = no', 6, "did you mean 'job"),
                 ('[TORQUE]\nJob.b.active = no', 6, "did you mean 'job"),
                 ('[TORQ]\njob.b.active = no', 6, 'TORQ', 'did you mean', 'TORQUE'),
+                ('[TORQUE]\njob.queue.actve = yes', 6, 'inactive job', "did you mean 'active'"),
                 ('a = 1 ; note', 0), (';a = 1 ; b = 2', 0), ('a = 1;b=2', 0),
                 ('a = x=1\n   [ y=2 OR [ NOT z=3 ] ] ; w=4', 0),
                 ('a = {{# x\n  }}d.custom.set=dir,/srv/{{label}}', 0)):
