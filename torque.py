@@ -4380,7 +4380,7 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
     if core.active is False and not force:      # whatever else there is
         core_names = [option.name for option in CORE_OPTIONS]
         for key in set(entries).difference(core_names):
-            if nearest(key, core_names) and key[:3] != 'cmd':    # a slip in what would make it active
+            if nearest(key, core_names) and key[:3] != 'cmd':   # a slip that keeps it inactive
                 ini.warnings.append(f'{entries[key].place}: {prefix}{key} of an inactive job'
                                     f'{nearest(key, core_names)}')
         return None
