@@ -237,6 +237,16 @@ CRON_NAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@midnight': '0 0 *
               '@annually': '0 0 1 1 *'}
 
 
+def field_value(word: str, field: Field) -> int:
+    """Return the number that a word means in a field: digits, or a name such as `mon`."""
+    if word in field.names:
+        return field.names.index(word) + field.low
+    if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
+        also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
+        raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
+    return int(word)
+
+
 def parse_field(text: str, field: Field) -> frozenset:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
@@ -273,16 +283,6 @@ def parse_field(text: str, field: Field) -> frozenset:
                             f'not in 1-{field.high - field.low}')
         allowed.update(range(low, high + 1, int(step or 1)))
     return frozenset(allowed)
-
-
-def field_value(word: str, field: Field) -> int:
-    """Return the number that a word means in a field: digits, or a name such as `mon`."""
-    if word in field.names:
-        return field.names.index(word) + field.low
-    if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
-        also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
-        raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
-    return int(word)
 
 
 class Schedule:
@@ -471,6 +471,27 @@ def parse_zone(name: str) -> Any:
                         'such as Europe/Berlin, where time zone data is installed') from None
 
 
+def parse_plain(words: list[str], zone: Any) -> Schedule:
+    """Return the Schedule of an interval or a cron expression, split into words."""
+    text = ' '.join(words)
+    if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
+        if f'@{text.lower()}' in CRON_NAMES:
+            raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
+        seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
+        if seconds < 0.1:
+            raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
+        return Interval(seconds)
+    text = CRON_NAMES.get(text.lower(), text)
+    words = text.split()
+    unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
+    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
+        return Croniter(text, zone)
+    if len(words) != 5:
+        raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
+                        'minute hour day month weekday')
+    return Calendar(dict(zip(CRON_FIELDS, [*words, '0'])), zone, cron=True)
+
+
 def parse_schedule(text: str) -> Schedule:
     """Return the Schedule that a text spells: an interval, fields, or cron.
 
@@ -507,26 +528,6 @@ def parse_schedule(text: str) -> Schedule:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
     return schedule
 
-
-def parse_plain(words: list[str], zone: Any) -> Schedule:
-    """Return the Schedule of an interval or a cron expression, split into words."""
-    text = ' '.join(words)
-    if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
-        if f'@{text.lower()}' in CRON_NAMES:
-            raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
-        seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
-        if seconds < 0.1:
-            raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
-        return Interval(seconds)
-    text = CRON_NAMES.get(text.lower(), text)
-    words = text.split()
-    unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
-        return Croniter(text, zone)
-    if len(words) != 5:
-        raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
-                        'minute hour day month weekday')
-    return Calendar(dict(zip(CRON_FIELDS, [*words, '0'])), zone, cron=True)
 
 # --- Scheduler -------------------------------------------------------------------------------
 # Tasks enter: a name, a Schedule, and a function to call. Two heaps hold due times, one in Unix
@@ -886,6 +887,15 @@ class Address(NamedTuple):
         return bool(re.match(r'localhost$|127\.|::1$|$', self.host))
 
 
+def redacted(text: Any) -> str:
+    """Return a URL, or what was meant to be one, without the password in it.
+
+    >>> redacted('http://me:secret@host/RPC2')
+    'http://me:***@host/RPC2'
+    """
+    return re.sub(r'(?s)^((?:\w+://)?[^:/@]*):.*@', r'\1:***@', str(text))
+
+
 def parse_address(text: str) -> Address:
     """Return the Address that a scgi_url spells; variables and ~ in it are expanded.
 
@@ -917,21 +927,42 @@ def parse_address(text: str) -> Address:
     return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
 
 
-def redacted(text: Any) -> str:
-    """Return a URL, or what was meant to be one, without the password in it.
-
-    >>> redacted('http://me:secret@host/RPC2')
-    'http://me:***@host/RPC2'
-    """
-    return re.sub(r'(?s)^((?:\w+://)?[^:/@]*):.*@', r'\1:***@', str(text))
-
-
 def arm(sock: Any, end: float) -> None:
     """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
     left = end - time.monotonic()
     if left <= 0:
         raise socket.timeout('timed out')
     sock.settimeout(left)
+
+
+def beginning(content: bytes | bytearray) -> str:
+    """Return the first bytes of an answer as text."""
+    return bytes(content[:80]).decode('utf-8', 'replace')
+
+
+def describe(error: OSError) -> str:
+    """Return what to say of an error of the system on the way to a server."""
+    if isinstance(error, FileNotFoundError):
+        return 'there is no such socket: not running?'
+    if isinstance(error, ConnectionRefusedError):
+        return 'nobody listens there: not running?'
+    if isinstance(error, socket.gaierror):
+        return f'the host name cannot be resolved: {error.strerror}'
+    return f'the connection failed: {error.strerror or error}'
+
+
+def answer_end(received: bytearray, limit: int) -> int:
+    """Return how long an answer will be with its head, 0 while the head is not complete."""
+    stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
+    if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
+        return 0
+    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d+) *\r\n',
+                    received[:stop + 2], re.I | re.S)
+    if not head:
+        raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
+    if int(head[1]) > limit:
+        raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
+    return stop + 4 + int(head[1])
 
 
 def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
@@ -972,36 +1003,6 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
     if len(received) > size:
         raise Unreachable('the answer is longer than its Content-Length says')
     return bytes(received[received.index(b'\r\n\r\n') + 4:])
-
-
-def answer_end(received: bytearray, limit: int) -> int:
-    """Return how long an answer will be with its head, 0 while the head is not complete."""
-    stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
-    if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
-        return 0
-    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d+) *\r\n',
-                    received[:stop + 2], re.I | re.S)
-    if not head:
-        raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
-    if int(head[1]) > limit:
-        raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-    return stop + 4 + int(head[1])
-
-
-def beginning(content: bytes | bytearray) -> str:
-    """Return the first bytes of an answer as text."""
-    return bytes(content[:80]).decode('utf-8', 'replace')
-
-
-def describe(error: OSError) -> str:
-    """Return what to say of an error of the system on the way to a server."""
-    if isinstance(error, FileNotFoundError):
-        return 'there is no such socket: not running?'
-    if isinstance(error, ConnectionRefusedError):
-        return 'nobody listens there: not running?'
-    if isinstance(error, socket.gaierror):
-        return f'the host name cannot be resolved: {error.strerror}'
-    return f'the connection failed: {error.strerror or error}'
 
 
 class HttpAnswer(NamedTuple):
@@ -1100,6 +1101,19 @@ def http_request(address: Address, body: bytes, content_type: str, seconds: floa
     return answer.body
 
 
+def rpc_fault(fault: Any) -> RpcError:
+    """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
+    if not isinstance(fault, dict):
+        return RpcError(f'a fault without a code: {quoted(fault)}')
+    code, message = (fault.get('faultCode', fault.get('code')),
+                     fault.get('faultString', fault.get('message')))
+    if 'info-hash' in str(message):
+        return HashNotFound(f'fault {code}: {quoted(message)}', code)
+    hint = ('; the web server in between marks its connections as untrusted: use scgi:// here'
+            if 'untrusted' in str(message) else '')
+    return RpcError(f'fault {code}: {quoted(message)}{hint}', code)
+
+
 # XML-RPC. rTorrent takes and gives integers of 64 bits as <i8>, which xmlrpc.client refuses to
 # send; and expat, below xmlrpc.client, fails over control characters and bytes that are not
 # UTF-8, which rTorrent passes on from torrents. So both directions are our own.
@@ -1160,6 +1174,33 @@ XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
 XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
 
 
+def xml_loads(text: str) -> Any:
+    """Return the value in an unusual answer, read by xmlrpc.client."""
+    if '<!' in text:
+        raise RpcError('the answer has a DTD or the like, which is refused')
+    import xmlrpc.client
+    from xml.parsers.expat import ExpatError
+    try:
+        return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
+    except xmlrpc.client.Fault as fault:
+        raise rpc_fault(vars(fault)) from None
+    except (ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
+            AttributeError, OverflowError):
+        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
+
+
+def xml_from_base64(found: re.Match) -> str:
+    """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
+    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
+    return '<string>%s</string>' % xml_escape(text).replace('\r', '&#13;')
+
+
+def xml_entity(found: re.Match) -> str:
+    """Return the character of an entity as JSON has it."""
+    base = {'#': 10, '#x': 16}.get(found[1])
+    return json.dumps(chr(int(found[2], base)) if base else XML_ENTITIES[found[2]])[1:-1]
+
+
 def xml_reply(content: bytes) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer.
 
@@ -1185,46 +1226,6 @@ def xml_reply(content: bytes) -> Any:
     if answer[1]:
         raise rpc_fault(value)
     return value
-
-
-def xml_from_base64(found: re.Match) -> str:
-    """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
-    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
-    return '<string>%s</string>' % xml_escape(text).replace('\r', '&#13;')
-
-
-def xml_entity(found: re.Match) -> str:
-    """Return the character of an entity as JSON has it."""
-    base = {'#': 10, '#x': 16}.get(found[1])
-    return json.dumps(chr(int(found[2], base)) if base else XML_ENTITIES[found[2]])[1:-1]
-
-
-def xml_loads(text: str) -> Any:
-    """Return the value in an unusual answer, read by xmlrpc.client."""
-    if '<!' in text:
-        raise RpcError('the answer has a DTD or the like, which is refused')
-    import xmlrpc.client
-    from xml.parsers.expat import ExpatError
-    try:
-        return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
-    except xmlrpc.client.Fault as fault:
-        raise rpc_fault(vars(fault)) from None
-    except (ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
-            AttributeError, OverflowError):
-        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
-
-
-def rpc_fault(fault: Any) -> RpcError:
-    """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
-    if not isinstance(fault, dict):
-        return RpcError(f'a fault without a code: {quoted(fault)}')
-    code, message = (fault.get('faultCode', fault.get('code')),
-                     fault.get('faultString', fault.get('message')))
-    if 'info-hash' in str(message):
-        return HashNotFound(f'fault {code}: {quoted(message)}', code)
-    hint = ('; the web server in between marks its connections as untrusted: use scgi:// here'
-            if 'untrusted' in str(message) else '')
-    return RpcError(f'fault {code}: {quoted(message)}{hint}', code)
 
 
 # JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
@@ -1282,6 +1283,32 @@ def json_reply(content: bytes, count: int) -> list:
         raise RpcError(f'the answer is not JSON-RPC: {quoted(beginning(content))}')
     return [item['result'] if 'result' in item else rpc_fault(item.get('error'))
             for item in items]
+
+
+def refuse_deadly(method: str, params: list) -> None:
+    """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
+    if method == 'system.multicall':
+        for entry in params[0] if params else ():
+            refuse_deadly(entry['methodName'], list(entry['params']))
+    listing = '.multicall' in method and not method.startswith('f.') and any(
+        re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
+    if listing or (method.startswith('f.') and 'multicall' not in method
+                   and ':f' not in (str(params[0]) if params else '')):
+        raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
+
+
+class Method:
+    """The name of a command, dots and all; calling it calls the command."""
+    __slots__ = ('_proxy', '_name')
+
+    def __init__(self, proxy: Proxy, name: str):
+        self._proxy, self._name = proxy, name
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(self._proxy, f'{self._name}.{name}')
+
+    def __call__(self, *params: Any) -> Any:
+        return self._proxy.call(self._name, *params)
 
 
 class Proxy:
@@ -1369,31 +1396,6 @@ class Proxy:
                 for answer in answers]
 
 
-class Method:
-    """The name of a command, dots and all; calling it calls the command."""
-    __slots__ = ('_proxy', '_name')
-
-    def __init__(self, proxy: Proxy, name: str):
-        self._proxy, self._name = proxy, name
-
-    def __getattr__(self, name: str) -> Method:
-        return Method(self._proxy, f'{self._name}.{name}')
-
-    def __call__(self, *params: Any) -> Any:
-        return self._proxy.call(self._name, *params)
-
-
-def refuse_deadly(method: str, params: list) -> None:
-    """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
-    if method == 'system.multicall':
-        for entry in params[0] if params else ():
-            refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = '.multicall' in method and not method.startswith('f.') and any(
-        re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
-    if listing or (method.startswith('f.') and 'multicall' not in method
-                   and ':f' not in (str(params[0]) if params else '')):
-        raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
-
 # --- Engine ----------------------------------------------------------------------------------
 # A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent. Its
 # open() gives a Proxy and looks once at what this rTorrent is and offers, again after a
@@ -1413,6 +1415,21 @@ Stats: Any = collections.namedtuple('Stats', (          # type: ignore[misc]
     'engine_id', 'version', 'uptime', *GAUGES, 'views', 'rpc_time'))
 RC_FILES = ('~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc')
 RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
+
+
+def process_start(pid: int | None, address: Address) -> float | None:
+    """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
+    if not pid or not address.is_local():
+        return None
+    try:
+        with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
+            name, _, fields = stat.read().partition('(')[2].rpartition(')')
+        if not name.startswith('rtorrent'):             # the pid belongs to a container
+            return None
+        began = int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 class Engine:
@@ -1526,73 +1543,6 @@ class Engine:
                             dict(zip(VIEWS, values[len(commands):])), rpc_time])
 
 
-def process_start(pid: int | None, address: Address) -> float | None:
-    """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
-    if not pid or not address.is_local():
-        return None
-    try:
-        with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
-            name, _, fields = stat.read().partition('(')[2].rpartition(')')
-        if not name.startswith('rtorrent'):             # the pid belongs to a container
-            return None
-        began = int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
-        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None
-
-
-def find_url(rc_file: str | None) -> str:
-    """Return the scgi_url that rTorrent's own configuration gives.
-
-    rc_file None: the first of RC_FILES that exists. Raises UserError naming what was read.
-    """
-    for name in [rc_file] if rc_file else RC_FILES:
-        path = os.path.expanduser(os.path.expandvars(name))
-        if not os.path.isfile(path):
-            continue
-        settings = read_rc(path)
-        for key in RC_ADDRESS:
-            if key in settings:
-                url = rc_value(settings[key], settings)
-                return os.path.expanduser(url) if key.endswith('local') else 'scgi://' + url
-        raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
-                        'set scgi_url in [TORQUE]')
-    raise UserError('scgi_url is not set in [TORQUE], and there is no '
-                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from")
-
-
-def read_rc(path: str, depth: int = 0) -> dict:
-    """Return the commands of an rc and of the files it imports; later ones win."""
-    settings: dict = {}
-    try:
-        with open(path, encoding='utf-8', errors='replace') as stream:
-            text = stream.read().replace('\\\n', ' ')
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; set scgi_url in [TORQUE]') from None
-    for line in text.splitlines():
-        if line.lstrip().startswith('#'):
-            continue
-        for command in split_outside(line, ';'):
-            key, equals, value = (part.strip() for part in command.partition('='))
-            if not equals:
-                continue
-            if key in ('import', 'try_import') and depth < 10:
-                try:
-                    target = os.path.expanduser(rc_value(value, settings))
-                    settings.update(read_rc(os.path.join(os.path.dirname(path), target),
-                                            depth + 1))
-                except UserError:
-                    if key == 'import':
-                        raise
-            elif key == 'method.insert':
-                name, *rest = split_outside(value, ',')
-                if len(rest) > 1:
-                    settings[name.strip()] = rest[-1].strip()
-            else:
-                settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
-    return settings
-
-
 def split_outside(text: str, mark: str) -> list[str]:
     """Return text split at marks that are outside of quotes and parentheses."""
     parts, depth, inside = [''], 0, False
@@ -1629,6 +1579,58 @@ def rc_value(text: str, settings: dict, depth: int = 0) -> str:
         return os.path.join(os.path.expanduser(value), '') if name == 'session.path' else value
     raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
                     'set scgi_url in [TORQUE]')
+
+
+def read_rc(path: str, depth: int = 0) -> dict:
+    """Return the commands of an rc and of the files it imports; later ones win."""
+    settings: dict = {}
+    try:
+        with open(path, encoding='utf-8', errors='replace') as stream:
+            text = stream.read().replace('\\\n', ' ')
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}; set scgi_url in [TORQUE]') from None
+    for line in text.splitlines():
+        if line.lstrip().startswith('#'):
+            continue
+        for command in split_outside(line, ';'):
+            key, equals, value = (part.strip() for part in command.partition('='))
+            if not equals:
+                continue
+            if key in ('import', 'try_import') and depth < 10:
+                try:
+                    target = os.path.expanduser(rc_value(value, settings))
+                    settings.update(read_rc(os.path.join(os.path.dirname(path), target),
+                                            depth + 1))
+                except UserError:
+                    if key == 'import':
+                        raise
+            elif key == 'method.insert':
+                name, *rest = split_outside(value, ',')
+                if len(rest) > 1:
+                    settings[name.strip()] = rest[-1].strip()
+            else:
+                settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
+    return settings
+
+
+def find_url(rc_file: str | None) -> str:
+    """Return the scgi_url that rTorrent's own configuration gives.
+
+    rc_file None: the first of RC_FILES that exists. Raises UserError naming what was read.
+    """
+    for name in [rc_file] if rc_file else RC_FILES:
+        path = os.path.expanduser(os.path.expandvars(name))
+        if not os.path.isfile(path):
+            continue
+        settings = read_rc(path)
+        for key in RC_ADDRESS:
+            if key in settings:
+                url = rc_value(settings[key], settings)
+                return os.path.expanduser(url) if key.endswith('local') else 'scgi://' + url
+        raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
+                        'set scgi_url in [TORQUE]')
+    raise UserError('scgi_url is not set in [TORQUE], and there is no '
+                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from")
 
 
 # --- Torrents --------------------------------------------------------------------------------
@@ -1855,6 +1857,31 @@ def torrent_field(name: str) -> TorrentField:
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
 
 
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
+    """Return what d. commands answer for all torrents of a view: command -> values."""
+    columns = list(dict.fromkeys(needs))
+    rows, size = engine.open().batch([('d.multicall2', '', view, *(
+        need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
+    for answer in (rows, size):
+        if isinstance(answer, RpcError):
+            raise answer
+    whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
+        and {*map(len, rows)} <= {len(columns)} else []
+    if len(whole) != size:
+        raise RpcError(f'{engine.address.where}: only {len(whole)} of the {size} items of view '
+                       f'{view!r} were listed')
+    return dict(zip(columns, zip(*whole) if whole else itertools.repeat(())))
+
+
+def add_fields(torrents: list[Torrent], raw: dict, fields: dict[str, TorrentField]) -> None:
+    """Work out fields of torrents from the raw values, one for each torrent."""
+    for name, field in fields.items():
+        columns = [raw[need] for need in field.needs]
+        for torrent, value in zip(torrents, map(field.value, *columns) if field.value else
+                                  columns[0]):
+            torrent[name] = value
+
+
 def list_torrents(engine: Engine, view: str, fields: Iterable[str],
                   condition: Any = None) -> list[Torrent]:
     """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
@@ -1891,31 +1918,6 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
     add_fields(torrents, raw, left)
     return [torrent for torrent in torrents if condition.match(torrent, now)] \
         if not left.keys().isdisjoint(tested) else torrents
-
-
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
-    """Return what d. commands answer for all torrents of a view: command -> values."""
-    columns = list(dict.fromkeys(needs))
-    rows, size = engine.open().batch([('d.multicall2', '', view, *(
-        need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
-    for answer in (rows, size):
-        if isinstance(answer, RpcError):
-            raise answer
-    whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
-        and {*map(len, rows)} <= {len(columns)} else []
-    if len(whole) != size:
-        raise RpcError(f'{engine.address.where}: only {len(whole)} of the {size} items of view '
-                       f'{view!r} were listed')
-    return dict(zip(columns, zip(*whole) if whole else itertools.repeat(())))
-
-
-def add_fields(torrents: list[Torrent], raw: dict, fields: dict[str, TorrentField]) -> None:
-    """Work out fields of torrents from the raw values, one for each torrent."""
-    for name, field in fields.items():
-        columns = [raw[need] for need in field.needs]
-        for torrent, value in zip(torrents, map(field.value, *columns) if field.value else
-                                  columns[0]):
-            torrent[name] = value
 
 
 # --- Filter and template ---------------------------------------------------------------------
@@ -2160,8 +2162,8 @@ class Filter:
         match = CONDITION.fullmatch(text)
         if not match and (text in self.types or re.search(
                 '^(?!/).*[=<>]|^(and|or|not|[&|]+)$', text, re.S | re.I)):
-            raise UserError('this is no condition; allowed are field=value, a glob, OR, NOT; '
-                            'side by side means and')
+            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
+                            'NOT, OR, [ ... ] between spaces; side by side means and')
         name, op, value = match.groups() if match else ('name', '=', text)
         family = FAMILY.fullmatch(name)
         kind = self.types.get(name) or (family.lastgroup if family else None)
@@ -2289,6 +2291,11 @@ def evaluate(node: Any, values: Mapping) -> Any:
     return FILTERS[name](*operands if name in UNTEXTED else map(show, operands))
 
 
+def filled(text: str, values: Iterator[str]) -> str:
+    """Return text with the next values in place of its marks."""
+    return re.sub(MARK, lambda mark: next(values), text)
+
+
 class Template:
     """Text with {{expression}}, {{if}} ... {{endif}} and {{# comment }}.
 
@@ -2394,11 +2401,6 @@ class Template:
         return filled(*self.marked(values))
 
 
-def filled(text: str, values: Iterator[str]) -> str:
-    """Return text with the next values in place of its marks."""
-    return re.sub(MARK, lambda mark: next(values), text)
-
-
 def check_words(words: list[str]) -> None:
     """Refuse a value inside the script of `sh -c`: no quoting is safe there."""
     scripts = [word for flag, word in zip(words, words[1:]) if re.fullmatch(r'-\w*c', flag)]
@@ -2484,6 +2486,7 @@ class ArgsTemplate(Template):
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
         return args
+
 
 # --- Jobs ------------------------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
@@ -2592,13 +2595,13 @@ def replace_file(path: str, text: str) -> None:
     os.replace(path + '.new', path)
 
 
-def parse_tags(text: str) -> dict[str, str]:
-    """Return the tags in `name=value, name=value`."""
-    tags = {part.partition('=')[0].strip(): part.partition('=')[2].strip()
+def parse_pairs(text: str) -> dict[str, str]:
+    """Return what stands in `name=value, name=value`."""
+    pairs = {part.partition('=')[0].strip(): part.partition('=')[2].strip()
             for part in text.split(',') if part.strip()}
-    if not all(name and value for name, value in tags.items()):
-        raise UserError(f'{text!r} are not tags; allowed is name=value, name=value')
-    return tags
+    if not all(name and value for name, value in pairs.items()):
+        raise UserError(f'{text!r} is not understood; allowed is name=value, name=value')
+    return pairs
 
 
 def parse_web_url(text: str) -> str:
@@ -2659,6 +2662,17 @@ def host_figures() -> dict:
     return figures
 
 
+def read_secret(path: str) -> str:
+    """Return the first line of a file that holds a password or token; '' for no file."""
+    if not path:
+        return ''
+    try:
+        with open(os.path.expanduser(path), encoding='utf-8') as stream:
+            return stream.readline().strip()
+    except (OSError, ValueError) as error:
+        raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
+
+
 class InfluxDB(Job):
     """Push figures of rTorrent and of the host to InfluxDB, or what speaks its line protocol."""
     section = 'INFLUXDB'
@@ -2679,7 +2693,7 @@ class InfluxDB(Job):
                                           'empty for none'),
         Option('series_host', str, 'host', 'series for host data; empty for none'),
         Option('disk_path', str, '~', 'paths whose disks are measured, separated by :'),
-        Option('tags', parse_tags, '', 'tags for every point: name=value, name=value'),
+        Option('tags', parse_pairs, '', 'tags for every point: name=value, name=value'),
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
     LONGEST_PAUSE = 300                 # seconds between tries
@@ -2848,17 +2862,6 @@ class InfluxDB(Job):
             body, headers['Content-Encoding'] = gzip.compress(body), 'gzip'
         return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers,
                          config.timeout)
-
-
-def read_secret(path: str) -> str:
-    """Return the first line of a file that holds a password or token; '' for no file."""
-    if not path:
-        return ''
-    try:
-        with open(os.path.expanduser(path), encoding='utf-8') as stream:
-            return stream.readline().strip()
-    except (OSError, ValueError) as error:
-        raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
 
 
 ENVIRONMENT = {name.upper(): name for name in (
@@ -3275,7 +3278,7 @@ class Command(Job):
         Option('args', str, '', 'program and arguments; quotes as in a shell'),
         Option('shell', parse_bool, 'no', 'args is a line for the shell'),
         Option('cwd', str, '', 'folder to run in'),
-        Option('env', parse_tags, '', 'more environment: NAME=value, NAME=value'),
+        Option('env', parse_pairs, '', 'more environment: NAME=value, NAME=value'),
         Option('timeout', parse_duration, '', 'after this time the program and its children are '
                                               'ended'))
 
@@ -3367,6 +3370,63 @@ class ItemCommand(Choice, Command):
             proxy = self.engine.open()
             proxy.d.custom.set(torrent['hash'], self.mark, '1')
             proxy.d.save_full_session(torrent['hash'])
+
+
+def same_file(path: str, copy: str) -> bool:
+    """Tell whether another path is a copy, or hard link; times may be rounded to 2 s."""
+    try:
+        one, other = os.lstat(path), os.lstat(copy)
+    except OSError:
+        return False
+    return (one.st_mode >> 12, one.st_size) == (other.st_mode >> 12, other.st_size) and \
+        abs(one.st_mtime - other.st_mtime) <= 2 and os.path.realpath(path) != os.path.realpath(copy)
+
+
+def sync(path: str) -> None:
+    """Have a file or folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def discard(path: str) -> None:
+    """Delete a file, or a folder and all in it, if it is there."""
+    import shutil
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+@contextlib.contextmanager
+def whole_copy(files: list[str], source: str, target: str, name: str) -> Iterator[str]:
+    """Give the path of a copy of data, beside its target, that is removed if left there."""
+    import shutil
+    copy = os.path.join(os.path.dirname(target), f'.torque-{name}')
+    try:
+        discard(copy)                   # what a crash left
+        if os.path.lexists(copy):
+            raise LoggableError(f'{quoted(copy)} cannot be deleted')
+        for path in files:
+            place = copy + path[len(source):]
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:             # another file system, or one without hard links
+                shutil.copyfile(path, place)
+                with contextlib.suppress(OSError):      # not every file system has modes
+                    shutil.copystat(path, place)
+            if not same_file(path, place):
+                raise LoggableError(f'{quoted(path)} changed while it was copied')
+            sync(place)
+        for folder, _, _ in os.walk(copy):
+            sync(folder)
+        yield copy
+    except (OSError, ValueError) as error:
+        raise LoggableError(f'{quoted(target)}: {error}') from None
+    finally:
+        discard(copy)
 
 
 class Move(Choice):
@@ -3481,63 +3541,6 @@ class Move(Choice):
             self.start_again(torrent)
         self.engine.open().d.custom.set(torrent['hash'], self.MARK, '')
         self.engine.open().d.save_full_session(torrent['hash'])
-
-
-def same_file(path: str, copy: str) -> bool:
-    """Tell whether another path is a copy, or hard link; times may be rounded to 2 s."""
-    try:
-        one, other = os.lstat(path), os.lstat(copy)
-    except OSError:
-        return False
-    return (one.st_mode >> 12, one.st_size) == (other.st_mode >> 12, other.st_size) and \
-        abs(one.st_mtime - other.st_mtime) <= 2 and os.path.realpath(path) != os.path.realpath(copy)
-
-
-def sync(path: str) -> None:
-    """Have a file or folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def discard(path: str) -> None:
-    """Delete a file, or a folder and all in it, if it is there."""
-    import shutil
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.remove(path)
-
-
-@contextlib.contextmanager
-def whole_copy(files: list[str], source: str, target: str, name: str) -> Iterator[str]:
-    """Give the path of a copy of data, beside its target, that is removed if left there."""
-    import shutil
-    copy = os.path.join(os.path.dirname(target), f'.torque-{name}')
-    try:
-        discard(copy)                   # what a crash left
-        if os.path.lexists(copy):
-            raise LoggableError(f'{quoted(copy)} cannot be deleted')
-        for path in files:
-            place = copy + path[len(source):]
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:             # another file system, or one without hard links
-                shutil.copyfile(path, place)
-                with contextlib.suppress(OSError):      # not every file system has modes
-                    shutil.copystat(path, place)
-            if not same_file(path, place):
-                raise LoggableError(f'{quoted(path)} changed while it was copied')
-            sync(place)
-        for folder, _, _ in os.walk(copy):
-            sync(folder)
-        yield copy
-    except (OSError, ValueError) as error:
-        raise LoggableError(f'{quoted(target)}: {error}') from None
-    finally:
-        discard(copy)
 
 
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
@@ -3983,6 +3986,7 @@ class TreeWatch(Job):
                 *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
                 *(f'  command {command}' for command in commands)]
 
+
 # --- Config ----------------------------------------------------------------------------------
 # torque.ini becomes entries (value and place), entries become settings, settings become jobs.
 # Every mistake is collected as one line `file:line: setting: what is wrong; what is allowed`;
@@ -4011,6 +4015,8 @@ HANDLERS = {                            # names that pyrocore and pyrosimple hav
            'queue:QueueManager': 'QueueManager', 'watch:TreeWatch': 'TreeWatch',
            'action:Action': 'Action', 'action:Command': 'Command',
            'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}}
+BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
+            if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
 CORE_OPTIONS = (                        # what any job has
     Option('handler', str, '', 'module:Class of the job'),
@@ -4103,6 +4109,9 @@ class Ini:
                     self.warnings.append(f'{place}: text after `;` is a comment: '
                                          f'{quoted(text[cut.end():].strip(), 60)}')
                 key, indent = entry[1].strip(), depth
+                if (section, key) in found:
+                    self.warnings.append(f'{place}: {key} stands here again, and this one counts, '
+                                         f'not that of {found[section, key][1]}')
                 found[section, key] = [entry[2].strip(), place]
         for (section, key), (value, place) in found.items():
             self.add(section, key, '' if value == '""' else value, place)
@@ -4141,6 +4150,19 @@ def convert(text: str) -> Any:
             'false': False, 'no': False, 'off': False}.get(text.lower(), text)
 
 
+def origin(error: BaseException) -> str:
+    """Return one line that says what was raised and in which line of which file."""
+    place, trace = '', error.__traceback__
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith('<') and file != __file__:
+            place = f'{file}:{trace.tb_lineno}: '
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError):
+        return f'{error.filename}:{error.lineno}: {error.msg}'
+    return f'{place}{type(error).__name__}: {error}'
+
+
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
     text = text.replace('::', ':')
@@ -4166,19 +4188,6 @@ def import_handler(text: str) -> Any:
     return getattr(found, name)
 
 
-def origin(error: BaseException) -> str:
-    """Return one line that says what was raised and in which line of which file."""
-    place, trace = '', error.__traceback__
-    while trace:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith('<') and file != __file__:
-            place = f'{file}:{trace.tb_lineno}: '
-        trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        return f'{error.filename}:{error.lineno}: {error.msg}'
-    return f'{place}{type(error).__name__}: {error}'
-
-
 class PlannedJob(NamedTuple):
     """A job that can be made; place is where the user's file speaks of it."""
     name: str
@@ -4187,6 +4196,148 @@ class PlannedJob(NamedTuple):
     schedule: Schedule
     place: str
     source: tuple = ()                  # all texts it is made of: the same, and so is the job
+
+
+def default_state_dir(path: str) -> str:
+    """Return the folder of state of one configuration file, by its real path."""
+    import hashlib
+    real = os.path.realpath(path)
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
+    mark = hashlib.sha256(real.encode('utf-8', 'surrogateescape')).hexdigest()[:8]
+    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
+
+
+def read_files(path: str, overrides: Iterable[str]) -> Ini:
+    """Return the entries of the defaults, of the user's file over them, and of -D over both."""
+    ini = Ini()
+    ini.read(DEFAULTS.splitlines(), '<defaults>')
+    try:
+        with open(path, encoding='utf-8') as stream:
+            ini.read(stream, path)
+    except UnicodeDecodeError as error:
+        raise Mistakes([f'{path}: not UTF-8 text: {error.reason} at byte {error.start}']) from None
+    except OSError as error:
+        raise Mistakes([f'{path}: {error.strerror}']) from None
+    for text in overrides:
+        key, equals, value = text.partition('=')
+        section, dot, rest = key.strip().partition('.')
+        if not equals or not key.strip():
+            ini.mistakes.append(f'-D {text}: allowed is KEY=VALUE or section.KEY=VALUE')
+        elif dot and section.upper() in {*ini.sections, *SECTIONS}:
+            ini.add(section.upper(), rest, value.strip(), '-D')
+        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
+            ini.mistakes.append(f'-D {text}: there is no section [{section.upper()}]')
+        else:
+            ini.add('TORQUE', key.strip(), value.strip(), '-D')
+    return ini
+
+
+def group_jobs(torque: dict[str, Entry], ini: Ini) -> dict[str, dict[str, Entry]]:
+    """Return the entries of each job by name; note what only pyrocore has a use for."""
+    groups: dict[str, dict[str, Entry]] = {}
+    ignored = set()
+    for key, entry in torque.items():
+        stem, _, rest = key.partition('.')
+        name, dot, param = rest.partition('.')
+        if stem in ('apscheduler', 'httpd') and rest:
+            ignored.add(f'{stem}.*')
+        elif stem == 'job' and name and param:
+            groups.setdefault(name, {})[param] = entry
+        elif stem == 'job':
+            ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
+    for name, entries in groups.items():
+        if 'handler' not in entries and nearest(name, [other for other in groups if other != name]):
+            ini.warnings.append(f'{next(iter(entries.values())).place}: job.{name} has no handler'
+                                f'{nearest(name, [other for other in groups if other != name])}')
+    if ignored:
+        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
+    return groups
+
+
+def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
+            mistakes: list[str], defaults: dict | None = None) -> Settings:
+    """Return the values of options, noting the mistakes in them."""
+    values = Settings()
+    for option in options:
+        entry = entries.get(option.name) or entries.get(option.alias) or (
+            defaults or {}).get(option.name)
+        text = entry.value if entry else option.default
+        if text == '' and (option.parse in (parse_duration, parse_size, parse_count, parse_bool)):
+            text = option.default
+        try:
+            values[option.name] = None if text == '' and option.parse in (
+                parse_duration, parse_size, parse_count) else option.parse(text)
+        except UserError as error:
+            own = [other.place for other in entries.values() if other.place[0] != '<']
+            place = entry.place if entry else (own or ['<defaults>'])[0]
+            mistakes.append(f'{place}: {prefix}{option.name}: {error}')
+            values[option.name] = None
+    return values
+
+
+def check_options(job: Any, prefix: str, entries: dict[str, Entry], shared: dict[str, Entry],
+                  mistakes: list[str]) -> Settings:
+    """Return the settings of a built-in job, its section's under its own, noting mistakes."""
+    known = [name for option in (*CORE_OPTIONS, *job.options)
+             for name in (option.name, option.alias) if name]
+    given = [(prefix, key, entry) for key, entry in entries.items()
+             if not key.startswith(job.families)]
+    if job.section != 'TORQUE':                 # that has settings for others, too
+        given += [('', key, entry) for key, entry in shared.items()]
+    mistakes += [f'{entry.place}: {before}{key}: {job.__name__} has no such option'
+                 f"{nearest(key, known) or '; see --list-jobs'}"
+                 for before, key, entry in given if key not in known]
+    return checked(job.options, entries, prefix, mistakes, shared)
+
+
+def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
+             force: bool) -> PlannedJob | None:
+    """Return an active job ready to be made, None for any other and for one with mistakes."""
+    prefix, before = f'job.{name}.', len(ini.mistakes)
+    own = [entry.place for entry in entries.values() if not entry.place.startswith('<')]
+    first = own[0] if own else '<defaults>'
+    mistakes: list[str] = []
+    core = checked(CORE_OPTIONS, entries, prefix, mistakes)
+    if core.active is False and not force:      # whatever else there is
+        core_names = [option.name for option in CORE_OPTIONS]
+        for key in set(entries).difference(core_names):
+            if nearest(key, core_names) and key[:3] != 'cmd':   # a slip that keeps it inactive
+                ini.warnings.append(f'{entries[key].place}: {prefix}{key} of an inactive job'
+                                    f'{nearest(key, core_names)}')
+        return None
+    ini.mistakes += mistakes
+    make, schedule = None, None
+    for key in ('handler', 'schedule'):
+        entry = entries.get(key)
+        try:
+            if not entry or not entry.value:
+                raise UserError('is missing; a job needs a handler and a schedule')
+            if key == 'handler':
+                make = import_handler(entry.value)
+            else:
+                schedule = parse_schedule(entry.value)
+                if schedule.next(time.time()) is None:
+                    raise UserError(f'{entry.value!r} lies in the past: it would never fire')
+        except UserError as error:
+            ini.mistakes.append(f'{entry.place if entry else first}: {prefix}{key}: {error}')
+    if core.log_level and core.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
+        ini.mistakes.append(f"{entries['log_level'].place}: {prefix}log_level: "
+                            f'{core.log_level!r}; allowed are DEBUG INFO WARNING ERROR')
+    config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
+                        convert(entry.value)) for key, entry in entries.items())
+    for key in set(entries).intersection(('engine', 'state_dir', 'alone', *dir(dict))):
+        ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
+                            f'the job finds it as config[{key!r}]')
+    shared = ini.sections.get(getattr(make, 'section', ''), {})
+    if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
+        config.update(check_options(make, prefix, entries, shared, ini.mistakes))
+    config.update(core, job_name=name, active=core.active, dry_run=core.dry_run or dry_run)
+    if len(ini.mistakes) > before or not make or not schedule:
+        return None
+    texts = [(key, entry.value) for key, entry in entries.items()] + [
+        (f'{make.section}.{option.name}', shared[option.name].value)
+        for option in getattr(make, 'options', None) or () if option.name in shared]
+    return PlannedJob(name, make, config, schedule, first, tuple(sorted(texts)))
 
 
 class Config(Settings):
@@ -4283,10 +4434,21 @@ class Config(Settings):
         for name, value in zip(self.__slots__, slots):
             setattr(self, name, value)
 
-    def make_jobs(self) -> dict[str, Any]:
-        """Return the job objects by name; raises Mistakes."""
-        made, mistakes = {}, []
-        for planned in self.jobs:
+
+def clean_up(name: str, job: Any) -> None:
+    """Call a job's cleanup(), whatever comes of it."""
+    try:
+        getattr(job, 'cleanup', lambda: None)()
+    except BaseException as error:
+        logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
+
+
+def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
+    """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
+    made: dict[str, Any] = {}
+    mistakes = []
+    try:
+        for planned in plans:
             try:
                 job = made[planned.name] = planned.make(planned.config)
                 if not callable(getattr(job, 'run', None)):
@@ -4298,153 +4460,15 @@ class Config(Settings):
                                 f'{origin(error)}')
         if mistakes:
             raise Mistakes(mistakes)
-        return made
-
-
-def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's file over them, and of -D over both."""
-    ini = Ini()
-    ini.read(DEFAULTS.splitlines(), '<defaults>')
-    try:
-        with open(path, encoding='utf-8') as stream:
-            ini.read(stream, path)
-    except UnicodeDecodeError as error:
-        raise Mistakes([f'{path}: not UTF-8 text: {error.reason} at byte {error.start}']) from None
-    except OSError as error:
-        raise Mistakes([f'{path}: {error.strerror}']) from None
-    for text in overrides:
-        key, equals, value = text.partition('=')
-        section, dot, rest = key.strip().partition('.')
-        if not equals or not key.strip():
-            ini.mistakes.append(f'-D {text}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif dot and section.upper() in {*ini.sections, *SECTIONS}:
-            ini.add(section.upper(), rest, value.strip(), '-D')
-        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
-            ini.mistakes.append(f'-D {text}: there is no section [{section.upper()}]')
-        else:
-            ini.add('TORQUE', key.strip(), value.strip(), '-D')
-    return ini
-
-
-def group_jobs(torque: dict[str, Entry], ini: Ini) -> dict[str, dict[str, Entry]]:
-    """Return the entries of each job by name; note what only pyrocore has a use for."""
-    groups: dict[str, dict[str, Entry]] = {}
-    ignored = set()
-    for key, entry in torque.items():
-        stem, _, rest = key.partition('.')
-        name, dot, param = rest.partition('.')
-        if stem in ('apscheduler', 'httpd') and rest:
-            ignored.add(f'{stem}.*')
-        elif stem == 'job' and name and param:
-            groups.setdefault(name, {})[param] = entry
-        elif stem == 'job':
-            ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
-    for name, entries in groups.items():
-        if 'handler' not in entries and nearest(name, [other for other in groups if other != name]):
-            ini.warnings.append(f'{next(iter(entries.values())).place}: job.{name} has no handler'
-                                f'{nearest(name, [other for other in groups if other != name])}')
-    if ignored:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
-    return groups
-
-
-def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
-            mistakes: list[str], defaults: dict | None = None) -> Settings:
-    """Return the values of options, noting the mistakes in them."""
-    values = Settings()
-    for option in options:
-        entry = entries.get(option.name) or entries.get(option.alias) or (
-            defaults or {}).get(option.name)
-        text = entry.value if entry else option.default
-        if text == '' and (option.parse in (parse_duration, parse_size, parse_count, parse_bool)):
-            text = option.default
-        try:
-            values[option.name] = None if text == '' and option.parse in (
-                parse_duration, parse_size, parse_count) else option.parse(text)
-        except UserError as error:
-            own = [other.place for other in entries.values() if other.place[0] != '<']
-            place = entry.place if entry else (own or ['<defaults>'])[0]
-            mistakes.append(f'{place}: {prefix}{option.name}: {error}')
-            values[option.name] = None
-    return values
-
-
-def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
-             force: bool) -> PlannedJob | None:
-    """Return an active job ready to be made, None for any other and for one with mistakes."""
-    prefix, before = f'job.{name}.', len(ini.mistakes)
-    own = [entry.place for entry in entries.values() if not entry.place.startswith('<')]
-    first = own[0] if own else '<defaults>'
-    mistakes: list[str] = []
-    core = checked(CORE_OPTIONS, entries, prefix, mistakes)
-    if core.active is False and not force:      # whatever else there is
-        core_names = [option.name for option in CORE_OPTIONS]
-        for key in set(entries).difference(core_names):
-            if nearest(key, core_names) and key[:3] != 'cmd':   # a slip that keeps it inactive
-                ini.warnings.append(f'{entries[key].place}: {prefix}{key} of an inactive job'
-                                    f'{nearest(key, core_names)}')
-        return None
-    ini.mistakes += mistakes
-    make, schedule = None, None
-    for key in ('handler', 'schedule'):
-        entry = entries.get(key)
-        try:
-            if not entry or not entry.value:
-                raise UserError('is missing; a job needs a handler and a schedule')
-            if key == 'handler':
-                make = import_handler(entry.value)
-            else:
-                schedule = parse_schedule(entry.value)
-                if schedule.next(time.time()) is None:
-                    raise UserError(f'{entry.value!r} lies in the past: it would never fire')
-        except UserError as error:
-            ini.mistakes.append(f'{entry.place if entry else first}: {prefix}{key}: {error}')
-    if core.log_level and core.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
-        ini.mistakes.append(f"{entries['log_level'].place}: {prefix}log_level: "
-                            f'{core.log_level!r}; allowed are DEBUG INFO WARNING ERROR')
-    config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
-                        convert(entry.value)) for key, entry in entries.items())
-    for key in set(entries).intersection(('engine', 'state_dir', 'alone', *dir(dict))):
-        ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
-                            f'the job finds it as config[{key!r}]')
-    if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-        known = [name for option in (*CORE_OPTIONS, *make.options)
-                 for name in (option.name, option.alias) if name]
-        for key in set(entries).difference(known):
-            if key.startswith(make.families):
-                continue
-            ini.mistakes.append(f'{entries[key].place}: {prefix}{key}: {make.__name__} has no such '
-                                f'option{nearest(key, known) or "; see --list-jobs"}')
-        shared = ini.sections.get(make.section, {})
-        for key in set(shared).difference(known) if make.section != 'TORQUE' else ():
-            ini.mistakes.append(f'{shared[key].place}: {key}: {make.__name__} has no such '
-                                f'option{nearest(key, known) or "; see --list-jobs"}')
-        config.update(checked(make.options, entries, prefix, ini.mistakes, shared))
-    config.update(core, job_name=name, active=core.active, dry_run=core.dry_run or dry_run)
-    if len(ini.mistakes) > before or not make or not schedule:
-        return None
-    shared = ini.sections.get(getattr(make, 'section', ''), {})
-    names = {option.name for option in getattr(make, 'options', None) or ()}
-    texts = {**{f'{make.section}.{key}': shared[key] for key in names.intersection(shared)},
-             **entries} \
-        if shared else entries
-    return PlannedJob(name, make, config, schedule, first, tuple(sorted(
-        (key, entry.value) for key, entry in texts.items())))
-
-
-def default_state_dir(path: str) -> str:
-    """Return the folder of state of one configuration file, by its real path."""
-    import hashlib
-    real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    mark = hashlib.sha256(real.encode('utf-8', 'surrogateescape')).hexdigest()[:8]
-    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
+    except BaseException:                       # KeyboardInterrupt: torque is to end
+        for name, job in made.items():
+            clean_up(name, job)
+        raise
+    return made
 
 
 config_ini = Config()
 config_ini.former = {}
-BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
-            if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
 
 
 # --- Daemon ----------------------------------------------------------------------------------
@@ -4454,6 +4478,25 @@ BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
 # in the main thread alone, by functions put into the scheduler's mail.
 
 STATUS_TIMEOUT, RELOAD_TIMEOUT = 10, 60 # seconds that a daemon has to answer over its socket
+
+
+@contextlib.contextmanager
+def short_path(path: str) -> Iterator[str]:
+    """Give a name for a Unix socket that fits into the 107 bytes it may have."""
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
+    finally:
+        os.close(folder)
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder for the user alone, with those above it."""
+    if folder and not os.path.isdir(folder):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
 class PidFile:
@@ -4544,19 +4587,6 @@ class PidFile:
             raise LoggableError(f'the daemon does not answer over {self.socket}: {error}') from None
 
 
-@contextlib.contextmanager
-def short_path(path: str) -> Iterator[str]:
-    """Give a name for a Unix socket that fits into the 107 bytes it may have."""
-    if len(os.fsencode(path)) <= 107:
-        yield path
-        return
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
-    finally:
-        os.close(folder)
-
-
 def in_thread(function: Callable[[], Any], here: bool = False) -> threading.Thread | None:
     """Start a function in a thread; where there can be none call it here, or not at all."""
     thread = threading.Thread(target=function, daemon=True)
@@ -4567,12 +4597,6 @@ def in_thread(function: Callable[[], Any], here: bool = False) -> threading.Thre
         if here:
             function()
         return None
-
-
-def make_folder(folder: str) -> None:
-    """Make a folder for the user alone, with those above it."""
-    if folder and not os.path.isdir(folder):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
 class Memory:
@@ -4680,14 +4704,6 @@ def scrubbed(text: str) -> str:
     return re.sub(r'(\w://[^\s:/@]*):\S*@', r'\1:***@', text)
 
 
-def clean_up(name: str, job: Any) -> None:
-    """Call a job's cleanup(), whatever comes of it."""
-    try:
-        getattr(job, 'cleanup', lambda: None)()
-    except BaseException as error:
-        logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
-
-
 class Daemon:
     """A running torque: its jobs, their tasks, and how they change."""
 
@@ -4708,17 +4724,23 @@ class Daemon:
         """Run jobs on schedule until a signal comes; ready() is called when all have begun."""
         import signal
         signal.signal(signal.SIGHUP, lambda *_: self.scheduler.mail.put(self.reload_soon))
-        self.jobs = self.config.make_jobs()
+        self.jobs = make_jobs(self.config.jobs)
         self.planned = {planned.name: planned for planned in self.config.jobs}
         self.files = self.module_files()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
         server = self.listen()
+        missed = [name for name, planned in sorted(self.planned.items())
+                  if self.memory.missed(name, planned.schedule, time.time())]
         for name in self.jobs:
-            self.scheduler.add(self.task(name, catch_up=True))
+            self.scheduler.add(self.task(name, name in missed))
         ready()
-        self.log.info('started with %d jobs: %s', len(self.jobs),
+        self.log.info('started with %d job%s: %s', len(self.jobs), 's'[:len(self.jobs) != 1],
                       ', '.join(sorted(self.jobs)) or 'none is active')
+        if missed:
+            self.log.info('missed while torque was not running: %s', ', '.join(
+                name + ' (made up for now)' * bool(self.planned[name].config.catch_up)
+                for name in missed))
         systemd_notify('READY=1')
         self.scheduler.serve()
         systemd_notify('STOPPING=1')
@@ -4767,16 +4789,12 @@ class Daemon:
             then()
         self.cleaning[name] = in_thread(work, here=True)
 
-    def task(self, name: str, catch_up: bool = False) -> Task:
-        """Return a task for a job; catch_up: what was missed while nobody was there counts."""
+    def task(self, name: str, missed: bool = False) -> Task:
+        """Return a task for a job; missed: it was due while torque was not running."""
         planned, job = self.planned[name], self.jobs[name]
         config, log = planned.config, logging.getLogger('torque.' + name)
         log.setLevel(config.log_level.upper() if config.log_level else logging.NOTSET)
-        at_start = bool(getattr(job, 'at_start', False))
-        if catch_up and self.memory.missed(name, planned.schedule, time.time()):
-            at_start = at_start or config.catch_up
-            log.info('a run was missed while torque was not running%s',
-                     ': made up for now' if config.catch_up else '')
+        at_start = bool(getattr(job, 'at_start', False) or missed and config.catch_up)
 
         def run() -> None:
             if not config.dry_run:
@@ -4841,33 +4859,25 @@ class Daemon:
 
     def prepare(self, mistakes: list[str]) -> tuple[dict, dict] | None:
         """Return the planned jobs and objects of those that are new; None after mistakes."""
-        before, made = self.config.snapshot(), {}
-        self.config.former = self.config.engines
+        before, self.config.former = self.config.snapshot(), self.config.engines
         try:
             self.load_again()
             planned = {job.name: job for job in self.config.jobs}
-            for job in planned.values():
-                old = self.planned.get(job.name)
-                if not old or old.source != job.source or (
-                        old.config.engine is not job.config.engine):
-                    self.config.jobs = [job]    # one by one: those made will be cleaned up
-                    try:
-                        made.update(self.config.make_jobs())
-                    except Mistakes as error:
-                        mistakes += error.lines
-            self.config.jobs = list(planned.values())
+            return planned, make_jobs(job for job in self.config.jobs if not self.is_same(job))
         except UserError as error:
             mistakes += getattr(error, 'lines', [str(error)])
         except Exception as error:
             mistakes.append(origin(error))
-        if not mistakes:
-            return planned, made
         self.config.restore(before)
         for engine in self.config.engines.values():
             engine.aliases = self.config.aliases
-        for name, job in made.items():
-            clean_up(name, job)
         return None
+
+    def is_same(self, job: PlannedJob) -> bool:
+        """Tell whether a job is planned as it runs already."""
+        old = self.planned.get(job.name)
+        return old is not None and old.source == job.source \
+            and old.config.engine is job.config.engine
 
     def swap(self, planned: dict[str, PlannedJob], made: dict[str, Any],
              done: queue.SimpleQueue) -> None:
@@ -4958,6 +4968,8 @@ class Daemon:
                 for _, task in sorted(tasks.items())]
         return {'pid': os.getpid(), 'version': VERSION, 'config': os.path.realpath(
             self.config.path), 'started': time.time() - uptime, 'uptime': uptime,
+            'log_file': next((handler.baseFilename for handler in logging.getLogger('torque').handlers
+                              if isinstance(handler, logging.FileHandler)), None),
             'rtorrent': engines, 'jobs': jobs}
 
 
@@ -4979,7 +4991,8 @@ def print_status(status: dict) -> int:
     def when(moment: float | None) -> str:
         return '-' if moment is None else time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
     print(f"torque {status['version']}, pid {status['pid']}, up "
-          f"{show_duration(status['uptime'])}, {status['config']}")
+          f"{show_duration(status['uptime'])}, {status['config']}"
+          + (f", log {status['log_file']}" if status['log_file'] else ''))
     for engine in status['rtorrent']:
         print(f"rTorrent {engine['version']}".rstrip('/ ') + f" at {engine['address']}: " + (
             f"has not answered for {show_duration(engine['away_for'])}"
@@ -5023,6 +5036,7 @@ def detach() -> Callable[[int], None]:
             os.write(writer, str(status).encode())
         os.close(writer)
     return started
+
 
 # --- Command line ----------------------------------------------------------------------------
 # Arguments enter, an exit status leaves. Here alone are signals, the log's form and the
@@ -5140,7 +5154,7 @@ def run_once(config: Config) -> int:
     import signal
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     planned, = config.jobs
-    job = config.make_jobs()[planned.name]
+    job = make_jobs(config.jobs)[planned.name]
     task = Task(planned.name, planned.schedule, job.run)
     task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
     try:
@@ -5161,7 +5175,7 @@ def check(config: Config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     now = time.time()
     rows = [('JOB', 'HANDLER', 'SCHEDULE', 'NEXT RUNS')]
-    config.make_jobs()
+    make_jobs(config.jobs)
     for planned in config.jobs:
         due: float | None = now
         dates: list[str] = []
@@ -5181,13 +5195,18 @@ def check(config: Config) -> int:
         except RpcError as error:
             if not error.told:
                 logging.getLogger('torque.engine').warning('%s', error)
+    for planned in config.jobs:
+        view, engine = planned.config.view or planned.config.viewname, planned.config.engine
+        if planned.make in BUILT_IN.values() and view and engine.views and view not in engine.views:
+            logging.getLogger('torque.' + planned.name).warning(
+                'rTorrent has no view %r%s', view, nearest(view, engine.views))
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
 
 def explain(config: Config, path: str) -> int:
     """Print what every TreeWatch would do with a metafile."""
-    lines = [f'{name}: {line}' for name, job in config.make_jobs().items()
+    lines = [f'{name}: {line}' for name, job in make_jobs(config.jobs).items()
              if isinstance(job, TreeWatch) for line in job.explain(path)]
     print('\n'.join(map(one_line, lines)) or 'no TreeWatch job is active')
     failed = not lines or any(' is not loaded: ' in line for line in lines)
@@ -5248,6 +5267,19 @@ def control(arguments: Any, path: str) -> int:
         print(json.dumps(status, indent=1))
         return status_of(status)
     return print_status(status)
+
+
+def load(arguments: Any, path: str) -> None:
+    """Load the configuration, and log what is noteworthy in it even when it is refused."""
+    log = logging.getLogger('torque.config')
+    config_ini.warnings, config_ini.notes = [], []
+    try:
+        config_ini.load(path, arguments.define, arguments.dry_run, arguments.run_once)
+    finally:
+        for text in config_ini.warnings:
+            log.warning('%s', text)
+        for text in config_ini.notes:
+            log.info('%s', text)
 
 
 def run_daemon(arguments: Any, path: str, level: int) -> int:
@@ -5326,19 +5358,6 @@ def parse_arguments(words: list[str] | None) -> Any:
     if arguments.json and not arguments.status:
         parser.error('--json goes with --status')
     return arguments
-
-
-def load(arguments: Any, path: str) -> None:
-    """Load the configuration, and log what is noteworthy in it even when it is refused."""
-    log = logging.getLogger('torque.config')
-    config_ini.warnings, config_ini.notes = [], []
-    try:
-        config_ini.load(path, arguments.define, arguments.dry_run, arguments.run_once)
-    finally:
-        for text in config_ini.warnings:
-            log.warning('%s', text)
-        for text in config_ini.notes:
-            log.info('%s', text)
 
 
 def main(words: list[str] | None = None) -> int:
