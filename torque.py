@@ -578,6 +578,13 @@ class Repeats:
             row[4] = True
 
 
+def error_text(error: BaseException) -> str:
+    """Return the text of an error; its class where there is none, or that is broken, too."""
+    with contextlib.suppress(Exception):
+        return str(error) or type(error).__name__
+    return type(error).__name__
+
+
 class Task:
     """One job as the scheduler sees it, and how it has gone so far.
 
@@ -596,7 +603,8 @@ class Task:
         self.last_duration: float | None = None
         self.last_error: str | None = None
         self.running_since: float | None = None
-        self.overdue = self.removed = False
+        self.overdue = self.removed = self.watched = False      # watched: for max_runtime
+        self.handed_over = 0.0                  # elapsed seconds when the last run was started
         self.after_end: Callable[[], None] | None = None    # once it is removed and has ended
         self.failing: tuple | None = None       # (elapsed seconds, failures) when it began
         self.repeats = Repeats()
@@ -605,12 +613,11 @@ class Task:
         """Count a failure and log it: in full once, then summed up."""
         self.failures += 1
         known = isinstance(error, LoggableError)
-        try:
-            self.last_error = f'{error}' if known else f'{type(error).__name__}: {error}'
-        except Exception:                       # its __str__ is broken, too
-            self.last_error = type(error).__name__
+        self.last_error = error_text(error)
+        if not known:
+            self.last_error = f'{type(error).__name__}: {self.last_error}'
         since, said, before = self.failing or (now, False, self.failures - 1)
-        row = self.repeats.seen(re.sub(r'[\d.]+', '#', self.last_error), now)
+        row = self.repeats.seen(re.sub(r'\b[\da-fA-F]{8,}\b|[\d.]+', '#', self.last_error), now)
         told = getattr(error, 'told', False)
         self.failing = since, said or (row is not None and not told), before
         if row is None or told:
@@ -673,8 +680,12 @@ class Scheduler:
 
     def remove(self, name: str) -> Task:
         """Take a task out; a run in progress goes on."""
-        self.tasks[name].removed = True
-        return self.tasks.pop(name)
+        task = self.tasks.pop(name)
+        task.removed = True
+        for heap in self.heaps:                 # they would keep the job in memory until it is due
+            heap[:] = [entry for entry in heap if entry[2].args[0] is not task]
+            heapq.heapify(heap)
+        return task
 
     def at(self, when: float, elapsed: bool, function: Callable, *args: Any) -> None:
         """Let tick() call function(*args, now), which returns tasks to start."""
@@ -742,13 +753,19 @@ class Scheduler:
         """Hand a run to the workers; running_since is set already."""
         with self.lock:
             self.spare -= 1
-        if task.max_runtime:
-            self.at(self.elapsed() + task.max_runtime, True, self.check_overdue, task, task.runs)
+        task.handed_over = self.elapsed()
+        if task.max_runtime and not task.watched:
+            task.watched = True
+            self.at(task.handed_over + task.max_runtime, True, self.check_overdue, task)
         self.work.put(task)
 
-    def check_overdue(self, task: Task, run: int, now: float) -> list[Task]:
-        """Mark a run that goes on for longer than max_runtime."""
-        if task.running_since is not None and task.runs == run:
+    def check_overdue(self, task: Task, now: float) -> list[Task]:
+        """Mark a run that goes on for longer than max_runtime; look again at a later one."""
+        end = task.handed_over + (task.max_runtime or 0)
+        task.watched = task.running_since is not None and end > now
+        if task.watched:
+            self.at(end, True, self.check_overdue, task)
+        elif task.running_since is not None:
             task.overdue = True
             task.log.warning('still running after %s, its max_runtime',
                              show_duration(task.max_runtime or 0))
@@ -1231,7 +1248,7 @@ def xml_reply(content: bytes) -> Any:
 # JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
 # character, but a single name that is not UTF-8 turns a whole answer into an error.
 
-JSON_NOT_UTF8 = 'invalid UTF-8'
+JSON_NOT_UTF8 = 'type_error.316'
 ACTIONS = frozenset(                    # parts of the names of commands that change something
     'set start stop open close erase pause resume insert remove enable disable check_hash add '
     'create_link delete_link delete_tied disconnect disconnect_delayed send_scrape clear '
@@ -1864,7 +1881,7 @@ def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, 
         need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
-            raise answer
+            raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
     whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
         and {*map(len, rows)} <= {len(columns)} else []
     if len(whole) != size:
@@ -1963,8 +1980,11 @@ def pattern(text: str) -> Callable[[str], Any]:
         raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
                         'not (a+)+')                    # only the usual slip is caught
     try:
-        return (re.compile(regex[1], re.I).search if regex else
-                re.compile(fnmatch.translate(glob), re.I).match)
+        found: Callable[[str], Any] = re.compile(regex[1], re.I).search if regex else \
+            re.compile(fnmatch.translate(glob), re.I).match
+        if regex or '[' not in glob:
+            return found                                # [x] as it stands is meant, too
+        return lambda value: found(value) or value.lower() == text.lower() or None
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
 
@@ -2030,7 +2050,10 @@ def compare_test(kind: str, op: str, text: str) -> Callable:
 
 def value_test(kind: str, op: str, text: str) -> Callable:
     """Return the test of one value of a condition: (found, now) -> bool."""
-    if kind in ('number', 'size', 'time', 'duration') or kind == 'any' and op != '=':
+    if kind == 'any' and op == '=' and text.lower() in ('yes', 'no', 'true', 'false'):
+        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
+    if kind in ('number', 'size', 'time', 'duration') or kind == 'any' and (
+            op != '=' or PLAIN_NUMBER.fullmatch(text[1:]) and text[0] in '+-'):
         return compare_test(kind, op, text)
     if op != '=':
         raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
@@ -2161,7 +2184,8 @@ class Filter:
         """condition ::= field op value | value;  value may be several, with commas"""
         match = CONDITION.fullmatch(text)
         if not match and (text in self.types or re.search(
-                '^(?!/).*[=<>]|^(and|or|not|[&|]+)$', text, re.S | re.I)):
+                r'^(?!/).*[=<>]|^(and|or|not|[&|]+|[][]|\]?(or|not|and)?\[|\](or|not|and))$',
+                text, re.S | re.I)):
             raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
                             'NOT, OR, [ ... ] between spaces; side by side means and')
         name, op, value = match.groups() if match else ('name', '=', text)
@@ -2196,7 +2220,9 @@ COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
 ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
 # Commands that take arguments as data; others (multicall, branch ...) would run them.
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]+|view\.set_(not_)?visible|print|execute.*')
-SHELL = re.compile('(ba|da|a|z|k|fi)?sh')
+INTERPRETER = re.compile(         # each runs text that it is given
+    r'((ba|da|a|z|k|fi|c|tc)?sh|su|runuser|sudo|doas|env|python[0-9.]*|perl|ruby|node|php|lua)')
+SCRIPT_FLAG = re.compile('-[A-Za-z]*[ceS]|--(command|eval|split-string)')
 
 
 def show(value: Any) -> str:
@@ -2273,6 +2299,8 @@ def evaluate(node: Any, values: Mapping) -> Any:
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
         if getattr(node.value, 'id', '') in ('item', 'd', 'i'):
             return values[node.attr]                    # the item is what the values are of
+        if node.attr in {*FILTERS, *OLD_FILTERS} and getattr(node.value, 'id', '') != 'traits':
+            raise UserError(f'{node.attr} is a filter; write |{node.attr}')
         return part_of(evaluate(node.value, values), node.attr)
     if isinstance(node, (ast.Tuple, ast.List)):
         return each(node.elts)
@@ -2351,6 +2379,8 @@ class Template:
             test = None if word == 'else' else self.expression(code)
             nodes, word, code = self.block(parts, depth)
             branches.append((test, nodes))
+            if code and word in ('else', 'endif'):
+                raise UserError(f'{word} takes no condition; write elif')
             if not word or test is None and word != 'endif':
                 raise UserError(f'{word} after else' if word else 'an if has no endif')
         self.widest = max(self.widest, len(branches))
@@ -2366,7 +2396,8 @@ class Template:
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
         for name in self.seen:
-            if self.known is not None and name not in self.known:
+            family = 'item' in (self.known or ()) and FAMILY.fullmatch(name)
+            if self.known is not None and name not in self.known and not family:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
 
@@ -2402,10 +2433,13 @@ class Template:
 
 
 def check_words(words: list[str]) -> None:
-    """Refuse a value inside the script of `sh -c`: no quoting is safe there."""
-    scripts = [word for flag, word in zip(words, words[1:]) if re.fullmatch(r'-\w*c', flag)]
-    if MARK in ''.join(scripts) and any(SHELL.fullmatch(os.path.basename(word)) for word in words):
-        raise UserError('a value in a shell script is run with it; allowed is '
+    """Refuse a value inside what a shell or the like would run: no quoting is safe there."""
+    names = [os.path.basename(word) for word in words]
+    script = any(map(INTERPRETER.fullmatch, names)) and any(
+        SCRIPT_FLAG.match(flag) and (MARK in flag + word or word[:1] in '-+')
+        for flag, word in zip(words, [*words[1:], 'x']))
+    if MARK in ''.join(words) and (script or 'ssh' in names):
+        raise UserError('a value in a script for a shell or the like is run with it; allowed is '
                         """sh -c '... "$1"' sh {{name}}""")
 
 
@@ -2610,6 +2644,13 @@ def parse_web_url(text: str) -> str:
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
                         'with user and password as settings')
     return text.rstrip('/')
+
+
+def parse_ping_url(text: str) -> str:
+    """Return the URL of a monitor, or nothing."""
+    if not re.match(r'(https?://[^\s/]|$)', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/...')
+    return text
 
 
 def parse_api(text: str) -> int:
@@ -2898,7 +2939,10 @@ def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torr
 
 def field_names(names: Iterable[str]) -> list[str]:
     """Return the names of a template that are fields of a torrent."""
-    return [name for name in names if name != 'item']
+    fields = [name for name in names if name != 'item']
+    for name in fields:
+        torrent_field(name)
+    return fields
 
 
 class Choice(Job):
@@ -3081,12 +3125,18 @@ def lies_in(path: str, folder: str) -> bool:
 
 def links_below(folder: str) -> Iterator[str]:
     """Give the symbolic links in a folder."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                yield entry.path
-            elif entry.is_dir():
-                yield from links_below(entry.path)
+    left = [folder]
+    while left:
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    yield entry.path
+                elif entry.is_dir():
+                    left.append(entry.path)
+
+
+# A path with one of these may not be what is on the disk: some rTorrents put them for others.
+MANGLED = re.compile('[?%\ufffd]')
 
 
 def used_by_other(engine: Engine, hashes: Iterable[str], *places: str) -> str:
@@ -3096,8 +3146,9 @@ def used_by_other(engine: Engine, hashes: Iterable[str], *places: str) -> str:
         if other['hash'] not in hashes and other['path']:
             for path in (other['path'], *links_below(other['path'])):
                 found = os.path.realpath(path)
-                if not os.path.isabs(path) or any(
-                        lies_in(found, real) or lies_in(real, found) for real in reals):
+                doubtful = not os.path.isabs(path) or (
+                    MANGLED.search(path) and not os.path.lexists(path))
+                if doubtful or any(lies_in(found, real) or lies_in(real, found) for real in reals):
                     return path
     return ''
 
@@ -3119,7 +3170,7 @@ def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False)
             if multi and not lies_in(os.path.realpath(os.path.dirname(path)),
                                      os.path.realpath(base)):
                 raise LoggableError(f'{quoted(path)} leads out of {quoted(base)}')
-        elif size and chunks and re.search('[?%\ufffd]', name):
+        elif size and chunks and MANGLED.search(base + name):
             raise LoggableError(f'{quoted(path)} is not there by this name: its data would stay')
         done = size and torrent['is_complete']
         if whole and (os.path.islink(path) or size and chunks and path not in found
@@ -3204,12 +3255,25 @@ class Action(Choice):
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
         ready = self.hold_back(torrents, [
             torrent for torrent in torrents if self.met[torrent['hash']] >= confirm],
-            f'it did not meet the condition in {confirm} runs on end')
-        if config.until_free:
-            ready = self.hold_back(ready, list(self.until_free(ready)), 'it is not needed, or no '
-                                   f'help, to have {show_size(config.until_free)} free')
+            f'it has not yet met the condition in {confirm} runs on end')
         limit = config.limit if config.limit is not None else 10 if self.deletes else len(ready)
-        self.each(self.hold_back(ready, ready[:limit], f'the limit is {limit}'), self.perform)
+        if config.until_free:
+            ready = self.hold_back(
+                ready, list(itertools.islice(self.until_free(ready), limit)), 'it is not needed to '
+                f'have {show_size(config.until_free)} free, or no help, or the limit is {limit}')
+        performed, left = 0, []
+
+        def work(torrent: Torrent) -> None:
+            nonlocal performed
+            if performed == limit:              # one that fails does not count
+                left.append(torrent)
+            else:
+                self.perform(torrent)
+                performed += 1
+        try:
+            self.each(ready, work)
+        finally:
+            self.hold_back(left, [], f'the limit is {limit}')
 
     def hold_back(self, before: list[Torrent], after: list[Torrent], why: str) -> list[Torrent]:
         """Log which torrents are left alone for now; return the others."""
@@ -3245,7 +3309,14 @@ class Action(Choice):
             self.engine, {torrent['hash'], *self.gone}, torrent['path'])
         if user:
             self.LOG.info('the data of %s stays: another item uses %s', torrent, quoted(user))
-        return [] if user else item_files(self.engine, torrent, torrent['path'])
+        files = [] if user else item_files(self.engine, torrent, torrent['path'])
+        if not files and not user and torrent['is_complete']:
+            raise LoggableError(f"there is no data at {quoted(torrent['path'])}; the action delete "
+                                'is for an item without')
+        for folder in {os.path.dirname(file) for file in files}:
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise LoggableError(f'nothing can be deleted in {quoted(folder)}')
+        return files
 
     def perform(self, torrent: Torrent) -> None:
         """Do the action on one torrent."""
@@ -3321,7 +3392,7 @@ class Command(Job):
                 raise LoggableError(f'{shown}: {error}') from None
             self.children.add(process.pid)
             try:
-                status = f'status {process.wait(config.timeout)}'
+                status = f'status {process.wait(config.timeout or None)}'
             except BaseException as error:              # KeyboardInterrupt, too
                 for number in (signal.SIGTERM, signal.SIGKILL):
                     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -3626,7 +3697,7 @@ def read_metafile(path: str) -> Metafile:
 
 class Inotify:
     """Changes in folders, told by Linux; raises OSError where that does not work."""
-    CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x8, 0x40, 0x80, 0x100
+    ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
     OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x4000, 0x8000, 0x1000000, 0x40000000
 
     def __init__(self) -> None:
@@ -3644,7 +3715,8 @@ class Inotify:
 
     def add(self, folder: str) -> None:
         """Watch one folder; one that is watched already by another name goes by this one."""
-        mask = self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE | self.ONLYDIR
+        mask = (self.ATTRIB | self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE
+                | self.ONLYDIR)         # ATTRIB: it may be readable now
         self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
                                mask)] = folder
 
@@ -3780,7 +3852,7 @@ class TreeWatch(Job):
     def see(self, inotify: Inotify, mask: int, path: str) -> None:
         """Note what one event of inotify tells."""
         if self.config.trace_inotify:
-            self.LOG.debug('inotify %#x %s', mask, quoted(path))
+            self.LOG.info('inotify %#x %s', mask, quoted(path))
         trouble = ''
         if mask & Inotify.OVERFLOW:
             self.LOG.info('too many changes at once for inotify: looking through everything')
@@ -3865,7 +3937,7 @@ class TreeWatch(Job):
             if self.done.get(path) != stamp:
                 self.LOG.warning('%s: %s', quoted(path), error.strerror)
         except ValueError as error:
-            if abs(time.time() - found.st_mtime) < 2 * self.RETRY:
+            if abs(time.time() - found.st_mtime) < 2 * self.RETRY and not self.config.alone:
                 self.waiting[path] = time.monotonic() + self.RETRY
                 return
             self.LOG.warning('%s is no metafile: %s', quoted(path), error)
@@ -3917,8 +3989,12 @@ class TreeWatch(Job):
             if tied != ours and not (file and os.path.realpath(os.path.expanduser(file))
                                      == os.path.realpath(path)):
                 self.LOG.info('%s: %s is loaded already', quoted(path), name)
-                if self.config.remove_already_added and not self.dry_run:
-                    os.remove(path)
+                gone = file and not os.path.exists(os.path.expanduser(file))
+                if self.config.remove_already_added and not gone:       # else this may be the last
+                    self.LOG.info('%s %s', 'dry run, not removed:' if self.dry_run else 'removing',
+                                  quoted(path))
+                    if not self.dry_run:
+                        os.remove(path)
             return
         how = ' [queued]' if queued else ' [started]' if start else ''
         if self.dry_run:
@@ -3976,6 +4052,8 @@ class TreeWatch(Job):
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
+            if not path.lower().endswith(self.ENDINGS):
+                raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
             start, queued, commands, values = self.plan(path, read_metafile(path))
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
@@ -4027,7 +4105,8 @@ CORE_OPTIONS = (                        # what any job has
     Option('log_level', str, '', 'DEBUG, INFO, WARNING or ERROR'),
     Option('max_runtime', parse_duration, '', 'a run is called overdue after this time'),
     Option('catch_up', parse_bool, 'no', 'make up at the start for a run missed before'),
-    Option('ping_url', str, '', 'monitor that is told of runs: /start, /fail, or nothing added'))
+    Option('ping_url', parse_ping_url, '', 'monitor that is told of runs: /start, /fail, '
+                                         'or nothing added'))
 TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('scgi_url', str, '', 'where rTorrent answers; left out, rtorrent_rc tells'),
     Option('rtorrent_rc', str, '', "rTorrent's configuration"),
@@ -4037,7 +4116,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('state_dir', str, '', 'folder for what must survive a restart'),
     Option('pid_file', str, '', 'left out, torque.pid in state_dir'),
     Option('log_file', str, '', 'log in the background; left out, torque.log in state_dir'),
-    Option('ping_url', str, '', 'monitor of all jobs that do not name one'),
+    Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
@@ -4196,6 +4275,12 @@ class PlannedJob(NamedTuple):
     schedule: Schedule
     place: str
     source: tuple = ()                  # all texts it is made of: the same, and so is the job
+
+
+def beside(path: str, name: str | None) -> str:
+    """Return where a file named in a configuration is: a relative name is beside it."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.path.join(folder, os.path.expanduser(name)) if name else ''
 
 
 def default_state_dir(path: str) -> str:
@@ -4366,7 +4451,7 @@ class Config(Settings):
         torque = ini.sections['TORQUE']
         options = checked(TORQUE_OPTIONS, torque, '', ini.mistakes)
         groups = group_jobs(torque, ini)
-        if only and only not in groups:
+        if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
         self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
@@ -4375,7 +4460,7 @@ class Config(Settings):
                      for name, entries in ini.sections.items()})
         self['torque'] = Settings((key, convert(entry.value)) for key, entry in torque.items())
         self['torque'].update(options)
-        self.state_dir = os.path.expanduser(options.state_dir) or default_state_dir(path)
+        self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
         self.engines = {}
         self.aliases = {name: entry.value.split()
                         for name, entry in ini.sections.get('ANNOUNCE', {}).items()}
@@ -4410,8 +4495,8 @@ class Config(Settings):
                                   self.torque.rpc_limit or RPC_LIMIT)
                 if not engine or (engine.timeout, engine.limit) != (timeout, limit):
                     engine = Engine(url, timeout, limit)
+                    engine.aliases = self.aliases
                 self.engines[url] = engine
-                engine.aliases = self.aliases
                 if engine.address.exposed:
                     self.warnings.append(
                         f'{url}: the RPC port of rTorrent is open to the network: whoever reaches '
@@ -4429,8 +4514,9 @@ class Config(Settings):
     def restore(self, snapshot: list) -> None:
         """Go back to an earlier configuration."""
         values, *slots = snapshot
-        self.clear()
-        self.update(values)
+        self.update(values)                     # at no moment is it empty
+        for name in set(self).difference(values):
+            del self[name]
         for name, value in zip(self.__slots__, slots):
             setattr(self, name, value)
 
@@ -4515,6 +4601,9 @@ class PidFile:
             stream = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
+        if os.fstat(stream.fileno()).st_size > 64:
+            stream.close()
+            raise UserError(f'pid file {self.path}: this is something else; it is left alone')
         for _ in range(20):                     # holder() of another process has it for a moment
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4704,11 +4793,24 @@ def scrubbed(text: str) -> str:
     return re.sub(r'(\w://[^\s:/@]*):\S*@', r'\1:***@', text)
 
 
+def end_process(status: int, at_once: bool = False) -> None:
+    """End the process where Python would wait for threads or children of jobs, or crash."""
+    if at_once or {'multiprocessing', 'concurrent.futures.thread'}.intersection(sys.modules) or any(
+            not thread.daemon for thread in threading.enumerate()
+            if thread is not threading.main_thread()):
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+
+
 class Daemon:
     """A running torque: its jobs, their tasks, and how they change."""
 
-    def __init__(self, config: Config, reload: Callable[[], None], pid_file: PidFile):
+    def __init__(self, config: Config, reload: Callable[[Config], None], pid_file: PidFile):
         self.config, self.load_again, self.pid_file = config, reload, pid_file
+        self.path = os.path.realpath(config.path)
         self.log = logging.getLogger('torque.main')
         self.scheduler, self.pinger = Scheduler(), Pinger()
         self.memory = Memory(config.state_dir)
@@ -4730,6 +4832,14 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
         server = self.listen()
+
+        def in_child() -> None:                 # of a job that forks: nothing of ours is its own
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            for kept in (self.pid_file.stream, server):
+                if kept:
+                    kept.close()
+        os.register_at_fork(after_in_child=in_child)
         missed = [name for name, planned in sorted(self.planned.items())
                   if self.memory.missed(name, planned.schedule, time.time())]
         for name in self.jobs:
@@ -4750,11 +4860,9 @@ class Daemon:
             with contextlib.suppress(OSError):
                 os.remove(self.pid_file.socket)
         self.log.info('stopped%s', f"; still running: {', '.join(sorted(hung))}" if hung else '')
-        if hung or any(not thread.daemon for thread in threading.enumerate()
-                       if thread is not threading.main_thread()):
+        if hung:
             Command.end_all()
-            logging.shutdown()                  # Python would wait for threads, or crash
-            os._exit(EXIT_OK)
+        end_process(EXIT_OK, bool(hung))
         return EXIT_OK
 
     def finish(self) -> set[str]:
@@ -4765,8 +4873,8 @@ class Daemon:
             self.log.info('stopping; %s may run for %g s more',
                           ', '.join(task.name for task in running), self.options.grace)
         hung = {task.name for task in self.scheduler.finish(self.options.grace)}
-        for name, task in self.leaving.items():
-            if task.after_end and name not in hung:
+        for task in list(self.leaving.values()):
+            if task.after_end and task.running_since is None:
                 task.after_end()
         for name, job in self.jobs.items():
             if name not in hung:
@@ -4803,7 +4911,7 @@ class Daemon:
             try:
                 job.run()
             except BaseException as error:
-                self.ping(config, '/fail', f'{type(error).__name__}: {error}')
+                self.ping(config, '/fail', f'{type(error).__name__}: {error_text(error)}')
                 raise
             self.ping(config, '')
         return Task(name, planned.schedule, run, config.max_runtime, log, at_start)
@@ -4832,6 +4940,7 @@ class Daemon:
     def reload(self) -> dict[str, list[str]]:
         """Read the configuration again and swap jobs; return mistakes, which kept the old."""
         if not self.reloading.acquire(timeout=STATUS_TIMEOUT):
+            self.log.error('not reloaded: an earlier reload is not at its end')
             return {'mistakes': ['an earlier reload is not at its end'], 'notes': []}
         try:
             systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
@@ -4859,9 +4968,11 @@ class Daemon:
 
     def prepare(self, mistakes: list[str]) -> tuple[dict, dict] | None:
         """Return the planned jobs and objects of those that are new; None after mistakes."""
-        before, self.config.former = self.config.snapshot(), self.config.engines
+        before, loaded = self.config.snapshot(), Config()
+        loaded.former = self.config.engines
         try:
-            self.load_again()
+            self.load_again(loaded)
+            self.config.restore(loaded.snapshot())      # what jobs see while they are made
             planned = {job.name: job for job in self.config.jobs}
             return planned, make_jobs(job for job in self.config.jobs if not self.is_same(job))
         except UserError as error:
@@ -4869,8 +4980,6 @@ class Daemon:
         except Exception as error:
             mistakes.append(origin(error))
         self.config.restore(before)
-        for engine in self.config.engines.values():
-            engine.aliases = self.config.aliases
         return None
 
     def is_same(self, job: PlannedJob) -> bool:
@@ -4882,7 +4991,14 @@ class Daemon:
     def swap(self, planned: dict[str, PlannedJob], made: dict[str, Any],
              done: queue.SimpleQueue) -> None:
         """Take out jobs that are gone or changed, put in those that are new or changed."""
+        if self.scheduler.stopping:
+            for name, job in made.items():
+                self.clean_up(name, job)
+            done.put(False)
+            return
         self.options = self.config.torque
+        for engine in self.config.engines.values():
+            engine.aliases = self.config.aliases
         for name in [name for name in self.jobs if name in made or name not in planned]:
             self.retire(name)
         self.planned = planned
@@ -4966,10 +5082,10 @@ class Daemon:
                  'last_error': task.last_error and scrubbed(task.last_error),
                  'next_run': self.scheduler.next_run(task)}
                 for _, task in sorted(tasks.items())]
-        return {'pid': os.getpid(), 'version': VERSION, 'config': os.path.realpath(
-            self.config.path), 'started': time.time() - uptime, 'uptime': uptime,
-            'log_file': next((handler.baseFilename for handler in logging.getLogger('torque').handlers
-                              if isinstance(handler, logging.FileHandler)), None),
+        return {'pid': os.getpid(), 'version': VERSION, 'config': self.path,
+            'started': time.time() - uptime, 'uptime': uptime,
+            'log_file': next((log.baseFilename for log in logging.getLogger('torque').handlers
+                              if isinstance(log, logging.FileHandler)), None),
             'rtorrent': engines, 'jobs': jobs}
 
 
@@ -5019,7 +5135,7 @@ def detach() -> Callable[[int], None]:
     if os.fork():
         os.close(writer)
         with os.fdopen(reader, 'rb') as stream:
-            text = stream.read()
+            text = os.read(stream.fileno(), 16)         # not to its end: a child may have it open
         os._exit(int(text) if text.isdigit() else EXIT_FAILED)
     os.close(reader)
     os.setsid()
@@ -5080,7 +5196,15 @@ class LogFile(logging.handlers.RotatingFileHandler):
         return open(self.baseFilename, self.mode, encoding=self.encoding,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
 
+    def doRollover(self) -> None:
+        """Go on in the same file where its folder cannot be written."""
+        try:
+            super().doRollover()
+        except OSError:
+            self.stream = self.stream or self._open()
+
     def emit(self, record: logging.LogRecord) -> None:
+        """Write to the file that now has the name."""
         stream: Any = self.stream
         try:
             same = os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
@@ -5240,8 +5364,8 @@ def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
                           '', [])
     except UserError:                           # it may be broken or gone by now
         options = Settings()
-    folder = os.path.expanduser(options.state_dir or '') or default_state_dir(path)
-    name = arguments.pid_file or os.path.expanduser(options.pid_file or '')
+    folder = beside(path, options.state_dir) or default_state_dir(path)
+    name = arguments.pid_file or beside(path, options.pid_file)
     return PidFile(os.path.abspath(name or os.path.join(folder, 'torque.pid'))), \
         (options.grace or 10) + 20
 
@@ -5269,26 +5393,29 @@ def control(arguments: Any, path: str) -> int:
     return print_status(status)
 
 
-def load(arguments: Any, path: str) -> None:
-    """Load the configuration, and log what is noteworthy in it even when it is refused."""
+def load(config: Config, arguments: Any, path: str) -> None:
+    """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config_ini.warnings, config_ini.notes = [], []
+    config.warnings, config.notes = [], []
     try:
-        config_ini.load(path, arguments.define, arguments.dry_run, arguments.run_once)
+        config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
-        for text in config_ini.warnings:
+        for text in config.warnings:
             log.warning('%s', text)
-        for text in config_ini.notes:
+        for text in config.notes:
             log.info('%s', text)
 
 
 def run_daemon(arguments: Any, path: str, level: int) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
     background = not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
+    if arguments.cron and pid_file(arguments, path)[0].holder() is not None:
+        return EXIT_RUNNING                     # silently, before the file's warnings are repeated
+    full_path = os.path.abspath(path)           # a job may go to another folder
     started = detach() if background else lambda status: None
     status = EXIT_FAILED
     try:
-        load(arguments, path)
+        load(config_ini, arguments, path)
         lock, patience = pid_file(arguments, path)
         if arguments.restart:                   # not before the configuration is known to be good
             lock.stop(patience)
@@ -5298,13 +5425,13 @@ def run_daemon(arguments: Any, path: str, level: int) -> int:
                       f'({lock.path})', file=sys.stderr)
             status = EXIT_RUNNING
             return status
-        daemon = Daemon(config_ini, lambda: load(arguments, path), lock)
+        daemon = Daemon(config_ini, lambda config: load(config, arguments, full_path), lock)
         warn_of_risks(config_ini)
 
         def ready() -> None:
             nonlocal status
             if background:
-                log_file = arguments.log_file or config_ini.torque.log_file
+                log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
                 if not log_file:
                     make_folder(config_ini.state_dir)
                 set_up_log(level, log_file or os.path.join(config_ini.state_dir, 'torque.log'))
@@ -5318,6 +5445,7 @@ def run_daemon(arguments: Any, path: str, level: int) -> int:
     finally:
         if status != EXIT_OK:
             started(status)
+            end_process(status)
 
 
 def parse_arguments(words: list[str] | None) -> Any:
@@ -5364,6 +5492,9 @@ def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
     arguments = parse_arguments(words)
+    for stream in (sys.stdout, sys.stderr):             # whatever it can encode: no traceback
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors='backslashreplace')       # type: ignore[union-attr]
     fd = os.open(os.devnull, os.O_RDWR)                 # what of 0 to 2 is closed must not
     while fd < 3:                                       # become a file of ours
         fd = os.dup(fd)
@@ -5377,9 +5508,9 @@ def main(words: list[str] | None = None) -> int:
         path = arguments.config or find_ini()
         if arguments.status or arguments.stop or arguments.reload:
             return control(arguments, path)
-        if not (arguments.explain or arguments.check or arguments.run_once):
+        if not (arguments.explain or arguments.check or arguments.run_once is not None):
             return run_daemon(arguments, path, level)
-        load(arguments, path)
+        load(config_ini, arguments, path)
         if arguments.explain:
             return explain(config_ini, arguments.explain)
         return check(config_ini) if arguments.check else run_once(config_ini)
