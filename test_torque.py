@@ -2793,7 +2793,7 @@ class TemplateTest(unittest.TestCase):
             'might run the value ... d.custom.set': """branch=d.x=,{{a}}  f.multicall=*,f.x={{a}}
             d.multicall2=,main,{{a}}  schedule2=a,0,0,{{a}}  method.set={{a}}""",
             'a value beside ... words and "..."': """d.x=(cat,{{a}})  d.x=$d.y={{a}}  d.x="{{a}}
-            d.x={b,{{a}}  d.x="a"{{a}}""", 'shell script ... "$1"':
+            d.x={b,{{a}}  d.x="a"{{a}}""", 'script for a shell ... "$1"':
             'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}'})
 
     def test_hostile_text_stays_one_argument(self):
@@ -2818,8 +2818,11 @@ class TemplateTest(unittest.TestCase):
             ArgsTemplate("sh -c 'echo $1' sh {{a}}").render({'a': '-rf'})
         self.refuse(ArgsTemplate, {
             'the program is missing': [''], 'depends on a value': '{{a}} b  /x/{{a}}.sh',
-            'No closing ... words, "..."': 'x "a', 'shell script ... "$1"':
-            'sh -c "echo {{a}}"  env bash -xc {{a}}'})
+            'No closing ... words, "..."': 'x "a', 'script for a shell ... "$1"': [
+                'sh -c "echo {{a}}"', 'env bash -xc {{a}}', 'sh -ce "x {{a}}"', 'ssh h ls {{a}}',
+                'bash -c -- "x {{a}}"', 'bash -c -o pipefail "x {{a}}"', 'su -c "x {{a}}" root',
+                'env -S "sh -c {{a}}"', 'python3 -c "x({{a}})"', 'perl -e"{{a}}"']})
+        self.assertEqual(ArgsTemplate('python3 x.py --name {{a}}').render({'a': 'b'})[3], 'b')
 
     def test_random_templates_render_or_are_refused(self):
         rng, rendered, values = random.Random(5), 0, {'a': '$x"', 'b': {'c': 2}}
@@ -3386,7 +3389,8 @@ class WatchTest(Folder):
                 self.assertEqual({line.split()[0] for line in shown[1:]}, {'command', *job.NAMES})
         outside = self.write('x.torrent', metafile('x')[0])
         self.assertIn('if it lay below', self.watch(alone=True).explain(outside)[0])
-        self.assertIn('No such file', job.explain('/no/file')[0])
+        self.assertIn('No such file', job.explain('/no/file.torrent')[0])
+        self.assertIn('ends in none of .torrent', job.explain('/no/file.txt')[0])
         for key, text, words in (('cmd.x', '{{oh}}', 'there is no'), ('path', ' : ', 'not set'),
                                  ('path', '/no/folder', 'is not a folder')):
             with self.subTest(words), self.assertRaisesRegex(torque.UserError, words):
@@ -3566,14 +3570,23 @@ class WatchTest(Folder):
         job.run()
         self.assertEqual(len(self.engine.loads), 1)
         self.assertTrue(self.logged('b.torrent', "'same' is loaded already"))
-        self.assertEqual(os.listdir(self.root), ['a 😀\udcff.torrent'])
+        self.assertEqual(len(os.listdir(self.root)), 2)     # it may be the last one
+        os.remove(f'{self.root}/b.torrent')
         for seen in ('a ?????', 'a %F0%9F%98%80%FF', 'a 😀\ufffd'):     # as rTorrents tell it
             self.engine.items[info_hash] = f'{self.root}/{seen}.torrent'
             self.watch(alone=True, remove_already_added=True).run()
             self.assertEqual(len(os.listdir(self.root)), 1)
         self.drop('c.torrent', content)
+        self.engine.items[info_hash] = self.write('gone.torrent', content)
         self.watch(alone=True, remove_already_added=True, dry_run=True).run()
+        self.assertTrue(self.logged('dry run, not removed', 'c.torrent'))
         self.assertEqual(len(os.listdir(self.root)), 2)
+        self.watch(alone=True, remove_already_added=True).run()
+        self.assertEqual(os.listdir(self.root), [])
+        os.remove(f'{self.folder}/gone.torrent')            # moved, perhaps to where this is
+        self.drop('d.torrent', content)
+        self.watch(alone=True, remove_already_added=True).run()
+        self.assertEqual(os.listdir(self.root), ['d.torrent'])
 
     def test_by_path_or_content(self):
         def methods():
@@ -3832,7 +3845,7 @@ class Double:
     aliases, session_path, address = {}, '', types.SimpleNamespace(where='double')
 
     def __init__(self):
-        self.items, self.calls, self.unlisted = {}, [], 0
+        self.items, self.calls, self.unlisted, self.blind = {}, [], 0, False
         self.before, self.step = lambda method, target: None, lambda: None
 
     def __getattr__(self, name):
@@ -3883,7 +3896,8 @@ class Double:
             return torque.HashNotFound('info-hash not found')
         item = self.items[target]
         if method == 'f.multicall':
-            return item['files']
+            return item['files'] if params[1:] != ('f.is_created=',) else [
+                [int(not self.blind)] for _ in item['files']]
         if method in item and not params:
             return item[method]
         self.calls.append((method, *params))
@@ -4213,6 +4227,19 @@ class MoveTest(WithDouble):
                 self.assertEqual(len(self.engine.calls), calls)
                 shutil.rmtree(self.path('new'))
                 shutil.rmtree(self.path('old'))
+
+    def test_target_out_of_reach_of_rtorrent(self):
+        self.engine.blind = True
+        for _ in range(2):
+            with self.assertRaisesRegex(torque.LoggableError, '1 torrents failed.*cannot open'):
+                self.move()
+            item = self.engine.items[self.info_hash]
+            self.assertEqual((tree(self.path('old')), item['d.directory'], item['d.state']),
+                             ({'a/x': self.FILES['x'], 'a/sub/y': self.FILES['sub/y']},
+                              self.path('old', 'a'), 1))
+        self.engine.blind = False
+        self.move()
+        self.whole(self.target)
 
     def test_killed_at_any_step(self):
         def swept(linked, dies_at):

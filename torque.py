@@ -3584,11 +3584,23 @@ class Move(Choice):
             if proxy.call(name, item) != place:
                 raise LoggableError(f'rTorrent took {quoted(place)} for something else')
             proxy.d.open(item)          # only this renews d.base_path
+            if not self.reaches(item, len(files)):
+                proxy.d.close(item)
+                old = torrent['path']
+                proxy.call(name + '.set', item, old if torrent['is_multi_file'] else
+                           os.path.dirname(old))
+                raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}, where a '
+                                    f'copy stays; it uses {quoted(old)} again')
             proxy.d.save_full_session(item)
         except BaseException:
             self.start_again(torrent)
             raise
         self.finish(torrent, torrent['path'], target)
+
+    def reaches(self, item: str, count: int) -> bool:
+        """Tell whether rTorrent, having opened an item, found so many files of it."""
+        return sum(row[0] for row in self.engine.open().f.multicall(
+            item, '', 'f.is_created=')) >= count
 
     def start_again(self, torrent: Torrent) -> None:
         """Bring an item to the state that it had."""
