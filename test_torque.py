@@ -3993,6 +3993,24 @@ class ActionTest(WithDouble):
         self.assertTrue(self.logged('INFO', '2 held back', 'limit is 10'))
         self.assertEqual(len(self.run_action('stop')), 2)
 
+    def test_item_without_its_data_is_kept(self):
+        for number in range(14):
+            self.engine.add(self.path('data', f'{number:02}'))
+        for number in range(11):                        # as of a disk that is not mounted
+            os.remove(self.path('data', f'{number:02}'))
+        self.fails('11 torrents failed', lambda: self.run_action('cull', limit='2'))
+        self.assertTrue(self.logged('WARNING', 'there is no data at', 'delete is for an item'))
+        self.assertEqual(self.names(), [f'{number:02}' for number in [*range(11), 13]])
+        self.run_action('delete', limit='11')           # and those that failed cost nobody a place
+        self.assertEqual(self.names(), ['13'])
+
+    def test_path_that_came_through_badly_is_used(self):
+        self.engine.add(self.path('a'))
+        self.engine.add(self.path('b'))
+        self.engine.items[HASH(2)]['d.base_path'] = self.path('????dir/a')
+        self.run_action('cull', matcher='name=a')
+        self.assertEqual((self.names(), sorted(os.listdir(self.folder))), (['b'], ['a', 'b']))
+
     def test_condition_is_confirmed(self):
         info_hash = self.engine.add(self.path('a'), message='gone')
         job = make_job(torque.Action, self.engine, matcher='message=gone', action='delete',
@@ -5240,6 +5258,30 @@ class DaemonFolder(Folder):
 
 
 class DaemonControlTest(DaemonFolder):
+    def test_forked_children_keep_nothing(self):
+        self.write('forks.py', '''\
+            import os, time
+            class Job:
+                def __init__(self, config):
+                    self.folder = os.path.dirname(__file__)
+                def run(self):
+                    if not os.fork():
+                        time.sleep(60)
+                        os._exit(0)
+                    open(self.folder + '/forked', 'w').close()
+            ''')
+        self.ini('job.f.handler = forks:Job\njob.f.schedule = 1h\n')
+        program = self.start(start_new_session=True)
+        self.addCleanup(os.killpg, program.process.pid, signal.SIGKILL)
+        wait_for(lambda: os.path.exists(f'{self.folder}/forked'))
+        program.stop(signal.SIGKILL)
+        self.assertIsNone(self.pid_file.holder())
+
+    def test_other_files_are_no_pid_file(self):
+        status, said = self.command('--pid-file', self.path)
+        self.assertEqual((status, 'left alone' in said, '[TORQUE]' in open_text(self.path)),
+                         (78, True, True))
+
     def test_goes_into_the_background(self):
         self.assertEqual(self.command('--daemon'), (0, ''))
         pid = self.pid_file.holder()

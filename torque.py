@@ -3215,7 +3215,7 @@ class Action(Choice):
                                 '3 for prio, commands of rTorrent for exec'),
         Option('limit', lambda text: None if text == '' else parse_count(text), '',
                'most torrents in one run; left out, 10 for delete and cull, else all'),
-        Option('confirm', parse_count, '1', 'act on what met the condition in so many runs on end'),
+        Option('confirm', parse_count, '1', 'act on what met the condition in so many runs in a row'),
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item uses: keep or delete'))
@@ -3241,12 +3241,12 @@ class Action(Choice):
             args, TEMPLATE_NAMES)
         self.fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path',
                        *field_names(self.template.names))
-        self.met: dict[str, int] = {}           # hash -> runs on end that it met the condition
+        self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
         self.gone: set[str] = set()             # erased in this run, or would be
 
     def run(self) -> None:
         config, self.gone = self.config, set()
-        met, self.met = self.met, {}            # a listing that fails ends all runs on end
+        met, self.met = self.met, {}            # a listing that fails ends all runs in a row
         torrents = self.chosen()
         self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
         # a single dry run shows what will be done once enough runs agree
@@ -3255,7 +3255,7 @@ class Action(Choice):
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
         ready = self.hold_back(torrents, [
             torrent for torrent in torrents if self.met[torrent['hash']] >= confirm],
-            f'it has not yet met the condition in {confirm} runs on end')
+            f'it has not yet met the condition in {confirm} runs in a row')
         limit = config.limit if config.limit is not None else 10 if self.deletes else len(ready)
         if config.until_free:
             ready = self.hold_back(
