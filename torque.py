@@ -3215,7 +3215,7 @@ class Action(Choice):
                                 '3 for prio, commands of rTorrent for exec'),
         Option('limit', lambda text: None if text == '' else parse_count(text), '',
                'most torrents in one run; left out, 10 for delete and cull, else all'),
-        Option('confirm', parse_count, '1', 'act on what met the condition in so many runs in a row'),
+        Option('confirm', parse_count, '1', 'act on what met the condition so many runs in a row'),
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item uses: keep or delete'))
