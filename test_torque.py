@@ -5096,7 +5096,7 @@ class DaemonTest(ConfigCase):
                 self.assertEqual([line[20:] for line in program.seen(' w: ')], [
                     'INFO w: begun', 'INFO w: ended', 'INFO w: cleaned'])
                 self.assertEqual(len(program.seen('INFO a: cleaned')), 1)
-                self.assertEqual(program.seen('Traceback'), [])
+                self.assertEqual(program.seen('Traceback'), [], program.lines)
 
     def test_hung_run_is_left(self):
         for grace, number in ('0.2s', 0), ('1h', signal.SIGTERM):
