@@ -5132,7 +5132,7 @@ class DaemonTest(ConfigCase):
         program.process.send_signal(signal.SIGINT)
         os.write(self.fifo, b'xx')
         program.stop(0)
-        self.assertEqual(program.seen('Traceback'), [])
+        self.assertEqual(program.seen('Traceback'), [], program.lines)
 
 
 # --- Daemon ------------------------------------------------------------------------------------
@@ -6361,6 +6361,7 @@ def main():
         return soak(*sys.argv[2:3])
     if sys.argv[1:] == ['faults']:
         return faults()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's & has it ignored
     program = unittest.main(exit=False)
     result = program.result
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
