@@ -4259,6 +4259,33 @@ class MoveTest(WithDouble):
         self.move()
         self.whole(self.target)
 
+    def test_cut_short_and_not_met_any_more(self):
+        item = self.engine.items[self.info_hash]
+        self.engine.step = mock.Mock(side_effect=lambda: None if item['d.is_open'] else killed())
+
+        def killed():
+            raise Killed
+        with self.assertRaises(Killed):
+            self.move(matcher='is_active=yes')
+        self.engine.step = lambda: None
+        self.assertEqual((item['d.is_open'], item['d.state']), (0, 1))
+        item['d.is_active'] = 0
+        for dry_run in (True, False):
+            make_job(torque.Move, self.engine, dry_run=dry_run, matcher='is_active=yes',
+                     target=self.target).run()
+            self.assertEqual(item['d.is_open'], int(not dry_run))
+        self.assertTrue(self.logged('its move was cut short'))
+        self.move(matcher='is_active=yes')
+        self.whole(self.target)
+
+    def test_rows_do_not_grow_old(self):
+        other = self.engine.add(self.path('old', 'b'))
+        self.engine.before = lambda method, target: method == 'd.close' and self.engine.items[
+            other].update({'d.message': 'stay'})
+        with mock.patch.object(torque.Move, 'FRESH', -1):
+            self.move(matcher='message=', sort='path')
+        self.assertEqual(sorted(tree(self.folder)), ['new/place/a/sub/y', 'new/place/a/x', 'old/b'])
+
     def test_killed_at_any_step(self):
         def swept(linked, dies_at):
             steps = iter(range(10000))
@@ -4510,7 +4537,8 @@ class LiveMoveTest(Live):
                 program.process.kill()
                 killed += program.stop(0) == -signal.SIGKILL
                 self.assertTrue(tree(proxy.d.directory(info_hash)) == files)
-                self.assertEqual(run_torque(*words)[0], 0)
+                done = run_torque(*words)
+                self.assertEqual(done[0], 0, done)
             else:
                 self.assertEqual(program.stop(0), 0)
                 spent = time.monotonic() - began

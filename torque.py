@@ -2952,6 +2952,7 @@ class Choice(Job):
         Option('matcher', parse_condition, '', 'condition that a torrent must meet'),
         Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
     fields: tuple = ()                  # what the job needs to know of a torrent, too
+    FRESH = 1.0                         # seconds that a list may be old
 
     def chosen(self) -> list[Torrent]:
         """Return the torrents that meet the condition, in order."""
@@ -2960,11 +2961,21 @@ class Choice(Job):
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
 
     def each(self, torrents: Iterable[Torrent], work: Callable[[Torrent], Any]) -> None:
-        """Do the work on every torrent; one that fails costs its own turn only."""
-        failures = []
+        """Do the work on every torrent; one that fails costs its own turn only.
+
+        After a while they are looked at again: the user may have changed them meanwhile.
+        """
+        failures, listed = [], elapsed_time()
+        current: dict[str, Torrent] | None = None
         for torrent in torrents:
+            if elapsed_time() - listed > self.FRESH:
+                current = {found['hash']: found for found in self.chosen()}
+                listed = elapsed_time()
+            if current is not None and torrent['hash'] not in current:
+                self.LOG.info('%s does not meet the condition any more', torrent)
+                continue
             try:
-                work(torrent)
+                work(current[torrent['hash']] if current else torrent)
             except Unreachable:
                 raise
             except (LoggableError, OSError) as error:
@@ -3139,18 +3150,22 @@ def links_below(folder: str) -> Iterator[str]:
 MANGLED = re.compile('[?%\ufffd]')
 
 
-def used_by_other(engine: Engine, hashes: Iterable[str], *places: str) -> str:
+def places_in_use(engine: Engine) -> list[tuple[str, str, str]]:
+    """Return (hash, path, real path) of all items' data, and of the links in it.
+
+    The real path is empty where a path may be something else on the disk.
+    """
+    return [(item['hash'], path, '' if not os.path.isabs(path) or MANGLED.search(path)
+             and not os.path.lexists(path) else os.path.realpath(path))
+            for item in list_torrents(engine, 'default', ['path']) if item['path']
+            for path in (item['path'], *links_below(item['path']))]
+
+
+def used_by_other(used: list[tuple[str, str, str]], hashes: Iterable[str], *places: str) -> str:
     """Return a path by which an item other than these may use data at places, '' for none."""
     reals = [os.path.realpath(place) for place in places]
-    for other in list_torrents(engine, 'default', ['path']):
-        if other['hash'] not in hashes and other['path']:
-            for path in (other['path'], *links_below(other['path'])):
-                found = os.path.realpath(path)
-                doubtful = not os.path.isabs(path) or (
-                    MANGLED.search(path) and not os.path.lexists(path))
-                if doubtful or any(lies_in(found, real) or lies_in(real, found) for real in reals):
-                    return path
-    return ''
+    return next((path for item, path, found in used if item not in hashes and (
+        not found or any(lies_in(found, real) or lies_in(real, found) for real in reals))), '')
 
 
 def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False) -> list[str]:
@@ -3289,11 +3304,12 @@ class Action(Choice):
     def until_free(self, torrents: list[Torrent]) -> Iterator[Torrent]:
         """Give torrents in order until deleting them frees enough on their disk."""
         promised: dict = collections.defaultdict(int)
+        used = places_in_use(self.engine) if torrents else []
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
             if free is not None and free + promised[device] < self.config.until_free:
                 try:
-                    freed = freed_by(self.own_files(torrent))
+                    freed = freed_by(self.own_files(torrent, used))
                 except (LoggableError, OSError) as error:
                     if isinstance(error, Unreachable):
                         raise
@@ -3303,10 +3319,10 @@ class Action(Choice):
                 if freed:
                     yield torrent
 
-    def own_files(self, torrent: Torrent) -> list[str]:
+    def own_files(self, torrent: Torrent, used: list[tuple[str, str, str]]) -> list[str]:
         """Return the files to delete with an item: none that another item uses."""
         user = self.config.shared == 'keep' and used_by_other(
-            self.engine, {torrent['hash'], *self.gone}, torrent['path'])
+            used, {torrent['hash'], *self.gone}, torrent['path'])
         if user:
             self.LOG.info('the data of %s stays: another item uses %s', torrent, quoted(user))
         files = [] if user else item_files(self.engine, torrent, torrent['path'])
@@ -3329,14 +3345,15 @@ class Action(Choice):
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return
-        files = self.own_files(torrent) if action == 'cull' else []
+        files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
         self.LOG.info('%s%s %s%s%s', 'dry run, not done: ' if self.dry_run else '', action, torrent,
                       f' {quoted(shown)}' if shown else '', f', {len(files)} files at '
                       f"{quoted(torrent['path'])}" if action == 'cull' else '')
         if self.dry_run:
             self.gone.update([torrent['hash']] if self.deletes else ())
             return
-        for answer in self.engine.open().batch(calls) if calls else ():
+        answers = self.engine.open().batch(calls) if calls else []
+        for answer in answers[-1:] if self.deletes else answers:        # erased is erased
             if isinstance(answer, RpcError):
                 raise answer
         remove_files(files, torrent['path'])
@@ -3519,6 +3536,7 @@ class Move(Choice):
         if not config.matcher or not config.target:
             raise UserError('matcher and target have to be set; for all torrents matcher = *')
         self.template = Template(config.target, TEMPLATE_NAMES)
+        self.closed = parse_condition(f'custom_{self.MARK}=?* d_state=1 is_open=no is_hashing=no')
         self.fields = (*self.NEEDS, *field_names(self.template.names))
 
     def run(self) -> None:
@@ -3530,7 +3548,22 @@ class Move(Choice):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LoggableError('another Move is at work') from None
-            self.each(self.chosen(), self.move)
+            chosen = self.chosen()
+            self.reopen({torrent['hash'] for torrent in chosen})
+            self.each(chosen, self.move)
+
+    def reopen(self, chosen: set[str]) -> None:
+        """Start again what an earlier process has closed to move it, and is not met any more.
+
+        Not the others: 0.9.8 aborts over more than 10 tracker requests of an item in 10 s.
+        """
+        for torrent in list_torrents(self.engine, 'default', self.NEEDS, self.closed):
+            if torrent['hash'] in chosen:
+                continue
+            self.LOG.info('%s %s', 'dry run, not started again:' if self.dry_run else
+                          'starting again, for its move was cut short:', torrent)
+            if not self.dry_run:
+                self.start_again(torrent)
 
     def move(self, torrent: Torrent) -> None:
         """Move one item, unless anything about it is doubtful."""
@@ -3543,11 +3576,16 @@ class Move(Choice):
         folder = os.path.normpath(folder)
         target = os.path.join(folder, os.path.basename(source))
         if os.path.isabs(source) and os.path.realpath(source) == os.path.realpath(target):
-            if mark.endswith(f'//{target}') and not self.dry_run:
-                self.finish(torrent, mark[:-len(target) - 2], target)
+            if mark.endswith(f'//{target}'):
+                old = mark[:-len(target) - 2]
+                self.LOG.info('%s %s at %s', 'dry run, not removed:' if self.dry_run else
+                              'removing what was moved:', torrent, quoted(old))
+                if not self.dry_run:
+                    self.finish(torrent, old, target)
             return
         files = item_files(self.engine, torrent, source, whole=True)
-        user = used_by_other(self.engine, [torrent['hash']], source, target)
+        user = used_by_other(places_in_use(self.engine), [torrent['hash']], source,
+                             target)
         again = mark == f'{source}//{target}' and all(
             same_file(path, target + path[len(source):]) for path in files)
         problem = (f'there is no data at {quoted(source)}' if not files else
@@ -3567,13 +3605,13 @@ class Move(Choice):
     def carry_out(self, torrent: Torrent, files: list[str], target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
         proxy, item, folder = self.engine.open(), torrent['hash'], os.path.dirname(target)
+        proxy.d.custom.set(item, self.MARK, f"{torrent['path']}//{target}")
         proxy.d.close(item)             # d.state stays: a crash does not make it forget
         try:
             if not os.path.lexists(target):
                 with whole_copy(files, torrent['path'], target, item) as copy:
                     if proxy.d.is_open(item):
                         raise LoggableError('it was opened while its data was copied')
-                    proxy.d.custom.set(item, self.MARK, f"{torrent['path']}//{target}")
                     if os.path.lexists(target):
                         raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
                     os.rename(copy, target)
@@ -3583,24 +3621,29 @@ class Move(Choice):
             proxy.call(name + '.set', item, place)
             if proxy.call(name, item) != place:
                 raise LoggableError(f'rTorrent took {quoted(place)} for something else')
-            proxy.d.open(item)          # only this renews d.base_path
-            if not self.reaches(item, len(files)):
+            try:
+                self.open_data(item, len(files), target)        # only this renews d.base_path
+            except LoggableError:
+                old = torrent['path'] if torrent['is_multi_file'] else os.path.dirname(
+                    torrent['path'])
                 proxy.d.close(item)
-                old = torrent['path']
-                proxy.call(name + '.set', item, old if torrent['is_multi_file'] else
-                           os.path.dirname(old))
-                raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}, where a '
-                                    f'copy stays; it uses {quoted(old)} again')
+                proxy.call(name + '.set', item, old)
+                raise
             proxy.d.save_full_session(item)
         except BaseException:
             self.start_again(torrent)
+            if not os.path.lexists(target):
+                proxy.d.custom.set(item, self.MARK, '')
             raise
         self.finish(torrent, torrent['path'], target)
 
-    def reaches(self, item: str, count: int) -> bool:
-        """Tell whether rTorrent, having opened an item, found so many files of it."""
-        return sum(row[0] for row in self.engine.open().f.multicall(
-            item, '', 'f.is_created=')) >= count
+    def open_data(self, item: str, count: int, target: str) -> None:
+        """Have rTorrent open an item; LoggableError where it does not find so many files."""
+        proxy = self.engine.open()
+        proxy.d.open(item)
+        if sum(row[0] for row in proxy.f.multicall(item, '', 'f.is_created=')) < count:
+            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
+                                'the old place, too')
 
     def start_again(self, torrent: Torrent) -> None:
         """Bring an item to the state that it had."""
@@ -3614,10 +3657,11 @@ class Move(Choice):
     def finish(self, torrent: Torrent, source: str, target: str) -> None:
         """Remove those files of an item at its old place that are at the new one, too."""
         try:
-            if used_by_other(self.engine, [torrent['hash']], source):
+            if used_by_other(places_in_use(self.engine), [torrent['hash']], source):
                 raise LoggableError(f'{quoted(source)} stays, too: another item uses it')
-            places = [(path, source + path[len(target):])
-                      for path in item_files(self.engine, torrent, target)]
+            files = item_files(self.engine, torrent, target)
+            self.open_data(torrent['hash'], len(files), target)
+            places = [(path, source + path[len(target):]) for path in files]
             remove_files([old for path, old in places
                           if same_file(path, old) or not os.path.lexists(old)], source)
         finally:
@@ -4702,6 +4746,7 @@ def in_thread(function: Callable[[], Any], here: bool = False) -> threading.Thre
 
 class Memory:
     """When jobs were last started, kept over restarts in a small file."""
+    PAUSE = 600.0                       # seconds between savings that nobody waits for
 
     def __init__(self, folder: str):
         self.path = os.path.join(folder, 'starts.json')
@@ -4725,7 +4770,7 @@ class Memory:
     def started(self, name: str, at_once: bool) -> None:
         """Note that a job starts; at_once: it has to be on disk before it does."""
         self.starts[name] = when = time.time()
-        if at_once or elapsed_time() - self.saved_at > 60:
+        if at_once or elapsed_time() - self.saved_at > self.PAUSE:
             if self.lock.acquire(blocking=at_once):     # a disk that hangs holds up no other job
                 try:
                     if self.saved.get(name) != when:    # many at once: the first saves them all
@@ -4743,10 +4788,14 @@ class Memory:
             if self.repeats.seen(error.errno, self.saved_at):
                 self.log.warning('%s cannot be written: %s', self.path, error.strerror)
 
-    def missed(self, name: str, schedule: Schedule, now: float) -> bool:
-        """Tell whether a run came due since the last start, while nobody was there."""
+    def missed(self, name: str, schedule: Schedule, now: float, exact: bool) -> bool:
+        """Tell whether a run came due since the last start, while nobody was there.
+
+        exact: every start was saved; else later ones may not be known.
+        """
         last = self.starts.get(name)
-        due = None if last is None or schedule.elapsed else schedule.next(min(last, now))
+        due = None if last is None or schedule.elapsed else schedule.next(
+            min(last + (0 if exact else self.PAUSE), now))
         return due is not None and due <= now
 
 
@@ -4853,7 +4902,8 @@ class Daemon:
                     kept.close()
         os.register_at_fork(after_in_child=in_child)
         missed = [name for name, planned in sorted(self.planned.items())
-                  if self.memory.missed(name, planned.schedule, time.time())]
+                  if self.memory.missed(name, planned.schedule, time.time(),
+                                        bool(planned.config.catch_up))]
         for name in self.jobs:
             self.scheduler.add(self.task(name, name in missed))
         ready()
