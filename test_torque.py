@@ -36,7 +36,7 @@ from importlib.metadata import version
 from unittest import mock
 
 import torque
-from torque import (ArgsTemplate, CommandTemplate, FIELD_TYPES, Filter, LoggableError, Template,
+from torque import (ArgsTemplate, CommandTemplate, Filter, LoggableError, Template,
                     UserError)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2001,14 +2001,16 @@ class TorrentsTest(Folder):
             '5', '12', 'a"b\\')], ['d.custom5', 'd.custom="12"', 'd.custom="a\\"b\\\\"'])
 
     def test_one_table_serves_conditions(self):
-        self.assertEqual(torque.FIELD_TYPES, {
-            name: field.kind for name, field in torque.TORRENT_FIELDS.items()})
         self.addCleanup(torque.TORRENT_FIELDS.pop, 'names')
         torque.TORRENT_FIELDS['names'] = torque.TorrentField(   # as a custom job adds one
             'number', ('files', 'd.name'), lambda rows, name: len(rows) + len(name))
         fake = FakeRTorrent([{'d.name': 'x' * size} for size in range(5)])
         found = torque.list_torrents(fake, 'main', [], torque.parse_condition('names>4'))
         self.assertEqual([torrent['name'] for torrent in found], ['xxx', 'xxxx'])
+        names = ('names', 'custom_a', 'kind_50', 'd_state')
+        template = Template(''.join('{{%s}}{{item.%s}}' % (name, name) for name in names),
+                            torque.TORRENT_FIELDS)
+        self.assertEqual(template.names, names)
 
     def test_only_what_is_needed_is_asked(self):
         fake = FakeRTorrent([{'d.complete': number % 2} for number in range(10)])
@@ -2349,7 +2351,7 @@ class QueueTest(Folder):
             job = self.queue([{} for _ in range(9)], intermission='1m', start_at_once=2)
             job.dry_run = True
             self.assertEqual(self.started(job), [])     # a dry run uses nothing up
-            self.assertTrue(self.logged('dry run, not started', 'n1'))
+            self.assertTrue(self.logged('dry run, not done: starting', 'n1'))
             job.dry_run = False
             self.assertEqual(len(self.started(job)), 2)
             for now, count in ((1059.0, 0), (1060.0, 2), (1061.0, 0), (900.0, 0), (959.0, 0),
@@ -2681,7 +2683,8 @@ class FilterTest(unittest.TestCase):
 
     def test_random_text_is_compiled_or_refused(self):
         rng = random.Random(11)
-        words = [*FIELD_TYPES, *' \n,"\'\\*?()+{}3m:é\0\x1b\u20280^$|-.a=<~![]/   ', ' [ ', ' ] ',
+        words = [*torque.TORRENT_FIELDS,
+                 *' \n,"\'\\*?()+{}3m:é\0\x1b\u20280^$|-.a=<~![]/   ', ' [ ', ' ] ',
                  ' OR ', ' NOT ', '9' * 30, *'!= >= == //i [a 2w 1M 1.5 4g yes {{ 2024-03-15'
                  ' d_x kind_5 custom_ (?P< (?i) [[: \\1 z-a]'.split()]
         compiled = 0
@@ -3060,7 +3063,7 @@ class InfluxDBTest(Folder):
     def test_dry_run_sends_nothing(self):
         self.job(dry_run=True).run()
         self.assertEqual(self.server.requests, [])
-        self.assertTrue(self.logged('dry run, not sent', 'rtorrent,host=box'))
+        self.assertTrue(self.logged('dry run, not done: sending', 'rtorrent,host=box'))
 
     def test_host_is_pushed_without_rtorrent(self):
         def gone():
@@ -3350,6 +3353,35 @@ class WatchTest(Folder):
     def wait_loaded(self, *hashes):
         wait_for(lambda: set(hashes) <= set(self.engine.items))
 
+    def test_root_that_goes_is_watched_when_it_is_back(self):
+        job = self.watch()
+        job.run()
+        for leave in (shutil.rmtree, lambda root: os.rename(root, root + '.old')):
+            leave(self.root)
+            wait_for(lambda: job.lost)
+            os.mkdir(self.root)
+            self.wait_loaded(self.drop(f'{leave.__name__}.torrent'))
+            wait_for(lambda: not job.lost and self.root in job.inotify.folders.values())
+            self.wait_loaded(self.drop(f'{leave.__name__}-2.torrent'))
+            self.assertTrue(job.thread.is_alive())
+        self.assertEqual(len(self.logged('WARNING', 'is gone; it is watched again')), 2)
+
+    def test_file_that_becomes_readable(self):
+        job = self.watch()
+        job.run()
+        read, closed = torque.read_metafile, {'here'}
+
+        def read_metafile(path):
+            if closed:
+                raise PermissionError(13, 'Permission denied')
+            return read(path)
+        with mock.patch.object(torque, 'read_metafile', read_metafile):
+            info_hash = self.drop('a.torrent')
+            wait_for(lambda: self.logged('a.torrent', 'Permission denied'))
+            closed.clear()
+            os.chmod(f'{self.root}/a.torrent', 0o600)
+            self.wait_loaded(info_hash)
+
     def test_flags_decide(self):
         job = self.watch(alone=True)
         for name, settings, wanted in (
@@ -3579,7 +3611,7 @@ class WatchTest(Folder):
         self.drop('c.torrent', content)
         self.engine.items[info_hash] = self.write('gone.torrent', content)
         self.watch(alone=True, remove_already_added=True, dry_run=True).run()
-        self.assertTrue(self.logged('dry run, not removed', 'c.torrent'))
+        self.assertTrue(self.logged('dry run, not done: removing', 'c.torrent'))
         self.assertEqual(len(os.listdir(self.root)), 2)
         self.watch(alone=True, remove_already_added=True).run()
         self.assertEqual(os.listdir(self.root), [])
@@ -3632,7 +3664,7 @@ class WatchTest(Folder):
             self.watch(alone=True, **settings).run()
             self.assertEqual(len(self.engine.printed), int(not settings))
         self.assertRegex(self.engine.printed[0], r"^torque: loaded 'emoji \\U0001f600\\n\$d")
-        self.assertTrue(self.logged('dry run, not loaded'))
+        self.assertTrue(self.logged('dry run, not done: loading'))
 
 
 class LiveWatchTest(Folder):
@@ -4135,7 +4167,8 @@ class CommandTest(WithDouble):
         self.assertEqual(len(self.logged('INFO t: 1999')), 99 - 1)
         self.refused(torque.Command, {'args is not set': {}, 'No closing quotation': {'args': '"'}})
         self.run_command('touch x', dry_run=True)
-        self.assertTrue(self.logged('dry run, not run') and not os.path.exists(self.path('x')))
+        self.assertTrue(self.logged('dry run, not done: running'))
+        self.assertFalse(os.path.exists(self.path('x')))
 
     def test_failures_are_told(self):
         for words, args, settings in (
@@ -4379,7 +4412,7 @@ class MoveTest(WithDouble):
                 self.whole(self.path('old')) if name != 'os.rename' else None
                 self.assertEqual(os.listdir(self.target), [])
         self.move(dry_run=True)
-        self.assertTrue(self.logged('dry run, not moved'))
+        self.assertTrue(self.logged('dry run, not done: moving'))
         self.move()
         self.whole(self.target)
 

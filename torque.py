@@ -1852,7 +1852,6 @@ TORRENT_FIELDS = {
     'files': TorrentField('files', ('files',), lambda rows: [row[0] for row in rows]),
     'kind': TorrentField('tags', ('files',), file_kinds),
     'traits': TorrentField('tags', ('d.name', 'files'), guess_traits)}
-FIELD_TYPES = {name: field.kind for name, field in TORRENT_FIELDS.items()}
 
 
 def torrent_field(name: str) -> TorrentField:
@@ -2334,8 +2333,8 @@ class Template:
     'A'
     """
 
-    def __init__(self, text: str, known: Iterable[str] | None = None):
-        self.text, self.known = text, None if known is None else set(known)
+    def __init__(self, text: str, known: Any = None):
+        self.text, self.known = text, known
         self.at = self.widest = 0                       # end of the tag in hand; most branches
         self.seen: dict = collections.defaultdict(lambda: None)
         try:
@@ -2396,8 +2395,8 @@ class Template:
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
         for name in self.seen:
-            family = 'item' in (self.known or ()) and FAMILY.fullmatch(name)
-            if self.known is not None and name not in self.known and not family:
+            made = self.known is TORRENT_FIELDS and (name == 'item' or FAMILY.fullmatch(name))
+            if self.known is not None and name not in self.known and not made:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
 
@@ -2590,11 +2589,16 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
+    def announce(self, *words: Any) -> bool:
+        """Log what is done now, and tell whether to do it: a dry run only says so."""
+        self.LOG.info('%s%s', 'dry run, not done: ' if self.dry_run else '',
+                      ' '.join(map(str, words)))
+        return not self.dry_run
+
     def act(self, method: str, *params: Any) -> Any:
         """Call a command that changes something in rTorrent; a dry run only says so."""
         if self.dry_run:
-            self.LOG.info('dry run, not done: %s %s', method,
-                          ' '.join(quoted(param) for param in params))
+            self.announce(method, *map(quoted, params))
             return None
         return self.engine.open().call(method, *params)
 
@@ -2781,7 +2785,7 @@ class InfluxDB(Job):
     def run(self) -> None:
         lines, problem = self.measure()
         if self.dry_run:
-            self.LOG.info('dry run, not sent to %s: %s', self.config.url, ' | '.join(lines))
+            self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
             if not self.loaded:                 # not before a job that this one replaces has saved
                 self.points.extend(self.load())
@@ -2907,7 +2911,6 @@ class InfluxDB(Job):
 
 ENVIRONMENT = {name.upper(): name for name in (
     'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')}
-TEMPLATE_NAMES = frozenset([*TORRENT_FIELDS, 'item', *ENVIRONMENT.values()])
 
 
 def parse_condition(text: str) -> Filter | None:
@@ -3082,8 +3085,7 @@ class QueueManager(Job):
 
     def start(self, torrent: Torrent, now: float) -> None:
         """Start an item, having noted when."""
-        self.LOG.info('%s %s', 'dry run, not started:' if self.dry_run else 'starting', torrent)
-        if self.dry_run:
+        if not self.announce('starting', torrent):
             return
         if self.file and self.config.intermission and self.last_start != now:
             replace_file(self.file, f'{now}\n')
@@ -3253,7 +3255,7 @@ class Action(Choice):
         args = '' if (action, args) == ('throttle', 'none') else args
         self.deletes = action in ('delete', 'cull')
         self.template: Any = (CommandTemplate if action == 'exec' else Template)(
-            args, TEMPLATE_NAMES)
+            args, TORRENT_FIELDS)
         self.fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path',
                        *field_names(self.template.names))
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
@@ -3346,10 +3348,8 @@ class Action(Choice):
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return
         files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
-        self.LOG.info('%s%s %s%s%s', 'dry run, not done: ' if self.dry_run else '', action, torrent,
-                      f' {quoted(shown)}' if shown else '', f', {len(files)} files at '
-                      f"{quoted(torrent['path'])}" if action == 'cull' else '')
-        if self.dry_run:
+        if not self.announce(action, torrent, *[quoted(shown)] * bool(shown), *[
+                f"with {len(files)} files at {quoted(torrent['path'])}"] * (action == 'cull')):
             self.gone.update([torrent['hash']] if self.deletes else ())
             return
         answers = self.engine.open().batch(calls) if calls else []
@@ -3397,8 +3397,9 @@ class Command(Job):
         config = self.config
         shown = quoted(words if isinstance(words, str) else ' '.join(map(shlex.quote, words)))
         if self.dry_run:
-            self.LOG.info('dry run, not run: %s', shown)
+            self.announce('running', shown)
             return
+        self.LOG.debug('running %s', shown)
         with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
             try:
                 process = subprocess.Popen(
@@ -3440,7 +3441,7 @@ class ItemCommand(Choice, Command):
         if config.shell and '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.template = ArgsTemplate('-' if config.shell else config.args, TEMPLATE_NAMES)
+        self.template = ArgsTemplate('-' if config.shell else config.args, TORRENT_FIELDS)
         self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
@@ -3535,7 +3536,7 @@ class Move(Choice):
         super().__init__(config)
         if not config.matcher or not config.target:
             raise UserError('matcher and target have to be set; for all torrents matcher = *')
-        self.template = Template(config.target, TEMPLATE_NAMES)
+        self.template = Template(config.target, TORRENT_FIELDS)
         self.closed = parse_condition(f'custom_{self.MARK}=?* d_state=1 is_open=no is_hashing=no')
         self.fields = (*self.NEEDS, *field_names(self.template.names))
 
@@ -3560,9 +3561,7 @@ class Move(Choice):
         for torrent in list_torrents(self.engine, 'default', self.NEEDS, self.closed):
             if torrent['hash'] in chosen:
                 continue
-            self.LOG.info('%s %s', 'dry run, not started again:' if self.dry_run else
-                          'starting again, for its move was cut short:', torrent)
-            if not self.dry_run:
+            if self.announce('starting again, for its move was cut short:', torrent):
                 self.start_again(torrent)
 
     def move(self, torrent: Torrent) -> None:
@@ -3578,9 +3577,7 @@ class Move(Choice):
         if os.path.isabs(source) and os.path.realpath(source) == os.path.realpath(target):
             if mark.endswith(f'//{target}'):
                 old = mark[:-len(target) - 2]
-                self.LOG.info('%s %s at %s', 'dry run, not removed:' if self.dry_run else
-                              'removing what was moved:', torrent, quoted(old))
-                if not self.dry_run:
+                if self.announce('removing what was moved:', torrent, 'at', quoted(old)):
                     self.finish(torrent, old, target)
             return
         files = item_files(self.engine, torrent, source, whole=True)
@@ -3597,9 +3594,7 @@ class Move(Choice):
                    if os.path.lexists(target) and not again else '')
         if problem:
             raise LoggableError(f'not moved: {problem}')
-        self.LOG.info('%s %s from %s to %s', 'dry run, not moved:' if self.dry_run else 'moving',
-                      torrent, quoted(source), quoted(folder))
-        if not self.dry_run:
+        if self.announce('moving', torrent, 'from', quoted(source), 'to', quoted(folder)):
             self.carry_out(torrent, files, target)
 
     def carry_out(self, torrent: Torrent, files: list[str], target: str) -> None:
@@ -3754,7 +3749,7 @@ def read_metafile(path: str) -> Metafile:
 class Inotify:
     """Changes in folders, told by Linux; raises OSError where that does not work."""
     ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
-    OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x4000, 0x8000, 0x1000000, 0x40000000
+    MOVE_SELF, OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x800, 0x4000, 0x8000, 0x1000000, 0x40000000
 
     def __init__(self) -> None:
         import ctypes
@@ -3772,7 +3767,7 @@ class Inotify:
     def add(self, folder: str) -> None:
         """Watch one folder; one that is watched already by another name goes by this one."""
         mask = (self.ATTRIB | self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE
-                | self.ONLYDIR)         # ATTRIB: it may be readable now
+                | self.MOVE_SELF | self.ONLYDIR)        # ATTRIB: it may be readable now
         self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
                                mask)] = folder
 
@@ -3789,18 +3784,19 @@ class Inotify:
         self.stream.close()
 
     def events(self) -> Iterator[tuple[int, str]]:
-        """Give (mask, path) of what happened; the path of an overflow is empty."""
+        """Give (mask, path) of what happened; the path of an overflow is empty.
+
+        IGNORED: a folder that was watched is gone.
+        """
         content, at = self.stream.read(1 << 16) or b'', 0
         while at < len(content):
             watch, mask, _, length = struct.unpack_from('iIII', content, at)
             name = content[at + 16:at + 16 + length].rstrip(b'\0')
             at += 16 + length
-            if mask & self.IGNORED:
-                self.folders.pop(watch, None)
-            elif mask & self.OVERFLOW:
-                yield mask, ''
-            elif watch in self.folders:
-                yield mask, os.path.join(self.folders[watch], os.fsdecode(name))
+            folder = self.folders.pop(watch, '') if mask & self.IGNORED else \
+                self.folders.get(watch, '')
+            if folder or mask & self.OVERFLOW:
+                yield mask, os.path.join(folder, os.fsdecode(name)) if name else folder
 
 
 def parse_mode(text: str) -> str:
@@ -3856,6 +3852,7 @@ class TreeWatch(Job):
         self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
         self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
         self.by_path = None if self.engine.address.is_local() else False    # None: not known
+        self.lost: set[str] = set()             # roots that are not there now
         self.use_inotify = config.inotify and not config.alone
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
@@ -3898,11 +3895,16 @@ class TreeWatch(Job):
                 close_unless_all_went_well.callback(inotify.close)
                 for mask, path in inotify.events():
                     self.see(inotify, mask, path)
+                for root in filter(os.path.isdir, sorted(self.lost)):
+                    self.lost.remove(root)
+                    self.LOG.info('%s is there again', quoted(root))
+                    self.scan([root])
                 with contextlib.suppress(RpcError):             # the engine has told it
                     self.work()
-                due = min(self.waiting.values(), default=None)
+                again = [time.monotonic() + self.RETRY] if self.lost else []
+                due = min([*self.waiting.values(), *again], default=None)
                 timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
-                if inotify.folders and not self.ended:
+                if (inotify.folders or self.lost) and not self.ended:
                     close_unless_all_went_well.pop_all()
 
     def see(self, inotify: Inotify, mask: int, path: str) -> None:
@@ -3913,6 +3915,11 @@ class TreeWatch(Job):
         if mask & Inotify.OVERFLOW:
             self.LOG.info('too many changes at once for inotify: looking through everything')
             trouble = self.look()
+        elif mask & (Inotify.IGNORED | Inotify.MOVE_SELF):
+            if path in self.roots and path not in self.lost:
+                inotify.forget(path)            # it is a folder elsewhere now, or none
+                self.lost.add(path)
+                trouble = f'{quoted(path)} is gone; it is watched again when it is back'
         elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
             inotify.forget(path)
         elif mask & Inotify.ISDIR:
@@ -3927,6 +3934,7 @@ class TreeWatch(Job):
         if self.inotify:
             self.inotify.forget(os.sep)         # also what was moved away unseen
         self.waiting.clear()
+        self.lost = {root for root in self.roots if not os.path.isdir(root)}
         trouble = self.scan(self.roots)
         self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
         return trouble
@@ -4046,15 +4054,13 @@ class TreeWatch(Job):
                                      == os.path.realpath(path)):
                 self.LOG.info('%s: %s is loaded already', quoted(path), name)
                 gone = file and not os.path.exists(os.path.expanduser(file))
-                if self.config.remove_already_added and not gone:       # else this may be the last
-                    self.LOG.info('%s %s', 'dry run, not removed:' if self.dry_run else 'removing',
-                                  quoted(path))
-                    if not self.dry_run:
-                        os.remove(path)
+                if self.config.remove_already_added and not gone and (  # else this may be the last
+                        self.announce('removing', quoted(path))):
+                    os.remove(path)
             return
         how = ' [queued]' if queued else ' [started]' if start else ''
         if self.dry_run:
-            self.LOG.info('dry run, not loaded: %s from %s%s', name, quoted(path), how)
+            self.announce('loading', name, 'from', quoted(path) + how)
             return
         self.send(proxy, path, meta, start, commands)
         self.LOG.info('loaded %s from %s%s', name, quoted(path), how)
