@@ -4894,7 +4894,7 @@ class BrokenIniTest(ConfigCase):
         ('job.b = 1', 6, 'job.NAME.PARAM'), ('job..c = 1', 6, 'job.NAME.PARAM'),
         ('job.b. = 1', 6, 'job.NAME.PARAM'), ('grace = soon', 6, "grace: 'soon'", '15s'),
         ('grace = 5\ngrace = -1', 7, "grace: '-1'"), ('rpc_timeout = x', 6, "rpc_timeout: 'x'"),
-        ('rpc_limit = big', 6, "rpc_limit: 'big'", '100m'), ('scgi_url =', 6, 'scgi_url is not'),
+        ('rpc_limit = big', 6, "rpc_limit: 'big'", '100m'), ('scgi_url =', 6, 'scgi_url: is not set'),
         ('scgi_url = here', 6, "scgi_url: 'here'", 'a socket path'),
         ('scgi_url = ftp://me:hunter2@h/', 6, 'ftp://me:***@h/', 'http(s)://'),
         ('job.b.handler = good:Plain', 6, 'job.b.schedule: is missing'),

@@ -1646,8 +1646,9 @@ def find_url(rc_file: str | None) -> str:
                 return os.path.expanduser(url) if key.endswith('local') else 'scgi://' + url
         raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
                         'set scgi_url in [TORQUE]')
-    raise UserError('scgi_url is not set in [TORQUE], and there is no '
-                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from")
+    raise UserError('is not set in [TORQUE], and there is no '
+                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from; "
+                    '-D scgi_url=ADDRESS sets it for once')
 
 
 # --- Torrents --------------------------------------------------------------------------------
@@ -2606,6 +2607,7 @@ class Job:
 class EngineStats(Job):
     """Log a line on rTorrent's state: version, torrents, traffic, speed of its answer."""
     options = ()
+    at_start = True                     # so that a new user sees at once whether it answers
 
     def run(self) -> None:
         stats = self.engine.stats()
