@@ -957,6 +957,17 @@ class TickTest(Folder):
         self.scheduler.remove('job')
         self.assertEqual(self.tick(10), [])
 
+    def test_heaps_do_not_grow(self):
+        self.add('every 1s', max_runtime=3600)
+        for _ in range(100):
+            for task in self.scheduler.tick(self.clocks.now, self.clocks.up)[0]:
+                self.scheduler.start(task)
+                self.scheduler.run_task(self.scheduler.work.get())
+            self.clocks.pass_time(1)
+        self.assertEqual((task.runs, sum(map(len, self.scheduler.heaps))), (100, 2))
+        self.scheduler.remove('job')
+        self.assertEqual(sum(map(len, self.scheduler.heaps)), 0)
+
     def test_next_run_is_unix_time(self):
         a, b = self.add('every 1h', 'a'), self.add('minute=30', 'b')
         self.tick(1)
@@ -4894,7 +4905,8 @@ class BrokenIniTest(ConfigCase):
         ('job.b = 1', 6, 'job.NAME.PARAM'), ('job..c = 1', 6, 'job.NAME.PARAM'),
         ('job.b. = 1', 6, 'job.NAME.PARAM'), ('grace = soon', 6, "grace: 'soon'", '15s'),
         ('grace = 5\ngrace = -1', 7, "grace: '-1'"), ('rpc_timeout = x', 6, "rpc_timeout: 'x'"),
-        ('rpc_limit = big', 6, "rpc_limit: 'big'", '100m'), ('scgi_url =', 6, 'scgi_url: is not set'),
+        ('rpc_limit = big', 6, "rpc_limit: 'big'", '100m'),
+        ('scgi_url =', 6, 'scgi_url: is not set'),
         ('scgi_url = here', 6, "scgi_url: 'here'", 'a socket path'),
         ('scgi_url = ftp://me:hunter2@h/', 6, 'ftp://me:***@h/', 'http(s)://'),
         ('job.b.handler = good:Plain', 6, 'job.b.schedule: is missing'),
@@ -5223,6 +5235,12 @@ class Tick:
     def run(self):
         self.mark('run')
         self.wait(self.config.hang)
+        if self.config.hang:
+            self.mark('over')
+        if self.config.wander:
+            os.chdir(self.config.wander)
+        if self.config.look:
+            torque.config_ini.engine.address
         if self.config.fail:
             raise torque.LoggableError(self.config.fail)
         if self.config.ask:
@@ -5337,6 +5355,46 @@ class DaemonControlTest(DaemonFolder):
         wait_for(lambda: os.path.exists(f'{self.folder}/forked'))
         program.stop(signal.SIGKILL)
         self.assertIsNone(self.pid_file.holder())
+
+    def test_ends_beside_threads_and_children(self):
+        self.write('busy.py', '''\
+            import concurrent.futures, multiprocessing, threading, time, torque
+            class Pool:
+                def __init__(self, config):
+                    self.pool = concurrent.futures.ThreadPoolExecutor(1)
+                def run(self):
+                    self.pool.submit(time.sleep, 60)
+            class Child:
+                def __init__(self, config):
+                    pass
+                def run(self):
+                    multiprocessing.get_context('fork').Process(
+                        target=time.sleep, args=(60,), daemon=True).start()
+            class Refused:
+                def __init__(self, config):
+                    threading.Thread(target=time.sleep, args=(60,)).start()
+                    raise torque.UserError('refused')
+            ''')
+        for name in ('Pool', 'Child'):
+            with self.subTest(name):
+                self.ini(f'job.b.handler = busy:{name}\njob.b.schedule = 1h\n')
+                program = self.start()
+                wait_for(lambda: self.state('b')['runs'])
+                self.assertEqual(program.stop(seconds=20), 0)
+        self.ini('job.b.handler = busy:Refused\njob.b.schedule = 1h\n')
+        status, said = self.command('--daemon')
+        self.assertEqual((status, 'job.b: refused' in said), (78, True))
+        wait_for(lambda: self.pid_file.holder() is None)
+
+    def test_log_whose_folder_is_closed_goes_on(self):
+        path = self.write('log', '')
+        log = torque.LogFile(path)
+        self.addCleanup(log.close)
+        log.maxBytes = 100
+        with mock.patch('os.rename', mock.Mock(side_effect=PermissionError)):
+            for number in range(20):
+                log.emit(logging.LogRecord('torque.x', 20, '', 0, f'line {number}', (), None))
+        self.assertEqual(len(open_text(path).splitlines()), 20)
 
     def test_other_files_are_no_pid_file(self):
         status, said = self.command('--pid-file', self.path)
@@ -5552,6 +5610,54 @@ class ReloadTest(DaemonFolder):
         self.assertEqual(self.ask('reload')['mistakes'], [])
         wait_for(lambda: len(self.marks(word='made')) == 2)
         self.assertIn('/nowhere', self.ask()['rtorrent'][0]['address'])
+
+    def test_refused_file_is_never_in_force(self):
+        self.ini(self.job('looks', '0.1s', look='yes'))
+        self.start()
+        self.write('slow.py', '''\
+            import os, time
+            open(os.path.dirname(__file__) + '/began', 'w').close()
+            while not os.path.exists(os.path.dirname(__file__) + '/go'):
+                time.sleep(0.01)
+            ''')
+        self.ini(self.job('looks', '0.1s', look='yes') + 'scgi_url = nonsense\n'
+                 'job.s.handler = slow:Job\njob.s.schedule = 1h\n')
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(self.ask('reload')))
+        asking.start()
+        wait_for(lambda: os.path.exists(f'{self.folder}/began'))
+        self.more('looks', count=5)
+        self.write('go', '')
+        asking.join()
+        self.more('looks', count=2)
+        self.assertTrue(answers[0]['mistakes'])
+        self.assertEqual(self.state('looks')['failures'], 0)
+
+    def test_end_during_a_reload_lets_runs_end(self):
+        self.ini(self.job('long', hang='go'))
+        program = self.start()
+        wait_for(lambda: self.marks('long'))
+        self.ini(self.job('long', hang='go', slow='made'))
+        program.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: len(self.marks('long', 'made')) == 2)
+        program.process.terminate()
+        wait_for(lambda: program.seen('stopping'))
+        self.write('made', '')
+        wait_for(lambda: self.marks('long', 'cleanup'))
+        self.write('go', '')
+        self.assertEqual(program.stop(0), 0)
+        words = [line.split()[0] for line in open_text(f'{self.folder}/long.marks').splitlines()]
+        self.assertEqual(words, ['made', 'run', 'made', 'cleanup', 'over', 'cleanup'])
+
+    def test_folder_that_a_job_goes_to_is_not_looked_in(self):
+        self.write('other/torque.ini', 'oops')
+        self.ini(self.job('w', wander=f'{self.folder}/other'))
+        self.kill()
+        program = start_torque('-c', 'torque.ini', cwd=self.folder)
+        self.addCleanup(program.stop, signal.SIGKILL)
+        wait_for(lambda: len(self.marks('w')) > 1)
+        self.assertEqual(self.ask('reload')['mistakes'], [])
+        self.assertEqual(self.ask()['config'], os.path.realpath(self.path))
 
     def test_changed_modules_are_named(self):
         self.start()
