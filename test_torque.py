@@ -5343,10 +5343,13 @@ class DaemonControlTest(DaemonFolder):
             class Job:
                 def __init__(self, config):
                     self.folder = os.path.dirname(__file__)
-                def run(self):
+                    self.fork()
+                def fork(self):
                     if not os.fork():
                         time.sleep(60)
                         os._exit(0)
+                def run(self):
+                    self.fork()
                     open(self.folder + '/forked', 'w').close()
             ''')
         self.ini('job.f.handler = forks:Job\njob.f.schedule = 1h\n')

@@ -4677,6 +4677,7 @@ class PidFile:
             stream.close()
             return False
         self.stream = stream
+        os.register_at_fork(after_in_child=stream.close)        # a job's child must not keep it
         with contextlib.suppress(OSError):      # on a full disk the lock has to do
             stream.truncate()
             os.write(stream.fileno(), b'%d\n' % os.getpid())
@@ -4895,20 +4896,15 @@ class Daemon:
         """Run jobs on schedule until a signal comes; ready() is called when all have begun."""
         import signal
         signal.signal(signal.SIGHUP, lambda *_: self.scheduler.mail.put(self.reload_soon))
+        os.register_at_fork(after_in_child=lambda: [    # our signals are not those of a job's child
+            signal.signal(number, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
         self.jobs = make_jobs(self.config.jobs)
         self.planned = {planned.name: planned for planned in self.config.jobs}
         self.files = self.module_files()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
         server = self.listen()
-
-        def in_child() -> None:                 # of a job that forks: nothing of ours is its own
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            for kept in (self.pid_file.stream, server):
-                if kept:
-                    kept.close()
-        os.register_at_fork(after_in_child=in_child)
         missed = [name for name, planned in sorted(self.planned.items())
                   if self.memory.missed(name, planned.schedule, time.time(),
                                         bool(planned.config.catch_up))]
@@ -5113,6 +5109,7 @@ class Daemon:
             finally:
                 os.umask(mask)
             server.listen(5)
+            os.register_at_fork(after_in_child=server.close)
             threading.Thread(target=self.answer, args=(server,), daemon=True).start()
         except (OSError, RuntimeError) as error:
             server.close()
@@ -5479,14 +5476,14 @@ def load(config: Config, arguments: Any, path: str) -> None:
 def run_daemon(arguments: Any, path: str, level: int) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
     background = not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
-    if arguments.cron and pid_file(arguments, path)[0].holder() is not None:
+    lock, patience = pid_file(arguments, path)
+    if arguments.cron and lock.holder() is not None:
         return EXIT_RUNNING                     # silently, before the file's warnings are repeated
     full_path = os.path.abspath(path)           # a job may go to another folder
     started = detach() if background else lambda status: None
     status = EXIT_FAILED
     try:
         load(config_ini, arguments, path)
-        lock, patience = pid_file(arguments, path)
         if arguments.restart:                   # not before the configuration is known to be good
             lock.stop(patience)
         if not lock.acquire():
