@@ -407,6 +407,7 @@ class Calendar(Schedule):
         return high
 
     def next(self, after: float) -> float | None:
+        """Return the first due time after `after`; before the year 10000, else None."""
         start = int(after // 1) + 1
         try:
             return self.by_real_time(start) if self.every_hour else self.by_wall(start)
@@ -1765,8 +1766,8 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
 def name_traits(name: str, kind: str) -> dict[str, str]:
     """Return what a name tells: kind (tv, movie, audio ...), and show, season, title, year."""
     name, sort = name[:255], KINDS.get(kind, '')        # the patterns are quadratic
-    for trait, pattern in (('tv', TV), ('movie', MOVIE)):
-        match = pattern.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
+    for trait, regex in (('tv', TV), ('movie', MOVIE)):
+        match = regex.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
         if match and sort in ('', 'video', 'misc'):
             return {'kind': trait, **{key: value or '' for key, value in
                                       match.groupdict().items()}}
@@ -2610,6 +2611,7 @@ class EngineStats(Job):
     at_start = True                     # so that a new user sees at once whether it answers
 
     def run(self) -> None:
+        """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
         started = '' if stats.uptime is None else f' up {show_duration(stats.uptime)}'
         rates = [f'{way} ' + ('?' if rate is None else f'{show_size(rate)}/s')
@@ -2785,6 +2787,7 @@ class InfluxDB(Job):
     cleanup = save
 
     def run(self) -> None:
+        """Measure, and deliver all that waits; LoggableError for what has to wait on."""
         lines, problem = self.measure()
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
@@ -3029,6 +3032,7 @@ class QueueManager(Job):
             self.last_start = float(stream.read())
 
     def run(self) -> None:
+        """Start what there is a place for, in order, unless the intermission goes on."""
         config, now = self.config, time.time()
         self.last_start = min(self.last_start, now)     # the clock may have been set back
         if now < self.last_start + config.intermission:
@@ -3264,6 +3268,7 @@ class Action(Choice):
         self.gone: set[str] = set()             # erased in this run, or would be
 
     def run(self) -> None:
+        """Act on what has met the condition often enough, as far as the guards allow."""
         config, self.gone = self.config, set()
         met, self.met = self.met, {}            # a listing that fails ends all runs in a row
         torrents = self.chosen()
@@ -3543,6 +3548,7 @@ class Move(Choice):
         self.fields = (*self.NEEDS, *field_names(self.template.names))
 
     def run(self) -> None:
+        """Move what meets the condition, beside no other Move of this state_dir."""
         import fcntl
         folder = str(self.config.state_dir)
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -4829,6 +4835,7 @@ class Pinger:
             self.queues[host].put_nowait((url, text))
 
     def work(self, waiting: queue.Queue) -> None:
+        """Send the pings to one monitor, one after another; a thread."""
         while True:
             url, text = waiting.get()
             try:
