@@ -5365,7 +5365,10 @@ class DaemonControlTest(DaemonFolder):
 
     def test_ends_beside_threads_and_children(self):
         self.write('busy.py', '''\
-            import concurrent.futures, multiprocessing, threading, time, torque
+            import concurrent.futures, multiprocessing, os, threading, time, torque
+            def hang():
+                os.closerange(0, 3)
+                time.sleep(60)
             class Pool:
                 def __init__(self, config):
                     self.pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -5376,7 +5379,7 @@ class DaemonControlTest(DaemonFolder):
                     pass
                 def run(self):
                     multiprocessing.get_context('fork').Process(
-                        target=time.sleep, args=(60,), daemon=True).start()
+                        target=hang, daemon=True).start()
             class Refused:
                 def __init__(self, config):
                     threading.Thread(target=time.sleep, args=(60,)).start()
@@ -5392,6 +5395,16 @@ class DaemonControlTest(DaemonFolder):
         status, said = self.command('--daemon')
         self.assertEqual((status, 'job.b: refused' in said), (78, True))
         wait_for(lambda: self.pid_file.holder() is None)
+
+    def test_answers_end_though_a_child_has_the_connection(self):
+        for question, answer in ((b'status\n', b'{}'), (b'?', b'')):
+            with self.subTest(question):
+                ours, theirs = socket.socketpair()
+                with ours, theirs.dup():        # what a job forks just now has a copy
+                    ours.settimeout(20)
+                    ours.sendall(question)
+                    torque.Daemon.reply(mock.Mock(status=dict), theirs)
+                    self.assertEqual(b''.join(iter(lambda ours=ours: ours.recv(9), b'')), answer)
 
     def test_log_whose_folder_is_closed_goes_on(self):
         path = self.write('log', '')

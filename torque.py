@@ -5137,9 +5137,12 @@ class Daemon:
     def reply(self, sock: socket.socket) -> None:
         """Answer a question."""
         with contextlib.suppress(Exception), sock:
-            sock.settimeout(STATUS_TIMEOUT)
-            answer = {b'status': self.status, b'reload': self.reload}[sock.recv(100).strip()]
-            sock.sendall(json.dumps(answer()).encode())
+            try:
+                sock.settimeout(STATUS_TIMEOUT)
+                answer = {b'status': self.status, b'reload': self.reload}[sock.recv(100).strip()]
+                sock.sendall(json.dumps(answer()).encode())
+            finally:            # close alone is no end while a child that a job forked has a copy
+                sock.shutdown(socket.SHUT_RDWR)
 
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
