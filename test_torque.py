@@ -5350,6 +5350,7 @@ class DaemonControlTest(DaemonFolder):
                     self.fork()
                 def fork(self):
                     if not os.fork():
+                        os.closerange(0, 3)
                         time.sleep(60)
                         os._exit(0)
                 def run(self):
@@ -5807,8 +5808,8 @@ class FaultTest(DaemonFolder):
         self.addCleanup(server.stop, signal.SIGKILL)
         return server
 
-    def answered(self, server):
-        self.more('ask', f'pid-{server.process.pid}')
+    def answered(self, server, job='ask'):
+        self.more(job, f'pid-{server.process.pid}')
 
     def test_rtorrent_restarts(self):
         server = self.rtorrent()
@@ -5821,22 +5822,22 @@ class FaultTest(DaemonFolder):
         self.assertEqual((len(program.seen('WARNING engine')), len(program.seen('answers again'))),
                          (1, 1), program.lines)
 
-    def test_rtorrent_stops(self):
+    def test_rtorrents_are_away_for_a_minute(self):
         server = self.rtorrent()
-        program = self.asking()
+        self.ini(self.job('ask', ask='yes')
+                 + self.job('late', ask='yes', scgi_url=f'{self.folder}/late/rpc.sock'))
+        program = self.start()
         self.answered(server)
-        with self.fault('rTorrent stopped for 60 s', program):
+        with self.fault('no rTorrent for 60 s after start', program), \
+                self.fault('rTorrent stopped for 60 s', program):
             server.process.send_signal(signal.SIGSTOP)
             self.more(count=240)
-            self.assertTrue(program.seen('WARNING engine'))
+            self.assertEqual(len(program.seen('WARNING engine')), 2, program.lines)
+            self.assertGreater(self.state('late')['failures'], 1)
             server.process.send_signal(signal.SIGCONT)
             self.answered(server)
-
-    def test_rtorrent_comes_late(self):
-        program = self.asking()
-        with self.fault('no rTorrent for 60 s after start', program):
-            self.more('ask', count=240)
-            self.answered(self.rtorrent())
+            self.answered(self.rtorrent('late'), 'late')
+        self.assertEqual(len(program.seen('answers again')), 2, program.lines)
 
     def test_rtorrent_is_upgraded(self):
         if len(RTORRENTS) < 2:
