@@ -604,8 +604,7 @@ class Task:
         self.last_duration: float | None = None
         self.last_error: str | None = None
         self.running_since: float | None = None
-        self.overdue = self.removed = self.watched = False      # watched: for max_runtime
-        self.handed_over = 0.0                  # elapsed seconds when the last run was started
+        self.overdue = self.removed = False
         self.after_end: Callable[[], None] | None = None    # once it is removed and has ended
         self.failing: tuple | None = None       # (elapsed seconds, failures) when it began
         self.repeats = Repeats()
@@ -657,9 +656,9 @@ class Scheduler:
         self.wall, self.elapsed = wall, elapsed
         self.offset = wall() - elapsed()
         self.tasks: dict[str, Task] = {}
-        # of (when, sequence, function of now), the first in Unix, the second in elapsed seconds
+        # of (when, name, delay by jitter, task), the first in Unix, the second in elapsed seconds
         self.heaps: tuple[list, list] = [], []
-        self.sequence = itertools.count()
+        self.limits: dict[Task, float] = {}     # elapsed seconds when a run becomes overdue
         self.lock = threading.Lock()            # guards running_since, waiting, spare, workers
         self.work: queue.SimpleQueue = queue.SimpleQueue()
         self.mail: queue.SimpleQueue = queue.SimpleQueue()      # signal handlers may put here
@@ -684,20 +683,17 @@ class Scheduler:
         task = self.tasks.pop(name)
         task.removed = True
         for heap in self.heaps:                 # they would keep the job in memory until it is due
-            heap[:] = [entry for entry in heap if entry[2].args[0] is not task]
+            heap[:] = [entry for entry in heap if entry[-1] is not task]
             heapq.heapify(heap)
+        self.limits.pop(task, None)
         return task
-
-    def at(self, when: float, elapsed: bool, function: Callable, *args: Any) -> None:
-        """Let tick() call function(*args, now), which returns tasks to start."""
-        heapq.heappush(self.heaps[elapsed], (
-            when, next(self.sequence), functools.partial(function, *args)))
 
     def push(self, task: Task) -> None:
         """Enter the task's due time into the heap of its clock."""
         if task.due is not None:
             delay = random.uniform(0, task.schedule.jitter) if task.schedule.jitter else 0
-            self.at(task.due + delay, task.schedule.elapsed, self.come_due, task, delay)
+            heapq.heappush(self.heaps[task.schedule.elapsed],
+                           (task.due + delay, task.name, delay, task))
 
     def next_run(self, task: Task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
@@ -707,10 +703,8 @@ class Scheduler:
 
     # What follows up to tick() is the pure part.
 
-    def come_due(self, task: Task, delay: float, now: float) -> list[Task]:
-        """Move a task to its next due time; return it when a run is to start."""
-        if task.removed:
-            return []
+    def come_due(self, task: Task, delay: float, now: float) -> bool:
+        """Move a task to its next due time; tell whether a run is to start."""
         due, times = task.due, 0
         while due is not None and due + delay <= now:
             task.last_due, times = due, times + 1
@@ -720,11 +714,11 @@ class Scheduler:
         with self.lock:
             if task.running_since is not None:
                 task.waiting += times
-                return []
+                return False
             task.running_since = self.wall()
         if times > 1:
             task.merged(times, 'while the machine or torque was held up', self.elapsed())
-        return [task]
+        return True
 
     def tick(self, wall: float, elapsed: float) -> tuple[list[Task], float]:
         """Return the tasks that are to start now, and the seconds until the next look."""
@@ -743,9 +737,21 @@ class Scheduler:
         sleep: float = MAX_SLEEP
         for heap, now in zip(self.heaps, (wall, elapsed)):
             while heap and heap[0][0] <= now:
-                ready += heapq.heappop(heap)[2](now)
+                _, _, delay, task = heapq.heappop(heap)
+                if self.come_due(task, delay, now):
+                    ready.append(task)
             if heap:
                 sleep = min(sleep, heap[0][0] - now)
+        for task, limit in list(self.limits.items()):
+            if task.running_since is None:
+                del self.limits[task]
+            elif limit > elapsed:
+                sleep = min(sleep, limit - elapsed)
+            else:
+                del self.limits[task]
+                task.overdue = True
+                task.log.warning('still running after %s, its max_runtime',
+                                 show_duration(task.max_runtime or 0))
         return ready, sleep
 
     # From here on there are threads.
@@ -754,23 +760,9 @@ class Scheduler:
         """Hand a run to the workers; running_since is set already."""
         with self.lock:
             self.spare -= 1
-        task.handed_over = self.elapsed()
-        if task.max_runtime and not task.watched:
-            task.watched = True
-            self.at(task.handed_over + task.max_runtime, True, self.check_overdue, task)
+        if task.max_runtime:
+            self.limits[task] = self.elapsed() + task.max_runtime
         self.work.put(task)
-
-    def check_overdue(self, task: Task, now: float) -> list[Task]:
-        """Mark a run that goes on for longer than max_runtime; look again at a later one."""
-        end = task.handed_over + (task.max_runtime or 0)
-        task.watched = task.running_since is not None and end > now
-        if task.watched:
-            self.at(end, True, self.check_overdue, task)
-        elif task.running_since is not None:
-            task.overdue = True
-            task.log.warning('still running after %s, its max_runtime',
-                             show_duration(task.max_runtime or 0))
-        return []
 
     def add_workers(self, most: int) -> None:
         """Start threads for runs that wait for one."""
