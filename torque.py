@@ -659,10 +659,10 @@ class Scheduler:
         # of (when, name, delay by jitter, task), the first in Unix, the second in elapsed seconds
         self.heaps: tuple[list, list] = [], []
         self.limits: dict[Task, float] = {}     # elapsed seconds when a run becomes overdue
-        self.lock = threading.Lock()            # guards running_since, waiting, spare, workers
+        self.lock = threading.Lock()            # guards running_since, waiting, idle, workers
         self.work: queue.SimpleQueue = queue.SimpleQueue()
         self.mail: queue.SimpleQueue = queue.SimpleQueue()      # signal handlers may put here
-        self.spare = self.workers = 0           # spare: idle workers less waiting runs
+        self.idle = self.workers = 0            # idle: those of the workers without a run
         self.patience = PATIENCE
         self.stopping = False
         self.repeats = Repeats()
@@ -758,17 +758,13 @@ class Scheduler:
 
     def start(self, task: Task) -> None:
         """Hand a run to the workers; running_since is set already."""
-        with self.lock:
-            self.spare -= 1
         if task.max_runtime:
             self.limits[task] = self.elapsed() + task.max_runtime
         self.work.put(task)
 
     def add_workers(self, most: int) -> None:
         """Start threads for runs that wait for one."""
-        for _ in range(most):
-            if self.spare >= 0:
-                return
+        for _ in range(min(most, self.work.qsize() - self.idle)):
             try:
                 threading.Thread(target=self.worker, daemon=True).start()
             except RuntimeError as error:               # no more threads: try again later
@@ -777,19 +773,22 @@ class Scheduler:
                     self.log.error('no new worker thread: %s; %d are there', error, self.workers)
                 return
             with self.lock:
-                self.spare += 1
+                self.idle += 1
                 self.workers += 1
             self.patience = PATIENCE
 
     def worker(self) -> None:
         """Run tasks until there are more than enough idle workers."""
         while True:
-            self.run_task(self.work.get())
+            task = self.work.get()
             with self.lock:
-                if self.spare >= SPARE_WORKERS:
+                self.idle -= 1
+            self.run_task(task)
+            with self.lock:
+                if self.idle >= SPARE_WORKERS:
                     self.workers -= 1
                     return
-                self.spare += 1
+                self.idle += 1
 
     def run_task(self, task: Task) -> None:
         """Call a task and note how it went; go on with what came due meanwhile."""
@@ -824,16 +823,15 @@ class Scheduler:
             ready, sleep = self.tick(self.wall(), self.elapsed())
             for task in ready:
                 self.start(task)
-            if self.spare < 0:
-                if not self.workers and self.patience == PATIENCE:
-                    self.add_workers(1)
+            waiting = self.work.qsize()
+            if waiting:
                 sleep = min(sleep, self.patience)
-            before = self.work.qsize()
+                if not self.workers:
+                    self.add_workers(1)
             try:
                 message = self.mail.get(timeout=max(sleep, 0))
-            except queue.Empty:
-                if self.spare < 0:              # nothing taken meanwhile: they are all stuck
-                    self.add_workers(10 if self.work.qsize() >= before else 1)
+            except queue.Empty:                 # none taken meanwhile: all workers are stuck
+                self.add_workers(10 if self.work.qsize() >= waiting else 1)
             else:
                 try:
                     (message or bool)()
