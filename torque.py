@@ -758,6 +758,9 @@ class Scheduler:
 
     def start(self, task: Task) -> None:
         """Hand a run to the workers; running_since is set already."""
+        if self.stopping:                       # it came due during its last run
+            task.running_since = None
+            return
         if task.max_runtime:
             self.limits[task] = self.elapsed() + task.max_runtime
         self.work.put(task)
@@ -811,7 +814,7 @@ class Scheduler:
         if again:
             self.mail.put(functools.partial(self.start, task))
         elif self.stopping or task.removed:
-            self.mail.put(task.after_end)
+            self.mail.put(task.after_end or bool)       # finish() waits for it, too
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
@@ -834,7 +837,7 @@ class Scheduler:
                 self.add_workers(10 if self.work.qsize() >= waiting else 1)
             else:
                 try:
-                    (message or bool)()
+                    message()
                 except Exception:
                     self.log.exception('this should not happen')
 
@@ -848,16 +851,11 @@ class Scheduler:
         with contextlib.suppress(queue.Empty):
             while True:                         # what has not begun does not begin any more
                 self.work.get_nowait().running_since = None
-        while self.running() and self.elapsed() < end:
-            try:
+        with contextlib.suppress(queue.Empty):
+            while self.running():
                 message = self.mail.get(timeout=max(end - self.elapsed(), 0))
-            except queue.Empty:
-                break
-            if message == self.stop:            # a second signal: no more waiting
-                break
-            if isinstance(message, functools.partial):      # start(task): not any more
-                message.args[0].running_since = None
-            elif message is not None:
+                if message == self.stop:        # a second signal: no more waiting
+                    break
                 message()
         return self.running()
 
