@@ -347,46 +347,43 @@ class Calendar(Schedule):
         self.days = functools.lru_cache(64)(self.matching_days)
         self.zone, self.every_hour = zone, len(hours) == 24
 
-    def matching_days(self, year: int, month: int) -> list[int]:
+    def matching_days(self, year: int, month: int) -> list[date]:
         """Return the days of one month that are allowed, in order."""
         if year not in self.years or month not in self.months:
             return []
         first = date(year, month, 1)
         length = 31 if month == 12 else (date(year, month + 1, 1) - first).days
-        week, last_week = (date(year, month, day).isocalendar()[1] for day in (1, length))
-        if week <= last_week and self.weeks.isdisjoint(range(week, last_week + 1)):
-            return []
-        monthdays = set(self.monthdays)
+        days = [date(year, month, day) for day in range(1, length + 1)]
+        allowed = {day for day in days if day.day in self.monthdays}
         for index, weekday in self.positions:
-            among = range(1, length + 1) if weekday is None else range(
-                1 + (weekday - first.weekday()) % 7, length + 1, 7)
-            monthdays.update(among[index:][:1])
-        weekdays = {day for day in range(1, length + 1)
-                    if (first.weekday() + day - 1) % 7 in self.weekdays}
-        days = monthdays | weekdays if self.either else monthdays & weekdays
-        return [day for day in range(1, length + 1) if day in days and (
-            len(self.weeks) == 53 or date(year, month, day).isocalendar()[1] in self.weeks)]
+            among = [day for day in days if weekday in (None, day.weekday())]
+            allowed.update(among[index:][:1])
+        combine = any if self.either else all
+        return [day for day in days
+                if combine((day in allowed, day.weekday() in self.weekdays))
+                and day.isocalendar()[1] in self.weeks]
+
+    def day_after(self, day: date) -> date:
+        """Return the first allowed day after one; ValueError: there is none."""
+        first = max(day.year, self.first_year)
+        for year in range(first, first + 401):      # the calendar repeats by then
+            for month in self.months:
+                for found in self.days(year, month):
+                    if found > day:
+                        return found
+        raise ValueError('there is no such date')
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        year, month, now = wall.year, wall.month, 60 * wall.hour + wall.minute
-        days = self.days(year, month)
-        if wall.day in days:
-            second = bisect.bisect_left(self.seconds, wall.second)
-            minute = bisect.bisect_left(self.minutes, now + (second == len(self.seconds)))
-            if minute < len(self.minutes):
-                second = second if self.minutes[minute] == now else 0
-                return datetime(year, month, wall.day, *divmod(self.minutes[minute], 60),
-                                self.seconds[second])
-        index = bisect.bisect(days, wall.day)
-        last = max(year, self.first_year) + 400     # the calendar repeats by then
-        while index >= len(days):
-            year += month >= self.months[-1]
-            month = self.months[bisect.bisect(self.months, month) % len(self.months)]
-            if year > last:
-                raise ValueError('there is no such date')
-            days, index = self.days(year, month), 0
-        return datetime(year, month, days[index], *divmod(self.minutes[0], 60), self.seconds[0])
+        day, now = wall.date(), 60 * wall.hour + wall.minute
+        second = bisect.bisect_left(self.seconds, wall.second)
+        minute = bisect.bisect_left(self.minutes, now + (second == len(self.seconds)))
+        if minute == len(self.minutes) or day not in self.days(day.year, day.month):
+            day, minute, second = self.day_after(day), 0, 0
+        elif self.minutes[minute] > now:
+            second = 0
+        return datetime(day.year, day.month, day.day, *divmod(self.minutes[minute], 60),
+                        self.seconds[second])
 
     def wall(self, seconds: float) -> datetime:
         """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
