@@ -160,11 +160,9 @@ def show_duration(seconds: float) -> str:
     left, parts = int(seconds), []
     for unit, size in DURATION_UNITS.items():
         number, left = divmod(left, size)
-        if number:
-            parts.append(f'{number}{unit}')
-        elif parts:
-            break
-    return ' '.join(parts[:2]) or '0s'
+        if number or parts:
+            parts.append(f'{number}{unit}' if number else '')
+    return ' '.join(parts[:2]).strip() or '0s'
 
 
 def show_size(number: float) -> str:
@@ -332,12 +330,10 @@ class Calendar(Schedule):
             if name in texts:
                 allowed[name] = parse_field(
                     texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
-        (self.years, months, self.monthdays, weeks, self.weekdays, hours, minutes,
+        (self.years, months, self.monthdays, self.weeks, self.weekdays, hours, minutes,
          seconds) = allowed.values()
-        self.first_year, self.months = min(self.years), sorted(months)
-        self.weeks, self.seconds = set(weeks), sorted(seconds)
+        self.first_year, self.months, self.seconds = min(self.years), sorted(months), sorted(seconds)
         self.minutes: list[int] = sorted(60 * hour + each for hour in hours for each in minutes)
-        self.positions = [day for day in self.monthdays if isinstance(day, tuple)]
         if cron:
             self.weekdays = {(number + 6) % 7 for number in self.weekdays}
         self.either = cron and not (                    # as croniter decides
@@ -355,7 +351,7 @@ class Calendar(Schedule):
         length = 31 if month == 12 else (date(year, month + 1, 1) - first).days
         days = [date(year, month, day) for day in range(1, length + 1)]
         allowed = {day for day in days if day.day in self.monthdays}
-        for index, weekday in self.positions:
+        for index, weekday in (day for day in self.monthdays if isinstance(day, tuple)):
             among = [day for day in days if weekday in (None, day.weekday())]
             allowed.update(among[index:][:1])
         combine = any if self.either else all
@@ -603,20 +599,18 @@ class Task:
         self.running_since: float | None = None
         self.overdue = self.removed = False
         self.after_end: Callable[[], None] | None = None    # once it is removed and has ended
-        self.failing: tuple | None = None       # (elapsed seconds, failures) when it began
+        self.failing: tuple | None = None       # elapsed seconds at first, was it said, times
         self.repeats = Repeats()
 
     def failed(self, error: BaseException, now: float) -> None:
         """Count a failure and log it: in full once, then summed up."""
         self.failures += 1
         known = isinstance(error, LoggableError)
-        self.last_error = error_text(error)
-        if not known:
-            self.last_error = f'{type(error).__name__}: {self.last_error}'
-        since, said, before = self.failing or (now, False, self.failures - 1)
+        self.last_error = ('' if known else f'{type(error).__name__}: ') + error_text(error)
         row = self.repeats.seen(re.sub(r'\b[\da-fA-F]{8,}\b|[\d.]+', '#', self.last_error), now)
         told = getattr(error, 'told', False)
-        self.failing = since, said or (row is not None and not told), before
+        since, said, times = self.failing or (now, False, 0)
+        self.failing = since, said or (row is not None and not told), times + 1
         if row is None or told:
             self.log.debug('failed again: %s', self.last_error)
             return
@@ -637,10 +631,10 @@ class Task:
         """Note that a run went well, and say so when the last failure was said."""
         self.last_error = None
         if self.failing:
-            since, said, before = self.failing
+            since, said, times = self.failing
             if said:
-                self.log.info('works again, after %d failures in %s',
-                              self.failures - before, show_duration(now - since))
+                self.log.info('works again, after %d failures in %s', times,
+                              show_duration(now - since))
             self.failing = None
             self.repeats.recovered()
 
@@ -702,11 +696,10 @@ class Scheduler:
 
     def come_due(self, task: Task, delay: float, now: float) -> bool:
         """Move a task to its next due time; tell whether a run is to start."""
-        due, times = task.due, 0
-        while due is not None and due + delay <= now:
-            task.last_due, times = due, times + 1
-            due = task.schedule.next(due if times <= MOST_MISSED else now)
-        task.due = due
+        times = 0
+        while task.due is not None and task.due + delay <= now:
+            task.last_due, times = task.due, times + 1
+            task.due = task.schedule.next(task.due if times <= MOST_MISSED else now)
         self.push(task)
         with self.lock:
             if task.running_since is not None:
