@@ -160,9 +160,11 @@ def show_duration(seconds: float) -> str:
     left, parts = int(seconds), []
     for unit, size in DURATION_UNITS.items():
         number, left = divmod(left, size)
-        if number or parts:
-            parts.append(f'{number}{unit}' if number else '')
-    return ' '.join(parts[:2]).strip() or '0s'
+        if number:
+            parts.append(f'{number}{unit}')
+        elif parts:
+            break
+    return ' '.join(parts[:2]) or '0s'
 
 
 def show_size(number: float) -> str:
@@ -332,7 +334,8 @@ class Calendar(Schedule):
                     texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
         (self.years, months, self.monthdays, self.weeks, self.weekdays, hours, minutes,
          seconds) = allowed.values()
-        self.first_year, self.months, self.seconds = min(self.years), sorted(months), sorted(seconds)
+        self.first_year = min(self.years)
+        self.months, self.seconds = sorted(months), sorted(seconds)
         self.minutes: list[int] = sorted(60 * hour + each for hour in hours for each in minutes)
         if cron:
             self.weekdays = {(number + 6) % 7 for number in self.weekdays}
@@ -538,8 +541,7 @@ MOST_MISSED = 1000              # due times that are counted one by one
 
 def elapsed_time() -> float:
     """Return seconds that no clock change touches; where the system can, sleep counts too."""
-    clock = getattr(time, 'CLOCK_BOOTTIME', None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
+    return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
 
 class Repeats:
@@ -580,26 +582,21 @@ def error_text(error: BaseException) -> str:
 
 
 class Task:
-    """One job as the scheduler sees it, and how it has gone so far.
-
-    due is in the clock of the schedule; last_start and running_since are Unix seconds.
-    """
+    """One job as the scheduler sees it, and how it has gone so far."""
+    due = last_due = None               # type: float | None    # in the clock of the schedule
+    last_start = running_since = None   # type: float | None    # Unix seconds
+    last_duration: float | None = None
+    last_error: str | None = None
+    runs = failures = missed = waiting = 0
+    overdue = removed = False
+    after_end: Callable[[], None] | None = None     # once it is removed and has ended
+    failing: tuple | None = None        # elapsed seconds at first, was it said, times
 
     def __init__(self, name: str, schedule: Schedule, run: Callable[[], Any],
                  max_runtime: float | None = None, log: Any = None, at_start: bool = False):
         self.at_start = at_start                # a calendar task is due at once, too
         self.name, self.schedule, self.run, self.max_runtime = name, schedule, run, max_runtime
         self.log = log or logging.getLogger('torque.' + name)
-        self.due: float | None = None
-        self.last_due: float | None = None
-        self.runs = self.failures = self.missed = self.waiting = 0
-        self.last_start: float | None = None
-        self.last_duration: float | None = None
-        self.last_error: str | None = None
-        self.running_since: float | None = None
-        self.overdue = self.removed = False
-        self.after_end: Callable[[], None] | None = None    # once it is removed and has ended
-        self.failing: tuple | None = None       # elapsed seconds at first, was it said, times
         self.repeats = Repeats()
 
     def failed(self, error: BaseException, now: float) -> None:
