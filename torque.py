@@ -202,7 +202,7 @@ def quoted(text: Any, limit: int = 200) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a misspelt word, or nothing."""
     import difflib
-    close = difflib.get_close_matches(word, list(known), 1, 0.6)
+    close = difflib.get_close_matches(word, known, 1)
     return f'; did you mean {close[0]!r}?' if close else ''
 
 
@@ -350,9 +350,8 @@ class Calendar(Schedule):
         """Return the days of one month that are allowed, in order."""
         if year not in self.years or month not in self.months:
             return []
-        first = date(year, month, 1)
-        length = 31 if month == 12 else (date(year, month + 1, 1) - first).days
-        days = [date(year, month, day) for day in range(1, length + 1)]
+        days = [date(year, month, 1) + DAY * number for number in range(31)]
+        days = [day for day in days if day.month == month]
         allowed = {day for day in days if day.day in self.monthdays}
         for index, weekday in (day for day in self.monthdays if isinstance(day, tuple)):
             among = [day for day in days if weekday in (None, day.weekday())]
