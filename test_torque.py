@@ -472,6 +472,7 @@ REFUSED = (
     ('month=nov-feb', "month 'nov-feb' is an empty range; write nov-12,1-feb to go round"),
     ('minute=*/0', "minute '*/0' has a step that is not in 1-59"),
     ('month=*/12', "month '*/12' has a step that is not in 1-11"),
+    ('minute=*/' + '9' * 5000, 'is not understood; allowed are'),
     ('0 22-2 * * *', "hour '22-2' is an empty range"),            # croniter goes round
     ('60 * * * *', "minute '60' is not in 0-59"),
     ('* * * * 8', "day of week '8' is not in 0-7 or sun ... sat"),

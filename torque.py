@@ -263,7 +263,7 @@ def parse_field(text: str, field: Field) -> frozenset:
             allowed.add((POSITIONS[position],
                          field_value(weekday.strip(), FIELDS['day_of_week']) if weekday else None))
             continue
-        match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d+))?\s*', part)
+        match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?\s*', part)
         if not match:
             raise UserError(f'{field.name} {part!r} is not understood; '
                             'allowed are * */n a a-b a-b/n and lists of these')
