@@ -372,7 +372,7 @@ class ValuesTest(TableCase):
                     '0': False}),
                 (torque.parse_duration, float, {
                     '15': 15, 0.25: 0.25, '90s': 90, ' 1H 30M ': 5400, '1w2d': 777600,
-                    '1.5h': 5400, '5 m': 300, '0': 0}),
+                    '1.5h': 5400, '5 m': 300, '0': 0, '10000w': 6048000000}),
                 (torque.parse_size, int, {
                     '0': 0, 512: 512, '1.5k': 1536, '10 MiB': 10 << 20, '4g': 4 << 30,
                     '2TB': 2 << 40, '7b': 7}),
@@ -388,7 +388,7 @@ class ValuesTest(TableCase):
                  ('maybe', '', '2', 'y e s', None, 'truefalse')),
                 (torque.parse_duration, 'is not a length of time; allowed are e.g. 15s',
                  ('', 'soon', '-5', '1h30', '5m5m', '1 2', '5x', '1..5s', '.5', 'm', '1e3', None,
-                  '5m;', '1h-30m', 'inf', 'nan', '9' * 310)),
+                  '5m;', '1h-30m', 'inf', 'nan', '9' * 310, '9' * 15, '10000w1s')),
                 (torque.parse_size, 'is not a size; allowed are e.g. 100m',
                  ('', '-1', '5x', '1p', 'k', '1 2', '1,5k', '1e3', 'nan', '9' * 310)),
                 (torque.parse_count, 'is not a whole number of 0 or more',

@@ -104,6 +104,7 @@ TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
 NUMBER = r'([0-9]{1,15}(?:\.[0-9]{1,15})?)'
 DURATION_UNITS = {'w': 604800, 'd': 86400, 'h': 3600, 'm': 60, 's': 1}
+LONGEST = 10000 * DURATION_UNITS['w']   # seconds; dates and timeouts hold no more than centuries
 SIZE_UNITS = {'': 1, 'b': 1, 'k': 1 << 10, 'm': 1 << 20, 'g': 1 << 30, 't': 1 << 40}
 
 
@@ -124,10 +125,12 @@ def parse_duration(text: Any) -> float:
     part = NUMBER + r'\s*([wdhms]?)\s*'
     words = re.findall(part, str(text).lower())
     units = {unit for _, unit in words}
+    seconds = sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
     if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(units) < len(words)
-            or '' in units and len(words) > 1):
-        raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d')
-    return sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
+            or '' in units and len(words) > 1 or seconds > LONGEST):
+        raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
+                        'up to 10000w')
+    return seconds
 
 
 def parse_size(text: Any) -> int:
