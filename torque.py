@@ -272,12 +272,11 @@ def parse_field(text: str, field: Field) -> frozenset:
                             'allowed are * */n a a-b a-b/n and lists of these')
         star, first, last, step = match.groups()
         low = field.low if star else field_value(first, field)
-        top = field.high
-        if field is CRON_WEEKDAY and not last:
-            low, top = low % 7, 6                       # 7 is Sunday once more
-        high = field_value(last, field) if last else top if star or step else low
-        if last == 'sun' and field is CRON_WEEKDAY and high < low:
+        high = field_value(last, field) if last else field.high if star or step else low
+        if field is CRON_WEEKDAY and last == 'sun' and low:
             high = 7                                    # sat-sun
+        elif field is CRON_WEEKDAY and step and not last:
+            low, high = low % 7, 6                      # 7 is Sunday once more
         if low > high:
             raise UserError(f'{field.name} {part!r} is an empty range; '
                             f'write {first}-{field.high},{field.low}-{last} to go round')
