@@ -1921,11 +1921,9 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
 # text, expressions and branches; what an expression gives is data: the text around it is split
 # into arguments first. A mistake is shown with `<-- here` after its place.
 
-FAMILY = re.compile('(?P<text>custom_.+)|(?P<any>d_.+)|(?P<tags>kind_(?:[0-9]{1,2}|100))')
 AGE_UNITS = {'y': 31536000, 'M': 2592000, 'w': 604800, 'd': 86400, 'h': 3600, 'i': 60, 's': 1}
 ORDER = {'=': operator.eq, '<': operator.lt, '<=': operator.le, '>': operator.gt,
          '>=': operator.ge}
-MIRRORED = {'<': '>', '<=': '>=', '>': '<', '>=': '<='}     # a greater age is an earlier time
 MOST_CHARACTERS, MOST_STARS, MOST_DEPTH = 4000, 6, 50
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
 # A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
@@ -1934,7 +1932,7 @@ QUOTED = (r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/
           r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
 PIECE = re.compile(QUOTED, re.S)
 WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
-CONDITION = re.compile(r'([A-Za-z_][\w.-]*)(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
 ANY_OF = re.compile(r'(!?/(?:\\.|[^/\\])*/i?|[^,]*),', re.S)
 
 
@@ -1975,14 +1973,15 @@ def parse_age(text: str) -> int | None:
     text = re.sub(r'(?<=[wdhWDH])([0-9]+)m', r'\1i', text)      # after w d h it is no month
     if not re.fullmatch('(?:[0-9]{1,6}[A-Za-z])+', text):
         return None
-    units = [unit if unit in 'mM' else unit.lower() for unit in re.findall('[A-Za-z]', text)]
+    parts = [(int(number), unit if unit in 'mM' else unit.lower())
+             for number, unit in re.findall('([0-9]+)([A-Za-z])', text)]
+    units = {unit for _, unit in parts}
     if 'm' in units:
         raise UserError('m is months to pyrocore and minutes to pyrosimple; '
                         'allowed are M for months and i for minutes')
-    if not set(units) <= set(AGE_UNITS) or len(set(units)) < len(units):
+    if not units <= AGE_UNITS.keys() or len(units) < len(parts):
         raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-    return sum(int(number) * AGE_UNITS[unit]
-               for number, unit in zip(re.findall('[0-9]+', text), units))
+    return sum(number * AGE_UNITS[unit] for number, unit in parts)
 
 
 def parse_time(text: str) -> float:
@@ -2017,8 +2016,7 @@ def compare_test(kind: str, op: str, text: str) -> Callable:
     if op == '=' and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
     if kind == 'time' and age is not None:
-        compare = ORDER[MIRRORED[op]]
-        return lambda found, now: compare(found, now - age)
+        return lambda found, now: compare(now - found, age)
     if kind == 'duration' and age is None and text != '0':
         raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
     limit = parse_time(text) if age is None else age
@@ -2049,32 +2047,42 @@ def value_test(kind: str, op: str, text: str) -> Callable:
 
 
 class Node(NamedTuple):
-    """Conditions joined."""
-    test: Callable                  # (row, now) -> bool
-    cheap: Callable                 # the same, as if all that need a second question held
-    cost: int                       # how many need a second question
+    """Conditions joined, and how many of them need a second question.
+
+    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
+    """
+    test: Callable
+    cost: int
 
 
-def leaf(name: str, test: Callable, negated: bool, slow: bool, unknown: tuple) -> Node:
+def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
     """Return one condition: False for an unknown value, also when it is negated."""
-    def holds(row: Mapping, now: float) -> bool:
+    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
+        negated, text = not negated, text[1:]
+    unknown = (None, 0) if field.kind == 'time' and text.lstrip('+-') != '0' else (None,)
+    test = value_test(field.kind, op, text)
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
         found = row.get(name)
-        return found not in unknown and test(found, now) is not negated
-    return Node(holds, (lambda row, now: True) if slow else holds, int(slow))
+        if found in unknown:
+            return possible and name not in row
+        return test(found, now) is not negated
+    return Node(holds, int(field.slow))
 
 
 def joined(nodes: list[Node], every: bool) -> Node:
     """Return the Node of all or any of some, the cheap ones first."""
-    def chain(tests: list) -> Callable:
-        def holds(row: Mapping, now: float) -> bool:
-            for test in tests:
-                if test(row, now) is not every:
-                    return not every
-            return every
-        return holds if len(tests) > 1 else tests[0]
+    if len(nodes) == 1:
+        return nodes[0]
     nodes = sorted(nodes, key=lambda node: node.cost)
-    return Node(chain([node.test for node in nodes]), chain([node.cheap for node in nodes]),
-                sum(node.cost for node in nodes))
+    tests = [node.test for node in nodes]
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        for test in tests:
+            if test(row, now, possible) is not every:
+                return not every
+        return every
+    return Node(holds, sum(node.cost for node in nodes))
 
 
 def unquoted(piece: re.Match) -> str:
@@ -2084,39 +2092,29 @@ def unquoted(piece: re.Match) -> str:
 
 
 class Filter:
-    """An rtcontrol condition, compiled; `fields` are the names it needs.
-
-    fields: type of each field, slow: names, or their beginnings such as `kind_`, of those
-    that cost a second question; left out, what TORRENT_FIELDS has. Slow ones
-    are looked at last, and `cheap` works on a row without them.
+    """An rtcontrol condition, compiled; `fields` are the names it needs, the slow ones are
+    looked at last.
 
     >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
     True
     """
 
-    def __init__(self, text: str, fields: Mapping | None = None,
-                 slow: Iterable[str] | None = None):
-        self.text = text
-        self.types = {name: field.kind for name, field in TORRENT_FIELDS.items()} \
-            if fields is None else fields
-        self.slow = frozenset(['kind_', *(
-            name for name, field in TORRENT_FIELDS.items() if field.slow)]
-            if slow is None else slow)
-        self.at = 0                                     # end of the word in hand
-        names: dict[str, None] = {}
+    def __init__(self, text: str):
+        self.text, self.at = text, 0                    # at: end of the word in hand
+        needs: dict[str, None] = {}
         try:
-            self.root = self.parse(self.words(), names, False, 0)
+            self.root = self.parse(self.words(), needs, False, 0)
         except UserError as error:
             raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(names)
+        self.fields = tuple(needs)
 
     def match(self, row: Mapping, now: float | None = None) -> bool:
         """Tell whether a row meets the condition; ages count back from `now`."""
-        return self.root.test(row, time.time() if now is None else now)
+        return self.root.test(row, time.time() if now is None else now, False)
 
     def cheap(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row may still meet the condition, by its cheap fields alone."""
-        return self.root.cheap(row, time.time() if now is None else now)
+        """Tell whether a row may meet the condition once it has the fields that it lacks."""
+        return self.root.test(row, time.time() if now is None else now, True)
 
     def words(self) -> Iterator[tuple]:
         """Give the words as (keyword or nothing, text without its quotes)."""
@@ -2130,7 +2128,7 @@ class Filter:
             yield word[2] and 'NOT' or word[1], PIECE.sub(unquoted, word[3] or '')
         yield 'END', ''
 
-    def parse(self, words: Iterator[tuple], names: dict, negated: bool, depth: int) -> Node:
+    def parse(self, words: Iterator[tuple], needs: dict, negated: bool, depth: int) -> Node:
         """expr ::= term ( 'OR' term )*;  term ::= factor+
         factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
         if depth > MOST_DEPTH:
@@ -2142,8 +2140,8 @@ class Filter:
             if key == 'NOT':
                 flip = not flip
             elif key == '[' or not key:
-                factors.append(self.parse(words, names, flip, depth + 1) if key else
-                               self.condition(text, names, flip))
+                factors.append(self.parse(words, needs, flip, depth + 1) if key else
+                               self.condition(text, needs, flip))
                 flip = negated
             elif not factors or last == 'NOT':
                 raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
@@ -2157,36 +2155,27 @@ class Filter:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
         return joined(terms, negated)                   # neither a nor b: not a, and not b
 
-    def condition(self, text: str, names: dict, negated: bool) -> Node:
+    def condition(self, text: str, needs: dict, negated: bool) -> Node:
         """condition ::= field op value | value;  value may be several, with commas"""
         match = CONDITION.fullmatch(text)
-        if not match and (text in self.types or re.search(
+        if not match and (text in TORRENT_FIELDS or re.search(
                 r'^(?!/).*[=<>]|^(and|or|not|[&|]+|[][]|\]?(or|not|and)?\[|\](or|not|and))$',
                 text, re.S | re.I)):
             raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
                             'NOT, OR, [ ... ] between spaces; side by side means and')
         name, op, value = match.groups() if match else ('name', '=', text)
-        family = FAMILY.fullmatch(name)
-        kind = self.types.get(name) or (family.lastgroup if family else None)
-        if not kind:
-            raise UserError(f'{quoted(name)} is not a field{nearest(name, self.types)}')
-        names[name] = None
+        field = torrent_field(name)
+        needs[name] = None
         negated = negated is not (op in ('!=', '<>'))
-        if op == '~' or op == '==' and kind == 'tags':  # pyrocore: a regex; this tag and no other
-            value = f'/{value}/' if op == '~' else ':' + value
+        if op == '~':                                   # as in pyrocore
+            value = f'/{value}/'
+        elif op == '==' and field.kind == 'tags':       # this one and no other
+            value = ':' + value
         op = '=' if op in ('==', '!=', '<>', '~') else op
         parts = ANY_OF.findall(value + ',') if op == '=' else [value]
         if '' in parts and len(parts) > 1:
             raise UserError('a value is missing beside a comma')
-        return joined([self.value(name, kind, op, part, negated) for part in parts], negated)
-
-    def value(self, name: str, kind: str, op: str, text: str, negated: bool) -> Node:
-        """Return the Node of one value; a ! before it negates, as in pyrocore."""
-        if op == '=' and text.startswith('!'):
-            negated, text = not negated, text[1:]
-        unknown = (None, 0) if kind == 'time' and text.lstrip('+-') != '0' else (None,)
-        slow = name in self.slow or name[:name.find('_') + 1] in self.slow
-        return leaf(name, value_test(kind, op, text), negated, slow, unknown)
+        return joined([leaf(name, field, op, part, negated) for part in parts], negated)
 
 
 TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
@@ -2373,7 +2362,7 @@ class Template:
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
         for name in self.seen:
-            made = self.known is TORRENT_FIELDS and (name == 'item' or FAMILY.fullmatch(name))
+            made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
             if self.known is not None and name not in self.known and not made:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
