@@ -2180,6 +2180,7 @@ class Filter:
 
 TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
 BRANCH = re.compile(r'(if|elif|else|endif)\b\s*(.*?)\s*:?', re.S)
+ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300
 MARK = '\0'                             # stands for a value while the text around it is split
 COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
@@ -2256,10 +2257,8 @@ def evaluate(node: Any, values: Mapping) -> Any:
     """
     def each(nodes: Iterable) -> list:
         return [evaluate(part, values) for part in nodes]
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -ast.literal_eval(node.operand)
+    if isinstance(node, ast.Constant) or isinstance(getattr(node, 'op', None), ast.USub):
+        return ast.literal_eval(node)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
@@ -2309,14 +2308,14 @@ class Template:
             if word or MARK in text:
                 raise UserError(f'{word} without if' if word else 'a NUL is not possible')
             for branch in range(self.widest + 1):       # what rendering would meet
-                self.divide(self.marked({}, branch)[0])
+                self.divide(self.marked(self.seen, branch)[0])
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
     def block(self, parts: Iterator[str], depth: int) -> tuple[list, str, str]:
         """Return the nodes up to elif, else, endif or the end; that word; its condition.
-        A node is text, an ast of an expression, or of an if [(ast or None, nodes), ...]."""
+        A node is text, an ast of an expression, or of an if [(ast, nodes), ...]."""
         nodes: list = []
         for part in parts:
             self.at += len(part)
@@ -2337,17 +2336,17 @@ class Template:
         return nodes, '', ''
 
     def branches(self, code: str, parts: Iterator[str], depth: int) -> list:
-        """Return [(ast, nodes), ...] of an if; the ast of else is None."""
+        """Return [(ast, nodes), ...] of an if."""
         if depth > MOST_DEPTH:
             raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
         branches, word = [], 'if'
         while word != 'endif':
-            test = None if word == 'else' else self.expression(code)
+            test = ELSE if word == 'else' else self.expression(code)
             nodes, word, code = self.block(parts, depth)
             branches.append((test, nodes))
             if code and word in ('else', 'endif'):
                 raise UserError(f'{word} takes no condition; write elif')
-            if not word or test is None and word != 'endif':
+            if not word or test is ELSE and word != 'endif':
                 raise UserError(f'{word} after else' if word else 'an if has no endif')
         self.widest = max(self.widest, len(branches))
         return branches
@@ -2367,27 +2366,27 @@ class Template:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
 
-    def pieces(self, nodes: list, values: Mapping, branch: int | None) -> Iterator[tuple]:
-        """Give (is it a value, text). With `branch`, take that one of each if, and no values."""
-        for node in nodes:
-            if isinstance(node, str):
-                yield False, node
-            elif not isinstance(node, list):
-                yield True, show(evaluate(node, values)) if branch is None else ''
-            else:
-                bodies = ([body for test, body in node if test is None or evaluate(test, values)]
-                          if branch is None else [body for _, body in node][branch:])
-                yield from self.pieces(bodies[0] if bodies else [], values, branch)
-
     def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Iterator[str]]:
-        """Return the text with a MARK for each value, and the values."""
+        """Return the text with a MARK for each value, and the values; with `branch`, that one
+        of each if is taken."""
+        shown: list[str] = []
+
+        def pieces(nodes: list) -> Iterator[str]:
+            for node in nodes:
+                if isinstance(node, str):
+                    yield node
+                elif isinstance(node, list):
+                    bodies = [body for number, (test, body) in enumerate(node) if (
+                        evaluate(test, values) if branch is None else number == branch)]
+                    yield from pieces(bodies[0] if bodies else [])
+                else:
+                    shown.append(show(evaluate(node, values)))
+                    yield MARK
         try:
-            pieces = list(self.pieces(self.nodes, values, branch))
+            return ''.join(pieces(self.nodes)), iter(shown)
         except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
             why = 'there is no ' if isinstance(error, KeyError) else ''
             raise LoggableError(f'template {quoted(self.text, 80)}: {why}{error}') from None
-        return (''.join(MARK if is_value else text for is_value, text in pieces),
-                iter([text for is_value, text in pieces if is_value]))
 
     def divide(self, text: str) -> list:
         """Return what the text is split into before the values are put in."""
