@@ -4119,24 +4119,84 @@ job.treewatch.schedule = hour=*
 job.treewatch.active = False
 """
 HANDLERS = {                            # names that pyrocore and pyrosimple have for our jobs
-    **{f'{package}.{name}': ours for package in ('pyrocore.torrent', 'pyrocore.job',
-                                                 'pyrosimple.torrent', 'pyrosimple.job')
-       for name, ours in {
-           'jobs:EngineStats': 'EngineStats', 'metrics:EngineStats': 'EngineStats',
-           'jobs:InfluxDBStats': 'InfluxDB', 'jobs:InfluxDB': 'InfluxDB',
-           'queue:QueueManager': 'QueueManager', 'watch:TreeWatch': 'TreeWatch',
-           'action:Action': 'Action', 'action:Command': 'Command',
-           'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}}
+    f'{package}.{name}': f'torque:{ours}'
+    for package in ('pyrocore.torrent', 'pyrocore.job', 'pyrosimple.torrent', 'pyrosimple.job')
+    for name, ours in {
+        'jobs:EngineStats': 'EngineStats', 'metrics:EngineStats': 'EngineStats',
+        'jobs:InfluxDBStats': 'InfluxDB', 'jobs:InfluxDB': 'InfluxDB',
+        'queue:QueueManager': 'QueueManager', 'watch:TreeWatch': 'TreeWatch',
+        'action:Action': 'Action', 'action:Command': 'Command',
+        'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}
 BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
             if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+
+
+def origin(error: BaseException) -> str:
+    """Return one line that says what was raised and in which line of which file."""
+    place, trace = '', error.__traceback__
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith('<') and file != __file__:
+            place = f'{file}:{trace.tb_lineno}: '
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError):
+        return f'{error.filename}:{error.lineno}: {error.msg}'
+    return f'{place}{type(error).__name__}: {error}'
+
+
+def given(text: str) -> str:
+    """Return the text of what every job needs."""
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
+    return text
+
+
+def import_handler(text: str) -> Any:
+    """Return the class that `module.path:ClassName` names."""
+    text = given(text).replace('::', ':')
+    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
+        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
+    module, name = HANDLERS.get(text, text).split(':')
+    import importlib
+    try:
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:    # whatever the module does when imported
+        if isinstance(error, ModuleNotFoundError) and error.name and (
+                module == error.name or module.startswith(error.name + '.')):
+            hint = f'; write {module[:-3]}:{name}' if module.endswith('.py') else \
+                nearest(text, BUILT_IN)
+            raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
+                            f'Python does){hint}') from None
+        raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
+    if not callable(getattr(found, name, None)):
+        classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
+        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, classes)}')
+    return getattr(found, name)
+
+
+def parse_due(text: str) -> Schedule:
+    """Return the Schedule of a job: one that is due again."""
+    schedule = parse_schedule(given(text))
+    if schedule.next(time.time()) is None:
+        raise UserError(f'{text!r} lies in the past: it would never fire')
+    return schedule
+
+
+def parse_level(text: str) -> str:
+    """Return a level of the log, or nothing."""
+    if text.upper() not in ('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'):
+        raise UserError(f'{text!r}; allowed are DEBUG INFO WARNING ERROR')
+    return text
+
+
 CORE_OPTIONS = (                        # what any job has
-    Option('handler', str, '', 'module:Class of the job'),
-    Option('schedule', str, '', 'when it runs'),
+    Option('handler', import_handler, '', 'module:Class of the job'),
+    Option('schedule', parse_due, '', 'when it runs'),
     Option('active', parse_bool, 'yes', 'no: the job is ignored'),
     Option('dry_run', parse_bool, 'no', 'only say what would be done'),
     Option('scgi_url', str, '', 'rTorrent of this job; left out, that of [TORQUE]'),
-    Option('log_level', str, '', 'DEBUG, INFO, WARNING or ERROR'),
+    Option('log_level', parse_level, '', 'DEBUG, INFO, WARNING or ERROR'),
     Option('max_runtime', parse_duration, '', 'a run is called overdue after this time'),
     Option('catch_up', parse_bool, 'no', 'make up at the start for a run missed before'),
     Option('ping_url', parse_ping_url, '', 'monitor that is told of runs: /start, /fail, '
@@ -4236,19 +4296,11 @@ class Ini:
                                  'write the value itself, and %% for %')
         self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
 
-    def warn_of_strangers(self) -> None:
-        """Warn of settings that torque has no use for and that look like others."""
-        for section, entries in self.sections.items():
-            place = next(iter(entries.values())).place if entries else ''
-            close = nearest(section, SECTIONS)
-            if close and section not in SECTIONS:
-                self.warnings.append(f'{place}: section [{section}] means nothing to torque{close}')
-        for key, entry in self.sections['TORQUE'].items():
-            stem = key.partition('.')[0]
-            if stem not in (*TORQUE_NAMES, 'job', 'apscheduler', 'httpd') and (
-                    nearest(stem, [*TORQUE_NAMES, 'job']) or stem.lower() == 'job'):
-                self.warnings.append(f'{entry.place}: {key} means nothing to torque'
-                                     f"{nearest(stem.lower() + ' ', [*TORQUE_NAMES, 'job'])}")
+    def warn_if_near(self, word: str, known: Iterable[str], place: str, text: str) -> None:
+        """Warn of something without an effect where it looks like a slip."""
+        close = nearest(word, known)
+        if close:
+            self.warnings.append(f'{place}: {text}{close}')
 
 
 def convert(text: str) -> Any:
@@ -4263,44 +4315,6 @@ def convert(text: str) -> Any:
             'false': False, 'no': False, 'off': False}.get(text.lower(), text)
 
 
-def origin(error: BaseException) -> str:
-    """Return one line that says what was raised and in which line of which file."""
-    place, trace = '', error.__traceback__
-    while trace:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith('<') and file != __file__:
-            place = f'{file}:{trace.tb_lineno}: '
-        trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        return f'{error.filename}:{error.lineno}: {error.msg}'
-    return f'{place}{type(error).__name__}: {error}'
-
-
-def import_handler(text: str) -> Any:
-    """Return the class that `module.path:ClassName` names."""
-    text = text.replace('::', ':')
-    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
-        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
-    module, name = text.split(':')
-    if text in HANDLERS:
-        module, name = 'torque', HANDLERS[text]
-    import importlib
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:    # whatever the module does when imported
-        if isinstance(error, ModuleNotFoundError) and error.name and (
-                module == error.name or module.startswith(error.name + '.')):
-            hint = f'; write {module[:-3]}:{name}' if module.endswith('.py') else \
-                nearest(text, BUILT_IN)
-            raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
-                            f'Python does){hint}') from None
-        raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-    if not callable(getattr(found, name, None)):
-        classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
-        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, classes)}')
-    return getattr(found, name)
-
-
 class PlannedJob(NamedTuple):
     """A job that can be made; place is where the user's file speaks of it."""
     name: str
@@ -4308,7 +4322,7 @@ class PlannedJob(NamedTuple):
     config: JobConfig
     schedule: Schedule
     place: str
-    source: tuple = ()                  # all texts it is made of: the same, and so is the job
+    source: dict[str, str]              # all texts it is made of: the same, and so is the job
 
 
 def beside(path: str, name: str | None) -> str:
@@ -4351,52 +4365,60 @@ def read_files(path: str, overrides: Iterable[str]) -> Ini:
     return ini
 
 
-def group_jobs(torque: dict[str, Entry], ini: Ini) -> dict[str, dict[str, Entry]]:
-    """Return the entries of each job by name; note what only pyrocore has a use for."""
+def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
+    """Return the entries of each job by name; tell of those that torque has no use for."""
     groups: dict[str, dict[str, Entry]] = {}
     ignored = set()
-    for key, entry in torque.items():
+    for key, entry in ini.sections['TORQUE'].items():
         stem, _, rest = key.partition('.')
-        name, dot, param = rest.partition('.')
-        if stem in ('apscheduler', 'httpd') and rest:
-            ignored.add(f'{stem}.*')
-        elif stem == 'job' and name and param:
+        name, _, param = rest.partition('.')
+        if stem == 'job' and name and param:
             groups.setdefault(name, {})[param] = entry
         elif stem == 'job':
             ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
+        elif stem in ('apscheduler', 'httpd'):
+            ignored.add(f'{stem}.*')
+        elif stem not in TORQUE_NAMES:
+            ini.warn_if_near(stem.lower(), [*TORQUE_NAMES, 'job'], entry.place,
+                             f'{key} means nothing to torque')
+    for section, entries in ini.sections.items():
+        if section not in SECTIONS:
+            ini.warn_if_near(section, SECTIONS, first_place(entries),
+                             f'section [{section}] means nothing to torque')
     for name, entries in groups.items():
-        if 'handler' not in entries and nearest(name, [other for other in groups if other != name]):
-            ini.warnings.append(f'{next(iter(entries.values())).place}: job.{name} has no handler'
-                                f'{nearest(name, [other for other in groups if other != name])}')
+        if 'handler' not in entries:
+            ini.warn_if_near(name, groups.keys() - {name}, first_place(entries),
+                             f'job.{name} has no handler')
     if ignored:
         ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
     return groups
 
 
+def first_place(entries: dict[str, Entry]) -> str:
+    """Return where the user's file begins to speak of something."""
+    return next((entry.place for entry in entries.values() if entry.place[0] != '<'), '<defaults>')
+
+
 def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
-            mistakes: list[str], defaults: dict | None = None) -> Settings:
+            mistakes: list[str]) -> Settings:
     """Return the values of options, noting the mistakes in them."""
     values = Settings()
     for option in options:
-        entry = entries.get(option.name) or entries.get(option.alias) or (
-            defaults or {}).get(option.name)
-        text = entry.value if entry else option.default
-        if text == '' and (option.parse in (parse_duration, parse_size, parse_count, parse_bool)):
-            text = option.default
+        entry = entries.get(option.name) or entries.get(option.alias)
+        typed = option.kind != 'text'           # empty is as if it were left out
+        text = entry.value if entry and (entry.value or not typed) else option.default
         try:
-            values[option.name] = None if text == '' and option.parse in (
-                parse_duration, parse_size, parse_count) else option.parse(text)
+            values[option.name] = None if typed and text == '' else option.parse(text)
         except UserError as error:
-            own = [other.place for other in entries.values() if other.place[0] != '<']
-            place = entry.place if entry else (own or ['<defaults>'])[0]
+            place = entry.place if entry else first_place(entries)
             mistakes.append(f'{place}: {prefix}{option.name}: {error}')
             values[option.name] = None
     return values
 
 
-def check_options(job: Any, prefix: str, entries: dict[str, Entry], shared: dict[str, Entry],
-                  mistakes: list[str]) -> Settings:
-    """Return the settings of a built-in job, its section's under its own, noting mistakes."""
+def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dict[str, Entry],
+                   mistakes: list[str]) -> None:
+    """Note what a built-in job, or the section for its like, has that is none of its options."""
     known = [name for option in (*CORE_OPTIONS, *job.options)
              for name in (option.name, option.alias) if name]
     given = [(prefix, key, entry) for key, entry in entries.items()
@@ -4406,57 +4428,39 @@ def check_options(job: Any, prefix: str, entries: dict[str, Entry], shared: dict
     mistakes += [f'{entry.place}: {before}{key}: {job.__name__} has no such option'
                  f"{nearest(key, known) or '; see --list-jobs'}"
                  for before, key, entry in given if key not in known]
-    return checked(job.options, entries, prefix, mistakes, shared)
 
 
 def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
              force: bool) -> PlannedJob | None:
     """Return an active job ready to be made, None for any other and for one with mistakes."""
     prefix, before = f'job.{name}.', len(ini.mistakes)
-    own = [entry.place for entry in entries.values() if not entry.place.startswith('<')]
-    first = own[0] if own else '<defaults>'
-    mistakes: list[str] = []
-    core = checked(CORE_OPTIONS, entries, prefix, mistakes)
-    if core.active is False and not force:      # whatever else there is
-        core_names = [option.name for option in CORE_OPTIONS]
-        for key in set(entries).difference(core_names):
-            if nearest(key, core_names) and key[:3] != 'cmd':   # a slip that keeps it inactive
-                ini.warnings.append(f'{entries[key].place}: {prefix}{key} of an inactive job'
-                                    f'{nearest(key, core_names)}')
+    active = entries.get('active')
+    if active and active.value.lower() in FALSE and not force:
+        names = [option.name for option in CORE_OPTIONS]
+        for key, entry in entries.items():      # a slip may be what keeps it inactive
+            if key not in names and key[:3] != 'cmd':
+                ini.warn_if_near(key, names, entry.place, f'{prefix}{key} of an inactive job')
         return None
-    ini.mistakes += mistakes
-    make, schedule = None, None
-    for key in ('handler', 'schedule'):
-        entry = entries.get(key)
-        try:
-            if not entry or not entry.value:
-                raise UserError('is missing; a job needs a handler and a schedule')
-            if key == 'handler':
-                make = import_handler(entry.value)
-            else:
-                schedule = parse_schedule(entry.value)
-                if schedule.next(time.time()) is None:
-                    raise UserError(f'{entry.value!r} lies in the past: it would never fire')
-        except UserError as error:
-            ini.mistakes.append(f'{entry.place if entry else first}: {prefix}{key}: {error}')
-    if core.log_level and core.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
-        ini.mistakes.append(f"{entries['log_level'].place}: {prefix}log_level: "
-                            f'{core.log_level!r}; allowed are DEBUG INFO WARNING ERROR')
+    core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
+    make, schedule = core.pop('handler'), core.pop('schedule')
     config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
                         convert(entry.value)) for key, entry in entries.items())
-    for key in set(entries).intersection(('engine', 'state_dir', 'alone', *dir(dict))):
+    for key in entries.keys() & {*JobConfig.__slots__, *dir(dict)}:
         ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
                             f'the job finds it as config[{key!r}]')
-    shared = ini.sections.get(getattr(make, 'section', ''), {})
+    place = first_place(entries)
     if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-        config.update(check_options(make, prefix, entries, shared, ini.mistakes))
-    config.update(core, job_name=name, active=core.active, dry_run=core.dry_run or dry_run)
-    if len(ini.mistakes) > before or not make or not schedule:
+        shared = ini.sections.get(make.section, {})
+        refuse_unknown(make, prefix, entries, shared, ini.mistakes)
+        entries = {**entries, **{
+            option.name: shared[option.name] for option in make.options
+            if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
+        config.update(checked(make.options, entries, prefix, ini.mistakes))
+    config.update(core, job_name=name, dry_run=core.dry_run or dry_run)
+    if len(ini.mistakes) > before:
         return None
-    texts = [(key, entry.value) for key, entry in entries.items()] + [
-        (f'{make.section}.{option.name}', shared[option.name].value)
-        for option in getattr(make, 'options', None) or () if option.name in shared]
-    return PlannedJob(name, make, config, schedule, first, tuple(sorted(texts)))
+    return PlannedJob(name, make, config, schedule, place,
+                      {key: entry.value for key, entry in entries.items()})
 
 
 class Config(Settings):
@@ -4464,13 +4468,11 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    __slots__ = ('path', 'engine', 'engines', 'former', 'aliases', 'state_dir', 'jobs', 'warnings',
-                 'notes')
     __setattr__ = object.__setattr__
     path: str
     engine: Any
     engines: dict[str, Engine]
-    former: dict[str, Engine]           # of the configuration before, which may serve on
+    former: dict[str, Engine] = {}      # of the configuration before, which may serve on
     aliases: dict[str, list[str]]
     state_dir: str
     jobs: list[PlannedJob]
@@ -4481,24 +4483,21 @@ class Config(Settings):
              only: str | None = None) -> None:
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
-        ini.warn_of_strangers()
-        torque = ini.sections['TORQUE']
-        options = checked(TORQUE_OPTIONS, torque, '', ini.mistakes)
-        groups = group_jobs(torque, ini)
+        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], '', ini.mistakes)
+        groups = group_jobs(ini)
         if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
         self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
         self.clear()
-        self.update({name.lower(): Settings((key, entry.value) for key, entry in entries.items())
-                     for name, entries in ini.sections.items()})
-        self['torque'] = Settings((key, convert(entry.value)) for key, entry in torque.items())
+        for section, entries in ini.sections.items():
+            self[section.lower()] = Settings((key, entry.value) for key, entry in entries.items())
+        self['torque'] = Settings((key, convert(text)) for key, text in self['torque'].items())
         self['torque'].update(options)
         self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
+        self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
         self.engines = {}
-        self.aliases = {name: entry.value.split()
-                        for name, entry in ini.sections.get('ANNOUNCE', {}).items()}
-        self.engine = self.find_engine(torque, 'scgi_url', ini.mistakes)
+        self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
             sys.path.append(folder)
@@ -4506,29 +4505,28 @@ class Config(Settings):
         for name in [only] if only else groups:
             planned = plan_job(name, groups[name], ini, dry_run, bool(only))
             if planned:
-                planned.config.engine = self.find_engine(
-                    groups[name], f'job.{name}.scgi_url', ini.mistakes) \
+                planned.config.engine = self.find_engine(groups[name], f'job.{name}.', ini) \
                     if planned.config.scgi_url else self.engine
                 planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
                 self.jobs.append(planned)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
-    def find_engine(self, entries: dict[str, Entry], key: str, mistakes: list[str]) -> Any:
+    def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
         """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
-        entry, rc = entries.get('scgi_url'), entries.get('rtorrent_rc')
+        entry, key = entries.get('scgi_url'), prefix + 'scgi_url'
         url = entry.value if entry else ''
         try:
-            if not url and mistakes:            # it may be among what was not understood
+            if not url and ini.mistakes:        # it may be among what was not understood
                 return None
             if not url:
                 url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
             if url not in self.engines:
+                limits = (self.torque.rpc_timeout or RPC_TIMEOUT,
+                          self.torque.rpc_limit or RPC_LIMIT)
                 engine = self.former.get(url)
-                timeout, limit = (self.torque.rpc_timeout or RPC_TIMEOUT,
-                                  self.torque.rpc_limit or RPC_LIMIT)
-                if not engine or (engine.timeout, engine.limit) != (timeout, limit):
-                    engine = Engine(url, timeout, limit)
+                if not engine or (engine.timeout, engine.limit) != limits:
+                    engine = Engine(url, *limits)
                     engine.aliases = self.aliases
                 self.engines[url] = engine
                 if engine.address.exposed:
@@ -4537,22 +4535,21 @@ class Config(Settings):
                         'it runs commands as you; bind it to 127.0.0.1 or use a socket')
             return self.engines[url]
         except UserError as error:
-            place = entry.place if entry else rc.place if rc else self.path
-            mistakes.append(f'{place}: {key}: {error}')
+            entry = entry or entries.get('rtorrent_rc')
+            ini.mistakes.append(f'{entry.place if entry else self.path}: {key}: {error}')
             return None
 
     def snapshot(self) -> list:
         """Return what restore() takes to go back to this configuration."""
-        return [dict(self), *(getattr(self, name) for name in self.__slots__)]
+        return [dict(self), dict(vars(self))]
 
     def restore(self, snapshot: list) -> None:
         """Go back to an earlier configuration."""
-        values, *slots = snapshot
+        values, attributes = snapshot
         self.update(values)                     # at no moment is it empty
         for name in set(self).difference(values):
             del self[name]
-        for name, value in zip(self.__slots__, slots):
-            setattr(self, name, value)
+        vars(self).update(attributes)
 
 
 def clean_up(name: str, job: Any) -> None:
@@ -4588,7 +4585,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
 
 
 config_ini = Config()
-config_ini.former = {}
 
 
 # --- Daemon ----------------------------------------------------------------------------------
