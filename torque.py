@@ -2101,12 +2101,12 @@ class Filter:
 
     def __init__(self, text: str):
         self.text, self.at = text, 0                    # at: end of the word in hand
-        needs: dict[str, None] = {}
+        self.needs: dict[str, TorrentField] = {}
         try:
-            self.root = self.parse(self.words(), needs, False, 0)
+            self.root = self.parse(self.words(), False, 0)
         except UserError as error:
             raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(needs)
+        self.fields = tuple(self.needs)
 
     def match(self, row: Mapping, now: float | None = None) -> bool:
         """Tell whether a row meets the condition; ages count back from `now`."""
@@ -2128,7 +2128,7 @@ class Filter:
             yield word[2] and 'NOT' or word[1], PIECE.sub(unquoted, word[3] or '')
         yield 'END', ''
 
-    def parse(self, words: Iterator[tuple], needs: dict, negated: bool, depth: int) -> Node:
+    def parse(self, words: Iterator[tuple], negated: bool, depth: int) -> Node:
         """expr ::= term ( 'OR' term )*;  term ::= factor+
         factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
         if depth > MOST_DEPTH:
@@ -2140,8 +2140,8 @@ class Filter:
             if key == 'NOT':
                 flip = not flip
             elif key == '[' or not key:
-                factors.append(self.parse(words, needs, flip, depth + 1) if key else
-                               self.condition(text, needs, flip))
+                factors.append(self.parse(words, flip, depth + 1) if key else
+                               self.condition(text, flip))
                 flip = negated
             elif not factors or last == 'NOT':
                 raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
@@ -2155,7 +2155,7 @@ class Filter:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
         return joined(terms, negated)                   # neither a nor b: not a, and not b
 
-    def condition(self, text: str, needs: dict, negated: bool) -> Node:
+    def condition(self, text: str, negated: bool) -> Node:
         """condition ::= field op value | value;  value may be several, with commas"""
         match = CONDITION.fullmatch(text)
         if not match and (text in TORRENT_FIELDS or re.search(
@@ -2164,8 +2164,7 @@ class Filter:
             raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
                             'NOT, OR, [ ... ] between spaces; side by side means and')
         name, op, value = match.groups() if match else ('name', '=', text)
-        field = torrent_field(name)
-        needs[name] = None
+        field = self.needs[name] = torrent_field(name)
         negated = negated is not (op in ('!=', '<>'))
         if op == '~':                                   # as in pyrocore
             value = f'/{value}/'
@@ -4471,8 +4470,8 @@ class Config(Settings):
     __setattr__ = object.__setattr__
     path: str
     engine: Any
-    engines: dict[str, Engine]
-    former: dict[str, Engine] = {}      # of the configuration before, which may serve on
+    engines: dict[tuple, Engine]        # by address, timeout and limit
+    former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
     aliases: dict[str, list[str]]
     state_dir: str
     jobs: list[PlannedJob]
@@ -4521,19 +4520,19 @@ class Config(Settings):
                 return None
             if not url:
                 url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
-            if url not in self.engines:
-                limits = (self.torque.rpc_timeout or RPC_TIMEOUT,
-                          self.torque.rpc_limit or RPC_LIMIT)
-                engine = self.former.get(url)
-                if not engine or (engine.timeout, engine.limit) != limits:
-                    engine = Engine(url, *limits)
+            made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT,
+                       self.torque.rpc_limit or RPC_LIMIT)
+            if made_of not in self.engines:
+                engine = self.former.get(made_of)
+                if not engine:
+                    engine = Engine(*made_of)
                     engine.aliases = self.aliases
-                self.engines[url] = engine
+                self.engines[made_of] = engine
                 if engine.address.exposed:
                     self.warnings.append(
                         f'{url}: the RPC port of rTorrent is open to the network: whoever reaches '
                         'it runs commands as you; bind it to 127.0.0.1 or use a socket')
-            return self.engines[url]
+            return self.engines[made_of]
         except UserError as error:
             entry = entry or entries.get('rtorrent_rc')
             ini.mistakes.append(f'{entry.place if entry else self.path}: {key}: {error}')
