@@ -4801,12 +4801,13 @@ class ConfigTest(ConfigCase):
         text = GOOD_INI + (
             'job.a.schedule = 15\njob.a.Path = /srv\njob.a.number = 007\njob.a.on = Yes\n'
             'job.a.off = false\njob.a.size = 1.5\njob.a.empty =\njob.a.cmd.nfo = x=y\n'
+            f'job.a.digits = {"9" * 5000}\n'
             'job.b.handler = good::Plain\njob.b.schedule = hour=3\njob.b.dry_run = on\n')
         jobs = self.load(text)
         config, other = jobs['a'].config, jobs['b'].config
         expected = {'Path': '/srv', 'number': 7, 'on': True, 'off': False, 'size': '1.5',
                     'empty': '', 'schedule': '15', 'path': None, 'job_name': 'a',
-                    'dry_run': False, 'active': True, 'cmd.nfo': 'x=y'}
+                    'dry_run': False, 'active': True, 'cmd.nfo': 'x=y', 'digits': '9' * 5000}
         self.assertEqual({name: config.get(name) for name in expected}, expected)
         self.assertEqual({name: getattr(config, name) for name in expected}, expected)
         self.assertEqual(('path' in config, other.dry_run, other.Path), (False, True, None))

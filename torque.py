@@ -4308,10 +4308,9 @@ def convert(text: str) -> Any:
     >>> convert('12'), convert('No'), convert('text')
     (12, False, 'text')
     """
-    if text.isascii() and text.isdigit():
+    if re.fullmatch('[0-9]{1,4000}', text):     # Python refuses to convert more
         return int(text)
-    return {'true': True, 'yes': True, 'on': True,
-            'false': False, 'no': False, 'off': False}.get(text.lower(), text)
+    return parse_bool(text) if text.lower() in 'true yes on false no off'.split() else text
 
 
 class PlannedJob(NamedTuple):
