@@ -4103,20 +4103,11 @@ class TreeWatch(Job):
 # Every mistake is collected as one line `file:line: setting: what is wrong; what is allowed`;
 # only when there is none does anything start. config_ini is the configuration as jobs see it.
 
-DEFAULTS = """
-[TORQUE]
-job.connstats.handler = torque:EngineStats
-job.connstats.schedule = minute=*
-job.fluxstats.handler = torque:InfluxDB
-job.fluxstats.schedule = second=*/15
-job.fluxstats.active = False
-job.queue.handler = torque:QueueManager
-job.queue.schedule = second=*/15
-job.queue.active = False
-job.treewatch.handler = torque:TreeWatch
-job.treewatch.schedule = hour=*
-job.treewatch.active = False
-"""
+DEFAULTS = {                            # jobs under those of the ini: handler, schedule, active
+    'connstats': ('torque:EngineStats', 'minute=*', 'yes'),
+    'fluxstats': ('torque:InfluxDB', 'second=*/15', 'no'),
+    'queue': ('torque:QueueManager', 'second=*/15', 'no'),
+    'treewatch': ('torque:TreeWatch', 'hour=*', 'no')}
 HANDLERS = {                            # names that pyrocore and pyrosimple have for our jobs
     f'{package}.{name}': f'torque:{ours}'
     for package in ('pyrocore.torrent', 'pyrocore.job', 'pyrosimple.torrent', 'pyrosimple.job')
@@ -4341,7 +4332,9 @@ def default_state_dir(path: str) -> str:
 def read_files(path: str, overrides: Iterable[str]) -> Ini:
     """Return the entries of the defaults, of the user's file over them, and of -D over both."""
     ini = Ini()
-    ini.read(DEFAULTS.splitlines(), '<defaults>')
+    for name, values in DEFAULTS.items():
+        for key, value in zip(('handler', 'schedule', 'active'), values):
+            ini.add('TORQUE', f'job.{name}.{key}', value, '<defaults>')
     try:
         with open(path, encoding='utf-8') as stream:
             ini.read(stream, path)
@@ -4394,7 +4387,8 @@ def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
 
 def first_place(entries: dict[str, Entry]) -> str:
     """Return where the user's file begins to speak of something."""
-    return next((entry.place for entry in entries.values() if entry.place[0] != '<'), '<defaults>')
+    return next((entry.place for entry in entries.values() if entry.place != '<defaults>'),
+                '<defaults>')
 
 
 def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
@@ -4428,17 +4422,21 @@ def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dic
                  for before, key, entry in given if key not in known]
 
 
-def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
-             force: bool) -> PlannedJob | None:
-    """Return an active job ready to be made, None for any other and for one with mistakes."""
-    prefix, before = f'job.{name}.', len(ini.mistakes)
+def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
+    """Tell whether a job is active; warn of a slip that may be what keeps it from that."""
     active = entries.get('active')
-    if active and active.value.lower() in FALSE and not force:
-        names = [option.name for option in CORE_OPTIONS]
-        for key, entry in entries.items():      # a slip may be what keeps it inactive
-            if key not in names and key[:3] != 'cmd':
-                ini.warn_if_near(key, names, entry.place, f'{prefix}{key} of an inactive job')
-        return None
+    if not active or active.value.lower() not in FALSE:
+        return True
+    names = [option.name for option in CORE_OPTIONS]
+    for key, entry in entries.items():
+        if key not in names and key[:3] != 'cmd':
+            ini.warn_if_near(key, names, entry.place, f'job.{name}.{key} of an inactive job')
+    return False
+
+
+def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> PlannedJob:
+    """Return a job ready to be made, if there are no mistakes."""
+    prefix, place = f'job.{name}.', first_place(entries)
     core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
     make, schedule = core.pop('handler'), core.pop('schedule')
     config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
@@ -4446,7 +4444,6 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
     for key in entries.keys() & {*JobConfig.__slots__, *dir(dict)}:
         ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
                             f'the job finds it as config[{key!r}]')
-    place = first_place(entries)
     if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
         shared = ini.sections.get(make.section, {})
         refuse_unknown(make, prefix, entries, shared, ini.mistakes)
@@ -4455,8 +4452,6 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool,
             if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
         config.update(checked(make.options, entries, prefix, ini.mistakes))
     config.update(core, job_name=name, dry_run=core.dry_run or dry_run)
-    if len(ini.mistakes) > before:
-        return None
     return PlannedJob(name, make, config, schedule, place,
                       {key: entry.value for key, entry in entries.items()})
 
@@ -4500,10 +4495,10 @@ class Config(Settings):
         if folder not in sys.path:
             sys.path.append(folder)
         self.jobs = []
-        for name in [only] if only else groups:
-            planned = plan_job(name, groups[name], ini, dry_run, bool(only))
-            if planned:
-                planned.config.engine = self.find_engine(groups[name], f'job.{name}.', ini) \
+        for name, entries in groups.items():
+            if name == only or only is None and is_active(name, entries, ini):
+                planned = plan_job(name, entries, ini, dry_run)
+                planned.config.engine = self.find_engine(entries, f'job.{name}.', ini) \
                     if planned.config.scgi_url else self.engine
                 planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
                 self.jobs.append(planned)
