@@ -4220,9 +4220,8 @@ class Mistakes(UserError):
     """All that is wrong with a configuration, a line each."""
 
     def __init__(self, lines: list[str]):
-        def number(line: str) -> int:
-            match = re.match(r'[^:]*:(\d+): ', line)
-            return int(match[1]) if match else 0
+        def number(line: str) -> list[int]:
+            return [int(digits) for digits in re.findall(r'^[^:]*:(\d+): ', line)]
         self.lines = [one_line(line) for line in sorted(dict.fromkeys(lines), key=number)]
         super().__init__('\n'.join(self.lines))
 
@@ -4250,17 +4249,17 @@ class Ini:
             deeper = indent is not None and depth > indent
             if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
                 continue
+            if deeper:
+                if key:                         # else it goes on a line that was refused
+                    found[section, key][0] += '\n' + text
+                    if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
+                        self.warnings.append(f'{place}: an indented line belongs to the value '
+                                             f'above it: {quoted(text, 60)}')
+                continue
             cut = re.search(r'\s;', text)
             header = re.match(r'\[([^]]+)\]', text)
             entry = re.match(r'([^=:[][^=:]*)[=:](.*)', text[:cut.start()] if cut else text)
-            if deeper and key:
-                found[section, key][0] += '\n' + text
-                if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
-                    self.warnings.append(f'{place}: an indented line belongs to the value above '
-                                         f'it: {quoted(text, 60)}')
-            elif deeper:                        # goes on a line that was refused
-                continue
-            elif header:
+            if header:
                 section, key, indent = header[1].upper(), '', None
             elif not section or not entry:
                 self.mistakes.append(f'{place}: {quoted(text, 60)} ' + (
@@ -4413,13 +4412,11 @@ def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dic
     """Note what a built-in job, or the section for its like, has that is none of its options."""
     known = [name for option in (*CORE_OPTIONS, *job.options)
              for name in (option.name, option.alias) if name]
-    given = [(prefix, key, entry) for key, entry in entries.items()
-             if not key.startswith(job.families)]
-    if job.section != 'TORQUE':                 # that has settings for others, too
-        given += [('', key, entry) for key, entry in shared.items()]
+    groups = {prefix: entries, '': {} if job.section == 'TORQUE' else shared}
     mistakes += [f'{entry.place}: {before}{key}: {job.__name__} has no such option'
                  f"{nearest(key, known) or '; see --list-jobs'}"
-                 for before, key, entry in given if key not in known]
+                 for before, group in groups.items() for key, entry in group.items()
+                 if key not in known and not key.startswith(job.families)]
 
 
 def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
