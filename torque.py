@@ -2283,11 +2283,6 @@ def evaluate(node: Any, values: Mapping) -> Any:
     return FILTERS[name](*operands if name in UNTEXTED else map(show, operands))
 
 
-def filled(text: str, values: Iterator[str]) -> str:
-    """Return text with the next values in place of its marks."""
-    return re.sub(MARK, lambda mark: next(values), text)
-
-
 class Template:
     """Text with {{expression}}, {{if}} ... {{endif}} and {{# comment }}.
 
@@ -2365,9 +2360,9 @@ class Template:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
 
-    def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Iterator[str]]:
-        """Return the text with a MARK for each value, and the values; with `branch`, that one
-        of each if is taken."""
+    def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Callable]:
+        """Return the text with a MARK for each value, and what puts the next values into a
+        part of it; with `branch`, that one of each if is taken."""
         shown: list[str] = []
 
         def pieces(nodes: list) -> Iterator[str]:
@@ -2382,7 +2377,8 @@ class Template:
                     shown.append(show(evaluate(node, values)))
                     yield MARK
         try:
-            return ''.join(pieces(self.nodes)), iter(shown)
+            text, left = ''.join(pieces(self.nodes)), iter(shown)
+            return text, lambda part: re.sub(MARK, lambda mark: next(left), part)
         except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
             why = 'there is no ' if isinstance(error, KeyError) else ''
             raise LoggableError(f'template {quoted(self.text, 80)}: {why}{error}') from None
@@ -2393,7 +2389,8 @@ class Template:
 
     def render(self, values: Mapping) -> Any:
         """Return the text, values put in; LoggableError where one is missing."""
-        return filled(*self.marked(values))
+        text, fill = self.marked(values)
+        return fill(text)
 
 
 def check_words(words: list[str]) -> None:
@@ -2439,8 +2436,8 @@ class CommandTemplate(Template):
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        text, shown = self.marked(values)
-        return [name + ','.join(self.argument(word, shown) for word in words)
+        text, fill = self.marked(values)
+        return [name + ','.join(self.argument(word, fill(word)) for word in words)
                 for name, words in self.divide(text)]
 
     def render(self, values: Mapping) -> str:
@@ -2448,10 +2445,9 @@ class CommandTemplate(Template):
         return ' ; '.join(self.commands(values))
 
     @staticmethod
-    def argument(word: str, values: Iterator[str]) -> str:
+    def argument(word: str, text: str) -> str:
         """Return an argument quoted as a whole. rTorrent RUNS one that begins with $, quoted or
         not; (cat,{"..."}) keeps it as it is (seen on 0.9.8 and 0.16.17)."""
-        text = filled(word, values)
         plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
         return f'(cat,{{{plain}}})' if MARK in word and text.startswith('$') else plain
 
@@ -2476,10 +2472,10 @@ class ArgsTemplate(Template):
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        text, shown = self.marked(values)
+        text, fill = self.marked(values)
         args: list[str] = []
         for word in self.divide(text):
-            args.append(filled(word, shown))
+            args.append(fill(word))
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
@@ -4135,7 +4131,7 @@ def origin(error: BaseException) -> str:
     return f'{place}{type(error).__name__}: {error}'
 
 
-def given(text: str) -> str:
+def required(text: str) -> str:
     """Return the text of what every job needs."""
     if not text:
         raise UserError('is missing; a job needs a handler and a schedule')
@@ -4144,7 +4140,7 @@ def given(text: str) -> str:
 
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
-    text = given(text).replace('::', ':')
+    text = required(text).replace('::', ':')
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     module, name = HANDLERS.get(text, text).split(':')
@@ -4167,7 +4163,7 @@ def import_handler(text: str) -> Any:
 
 def parse_due(text: str) -> Schedule:
     """Return the Schedule of a job: one that is due again."""
-    schedule = parse_schedule(given(text))
+    schedule = parse_schedule(required(text))
     if schedule.next(time.time()) is None:
         raise UserError(f'{text!r} lies in the past: it would never fire')
     return schedule
@@ -4459,15 +4455,7 @@ class Config(Settings):
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
     __setattr__ = object.__setattr__
-    path: str
-    engine: Any
-    engines: dict[tuple, Engine]        # by address, timeout and limit
     former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
-    aliases: dict[str, list[str]]
-    state_dir: str
-    jobs: list[PlannedJob]
-    warnings: list[str]
-    notes: list[str]
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
@@ -4486,12 +4474,12 @@ class Config(Settings):
         self['torque'].update(options)
         self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
         self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
-        self.engines = {}
+        self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
         self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
             sys.path.append(folder)
-        self.jobs = []
+        self.jobs: list[PlannedJob] = []
         for name, entries in groups.items():
             if name == only or only is None and is_active(name, entries, ini):
                 planned = plan_job(name, entries, ini, dry_run)
