@@ -2550,6 +2550,11 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
+    def state_file(self, ending: str) -> str:
+        """Return the path of the file that the job may keep, '' where it may not."""
+        name = f'{self.config.job_name}.{ending}'.replace('/', '_')
+        return self.config.state_dir and os.path.join(self.config.state_dir, name) or ''
+
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
         self.LOG.info('%s%s', 'dry run, not done: ' if self.dry_run else '',
@@ -2711,11 +2716,10 @@ class InfluxDB(Job):
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
         self.api = config.api or (2 if config.org or config.bucket else 1)
-        self.batch, self.pause, self.retry_at, self.saved_at = self.BATCH, 0.0, 0.0, 0.0
+        self.pause = self.retry_at = self.saved_at = 0.0
         self.problem = ''
-        self.file = not config.alone and config.state_dir and os.path.join(config.state_dir,
-                                                      f'{config.job_name}.points'.replace('/', '_'))
-        self.points: collections.deque = collections.deque()
+        self.file = '' if config.alone else self.state_file('points')
+        self.points: list[str] = []
         self.load()                             # a file that cannot be read stops the start
         self.loaded = False
 
@@ -2747,7 +2751,7 @@ class InfluxDB(Job):
 
     def run(self) -> None:
         """Measure, and deliver all that waits; LoggableError for what has to wait on."""
-        lines, problem = self.measure()
+        lines, problems = self.measure()
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
@@ -2759,56 +2763,55 @@ class InfluxDB(Job):
                 self.deliver()
             except LoggableError as error:
                 lost = max(len(self.points) - self.config.buffer, 0)
-                for _ in range(lost):
-                    self.points.popleft()
+                del self.points[:lost]
                 kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
                 dropped = f', the oldest {lost} dropped' if lost > 0 else ''
                 raise LoggableError(f'{error}; {kept}{dropped}') from None
             finally:
                 if elapsed_time() - self.saved_at >= 60 or not self.points:
                     self.save()
-        if problem:
-            raise problem
+        if problems:
+            raise problems[0]
 
-    def measure(self) -> tuple[list[str], LoggableError | None]:
-        """Return the points of this moment, and what kept rTorrent's from being among them."""
+    def measure(self) -> tuple[list[str], list[LoggableError]]:
+        """Return the points of this moment, and what kept others from being among them."""
+        import shutil
         config, now = self.config, time.time()
         lines: list[str] = []
-        problem: LoggableError | None = None
+        problems: list[LoggableError] = []
+
+        def add(series: str, figures: dict, **tags: str) -> None:
+            if any(figure is not None for figure in figures.values()):
+                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
+
         if config.series:
             try:
                 stats = self.engine.stats()._asdict()
-                views, name = stats.pop('views'), stats['engine_id'].partition(':')[0]
-                uptime = stats.pop('uptime')
-                tags = {'host': name, **config.tags}
-                lines.append(influx_line(config.series, tags, {
-                    **stats, 'uptime': None if uptime is None else int(uptime)}, now))
-                if any(size is not None for size in views.values()):
-                    lines.append(influx_line(config.series + '_views', tags, views, now))
+                views, uptime = stats.pop('views'), stats.pop('uptime')
+                stats['uptime'] = None if uptime is None else int(uptime)
+                name = stats['engine_id'].partition(':')[0]
+                add(config.series, stats, host=name)
+                add(config.series + '_views', views, host=name)
             except RpcError as error:
-                problem = error
+                problems.append(error)
         if config.series_host:
-            tags = {'host': socket.gethostname(), **config.tags}
-            figures = host_figures()
-            if figures:
-                lines.append(influx_line(config.series_host, tags, figures, now))
+            name = socket.gethostname()
+            add(config.series_host, host_figures(), host=name)
             for path in filter(None, config.disk_path.split(os.pathsep)):
                 try:
-                    disk = os.statvfs(os.path.expanduser(path))
+                    disk = shutil.disk_usage(os.path.expanduser(path))
+                    add(config.series_host, {'disk_total': disk.total, 'disk_free': disk.free},
+                        disk=path, host=name)
                 except OSError as error:
-                    problem = problem or LoggableError(f'disk_path {path!r}: {error.strerror}')
-                    continue
-                lines.append(influx_line(config.series_host, {'disk': path, **tags}, {
-                    'disk_total': disk.f_blocks * disk.f_frsize,
-                    'disk_free': disk.f_bavail * disk.f_frsize}, now))
-        return lines, problem
+                    problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+        return lines, problems
 
     def deliver(self) -> None:
         """Send all points, oldest first; raises LoggableError when some have to wait."""
         if self.problem and elapsed_time() < self.retry_at:
             raise LoggableError(self.problem)
         while self.points:
-            lines = list(itertools.islice(self.points, self.batch))
+            lines = self.points[:self.BATCH]
             try:
                 self.post(lines)
             except LoggableError as error:
@@ -2817,10 +2820,7 @@ class InfluxDB(Job):
                 self.retry_at = elapsed_time() + (error.pause or self.pause)
                 raise LoggableError(self.problem) from None
             self.problem, self.pause = '', 0.0
-            for _ in lines:
-                self.points.popleft()
-            if len(lines) >= self.batch:        # it was small once, perhaps it no longer has to be
-                self.batch = min(self.batch * 2, self.BATCH)
+            del self.points[:len(lines)]
 
     def post(self, lines: list[str]) -> None:
         """Write points, in parts where the server wants that; drop what it calls malformed.
@@ -2832,17 +2832,19 @@ class InfluxDB(Job):
             return
         said = f'HTTP {answer.status} {answer.reason} {quoted(beginning(answer.body))}'
         if answer.status == 413 and len(lines) > 1:
-            half = self.batch = len(lines) // 2
+            half = len(lines) // 2
             self.post(lines[:half])
             self.post(lines[half:])
         elif answer.status in (400, 413, 422):
-            series = {re.split(r'(?<!\\)[, ]', line)[0] for line in lines}
-            if len(series) == 1:
+            parts = collections.defaultdict(list)
+            for line in lines:
+                parts[re.split(r'(?<!\\)[, ]', line)[0]].append(line)
+            if len(parts) == 1:
                 self.LOG.warning('%s: %d points of %s were refused and dropped: %s',
-                                 self.config.url, len(lines), series.pop(), said)
+                                 self.config.url, len(lines), *parts, said)
                 return
-            for name in sorted(series):         # one bad series must not cost the others
-                self.post([line for line in lines if re.split(r'(?<!\\)[, ]', line)[0] == name])
+            for part in parts.values():         # one bad series must not cost the others
+                self.post(part)
         else:
             refused = LoggableError(said)
             after = answer.headers.get('retry-after', '')
@@ -2983,8 +2985,7 @@ class QueueManager(Job):
         self.startable = parse_condition(' '.join(f'[ {condition.text} ]' for condition in (
             config.queue_startable_base, config.startable) if condition))
         self.needs = ('left', 'path') if config.room else ()
-        self.file = config.state_dir and os.path.join(
-            config.state_dir, f'{config.job_name}.last_start'.replace('/', '_'))
+        self.file = self.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError), open(
                 self.file or os.devnull, encoding='ascii') as stream:
