@@ -2410,7 +2410,8 @@ class QueueTest(Folder):
                           for back in (False, True)], [[0, 4, 1, 3, 2], [2, 1, 3, 0, 4]])
 
     def test_failure_costs_one_turn(self):
-        job, done = make_queue(torque.Choice, FakeRTorrent([{}, {}, {}]), sort='-name'), []
+        job, done = make_queue(
+            torque.Choice, FakeRTorrent([{}, {}, {}]), matcher='*', sort='-name'), []
 
         def work(torrent):
             done.append(torrent['name'])

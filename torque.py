@@ -2875,25 +2875,23 @@ class InfluxDB(Job):
                          config.timeout)
 
 
-ENVIRONMENT = {name.upper(): name for name in (
-    'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')}
+def check_fields(names: Iterable[str]) -> None:
+    """Refuse names that are no fields of a torrent, such as d_erase."""
+    for name in names:
+        torrent_field(name)
 
 
 def parse_condition(text: str) -> Filter | None:
     """Return the Filter of a condition, None for an empty one."""
-    if not str(text).strip():
-        return None
-    condition = Filter(text)
-    for name in condition.fields:
-        torrent_field(name)                     # refuses d_erase and the like
+    condition = Filter(text) if str(text).strip() else None
+    check_fields(condition.fields if condition else ())
     return condition
 
 
 def parse_sort(text: str) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
     keys = [(word.lstrip('-'), word[0] == '-') for word in re.split(r'[\s,]+', text) if word]
-    for name, _ in keys:
-        torrent_field(name)
+    check_fields(name for name, _ in keys)
     return keys
 
 
@@ -2906,14 +2904,6 @@ def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torr
     return torrents
 
 
-def field_names(names: Iterable[str]) -> list[str]:
-    """Return the names of a template that are fields of a torrent."""
-    fields = [name for name in names if name != 'item']
-    for name in fields:
-        torrent_field(name)
-    return fields
-
-
 class Choice(Job):
     """What jobs share that work on the torrents of a view that meet a condition."""
     options: tuple | None = (
@@ -2923,28 +2913,39 @@ class Choice(Job):
     fields: tuple = ()                  # what the job needs to know of a torrent, too
     FRESH = 1.0                         # seconds that a list may be old
 
+    def __init__(self, config: JobConfig):
+        super().__init__(config)
+        if not config.matcher:
+            raise UserError('matcher is not set; for all torrents write matcher = *')
+
+    def use(self, template: Any) -> Any:
+        """Have what a template needs known of the torrents; return it."""
+        check_fields(template.names)
+        self.fields += template.names
+        return template
+
     def chosen(self) -> list[Torrent]:
         """Return the torrents that meet the condition, in order."""
         config = self.config
         return in_order(list_torrents(self.engine, config.view, [
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
 
-    def each(self, torrents: Iterable[Torrent], work: Callable[[Torrent], Any]) -> None:
+    def each(self, torrents: list[Torrent], work: Callable[[Torrent], Any]) -> None:
         """Do the work on every torrent; one that fails costs its own turn only.
 
         After a while they are looked at again: the user may have changed them meanwhile.
         """
         failures, listed = [], elapsed_time()
-        current: dict[str, Torrent] | None = None
+        current = {torrent['hash']: torrent for torrent in torrents}
         for torrent in torrents:
             if elapsed_time() - listed > self.FRESH:
                 current = {found['hash']: found for found in self.chosen()}
                 listed = elapsed_time()
-            if current is not None and torrent['hash'] not in current:
+            if torrent['hash'] not in current:
                 self.LOG.info('%s does not meet the condition any more', torrent)
                 continue
             try:
-                work(current[torrent['hash']] if current else torrent)
+                work(current[torrent['hash']])
             except Unreachable:
                 raise
             except (LoggableError, OSError) as error:
@@ -2998,7 +2999,7 @@ class QueueManager(Job):
         if now < self.last_start + config.intermission:
             self.LOG.debug('no start: the intermission is not over')
             return
-        if self.places(self.list_running()) <= 0:
+        if not self.places(self.list_running()):
             return
         view = config.viewname or ('pyrotorque' if self.engine.has_view('pyrotorque') else 'main')
         startable = in_order(list_torrents(self.engine, view, [
@@ -3009,12 +3010,9 @@ class QueueManager(Job):
             return
         running = self.list_running()           # again: listing took time, and a view may be stale
         hashes = {torrent['hash'] for torrent in running}
-        coming: dict = collections.Counter()
-        for torrent in running if config.room else ():
-            coming[disk_of(torrent['path'])[0]] += torrent['left']
-        ready = (torrent for torrent in startable
-                 if torrent['hash'] not in hashes and self.fits(torrent, coming))
-        for torrent in itertools.islice(ready, max(self.places(running), 0)):
+        ready = self.fitting([torrent for torrent in startable if torrent['hash'] not in hashes],
+                             running)
+        for torrent in itertools.islice(ready, self.places(running)):
             self.start(torrent, now)
 
     def list_running(self) -> list[Torrent]:
@@ -3034,20 +3032,25 @@ class QueueManager(Job):
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
         self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
-        return min(max(config.start_at_once, config.downloading_min - count),
-                   config.downloading_max - count)
+        return max(min(max(config.start_at_once, config.downloading_min - count),
+                       config.downloading_max - count), 0)
 
-    def fits(self, torrent: Torrent, coming: dict) -> bool:
-        """Tell whether the disk has room for an item beside what is still coming to it."""
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
+        """Give the items that their disk has room for, beside what is still coming to it."""
         if not self.config.room:
-            return True
-        device, free = disk_of(torrent['path'])
-        if free is None or free - coming[device] - torrent['left'] < self.config.room:
-            self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent, show_size(
-                torrent['left']), show_size(free or 0), show_size(coming[device]))
-            return False
-        coming[device] += torrent['left']
-        return True
+            yield from torrents
+            return
+        coming: dict = collections.Counter()
+        for torrent in running:
+            coming[disk_of(torrent['path'])[0]] += torrent['left']
+        for torrent in torrents:
+            device, free = disk_of(torrent['path'])
+            if free is None or free - coming[device] - torrent['left'] < self.config.room:
+                self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent,
+                               *map(show_size, (torrent['left'], free or 0, coming[device])))
+                continue
+            coming[device] += torrent['left']
+            yield torrent
 
     def start(self, torrent: Torrent, now: float) -> None:
         """Start an item, having noted when."""
@@ -3202,14 +3205,13 @@ class Action(Choice):
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item uses: keep or delete'))
+    fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path')
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
             args = re.sub(r'\s*=\s*', '=', args, count=1)
-        if not config.matcher:
-            raise UserError('matcher is not set; for all torrents write matcher = *')
         if config.until_free and action != 'cull':
             raise UserError('until_free is for the action cull: nothing else frees anything')
         if not args and (callable(DO[action]) or action == 'exec'):
@@ -3220,10 +3222,8 @@ class Action(Choice):
             raise UserError(f'args {args!r} is not KEY=VALUE')
         args = '' if (action, args) == ('throttle', 'none') else args
         self.deletes = action in ('delete', 'cull')
-        self.template: Any = (CommandTemplate if action == 'exec' else Template)(
-            args, TORRENT_FIELDS)
-        self.fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path',
-                       *field_names(self.template.names))
+        self.template = self.use((CommandTemplate if action == 'exec' else Template)(
+            args, TORRENT_FIELDS))
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
         self.gone: set[str] = set()             # erased in this run, or would be
 
@@ -3305,10 +3305,10 @@ class Action(Choice):
 
     def perform(self, torrent: Torrent) -> None:
         """Do the action on one torrent."""
-        action, values = self.config.action, {**torrent, 'item': torrent}
-        shown, make = self.template.render(values), DO[action]
+        action = self.config.action
+        shown, make = self.template.render(torrent), DO[action]
         if action == 'exec':
-            make = [('branch', 'd.hash=', text) for text in self.template.commands(values)]
+            make = [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
         calls = [(method, torrent['hash'], *rest) for method, *rest in (
             make(shown, torrent) if callable(make) else make or ())]
         if not calls and action != 'log':
@@ -3400,28 +3400,28 @@ class ItemCommand(Choice, Command):
     options = (
         *(Choice.options or ()), *(Command.options or ()),
         Option('once', parse_bool, 'no', 'only once for each torrent, which is marked'))
+    fields = ENVIRONMENT = (
+        'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        if not config.matcher:
-            raise UserError('matcher is not set; for all torrents write matcher = *')
         if config.shell and '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.template = ArgsTemplate('-' if config.shell else config.args, TORRENT_FIELDS)
+        self.template = self.use(ArgsTemplate('-' if config.shell else config.args,
+                                              TORRENT_FIELDS))
         self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
-        self.fields = (*ENVIRONMENT.values(), *field_names(self.template.names))
 
     def run(self) -> None:
         self.each(self.chosen(), self.for_torrent)
 
     def for_torrent(self, torrent: Torrent) -> None:
         """Run the program for one torrent."""
-        self.execute(self.words if self.config.shell else self.template.render(
-            {**torrent, 'item': torrent}), {f'TORRENT_{name}': show(torrent[field]).replace(
-                '\0', ' ') for name, field in ENVIRONMENT.items()})
+        words = self.words if self.config.shell else self.template.render(torrent)
+        self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
+                             for name in self.ENVIRONMENT})
         if self.config.once and not self.dry_run:
             proxy = self.engine.open()
             proxy.d.custom.set(torrent['hash'], self.mark, '1')
@@ -3496,16 +3496,15 @@ class Move(Choice):
         *(Choice.options or ()),
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     MARK = 'torque_move'                # a custom value of rTorrent
-    NEEDS = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'd_state',
-             f'custom_{MARK}')
+    fields = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'd_state',
+              f'custom_{MARK}')
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        if not config.matcher or not config.target:
-            raise UserError('matcher and target have to be set; for all torrents matcher = *')
-        self.template = Template(config.target, TORRENT_FIELDS)
+        if not config.target:
+            raise UserError('matcher and target have to be set')
+        self.template = self.use(Template(config.target, TORRENT_FIELDS))
         self.closed = parse_condition(f'custom_{self.MARK}=?* d_state=1 is_open=no is_hashing=no')
-        self.fields = (*self.NEEDS, *field_names(self.template.names))
 
     def run(self) -> None:
         """Move what meets the condition, beside no other Move of this state_dir."""
@@ -3526,15 +3525,14 @@ class Move(Choice):
 
         Not the others: 0.9.8 aborts over more than 10 tracker requests of an item in 10 s.
         """
-        for torrent in list_torrents(self.engine, 'default', self.NEEDS, self.closed):
-            if torrent['hash'] in chosen:
-                continue
-            if self.announce('starting again, for its move was cut short:', torrent):
+        for torrent in list_torrents(self.engine, 'default', Move.fields, self.closed):
+            if torrent['hash'] not in chosen and self.announce(
+                    'starting again, for its move was cut short:', torrent):
                 self.start_again(torrent)
 
     def move(self, torrent: Torrent) -> None:
         """Move one item, unless anything about it is doubtful."""
-        folder = os.path.expanduser(self.template.render({**torrent, 'item': torrent}))
+        folder = os.path.expanduser(self.template.render(torrent))
         source, mark = torrent['path'], torrent[f'custom_{self.MARK}']
         if not folder:
             return
