@@ -2948,7 +2948,7 @@ class Choice(Job):
                 work(current[torrent['hash']])
             except Unreachable:
                 raise
-            except (LoggableError, OSError) as error:
+            except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
                 self.LOG.warning('%s: %s', torrent, error)
                 failures.append(error)
         if failures:
@@ -3455,34 +3455,26 @@ def discard(path: str) -> None:
         os.remove(path)
 
 
-@contextlib.contextmanager
-def whole_copy(files: list[str], source: str, target: str, name: str) -> Iterator[str]:
-    """Give the path of a copy of data, beside its target, that is removed if left there."""
+def copy_whole(files: list[str], source: str, copy: str) -> None:
+    """Have a copy of data on the disk, as hard links where that is possible."""
     import shutil
-    copy = os.path.join(os.path.dirname(target), f'.torque-{name}')
-    try:
-        discard(copy)                   # what a crash left
-        if os.path.lexists(copy):
-            raise LoggableError(f'{quoted(copy)} cannot be deleted')
-        for path in files:
-            place = copy + path[len(source):]
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:             # another file system, or one without hard links
-                shutil.copyfile(path, place)
-                with contextlib.suppress(OSError):      # not every file system has modes
-                    shutil.copystat(path, place)
-            if not same_file(path, place):
-                raise LoggableError(f'{quoted(path)} changed while it was copied')
-            sync(place)
-        for folder, _, _ in os.walk(copy):
-            sync(folder)
-        yield copy
-    except (OSError, ValueError) as error:
-        raise LoggableError(f'{quoted(target)}: {error}') from None
-    finally:
-        discard(copy)
+    discard(copy)                       # what a crash left
+    if os.path.lexists(copy):
+        raise LoggableError(f'{quoted(copy)} cannot be deleted')
+    for path in files:
+        place = copy + path[len(source):]
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:                 # another file system, or one without hard links
+            shutil.copyfile(path, place)
+            with contextlib.suppress(OSError):          # not every file system has modes
+                shutil.copystat(path, place)
+        if not same_file(path, place):
+            raise LoggableError(f'{quoted(path)} changed while it was copied')
+        sync(place)
+    for folder, _, _ in os.walk(copy):
+        sync(folder)
 
 
 class Move(Choice):
@@ -3566,32 +3558,28 @@ class Move(Choice):
     def carry_out(self, torrent: Torrent, files: list[str], target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
         proxy, item, folder = self.engine.open(), torrent['hash'], os.path.dirname(target)
+        copy = os.path.join(folder, f'.torque-{item}')
+        old, new = proxy.d.directory_base(item), target if torrent['is_multi_file'] else folder
         proxy.d.custom.set(item, self.MARK, f"{torrent['path']}//{target}")
         proxy.d.close(item)             # d.state stays: a crash does not make it forget
         try:
             if not os.path.lexists(target):
-                with whole_copy(files, torrent['path'], target, item) as copy:
-                    if proxy.d.is_open(item):
-                        raise LoggableError('it was opened while its data was copied')
-                    if os.path.lexists(target):
-                        raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-                    os.rename(copy, target)
-                    sync(folder)
-            name, place = ('d.directory_base', target) if torrent['is_multi_file'] else (
-                'd.directory', folder)
-            proxy.call(name + '.set', item, place)
-            if proxy.call(name, item) != place:
-                raise LoggableError(f'rTorrent took {quoted(place)} for something else')
-            try:
-                self.open_data(item, len(files), target)        # only this renews d.base_path
-            except LoggableError:
-                old = torrent['path'] if torrent['is_multi_file'] else os.path.dirname(
-                    torrent['path'])
-                proxy.d.close(item)
-                proxy.call(name + '.set', item, old)
-                raise
+                copy_whole(files, torrent['path'], copy)
+                if proxy.d.is_open(item):
+                    raise LoggableError('it was opened while its data was copied')
+                if os.path.lexists(target):
+                    raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
+                os.rename(copy, target)
+                sync(folder)
+            proxy.d.directory_base.set(item, new)
+            if proxy.d.directory_base(item) != new:
+                raise LoggableError(f'rTorrent took {quoted(new)} for something else')
+            self.open_data(item, len(files), target)            # only this renews d.base_path
             proxy.d.save_full_session(item)
         except BaseException:
+            discard(copy)
+            proxy.d.close(item)
+            proxy.d.directory_base.set(item, old)
             self.start_again(torrent)
             if not os.path.lexists(target):
                 proxy.d.custom.set(item, self.MARK, '')
