@@ -3859,8 +3859,8 @@ def make_job(kind, engine, **settings):
     config = torque.JobConfig()
     for option in kind.options:
         text = settings.pop(option.name, option.default)
-        config[option.name] = None if text == '' and option.parse is torque.parse_duration \
-            else option.parse(text)
+        unset = text == '' and option.parse in (torque.parse_duration, torque.parse_count)
+        config[option.name] = None if unset else option.parse(text)
     config.update({'job_name': 't', 'dry_run': False, **settings})
     config.engine, config.state_dir, config.alone = engine, JOB_STATE, True
     return kind(config)

@@ -2539,7 +2539,7 @@ def get_class_logger(job: Any) -> logging.Logger:
 
 class Job:
     """What built-in jobs share; a plain class with __init__(config) and run() is a job too."""
-    options: tuple | None = None        # None: any option is taken, as the ini has it
+    options: Any = None                 # None: any option is taken, as the ini has it
     section = ''                        # the ini section that gives options their defaults
     families: tuple[str, ...] = ()      # beginnings of options that may have any name
     at_start = False                    # run at the start, too
@@ -2558,7 +2558,7 @@ class Job:
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
         self.LOG.info('%s%s', 'dry run, not done: ' if self.dry_run else '',
-                      ' '.join(map(str, words)))
+                      ' '.join(str(word) for word in words if word))
         return not self.dry_run
 
     def act(self, method: str, *params: Any) -> Any:
@@ -2661,15 +2661,14 @@ def host_figures() -> dict:
         figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
         with open('/proc/meminfo', encoding='ascii') as stream:
             memory = dict(re.findall(r'(\w+): +(\d+) kB', stream.read()))
-        for name, key in (('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
-                          ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')):
-            if key in memory:
-                figures[name] = int(memory[key]) * 1024
+        figures.update((name, int(memory[key]) * 1024) for name, key in (
+            ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
+            ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
         with open('/proc/net/dev', encoding='ascii') as stream:
             rows = [line.partition(':')[2].split() for line in stream
                     if ':' in line and not line.lstrip().startswith('lo:')]
-        figures.update(net_received=sum(int(row[0]) for row in rows),
-                       net_sent=sum(int(row[8]) for row in rows))
+        for name, column in (('net_received', 0), ('net_sent', 8)):
+            figures[name] = sum(int(row[column]) for row in rows)
     except OSError:                     # not Linux: what could be had
         pass
     return figures
@@ -2677,10 +2676,8 @@ def host_figures() -> dict:
 
 def read_secret(path: str) -> str:
     """Return the first line of a file that holds a password or token; '' for no file."""
-    if not path:
-        return ''
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path or os.devnull), encoding='utf-8') as stream:
             return stream.readline().strip()
     except (OSError, ValueError) as error:
         raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
@@ -2808,7 +2805,7 @@ class InfluxDB(Job):
 
     def deliver(self) -> None:
         """Send all points, oldest first; raises LoggableError when some have to wait."""
-        if self.problem and elapsed_time() < self.retry_at:
+        if elapsed_time() < self.retry_at:
             raise LoggableError(self.problem)
         while self.points:
             lines = self.points[:self.BATCH]
@@ -2819,7 +2816,7 @@ class InfluxDB(Job):
                 self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
                 self.retry_at = elapsed_time() + (error.pause or self.pause)
                 raise LoggableError(self.problem) from None
-            self.problem, self.pause = '', 0.0
+            self.pause = 0.0
             del self.points[:len(lines)]
 
     def post(self, lines: list[str]) -> None:
@@ -2906,7 +2903,7 @@ def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torr
 
 class Choice(Job):
     """What jobs share that work on the torrents of a view that meet a condition."""
-    options: tuple | None = (
+    options: Any = (
         Option('view', str, 'main', 'view of rTorrent that is looked at'),
         Option('matcher', parse_condition, '', 'condition that a torrent must meet'),
         Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
@@ -3092,11 +3089,9 @@ def change_tags(change: Callable, args: str, item: Torrent) -> list:
 
 def parse_word(known: Iterable[str], text: str) -> str:
     """Return a word that has to be one of those known."""
-    if not text:
-        raise UserError(f"is not set; allowed are {' '.join(known)}")
     if text not in known:
-        raise UserError(f"{text!r} is not known; allowed are {' '.join(known)}"
-                        f'{nearest(text, known)}')
+        what = f'{text!r} is not known' if text else 'is not set'
+        raise UserError(f"{what}; allowed are {' '.join(known)}{nearest(text, known)}")
     return text
 
 
@@ -3195,12 +3190,12 @@ def remove_files(files: Iterable[str], base: str) -> None:
 class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
-        *(Choice.options or ()),
+        *Choice.options,
         Option('action', functools.partial(parse_word, DO), '', ' '.join(DO)),
         Option('args', str, '', 'template for tag untag throttle log, KEY=VALUE for custom, 0 to '
                                 '3 for prio, commands of rTorrent for exec'),
-        Option('limit', lambda text: None if text == '' else parse_count(text), '',
-               'most torrents in one run; left out, 10 for delete and cull, else all'),
+        Option('limit', parse_count, '', 'most torrents in one run; left out, 10 for delete and '
+                                         'cull, else all'),
         Option('confirm', parse_count, '1', 'act on what met the condition so many runs in a row'),
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
@@ -3225,7 +3220,7 @@ class Action(Choice):
         self.template = self.use((CommandTemplate if action == 'exec' else Template)(
             args, TORRENT_FIELDS))
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
-        self.gone: set[str] = set()             # erased in this run, or would be
+        self.gone: set[str] = set()             # a dry run of a cull would have erased these
 
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
@@ -3294,8 +3289,9 @@ class Action(Choice):
             used, {torrent['hash'], *self.gone}, torrent['path'])
         if user:
             self.LOG.info('the data of %s stays: another item uses %s', torrent, quoted(user))
-        files = [] if user else item_files(self.engine, torrent, torrent['path'])
-        if not files and not user and torrent['is_complete']:
+            return []
+        files = item_files(self.engine, torrent, torrent['path'])
+        if not files and torrent['is_complete']:
             raise LoggableError(f"there is no data at {quoted(torrent['path'])}; the action delete "
                                 'is for an item without')
         for folder in {os.path.dirname(file) for file in files}:
@@ -3315,9 +3311,9 @@ class Action(Choice):
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return
         files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
-        if not self.announce(action, torrent, *[quoted(shown)] * bool(shown), *[
-                f"with {len(files)} files at {quoted(torrent['path'])}"] * (action == 'cull')):
-            self.gone.update([torrent['hash']] if self.deletes else ())
+        if not self.announce(action, torrent, shown and quoted(shown), action == 'cull' and
+                             f"with {len(files)} files at {quoted(torrent['path'])}"):
+            self.gone.add(torrent['hash'])
             return
         answers = self.engine.open().batch(calls) if calls else []
         for answer in answers[-1:] if self.deletes else answers:        # erased is erased
@@ -3329,7 +3325,7 @@ class Action(Choice):
 class Command(Job):
     """Run a program."""
     children: set = set()               # pids of programs that run
-    options: tuple | None = (
+    options: Any = (
         Option('args', str, '', 'program and arguments; quotes as in a shell'),
         Option('shell', parse_bool, 'no', 'args is a line for the shell'),
         Option('cwd', str, '', 'folder to run in'),
@@ -3398,7 +3394,7 @@ class Command(Job):
 class ItemCommand(Choice, Command):
     """Run a program for every torrent that meets a condition."""
     options = (
-        *(Choice.options or ()), *(Command.options or ()),
+        *Choice.options, *Command.options,
         Option('once', parse_bool, 'no', 'only once for each torrent, which is marked'))
     fields = ENVIRONMENT = (
         'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')
@@ -3485,7 +3481,7 @@ class Move(Choice):
     torrent points at whole data, and the next run goes on by the MARK, `SOURCE//TARGET`.
     """
     options = (
-        *(Choice.options or ()),
+        *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     MARK = 'torque_move'                # a custom value of rTorrent
     fields = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'd_state',
