@@ -3535,19 +3535,19 @@ class Move(Choice):
                     self.finish(torrent, old, target)
             return
         files = item_files(self.engine, torrent, source, whole=True)
-        user = used_by_other(places_in_use(self.engine), [torrent['hash']], source,
-                             target)
+        user = used_by_other(places_in_use(self.engine), [torrent['hash']], source, target)
         again = mark == f'{source}//{target}' and all(
             same_file(path, target + path[len(source):]) for path in files)
-        problem = (f'there is no data at {quoted(source)}' if not files else
-                   f'another item uses {quoted(user)}' if user else
-                   'it is being checked' if torrent['is_hashing'] else
-                   f'{quoted(folder)} lies in it' if lies_in(os.path.realpath(folder),
-                                                             os.path.realpath(source)) else
-                   f'{quoted(target)} exists: nothing is overwritten'
-                   if os.path.lexists(target) and not again else '')
-        if problem:
-            raise LoggableError(f'not moved: {problem}')
+        for wrong, why in (
+                (not files, f'there is no data at {quoted(source)}'),
+                (user, f'another item uses {quoted(user)}'),
+                (torrent['is_hashing'], 'it is being checked'),
+                (lies_in(os.path.realpath(folder), os.path.realpath(source)),
+                 f'{quoted(folder)} lies in it'),
+                (os.path.lexists(target) and not again,
+                 f'{quoted(target)} exists: nothing is overwritten')):
+            if wrong:
+                raise LoggableError(f'not moved: {why}')
         if self.announce('moving', torrent, 'from', quoted(source), 'to', quoted(folder)):
             self.carry_out(torrent, files, target)
 
