@@ -2758,12 +2758,6 @@ class InfluxDB(Job):
             self.points.extend(lines)
             try:
                 self.deliver()
-            except LoggableError as error:
-                lost = max(len(self.points) - self.config.buffer, 0)
-                del self.points[:lost]
-                kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
-                dropped = f', the oldest {lost} dropped' if lost > 0 else ''
-                raise LoggableError(f'{error}; {kept}{dropped}') from None
             finally:
                 if elapsed_time() - self.saved_at >= 60 or not self.points:
                     self.save()
@@ -2805,19 +2799,22 @@ class InfluxDB(Job):
 
     def deliver(self) -> None:
         """Send all points, oldest first; raises LoggableError when some have to wait."""
-        if elapsed_time() < self.retry_at:
-            raise LoggableError(self.problem)
-        while self.points:
+        while self.points and elapsed_time() >= self.retry_at:
             lines = self.points[:self.BATCH]
             try:
                 self.post(lines)
+                self.pause = 0.0
+                del self.points[:len(lines)]
             except LoggableError as error:
                 self.problem = f'{self.config.url}: {error}'
                 self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
                 self.retry_at = elapsed_time() + (error.pause or self.pause)
-                raise LoggableError(self.problem) from None
-            self.pause = 0.0
-            del self.points[:len(lines)]
+        if self.points:
+            lost = max(len(self.points) - self.config.buffer, 0)
+            del self.points[:lost]
+            kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
+            dropped = f', the oldest {lost} dropped' if lost else ''
+            raise LoggableError(f'{self.problem}; {kept}{dropped}')
 
     def post(self, lines: list[str]) -> None:
         """Write points, in parts where the server wants that; drop what it calls malformed.
