@@ -2589,6 +2589,15 @@ class EngineStats(Job):
                       ', '.join(rates), stats.rpc_time * 1000)
 
 
+def sync(path: str) -> None:
+    """Have a file or folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def replace_file(path: str, text: str) -> None:
     """Write a file of the user's own, whole or not at all, whatever happens meanwhile."""
     folder = os.path.dirname(path)
@@ -2596,8 +2605,7 @@ def replace_file(path: str, text: str) -> None:
     handle = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(handle, 'w', encoding='utf-8') as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    sync(path + '.new')
     os.replace(path + '.new', path)
 
 
@@ -2657,7 +2665,7 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
     figures: dict = {}
-    try:
+    with contextlib.suppress(OSError):  # not Linux: what could be had
         figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
         with open('/proc/meminfo', encoding='ascii') as stream:
             memory = dict(re.findall(r'(\w+): +(\d+) kB', stream.read()))
@@ -2665,12 +2673,9 @@ def host_figures() -> dict:
             ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
             ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
         with open('/proc/net/dev', encoding='ascii') as stream:
-            rows = [line.partition(':')[2].split() for line in stream
-                    if ':' in line and not line.lstrip().startswith('lo:')]
+            rows = re.findall(r'^ *(?!lo:)\S+:(.+)', stream.read(), re.M)
         for name, column in (('net_received', 0), ('net_sent', 8)):
-            figures[name] = sum(int(row[column]) for row in rows)
-    except OSError:                     # not Linux: what could be had
-        pass
+            figures[name] = sum(int(row.split()[column]) for row in rows)
     return figures
 
 
@@ -2865,8 +2870,7 @@ class InfluxDB(Job):
         if config.gzip:
             import gzip
             body, headers['Content-Encoding'] = gzip.compress(body), 'gzip'
-        return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers,
-                         config.timeout)
+        return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
 
 
 def check_fields(names: Iterable[str]) -> None:
@@ -3271,9 +3275,9 @@ class Action(Choice):
             if free is not None and free + promised[device] < self.config.until_free:
                 try:
                     freed = freed_by(self.own_files(torrent, used))
-                except (LoggableError, OSError) as error:
-                    if isinstance(error, Unreachable):
-                        raise
+                except Unreachable:
+                    raise
+                except (LoggableError, OSError, ValueError) as error:
                     self.LOG.warning('%s: %s', torrent, error)
                     continue
                 promised[device] += freed
@@ -3398,11 +3402,11 @@ class ItemCommand(Choice, Command):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        if config.shell and '{{' in config.args:
+        if not config.shell:
+            self.template = self.use(ArgsTemplate(config.args, TORRENT_FIELDS))
+        elif '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.template = self.use(ArgsTemplate('-' if config.shell else config.args,
-                                              TORRENT_FIELDS))
         self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
@@ -3429,15 +3433,6 @@ def same_file(path: str, copy: str) -> bool:
         return False
     return (one.st_mode >> 12, one.st_size) == (other.st_mode >> 12, other.st_size) and \
         abs(one.st_mtime - other.st_mtime) <= 2 and os.path.realpath(path) != os.path.realpath(copy)
-
-
-def sync(path: str) -> None:
-    """Have a file or folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def discard(path: str) -> None:
