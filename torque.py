@@ -2508,7 +2508,6 @@ class JobConfig(Settings):
 
     engine is the job's rTorrent. state_dir is where it may keep a file, None where it may not.
     """
-    __slots__ = ('engine', 'state_dir', 'alone')
     engine: Any
     state_dir: str | None
     alone: bool                         # a single run, beside the daemon perhaps
@@ -2618,26 +2617,21 @@ def parse_pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def parse_web_url(text: str) -> str:
-    """Return the base URL of a web server."""
-    if not re.match(r'https?://[^/@\s]+(/\S*)?$', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
-                        'with user and password as settings')
-    return text.rstrip('/')
+def parse_form(form: str, what: str, text: str) -> str:
+    """Return the first group of a regex that text has to match; what: what it should have been."""
+    found = re.fullmatch(form, text)
+    if not found:
+        raise UserError(f'{redacted(text)!r} is no {what}')
+    return found[1]
 
 
-def parse_ping_url(text: str) -> str:
-    """Return the URL of a monitor, or nothing."""
-    if not re.match(r'(https?://[^\s/]|$)', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/...')
-    return text
-
-
-def parse_api(text: str) -> int:
-    """Return the version of InfluxDB's interface to use, 0 to choose by the settings."""
-    if str(text) not in ('', '1', '2', '3'):
-        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
-    return int(text or 0)
+parse_web_url = functools.partial(
+    parse_form, r'(https?://[^/@\s]+(?:/\S*?)?)/*', 'web address; allowed is http(s)://host:port, '
+    'with user and password as settings')
+parse_ping_url = functools.partial(
+    parse_form, r'(https?://[^\s/].*|)', 'web address; allowed is http(s)://host/...')
+parse_api = functools.partial(
+    parse_form, '([123]?)', 'version of the interface; allowed are 1, 2, 3')
 
 
 def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
@@ -2704,8 +2698,7 @@ class InfluxDB(Job):
         Option('timeout', parse_duration, '10s', 'most time for one request'),
         Option('gzip', parse_bool, 'no', 'compress what is sent'),
         Option('dbname', str, 'torque', 'database (1.x, 3.x)'),
-        Option('series', str, 'rtorrent', 'series for rTorrent data, and <series>_views; '
-                                          'empty for none'),
+        Option('series', str, 'rtorrent', 'series for rTorrent, and <series>_views; or empty'),
         Option('series_host', str, 'host', 'series for host data; empty for none'),
         Option('disk_path', str, '~', 'paths whose disks are measured, separated by :'),
         Option('tags', parse_pairs, '', 'tags for every point: name=value, name=value'),
@@ -2717,7 +2710,7 @@ class InfluxDB(Job):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
-        self.api = config.api or (2 if config.org or config.bucket else 1)
+        self.api = config.api or ('2' if config.org or config.bucket else '1')
         self.pause = self.retry_at = self.saved_at = 0.0
         self.problem = ''
         self.file = '' if config.alone else self.state_file('points')
@@ -2855,15 +2848,15 @@ class InfluxDB(Job):
         from urllib.parse import urlencode
         config = self.config
         path, query = {
-            1: ('/write', {'db': config.dbname, 'precision': 'ms'}),
-            2: ('/api/v2/write', {'org': config.org, 'bucket': config.bucket or config.dbname,
-                                  'precision': 'ms'}),
-            3: ('/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'})}[self.api]
+            '1': ('/write', {'db': config.dbname, 'precision': 'ms'}),
+            '2': ('/api/v2/write', {'org': config.org, 'bucket': config.bucket or config.dbname,
+                                    'precision': 'ms'}),
+            '3': ('/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'})}[self.api]
         headers = {'Content-Type': 'text/plain; charset=utf-8'}
         token = config.token or read_secret(config.token_file)
         password = config.password or read_secret(config.password_file)
         if token:
-            headers['Authorization'] = f"{'Bearer' if self.api == 3 else 'Token'} {token}"
+            headers['Authorization'] = f"{'Bearer' if self.api == '3' else 'Token'} {token}"
         elif config.user:
             login = f'{config.user}:{password}'.encode()
             headers['Authorization'] = f'Basic {binascii.b2a_base64(login, newline=False).decode()}'
@@ -2961,18 +2954,15 @@ class QueueManager(Job):
                'condition that any startable item must meet, too'),
         Option('startable', parse_condition, 'is_ignored=no done=0 message=/^$|ghost/ prio>0',
                'condition of what may be started (and queue_startable_base)', 'matcher'),
-        Option('downloading', parse_condition, '', 'condition of active items that count as '
-                                                   'downloading; others that are started count'),
+        Option('downloading', parse_condition, '', 'which active items count as downloading'),
         Option('sort_fields', parse_sort, '-prio, loaded, name', 'order of starting', 'sort'),
-        Option('downloading_min', parse_count, '1', 'as many are started at once, whatever '
-                                                    'start_at_once says'),
+        Option('downloading_min', parse_count, '1', 'below this, start_at_once does not hold'),
         Option('downloading_max', parse_count, '9', 'most downloading items'),
         Option('start_at_once', parse_count, '1', 'most starts in one run'),
         Option('intermission', parse_duration, '0', 'least time between starts'),
         Option('downloading_traffic_max', parse_size, '0', 'start nothing above this rate; 0: any',
                'max_downloading_traffic'),
-        Option('room', parse_size, '0', 'start only what fits on its disk and leaves this much '
-                                        'free; 0: whatever its size'),
+        Option('room', parse_size, '0', 'what has to stay free on the disk of an item; 0: any'),
         Option('viewname', str, '', 'view that is looked at; left out, pyrotorque or main'),
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
@@ -3195,8 +3185,7 @@ class Action(Choice):
         Option('action', functools.partial(parse_word, DO), '', ' '.join(DO)),
         Option('args', str, '', 'template for tag untag throttle log, KEY=VALUE for custom, 0 to '
                                 '3 for prio, commands of rTorrent for exec'),
-        Option('limit', parse_count, '', 'most torrents in one run; left out, 10 for delete and '
-                                         'cull, else all'),
+        Option('limit', parse_count, '', 'most torrents in a run; left out, all, or 10 to delete'),
         Option('confirm', parse_count, '1', 'act on what met the condition so many runs in a row'),
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
@@ -3331,8 +3320,7 @@ class Command(Job):
         Option('shell', parse_bool, 'no', 'args is a line for the shell'),
         Option('cwd', str, '', 'folder to run in'),
         Option('env', parse_pairs, '', 'more environment: NAME=value, NAME=value'),
-        Option('timeout', parse_duration, '', 'after this time the program and its children are '
-                                              'ended'))
+        Option('timeout', parse_duration, '', 'when the program and its children are ended'))
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
