@@ -2866,23 +2866,19 @@ class InfluxDB(Job):
         return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
 
 
-def check_fields(names: Iterable[str]) -> None:
-    """Refuse names that are no fields of a torrent, such as d_erase."""
-    for name in names:
-        torrent_field(name)
-
-
 def parse_condition(text: str) -> Filter | None:
     """Return the Filter of a condition, None for an empty one."""
     condition = Filter(text) if str(text).strip() else None
-    check_fields(condition.fields if condition else ())
+    for name in condition.fields if condition else ():
+        torrent_field(name)                     # refuses d_erase and the like
     return condition
 
 
 def parse_sort(text: str) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
     keys = [(word.lstrip('-'), word[0] == '-') for word in re.split(r'[\s,]+', text) if word]
-    check_fields(name for name, _ in keys)
+    for name, _ in keys:
+        torrent_field(name)
     return keys
 
 
@@ -2911,7 +2907,8 @@ class Choice(Job):
 
     def use(self, template: Any) -> Any:
         """Have what a template needs known of the torrents; return it."""
-        check_fields(template.names)
+        for name in template.names:
+            torrent_field(name)
         self.fields += template.names
         return template
 
@@ -3069,7 +3066,7 @@ DO: dict[str, Any] = {                  # action -> commands with the item's has
     'throttle': lambda args, item: [] if item['throttle'] == args else [
         *[('d.stop',)] * item['is_active'], ('d.throttle_name.set', args),
         *[('d.start',)] * item['is_active']],
-    'exec': None, 'log': None}
+    'exec': [], 'log': []}
 
 
 def change_tags(change: Callable, args: str, item: Torrent) -> list:
@@ -3296,7 +3293,7 @@ class Action(Choice):
         if action == 'exec':
             make = [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
         calls = [(method, torrent['hash'], *rest) for method, *rest in (
-            make(shown, torrent) if callable(make) else make or ())]
+            make(shown, torrent) if callable(make) else make)]
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return
