@@ -2506,10 +2506,10 @@ class Settings(dict):
 class JobConfig(Settings):
     """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active.
 
-    engine is the job's rTorrent. state_dir is where it may keep a file, None where it may not.
+    engine is the job's rTorrent. state_dir is where it may keep a file.
     """
     engine: Any
-    state_dir: str | None
+    state_dir: str
     alone: bool                         # a single run, beside the daemon perhaps
     __setattr__ = object.__setattr__
 
@@ -2550,9 +2550,9 @@ class Job:
         self.dry_run = bool(config.dry_run)
 
     def state_file(self, ending: str) -> str:
-        """Return the path of the file that the job may keep, '' where it may not."""
+        """Return the path of a file that the job may keep."""
         name = f'{self.config.job_name}.{ending}'.replace('/', '_')
-        return self.config.state_dir and os.path.join(self.config.state_dir, name) or ''
+        return os.path.join(self.config.state_dir, name)
 
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
@@ -2973,8 +2973,7 @@ class QueueManager(Job):
         self.needs = ('left', 'path') if config.room else ()
         self.file = self.state_file('last_start')
         self.last_start = 0.0
-        with contextlib.suppress(OSError, ValueError), open(
-                self.file or os.devnull, encoding='ascii') as stream:
+        with contextlib.suppress(OSError, ValueError), open(self.file, encoding='ascii') as stream:
             self.last_start = float(stream.read())
 
     def run(self) -> None:
@@ -3041,7 +3040,7 @@ class QueueManager(Job):
         """Start an item, having noted when."""
         if not self.announce('starting', torrent):
             return
-        if self.file and self.config.intermission and self.last_start != now:
+        if self.config.intermission and self.last_start != now:
             replace_file(self.file, f'{now}\n')
         self.last_start = now
         proxy = self.engine.open()
@@ -3474,7 +3473,7 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, beside no other Move of this state_dir."""
         import fcntl
-        folder = str(self.config.state_dir)
+        folder = self.config.state_dir
         os.makedirs(folder, mode=0o700, exist_ok=True)
         with open(os.path.join(folder, 'move.lock'), 'w', encoding='ascii') as lock:
             try:                                # against other Moves and --run-once, too
