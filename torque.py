@@ -2898,6 +2898,7 @@ class Choice(Job):
         Option('matcher', parse_condition, '', 'condition that a torrent must meet'),
         Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
     fields: tuple = ()                  # what the job needs to know of a torrent, too
+    deletes = False                     # then it says more of what it leaves alone
     FRESH = 1.0                         # seconds that a list may be old
 
     def __init__(self, config: JobConfig):
@@ -2918,14 +2919,29 @@ class Choice(Job):
         return in_order(list_torrents(self.engine, config.view, [
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
 
-    def each(self, torrents: list[Torrent], work: Callable[[Torrent], Any]) -> None:
-        """Do the work on every torrent; one that fails costs its own turn only.
+    def hold_back(self, before: list[Torrent], after: list[Torrent], why: str) -> list[Torrent]:
+        """Log which torrents are left alone for now; return the others."""
+        kept = {torrent['hash'] for torrent in after}
+        left = [torrent for torrent in before if torrent['hash'] not in kept]
+        for torrent in left:
+            self.LOG.log(logging.INFO if self.dry_run else logging.DEBUG,
+                         'held back: %s: %s', torrent, why)
+        if left and self.deletes and not self.dry_run:
+            self.LOG.info('%d held back: %s', len(left), why)
+        return after
+
+    def each(self, torrents: list[Torrent], work: Callable[[Torrent], Any],
+             most: int | None = None) -> None:
+        """Do the work on torrents, so many at most; one that fails costs its own turn only.
 
         After a while they are looked at again: the user may have changed them meanwhile.
         """
-        failures, listed = [], elapsed_time()
+        failures, done, listed = [], 0, elapsed_time()
         current = {torrent['hash']: torrent for torrent in torrents}
-        for torrent in torrents:
+        for at, torrent in enumerate(torrents):
+            if done == most:                    # one that failed does not count
+                self.hold_back(torrents[at:], [], f'the limit is {most}')
+                break
             if elapsed_time() - listed > self.FRESH:
                 current = {found['hash']: found for found in self.chosen()}
                 listed = elapsed_time()
@@ -2934,6 +2950,7 @@ class Choice(Job):
                 continue
             try:
                 work(current[torrent['hash']])
+                done += 1
             except Unreachable:
                 raise
             except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
@@ -3221,35 +3238,12 @@ class Action(Choice):
         ready = self.hold_back(torrents, [
             torrent for torrent in torrents if self.met[torrent['hash']] >= confirm],
             f'it has not yet met the condition in {confirm} runs in a row')
-        limit = config.limit if config.limit is not None else 10 if self.deletes else len(ready)
+        limit = 10 if self.deletes and config.limit is None else config.limit
         if config.until_free:
             ready = self.hold_back(
                 ready, list(itertools.islice(self.until_free(ready), limit)), 'it is not needed to '
                 f'have {show_size(config.until_free)} free, or no help, or the limit is {limit}')
-        performed, left = 0, []
-
-        def work(torrent: Torrent) -> None:
-            nonlocal performed
-            if performed == limit:              # one that fails does not count
-                left.append(torrent)
-            else:
-                self.perform(torrent)
-                performed += 1
-        try:
-            self.each(ready, work)
-        finally:
-            self.hold_back(left, [], f'the limit is {limit}')
-
-    def hold_back(self, before: list[Torrent], after: list[Torrent], why: str) -> list[Torrent]:
-        """Log which torrents are left alone for now; return the others."""
-        kept = {torrent['hash'] for torrent in after}
-        left = [torrent for torrent in before if torrent['hash'] not in kept]
-        for torrent in left:
-            self.LOG.log(logging.INFO if self.dry_run else logging.DEBUG,
-                         'held back: %s: %s', torrent, why)
-        if left and self.deletes and not self.dry_run:
-            self.LOG.info('%d held back: %s', len(left), why)
-        return after
+        self.each(ready, self.perform, limit)
 
     def until_free(self, torrents: list[Torrent]) -> Iterator[Torrent]:
         """Give torrents in order until deleting them frees enough on their disk."""
