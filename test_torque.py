@@ -4062,6 +4062,14 @@ class ActionTest(WithDouble):
         self.run_action('cull', matcher='name=a')
         self.assertEqual((self.names(), sorted(os.listdir(self.folder))), (['b'], ['a', 'b']))
 
+    def test_path_that_the_system_refuses_costs_a_turn(self):
+        for name in 'ab':
+            self.engine.add(self.path(name))
+        self.engine.items[HASH(1)]['d.base_path'] = '/\ud800'
+        self.fails('torrents failed', lambda: self.run_action('cull'))
+        self.assertIn('a', self.names())
+        self.assertTrue(self.logged('WARNING', "'a'"))
+
     def test_condition_is_confirmed(self):
         info_hash = self.engine.add(self.path('a'), message='gone')
         job = make_job(torque.Action, self.engine, matcher='message=gone', action='delete',
@@ -4308,6 +4316,17 @@ class MoveTest(WithDouble):
                              ({'a/x': self.FILES['x'], 'a/sub/y': self.FILES['sub/y']},
                               self.path('old', 'a'), 1))
         self.engine.blind = False
+        self.move()
+        self.whole(self.target)
+
+    def test_directory_that_rtorrent_mistakes(self):
+        item = self.engine.items[self.info_hash]
+        self.engine.before = lambda method, target: '/else' if (
+            method == 'd.directory_base' and item['d.directory'] != self.path('old', 'a')) else None
+        self.fails('for something else', self.move)
+        self.assertEqual((item['d.directory'], item['d.is_active'], item['d.state']),
+                         (self.path('old', 'a'), 1, 1))
+        self.engine.before = lambda method, target: None
         self.move()
         self.whole(self.target)
 
