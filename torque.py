@@ -3011,8 +3011,10 @@ class QueueManager(Job):
             return
         running = self.list_running()           # again: listing took time, and a view may be stale
         hashes = {torrent['hash'] for torrent in running}
-        ready = self.fitting([torrent for torrent in startable if torrent['hash'] not in hashes],
-                             running)
+        ready: Iterable[Torrent] = [torrent for torrent in startable
+                                    if torrent['hash'] not in hashes]
+        if config.room:
+            ready = self.fitting(ready, running)
         for torrent in itertools.islice(ready, self.places(running)):
             self.start(torrent, now)
 
@@ -3036,11 +3038,8 @@ class QueueManager(Job):
         return max(min(max(config.start_at_once, config.downloading_min - count),
                        config.downloading_max - count), 0)
 
-    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
+    def fitting(self, torrents: Iterable[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
         """Give the items that their disk has room for, beside what is still coming to it."""
-        if not self.config.room:
-            yield from torrents
-            return
         coming: dict = collections.Counter()
         for torrent in running:
             coming[disk_of(torrent['path'])[0]] += torrent['left']
