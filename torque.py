@@ -4386,7 +4386,7 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> P
     make, schedule = core.pop('handler'), core.pop('schedule')
     config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
                         convert(entry.value)) for key, entry in entries.items())
-    for key in entries.keys() & {*JobConfig.__slots__, *dir(dict)}:
+    for key in entries.keys() & {*JobConfig.__annotations__, *dir(dict)}:
         ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
                             f'the job finds it as config[{key!r}]')
     if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
