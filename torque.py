@@ -1000,10 +1000,10 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
 
 
 class HttpAnswer(NamedTuple):
-    """What a web server said; the names of headers are in lower case."""
+    """What a web server said; headers.get() takes a name in any case."""
     status: int
     reason: str
-    headers: dict
+    headers: Any
     body: bytes
 
 
@@ -1063,10 +1063,9 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
             raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
         if size.isdigit() and int(size) > len(content):
             raise Unreachable(f'the answer broke off after {len(content)} of {size} bytes')
-        return HttpAnswer(answer.code, str(answer.reason), {
-            name.lower(): value for name, value in answer.headers.items()}, content)
+        return HttpAnswer(answer.code, str(answer.reason), answer.headers, content)
     except urllib.error.HTTPError as error:             # a digest login was refused
-        return HttpAnswer(error.code, str(error.reason), {}, b'')
+        return HttpAnswer(error.code, str(error.reason), error.headers, b'')
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, 'reason', error)
         if isinstance(error, http.client.IncompleteRead):
@@ -1173,13 +1172,11 @@ def xml_loads(text: str) -> Any:
     if '<!' in text:
         raise RpcError('the answer has a DTD or the like, which is refused')
     import xmlrpc.client
-    from xml.parsers.expat import ExpatError
     try:
         return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
     except xmlrpc.client.Fault as fault:
         raise rpc_fault(vars(fault)) from None
-    except (ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError,
-            AttributeError, OverflowError):
+    except Exception:                           # of many kinds, as the damage has it
         raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
 
 
@@ -1338,11 +1335,9 @@ class Proxy:
 
         In the place of a call that failed is its RpcError.
         """
-        left, answers = list(calls), []
-        while left:
-            answers += self.ask(left[:BATCH])
-            left = left[BATCH:]
-        return answers
+        calls = list(calls)
+        return [answer for start in range(0, len(calls), BATCH)
+                for answer in self.ask(calls[start:start + BATCH])]
 
     def ask(self, calls: list[tuple]) -> list:
         """Return the answers to calls that go out in one request."""
