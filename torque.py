@@ -1428,7 +1428,7 @@ class Engine:
         self.address = parse_address(url)
         self.timeout, self.limit = timeout, limit
         self.log = logging.getLogger('torque.engine')
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()            # guards gone_since
         self.proxy: Proxy | None = None
         self.gone_since: float | None = None
         self.stamp: Any = None
@@ -1441,17 +1441,13 @@ class Engine:
 
     def open(self) -> Proxy:
         """Return a Proxy to call rTorrent with, after a look at what it offers."""
-        stamp, proxy = self.socket_stamp(), self.proxy
+        stamp, proxy = None, self.proxy
+        with contextlib.suppress(OSError):      # a restarted rTorrent makes a new socket file
+            found = os.stat(self.address.path)
+            stamp = found.st_ino, found.st_ctime_ns
         if proxy is None or stamp != self.stamp:
             proxy, self.stamp = self.look(), stamp
         return proxy
-
-    def socket_stamp(self) -> Any:
-        """Return what identifies the socket file: a restarted rTorrent makes a new one."""
-        with contextlib.suppress(OSError):              # other addresses have no such path
-            found = os.stat(self.address.path)
-            return found.st_ino, found.st_ctime_ns
-        return None
 
     def send(self, body: bytes, content_type: str) -> bytes:
         """Carry a request to rTorrent and the body of the answer back."""
@@ -1484,20 +1480,19 @@ class Engine:
         names = ('view.list', 'session.name', 'session.path', 'system.client_version',
                  'system.library_version', 'system.pid', 'startup_time',
                  'network.rpc.use_jsonrpc')
-        answers = proxy.batch([(name, '') for name in names])
+        answers = proxy.batch((name, '') for name in names)
         known = {name: value for name, value in zip(names, answers)
                  if not isinstance(value, RpcError)}
-        with self.lock:
-            self.methods, views = frozenset(methods), known.get('view.list')
-            self.views = frozenset(views if isinstance(views, list) else ())
-            self.session_path = str(known.get('session.path', ''))
-            self.engine_id = str(known.get('session.name', self.address.where))
-            self.versions = (str(known.get('system.client_version', '?')),
-                             str(known.get('system.library_version', '?')))
-            self.pid = known.get('system.pid')
-            self.startup = known.get('startup_time') or process_start(self.pid, self.address)
-            proxy.speaks_json = known.get('network.rpc.use_jsonrpc') == 1
-            self.proxy = proxy
+        self.methods, views = frozenset(methods), known.get('view.list')
+        self.views = frozenset(views if isinstance(views, list) else ())
+        self.session_path = str(known.get('session.path', ''))
+        self.engine_id = str(known.get('session.name', self.address.where))
+        self.versions = (str(known.get('system.client_version', '?')),
+                         str(known.get('system.library_version', '?')))
+        self.pid = known.get('system.pid')
+        self.startup = known.get('startup_time') or process_start(self.pid, self.address)
+        proxy.speaks_json = known.get('network.rpc.use_jsonrpc') == 1
+        self.proxy = proxy
         return proxy
 
     def has(self, method: str) -> bool:
@@ -1586,13 +1581,10 @@ def read_rc(path: str, depth: int = 0) -> dict:
             if not equals:
                 continue
             if key in ('import', 'try_import') and depth < 10:
-                try:
+                with contextlib.suppress(UserError if key == 'try_import' else ()):
                     target = os.path.expanduser(rc_value(value, settings))
-                    settings.update(read_rc(os.path.join(os.path.dirname(path), target),
-                                            depth + 1))
-                except UserError:
-                    if key == 'import':
-                        raise
+                    target = os.path.join(os.path.dirname(path), target)
+                    settings.update(read_rc(target, depth + 1))
             elif key == 'method.insert':
                 name, *rest = split_outside(value, ',')
                 if len(rest) > 1:
@@ -1674,31 +1666,25 @@ def first_number(*values: Any) -> int:
     return next((int(value) for value in values if str(value).isdecimal() and int(value)), 0)
 
 
-def time_started(activations: str, start: float, end: float) -> float | None:
+def time_started(activations: str, start: float, end: float,
+                 unmarked: float | None) -> float | None:
     """Return the seconds between R(esumed) and P(aused) marks that lie within a window."""
-    total, since, known = 0.0, None, False
-    for mark, moment in [*re.findall(r'([RP])([0-9]+)', activations), ('P', end)]:
-        if mark == 'R':
-            since, known = float(moment), True
-        elif since is not None:
-            total += max(0.0, min(float(moment), end) - max(since, start))
-            since = None
-    return total if known else None
+    spans = re.findall(r'R([0-9]+)[^RP]*(?:P([0-9]+)|$)', activations)
+    return sum(max(0.0, min(float(paused or end), end) - max(float(resumed), start))
+               for resumed, paused in spans) if spans else unmarked
 
 
 def seed_time(activations: str, completed: float, active: int, now: float) -> float | None:
     """Return for how long a complete item was seeded; None where that is not known."""
     if not completed:
         return None
-    spent = time_started(activations, completed, now)
-    return spent if spent is not None else now - completed if active else None
+    return time_started(activations, completed, now, now - completed if active else None)
 
 
 def leech_time(activations: str, started: float, completed: float, now: float) -> float | None:
     """Return for how long an item was downloaded; None where that is not known."""
-    spent = time_started(activations, 0, completed or now)
-    return spent if spent is not None else \
-        max((completed or now) - started, 0) if started else None
+    end = completed or now
+    return time_started(activations, 0, end, max(end - started, 0) if started else None)
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -1740,8 +1726,7 @@ def name_traits(name: str, kind: str) -> dict[str, str]:
     for trait, regex in (('tv', TV), ('movie', MOVIE)):
         match = regex.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
         if match and sort in ('', 'video', 'misc'):
-            return {'kind': trait, **{key: value or '' for key, value in
-                                      match.groupdict().items()}}
+            return {'kind': trait, **match.groupdict('')}
     return {'kind': sort}
 
 
