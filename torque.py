@@ -854,7 +854,6 @@ class Scheduler:
 # XML-RPC and JSON-RPC texts are made and read here. A Proxy puts it together:
 # proxy.d.name(HASH). "where" is an address as it may be shown: never with a password.
 
-NOHASH = ''                             # the target of commands that belong to no item
 RPC_TIMEOUT = 30.0                      # seconds for a whole call
 RPC_LIMIT = 256 << 20                   # bytes of one answer
 MISSING = (-506, -32601)                # codes of faults: there is no such command
@@ -1415,9 +1414,8 @@ def process_start(pid: int | None, address: Address) -> float | None:
             name, _, fields = stat.read().partition('(')[2].rpartition(')')
         if not name.startswith('rtorrent'):             # the pid belongs to a container
             return None
-        began = int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
-        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
-    except (OSError, ValueError, IndexError, AttributeError):
+        return time.time() - elapsed_time() + int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
+    except (OSError, ValueError, IndexError):
         return None
 
 
@@ -1529,16 +1527,13 @@ class Engine:
 
 def split_outside(text: str, mark: str) -> list[str]:
     """Return text split at marks that are outside of quotes and parentheses."""
-    parts, depth, inside = [''], 0, False
-    for char in text:
-        if char == '"':
-            inside = not inside
-        elif not inside:
-            depth += {'(': 1, ')': -1, '{': 1, '}': -1}.get(char, 0)
-        if char == mark and not inside and depth <= 0:
+    parts, depth = [''], 0
+    for piece in re.findall(r'"[^"]*"?|[^"]', text):
+        depth += {'(': 1, ')': -1, '{': 1, '}': -1}.get(piece, 0)
+        if piece == mark and depth <= 0:
             parts.append('')
         else:
-            parts[-1] += char
+            parts[-1] += piece
     return parts
 
 
@@ -1739,7 +1734,7 @@ def guess_traits(name: str, rows: list) -> list[str]:
 
 def disk_of(path: str) -> tuple[int | None, int | None]:
     """Return the device that holds a path, or would, and its free bytes; None: not known."""
-    while path and not os.path.exists(path) and path != os.path.dirname(path):
+    while path and not os.path.exists(path):
         path = os.path.dirname(path)
     try:
         disk = os.statvfs(path)
