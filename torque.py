@@ -1009,7 +1009,6 @@ class HttpAnswer(NamedTuple):
 def http_handler(end: float) -> Any:
     """Return urllib's handler of both schemes: no read outlasts `end`, and errors are answers."""
     import http.client
-    import io
     import urllib.request
 
     class Reader(socket.SocketIO):
@@ -1018,10 +1017,9 @@ def http_handler(end: float) -> Any:
             return super().readinto(buffer)
 
     class Response(http.client.HTTPResponse):
-        def __init__(self, sock: Any, *args: Any, **kwargs: Any):
-            super().__init__(sock, *args, **kwargs)
-            sock._io_refs += 1                          # as its makefile() does
-            self.fp = io.BufferedReader(Reader(sock, 'rb'))
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            self.fp.raw.__class__ = Reader              # type: ignore[attr-defined]
 
     class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
@@ -1282,8 +1280,8 @@ def refuse_deadly(method: str, params: list) -> None:
             refuse_deadly(entry['methodName'], list(entry['params']))
     listing = '.multicall' in method and not method.startswith('f.') and any(
         re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
-    if listing or (method.startswith('f.') and 'multicall' not in method
-                   and ':f' not in (str(params[0]) if params else '')):
+    bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
+    if listing or bare:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
@@ -1576,7 +1574,8 @@ def read_rc(path: str, depth: int = 0) -> dict:
             if not equals:
                 continue
             if key in ('import', 'try_import') and depth < 10:
-                with contextlib.suppress(UserError if key == 'try_import' else ()):
+                forgiven = [UserError] if key == 'try_import' else []
+                with contextlib.suppress(*forgiven):
                     target = os.path.expanduser(rc_value(value, settings))
                     target = os.path.join(os.path.dirname(path), target)
                     settings.update(read_rc(target, depth + 1))
