@@ -1647,7 +1647,7 @@ class TorrentField(NamedTuple):
     @property
     def slow(self) -> bool:
         """Does it cost more than a column of the list?"""
-        return self.on_disk or not SOURCES.keys().isdisjoint(self.needs)
+        return self.on_disk or bool(SOURCES.keys() & self.needs)
 
 
 def data_path(base: str, directory: str, name: str, multi: int) -> str:
@@ -1860,12 +1860,11 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
     now, proxy = time.time(), engine.open()
     tested = condition.fields if condition else ()
     left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
-    known = {'now': now, 'aliases': engine.aliases, 'session': engine.session_path}
-    raw: dict = fetch_columns(engine, view, [need for field in left.values()
-                                             for need in field.needs
-                                             if need not in known and need not in SOURCES])
+    raw: dict = {'now': itertools.repeat(now), 'aliases': itertools.repeat(engine.aliases),
+                 'session': itertools.repeat(engine.session_path)}
+    raw.update(fetch_columns(engine, view, [need for field in left.values() for need in field.needs
+                                            if need not in raw and need not in SOURCES]))
     torrents = [Torrent() for _ in raw['d.hash']]
-    raw.update((need, itertools.repeat(value)) for need, value in known.items())
 
     def keep(wanted: list) -> None:
         torrents[:] = itertools.compress(torrents, wanted)
@@ -1885,7 +1884,7 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
                     raise rows
     add_fields(torrents, raw, left)
     return [torrent for torrent in torrents if condition.match(torrent, now)] \
-        if not left.keys().isdisjoint(tested) else torrents
+        if left.keys() & tested else torrents
 
 
 # --- Filter and template ---------------------------------------------------------------------
