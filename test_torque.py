@@ -1440,7 +1440,8 @@ class JsonTest(RpcCase):
                    ('system.shutdown.normal',), ('view.add', '', 'x'), ('method.insert', '', 'x'),
                    ('log.execute', '', '/x'), ('no.such', ''), ('network.scgi.open_local', '', '/'),
                    ('throttle.global_up.max_rate.set', '', 1), (*fields, 'd.stop='),
-                   ('throttle.global_up.max_rate.set_kb', '', 1),
+                   ('throttle.global_up.max_rate.set_kb', '', 1), ('d.custom.set_if_z', 'A', 'k'),
+                   ('view.sort_new', '', 'main', 'less=d.name='), ('view.sort_current', '', 'x'),
                    (*fields, 'cat="$d.custom1.set=x"'), (*fields, 'branch=d.complete=,d.stop='),
                    (*fields, 'or=((d.custom1.set,x)),d.name='), (*fields, 'cat=(d.custom1.set,x)'))
         for call in reads + changes:

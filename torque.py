@@ -1220,14 +1220,12 @@ def xml_reply(content: bytes) -> Any:
 # character, but a single name that is not UTF-8 turns a whole answer into an error.
 
 JSON_NOT_UTF8 = 'type_error.316'
-ACTIONS = frozenset(                    # parts of the names of commands that change something
-    'set start stop open close erase pause resume insert remove enable disable check_hash add '
-    'create_link delete_link delete_tied disconnect disconnect_delayed send_scrape clear '
-    'tracker_announce save_full_session save_resume push_back push_back_unique shutdown '
-    'update_priorities try_start try_stop try_close set_create_queued set_resize_queued '
-    'unset_create_queued unset_resize_queued call_target filter filter_on filter_all sort '
-    'filter_download set_visible set_not_visible adjust_alloc prune save persistent set_kb '
-    'open_local open_port open_systemd'.split())
+VERBS = frozenset(      # each begins a part of the name of a command that changes something
+    'add adjust call check clear close create delete disable disconnect enable erase filter insert '
+    'pause persistent prune push remove resume save set shutdown sort start stop try unset '
+    'update'.split())
+ACTIONS = frozenset(    # such parts that begin like others which only tell something
+    'open open_local open_port open_systemd send_scrape tracker_announce'.split())
 READS = frozenset('d f t p view session system throttle network pieces directory download_list '
                   'equal not and or greater less match compare cat value false if'.split())
 
@@ -1237,7 +1235,8 @@ def only_reads(method: str, params: Iterable) -> bool:
     words = [method]
     for param in params:
         words += re.findall(r'[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
-    return all(parts[0] in READS and not ACTIONS.intersection(parts[1:])
+    return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
+               and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
                for parts in (word.split('.') for word in words))
 
 
