@@ -1190,10 +1190,7 @@ def xml_entity(found: re.Match) -> str:
 
 
 def xml_reply(content: bytes) -> Any:
-    """Return the value in the body of an answer; raises RpcError for a fault or a non-answer.
-
-    What is not understood here is left to xmlrpc.client, but never a DTD.
-    """
+    """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
     text = content.decode('utf-8', 'replace').replace('\0', '\ufffd')    # NUL is a mark below
     try:
         if '<base64>' in text:
@@ -1286,7 +1283,6 @@ def refuse_deadly(method: str, params: list) -> None:
 
 class Method:
     """The name of a command, dots and all; calling it calls the command."""
-    __slots__ = ('_proxy', '_name')
 
     def __init__(self, proxy: Proxy, name: str):
         self._proxy, self._name = proxy, name
