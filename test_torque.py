@@ -1530,6 +1530,7 @@ class TransportTest(RpcCase):
                 ('256.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
                 ('not one of rTorrent', head, b'', 300),
                 ('not one of rTorrent', head + b'-5\r\n\r\n12345'),
+                ('not one of rTorrent', head + b'9' * 5000 + b'\r\n\r\n'),
                 ('not one of rTorrent', b'Status: 200 OK\r\n\r\n<methodResponse>'),
                 ('not one of rTorrent|methodResponse', xml_answer([])),
                 ('not one of rTorrent|HTTP/1.1 502 Bad', page(HTML, '502 Bad')),

@@ -949,7 +949,7 @@ def answer_end(received: bytearray, limit: int) -> int:
     stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
     if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
         return 0
-    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d+) *\r\n',
+    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d{1,15}) *\r\n',
                     received[:stop + 2], re.I | re.S)
     if not head:
         raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
