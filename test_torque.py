@@ -1688,6 +1688,7 @@ class EngineTest(RpcCase):
         home, local, where = self.folder, 'network.scgi.open_local', '/x/rpc.sock'
         self.write('more/common.rc', f'{local} = /x/common.sock\nimport = deeper.rc\n')
         self.write('more/deeper.rc', 'session.path.set = /deep\n')
+        self.write('more/outer.rc', 'import = (cat,(cfg.here),common.rc)\n')
         self.write('loop.rc', 'import = loop.rc\nscgi_local = /x/loop.sock\n')
         wiki = '''method.insert = cfg.basedir, private|const|string, (cat,"/x/")
             method.insert = cfg.session, private|const|string, (cat,(cfg.basedir),"s/")
@@ -1714,6 +1715,8 @@ class EngineTest(RpcCase):
                 ('try_import = ~/more/common.rc', '/x/common.sock'),
                 ('import = (cat,(system.env,HOME),/more/common.rc)', '/x/common.sock'),
                 (f'try_import = /no/such.rc\nscgi_local = {where}', where),
+                (f'method.insert = cfg.here, private|const|string, {home}/more/\n'
+                 'import = more/outer.rc', '/x/common.sock'),
                 (f'import = more/common.rc\n{local} = (cat,(session.path),x)', '/deep/x')):
             with self.subTest(text=text), mock.patch.dict(os.environ, HOME=home):
                 found = torque.find_url(self.write('rt.rc', b'# caf\xe9\n' + text.encode()))

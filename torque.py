@@ -1553,9 +1553,8 @@ def rc_value(text: str, settings: dict, depth: int = 0) -> str:
                     'set scgi_url in [TORQUE]')
 
 
-def read_rc(path: str, depth: int = 0) -> dict:
-    """Return the commands of an rc and of the files it imports; later ones win."""
-    settings: dict = {}
+def read_rc(path: str, settings: dict, depth: int = 0) -> None:
+    """Add the commands of an rc and of the files it imports to settings; later ones win."""
     try:
         with open(path, encoding='utf-8', errors='replace') as stream:
             text = stream.read().replace('\\\n', ' ')
@@ -1573,14 +1572,13 @@ def read_rc(path: str, depth: int = 0) -> dict:
                 with contextlib.suppress(*forgiven):
                     target = os.path.expanduser(rc_value(value, settings))
                     target = os.path.join(os.path.dirname(path), target)
-                    settings.update(read_rc(target, depth + 1))
+                    read_rc(target, settings, depth + 1)
             elif key == 'method.insert':
                 name, *rest = split_outside(value, ',')
                 if len(rest) > 1:
                     settings[name.strip()] = rest[-1].strip()
             else:
                 settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
-    return settings
 
 
 def find_url(rc_file: str | None) -> str:
@@ -1592,7 +1590,8 @@ def find_url(rc_file: str | None) -> str:
         path = os.path.expanduser(os.path.expandvars(name))
         if not os.path.isfile(path):
             continue
-        settings = read_rc(path)
+        settings: dict = {}
+        read_rc(path, settings)
         for key in RC_ADDRESS:
             if key in settings:
                 url = rc_value(settings[key], settings)
