@@ -4506,12 +4506,6 @@ def short_path(path: str) -> Iterator[str]:
         os.close(folder)
 
 
-def make_folder(folder: str) -> None:
-    """Make a folder for the user alone, with those above it."""
-    if folder and not os.path.isdir(folder):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-
-
 class PidFile:
     """The file with the daemon's pid, locked as long as it lives: the lock alone counts."""
 
@@ -4524,7 +4518,7 @@ class PidFile:
         """Lock the file and write our pid; tell whether nobody else has it."""
         import fcntl
         try:
-            make_folder(os.path.dirname(self.path))
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             stream = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
@@ -4869,48 +4863,44 @@ class Daemon:
 
     def reload(self) -> dict[str, list[str]]:
         """Read the configuration again and swap jobs; return mistakes, which kept the old."""
-        if not self.reloading.acquire(timeout=STATUS_TIMEOUT):
-            self.log.error('not reloaded: an earlier reload is not at its end')
-            return {'mistakes': ['an earlier reload is not at its end'], 'notes': []}
-        try:
-            systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
-            answer: dict[str, list[str]] = {'mistakes': [], 'notes': []}
-            made = self.prepare(answer['mistakes'])
-            for file, stamp in self.module_files().items():
-                if self.files.setdefault(file, stamp) != stamp:
-                    answer['notes'].append(f'{file} has changed: that needs a restart')
-            if made is not None:
-                answer['notes'] += [
-                    f'{name} has changed: that needs a restart' for name in
-                    ('state_dir', 'pid_file', 'log_file')
-                    if self.config.torque[name] != self.options[name]]
-                done: queue.SimpleQueue = queue.SimpleQueue()
-                self.scheduler.mail.put(lambda: self.swap(*made, done))
-                done.get()
-            for line in answer['mistakes']:
-                self.log.error('not reloaded: %s', line)
-            for line in answer['notes']:
-                self.log.warning('%s', line)
-            return answer
-        finally:
-            systemd_notify('READY=1')
-            self.reloading.release()
+        mistakes, notes = ['an earlier reload is not at its end'], []
+        if self.reloading.acquire(timeout=STATUS_TIMEOUT):
+            try:
+                systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+                mistakes, changed = self.load_and_swap()
+                notes = [f'{name} has changed: that needs a restart' for name in changed]
+            finally:
+                systemd_notify('READY=1')
+                self.reloading.release()
+        for line in mistakes:
+            self.log.error('not reloaded: %s', line)
+        for line in notes:
+            self.log.warning('%s', line)
+        return {'mistakes': mistakes, 'notes': notes}
 
-    def prepare(self, mistakes: list[str]) -> tuple[dict, dict] | None:
-        """Return the planned jobs and objects of those that are new; None after mistakes."""
+    def load_and_swap(self) -> tuple[list[str], list[str]]:
+        """Return mistakes, and what has changed that cannot be swapped: modules, settings."""
         before, loaded = self.config.snapshot(), Config()
         loaded.former = self.config.engines
+        mistakes: list[str] = []
         try:
             self.load_again(loaded)
             self.config.restore(loaded.snapshot())      # what jobs see while they are made
-            planned = {job.name: job for job in self.config.jobs}
-            return planned, make_jobs(job for job in self.config.jobs if not self.is_same(job))
-        except UserError as error:
-            mistakes += getattr(error, 'lines', [str(error)])
+            made = make_jobs(job for job in self.config.jobs if not self.is_same(job))
         except Exception as error:
-            mistakes.append(origin(error))
-        self.config.restore(before)
-        return None
+            self.config.restore(before)
+            mistakes = error.lines if isinstance(error, Mistakes) else [
+                str(error) if isinstance(error, UserError) else origin(error)]
+        changed = [file for file, stamp in self.module_files().items()
+                   if self.files.setdefault(file, stamp) != stamp]
+        if not mistakes:
+            changed += [name for name in ('state_dir', 'pid_file', 'log_file')
+                        if self.config.torque[name] != self.options[name]]
+            swapped = threading.Event()
+            self.scheduler.mail.put(lambda: self.swap(made))
+            self.scheduler.mail.put(swapped.set)
+            swapped.wait()
+        return mistakes, changed
 
     def is_same(self, job: PlannedJob) -> bool:
         """Tell whether a job is planned as it runs already."""
@@ -4918,26 +4908,23 @@ class Daemon:
         return old is not None and old.source == job.source \
             and old.config.engine is job.config.engine
 
-    def swap(self, planned: dict[str, PlannedJob], made: dict[str, Any],
-             done: queue.SimpleQueue) -> None:
+    def swap(self, made: dict[str, Any]) -> None:
         """Take out jobs that are gone or changed, put in those that are new or changed."""
         if self.scheduler.stopping:
             for name, job in made.items():
                 self.clean_up(name, job)
-            done.put(False)
             return
         self.options = self.config.torque
         for engine in self.config.engines.values():
             engine.aliases = self.config.aliases
-        for name in [name for name in self.jobs if name in made or name not in planned]:
+        self.planned = {job.name: job for job in self.config.jobs}
+        for name in [name for name in self.jobs if name in made or name not in self.planned]:
             self.retire(name)
-        self.planned = planned
         self.jobs.update(made)
         for name in made:
             if name not in self.leaving:
                 self.scheduler.add(self.task(name))
-        self.log.info('reloaded: %d jobs, %d of them new or changed', len(planned), len(made))
-        done.put(True)
+        self.log.info('reloaded: %d jobs, %d of them new or changed', len(self.planned), len(made))
 
     def retire(self, name: str) -> None:
         """Take a job out; after its run and cleanup one of the same name may begin."""
@@ -5149,7 +5136,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
                 stream.close()
             self.stream = None                  # type: ignore  # opened again by emit()
             with contextlib.suppress(OSError):
-                make_folder(os.path.dirname(self.baseFilename))
+                os.makedirs(os.path.dirname(self.baseFilename), mode=0o700, exist_ok=True)
         super().emit(record)
 
 
@@ -5367,7 +5354,7 @@ def run_daemon(arguments: Any, path: str, level: int) -> int:
             if background:
                 log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
                 if not log_file:
-                    make_folder(config_ini.state_dir)
+                    os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
                 set_up_log(level, log_file or os.path.join(config_ini.state_dir, 'torque.log'))
             status = EXIT_OK
             started(status)
