@@ -4636,13 +4636,13 @@ class Memory:
     def started(self, name: str, at_once: bool) -> None:
         """Note that a job starts; at_once: it has to be on disk before it does."""
         self.starts[name] = when = time.time()
-        if at_once or elapsed_time() - self.saved_at > self.PAUSE:
-            if self.lock.acquire(blocking=at_once):     # a disk that hangs holds up no other job
-                try:
-                    if self.saved.get(name) != when:    # many at once: the first saves them all
-                        self.save()
-                finally:
-                    self.lock.release()
+        if (at_once or elapsed_time() - self.saved_at > self.PAUSE) and self.lock.acquire(
+                blocking=at_once):              # a disk that hangs holds up no other job
+            try:
+                if self.saved.get(name) != when:        # many at once: the first saves them all
+                    self.save()
+            finally:
+                self.lock.release()
 
     def save(self) -> None:
         """Write the file; a disk that is full must not stop a job."""
@@ -4654,14 +4654,12 @@ class Memory:
             if self.repeats.seen(error.errno, self.saved_at):
                 self.log.warning('%s cannot be written: %s', self.path, error.strerror)
 
-    def missed(self, name: str, schedule: Schedule, now: float, exact: bool) -> bool:
-        """Tell whether a run came due since the last start, while nobody was there.
-
-        exact: every start was saved; else later ones may not be known.
-        """
-        last = self.starts.get(name)
-        due = None if last is None or schedule.elapsed else schedule.next(
-            min(last + (0 if exact else self.PAUSE), now))
+    def missed(self, job: PlannedJob, now: float) -> bool:
+        """Tell whether a run came due since the last start, while nobody was there."""
+        if job.name not in self.starts or job.schedule.elapsed:
+            return False
+        unsaved = 0 if job.config.catch_up else self.PAUSE      # of later starts
+        due = job.schedule.next(min(self.starts[job.name] + unsaved, now))
         return due is not None and due <= now
 
 
@@ -4764,8 +4762,7 @@ class Daemon:
             signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
         server = self.listen()
         missed = [name for name, planned in sorted(self.planned.items())
-                  if self.memory.missed(name, planned.schedule, time.time(),
-                                        bool(planned.config.catch_up))]
+                  if self.memory.missed(planned, time.time())]
         for name in self.jobs:
             self.scheduler.add(self.task(name, name in missed))
         ready()
@@ -4997,9 +4994,8 @@ class Daemon:
                    for engine in list(self.config.engines.values())]
         jobs = [{'name': task.name, 'state': 'overdue' if task.overdue else 'running'
                  if task.running_since is not None else 'idle',
-                 'running_since': task.running_since, 'last_start': task.last_start,
-                 'last_duration': task.last_duration, 'runs': task.runs,
-                 'failures': task.failures, 'missed': task.missed,
+                 **{name: getattr(task, name) for name in (
+                     'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed')},
                  'last_error': task.last_error and scrubbed(task.last_error),
                  'next_run': self.scheduler.next_run(task)}
                 for _, task in sorted(tasks.items())]
@@ -5017,14 +5013,8 @@ def print_table(rows: list[tuple]) -> None:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def status_of(status: dict) -> int:
-    """Return the exit status: 1 when a job's last run failed, or is overdue."""
-    return EXIT_FAILED if any(job['last_error'] or job['state'] == 'overdue'
-                              for job in status['jobs']) else EXIT_OK
-
-
-def print_status(status: dict) -> int:
-    """Print a daemon's status as a table; return the exit status."""
+def print_status(status: dict) -> None:
+    """Print a daemon's status as a table."""
     def when(moment: float | None) -> str:
         return '-' if moment is None else time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
     print(f"torque {status['version']}, pid {status['pid']}, up "
@@ -5043,7 +5033,6 @@ def print_status(status: dict) -> int:
          show_duration(job['last_duration']), str(job['runs']), str(job['failures']),
          str(job['missed']), when(job['next_run']), one_line(job['last_error'] or '-')[:100])
         for job in status['jobs']])
-    return status_of(status)
 
 
 def detach() -> Callable[[int], None]:
@@ -5078,8 +5067,6 @@ def detach() -> Callable[[int], None]:
 # --- Command line ----------------------------------------------------------------------------
 # Arguments enter, an exit status leaves. Here alone are signals, the log's form and the
 # end of the process. Signal handlers only put a function into the scheduler's mail.
-
-INI_PLACES = ('torque.ini', '$XDG_CONFIG_HOME/torque/torque.ini', '~/.pyroscope/torque.ini')
 
 
 class LogFormat(logging.Formatter):
@@ -5160,9 +5147,9 @@ def set_up_log(level: int, log_file: str | None) -> None:
 
 def find_ini() -> str:
     """Return the first configuration file that exists in the usual places."""
-    places = [os.path.expanduser(os.path.expandvars(place)) for place in INI_PLACES]
-    if not os.environ.get('XDG_CONFIG_HOME'):
-        places[1] = os.path.expanduser('~/.config/torque/torque.ini')
+    base = os.environ.get('XDG_CONFIG_HOME') or '~/.config'
+    places = [os.path.expanduser(place) for place in (
+        'torque.ini', f'{base}/torque/torque.ini', '~/.pyroscope/torque.ini')]
     for place in places:
         if os.path.isfile(place):
             return place
@@ -5176,20 +5163,18 @@ def warn_of_risks(config: Config) -> None:
     log = logging.getLogger('torque.main')
     secrets = [key for section in config.values() for key, value in section.items() if value and (
         re.search(r'(password|token)$', key) or redacted(value) != str(value))]
-    with contextlib.suppress(OSError):
-        if secrets and os.stat(config.path).st_mode & 0o044:
-            log.warning('%s holds %s and can be read by others: chmod 600', config.path,
-                        secrets[0])
-    for engine in config.engines.values():
+    risks = [(config.path, 0o044, f'{config.path} holds {key} and can be read by others: chmod 600')
+             for key in secrets[:1]]
+    risks += [(engine.address.path, 0o002, f'{engine.address.where} is open to every user of this '
+               'machine: each runs commands as you')
+              for engine in config.engines.values() if engine.address.kind == 'unix']
+    risks += [(root, 0o002, f'{root}, which is watched, can be written by every user')
+              for job in config.jobs
+              for root in getattr(job.make, 'folders', lambda config: [])(job.config)]
+    for path, mode, text in risks:
         with contextlib.suppress(OSError):
-            if engine.address.kind == 'unix' and os.stat(engine.address.path).st_mode & 0o002:
-                log.warning('%s is open to every user of this machine: each runs commands as you',
-                            engine.address.where)
-    for planned in config.jobs:
-        for root in getattr(planned.make, 'folders', lambda config: [])(planned.config):
-            with contextlib.suppress(OSError):
-                if os.stat(root).st_mode & 0o002:
-                    log.warning('%s, which is watched, can be written by every user', root)
+            if os.stat(path).st_mode & mode:
+                log.warning('%s', text)
     if os.geteuid() == 0:
         log.warning('torque runs as root; the user of rTorrent is enough')
 
@@ -5260,21 +5245,15 @@ def explain(config: Config, path: str) -> int:
 
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
-    def show(option: Option) -> None:
-        also = f' (or {option.alias})' if option.alias else ''
-        print(f'    {option.name:<23} {option.kind:<7} {option.help}{also}'
-              + (f' [{option.default}]' if option.default != '' else ''))
-    for name, job in BUILT_IN.items():
-        print(f"{name}\n    {(job.__doc__ or '').splitlines()[0]}")
-        for option in job.options or ():
-            show(option)
+    tables = {f"{name}\n    {(job.__doc__ or '').splitlines()[0]}": job.options or ()
+              for name, job in BUILT_IN.items()}
+    for title, options in {**tables, 'any job': CORE_OPTIONS, '[TORQUE]': TORQUE_OPTIONS}.items():
+        print(title)
+        for option in options:
+            also = f' (or {option.alias})' if option.alias else ''
+            print(f'    {option.name:<23} {option.kind:<7} {option.help}{also}'
+                  + (f' [{option.default}]' if option.default != '' else ''))
         print()
-    print('any job')
-    for option in CORE_OPTIONS:
-        show(option)
-    print('\n[TORQUE]')
-    for option in TORQUE_OPTIONS:
-        show(option)
     return EXIT_OK
 
 
@@ -5310,8 +5289,10 @@ def control(arguments: Any, path: str) -> int:
     status = daemon.ask('status', STATUS_TIMEOUT)
     if arguments.json:
         print(json.dumps(status, indent=1))
-        return status_of(status)
-    return print_status(status)
+    else:
+        print_status(status)
+    return EXIT_FAILED if any(job['last_error'] or job['state'] == 'overdue'
+                              for job in status['jobs']) else EXIT_OK
 
 
 def load(config: Config, arguments: Any, path: str) -> None:
