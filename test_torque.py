@@ -3382,10 +3382,10 @@ class WatchTest(Folder):
         job.run()
         for leave in (shutil.rmtree, lambda root: os.rename(root, root + '.old')):
             leave(self.root)
-            wait_for(lambda: job.lost)
+            wait_for(lambda: self.root in job.waiting)
             os.mkdir(self.root)
             self.wait_loaded(self.drop(f'{leave.__name__}.torrent'))
-            wait_for(lambda: not job.lost and self.root in job.inotify.folders.values())
+            wait_for(lambda: not job.waiting and self.root in job.inotify.folders.values())
             self.wait_loaded(self.drop(f'{leave.__name__}-2.torrent'))
             self.assertTrue(job.thread.is_alive())
         self.assertEqual(len(self.logged('WARNING', 'is gone; it is watched again')), 2)

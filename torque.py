@@ -3695,7 +3695,8 @@ def parse_mode(text: str) -> str:
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
-    What a look through the trees or an event finds goes into `waiting`; work() handles it.
+    What a look through the trees or an event finds goes into `waiting`, as does a root that is
+    not there; work() handles it.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -3738,7 +3739,6 @@ class TreeWatch(Job):
         self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
         self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
         self.by_path = None if self.engine.address.is_local() else False    # None: not known
-        self.lost: set[str] = set()             # roots that are not there now
         self.use_inotify = config.inotify and not config.alone
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
@@ -3781,16 +3781,11 @@ class TreeWatch(Job):
                 close_unless_all_went_well.callback(inotify.close)
                 for mask, path in inotify.events():
                     self.see(inotify, mask, path)
-                for root in filter(os.path.isdir, sorted(self.lost)):
-                    self.lost.remove(root)
-                    self.LOG.info('%s is there again', quoted(root))
-                    self.scan([root])
                 with contextlib.suppress(RpcError):             # the engine has told it
                     self.work()
-                again = [time.monotonic() + self.RETRY] if self.lost else []
-                due = min([*self.waiting.values(), *again], default=None)
+                due = min(self.waiting.values(), default=None)
                 timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
-                if (inotify.folders or self.lost) and not self.ended:
+                if (inotify.folders or self.waiting) and not self.ended:
                     close_unless_all_went_well.pop_all()
 
     def see(self, inotify: Inotify, mask: int, path: str) -> None:
@@ -3802,9 +3797,9 @@ class TreeWatch(Job):
             self.LOG.info('too many changes at once for inotify: looking through everything')
             trouble = self.look()
         elif mask & (Inotify.IGNORED | Inotify.MOVE_SELF):
-            if path in self.roots and path not in self.lost:
+            if path in self.roots and path not in self.waiting:
                 inotify.forget(path)            # it is a folder elsewhere now, or none
-                self.lost.add(path)
+                self.waiting[path] = time.monotonic() + self.RETRY
                 trouble = f'{quoted(path)} is gone; it is watched again when it is back'
         elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
             inotify.forget(path)
@@ -3820,7 +3815,6 @@ class TreeWatch(Job):
         if self.inotify:
             self.inotify.forget(os.sep)         # also what was moved away unseen
         self.waiting.clear()
-        self.lost = {root for root in self.roots if not os.path.isdir(root)}
         trouble = self.scan(self.roots)
         self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
         return trouble
@@ -3835,6 +3829,8 @@ class TreeWatch(Job):
                 str(error.strerror)
             if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 trouble.setdefault(why, f'{quoted(folder)} cannot be watched or read: {why}')
+            if folder in self.roots and not os.path.isdir(folder):
+                self.waiting[folder] = time.monotonic() + self.RETRY
 
         for folder in left:                     # it grows meanwhile
             try:
@@ -3866,7 +3862,13 @@ class TreeWatch(Job):
                 return
             del self.waiting[path]
             try:
-                self.handle(path)
+                if path not in self.roots:
+                    self.handle(path)
+                elif os.path.isdir(path):
+                    self.LOG.info('%s is there again', quoted(path))
+                    self.scan([path])
+                else:
+                    self.waiting[path] = time.monotonic() + self.RETRY
             except Unreachable:
                 self.waiting = dict.fromkeys([path, *self.waiting], time.monotonic() + self.RETRY)
                 raise
@@ -3915,23 +3917,22 @@ class TreeWatch(Job):
             'flags': {*path.split(os.sep), *base.split('.')} - {''}, 'traits': traits,
             'label': traits['kind'] and f"{traits['kind']}/{kind[1:]}".strip('/')}
 
-    def plan(self, path: str, meta: Metafile) -> tuple[bool, bool, list[str], dict]:
-        """Return for a file: is it started, is it queued, its commands, the template's values."""
+    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict]:
+        """Return for a file: queued, started or nothing; commands; the template's values."""
         values, config = self.values(path, meta), self.config
         flags = set(map(str.lower, values['flags']))
         start = 'start' in flags or 'load' not in flags and (
             config.started or config.load_mode == 'start')
-        queued = config.queued or 'queue' in flags
         commands = [command for template in self.commands
                     for command in template.commands(values)]
-        if queued and not start:
-            commands.append('d.priority.set=0')
-        return start and not queued, queued, commands, values
+        if not config.queued and 'queue' not in flags:
+            return 'started' if start else '', commands, values
+        return 'queued', commands + ['d.priority.set=0'] * (not start), values
 
     def load(self, path: str, meta: Metafile) -> None:
         """Load a metafile unless its item is there, and wait for that."""
         proxy, name = self.engine.open(), quoted(meta.name)
-        start, queued, commands, _ = self.plan(path, meta)
+        how, commands, _ = self.plan(path, meta)
         with contextlib.suppress(HashNotFound):
             file = proxy.d.tied_to_file(meta.info_hash)
             tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
@@ -3944,18 +3945,18 @@ class TreeWatch(Job):
                         self.announce('removing', quoted(path))):
                     os.remove(path)
             return
-        how = ' [queued]' if queued else ' [started]' if start else ''
+        shown = f' [{how}]' if how else ''
         if self.dry_run:
-            self.announce('loading', name, 'from', quoted(path) + how)
+            self.announce('loading', name, 'from', quoted(path) + shown)
             return
-        self.send(proxy, path, meta, start, commands)
-        self.LOG.info('loaded %s from %s%s', name, quoted(path), how)
+        self.send(proxy, path, meta, how == 'started', commands)
+        self.LOG.info('loaded %s from %s%s', name, quoted(path), shown)
         message = proxy.d.message(meta.info_hash) if commands else ''
         if 'creation failed' in message:        # a command was wrong; the item is there
             self.LOG.warning('%s: %s', name, quoted(message))
         if self.config.print_to_client and not self.config.quiet:
             with contextlib.suppress(RpcError):
-                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{how}')
+                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{shown}')
 
     def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
         """Load by path where rTorrent sees the file, else by content; wait for the item."""
@@ -4002,13 +4003,12 @@ class TreeWatch(Job):
         try:
             if not path.lower().endswith(self.ENDINGS):
                 raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
-            start, queued, commands, values = self.plan(path, read_metafile(path))
+            how, commands, values = self.plan(path, read_metafile(path))
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        how = 'queued' if queued else 'started' if start else 'loaded, not started'
-        below = any(path.startswith(os.path.join(root, '')) for root in self.roots)
+        place = '' if values['watch_path'] in self.roots else ' (if it lay below path)'
         values['flags'] = sorted(values['flags'])
-        return [f"{path}: {how}{'' if below else ' (if it lay below path)'}",
+        return [f"{path}: {how or 'loaded, not started'}{place}",
                 *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
                 *(f'  command {command}' for command in commands)]
 
