@@ -5105,23 +5105,20 @@ class LogFile(logging.handlers.RotatingFileHandler):
                     opener=lambda path, flags: os.open(path, flags, 0o600))
 
     def doRollover(self) -> None:
-        """Go on in the same file where its folder cannot be written."""
-        try:
+        """Go on in the same file, opened again by emit(), where its folder cannot be written."""
+        with contextlib.suppress(OSError):
             super().doRollover()
-        except OSError:
-            self.stream = self.stream or self._open()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write to the file that now has the name."""
-        stream: Any = self.stream
         try:
-            same = os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
+            same = os.path.samestat(os.stat(self.baseFilename),
+                                    os.fstat(self.stream.fileno()))     # type: ignore[union-attr]
         except (OSError, ValueError, AttributeError):   # gone, or a full disk has closed it
             same = False
         if not same:
-            with contextlib.suppress(OSError, AttributeError):
-                stream.close()
-            self.stream = None                  # type: ignore  # opened again by emit()
+            with contextlib.suppress(OSError, ValueError):
+                self.close()                    # emit() opens it again
             with contextlib.suppress(OSError):
                 os.makedirs(os.path.dirname(self.baseFilename), mode=0o700, exist_ok=True)
         super().emit(record)
