@@ -3559,13 +3559,15 @@ class WatchTest(Folder):
         self.assertEqual(list(self.engine.items), hashes[1:])
         job.run()
         self.assertEqual(list(self.engine.items), hashes[::-1])
-        with mock.patch.object(torque, 'Inotify', side_effect=OSError(24, 'Too many open files')):
-            job = self.watch()
-            for name in ('a.torrent', 'b.torrent'):
-                info_hash = self.drop(name)
-                job.run()
-                self.assertIn(info_hash, self.engine.items)
-        self.assertEqual(len(self.logged('no inotify', 'Too many open files')), 1)
+        for part, name, error in ((torque, 'Inotify', OSError(24, 'Too many open files')),
+                                  (threading.Thread, 'start', RuntimeError('no new thread'))):
+            with self.subTest(name), mock.patch.object(part, name, side_effect=error):
+                job = self.watch()
+                for turn in 'ab':
+                    info_hash = self.drop(f'{name}{turn}.torrent')
+                    job.run()
+                    self.assertIn(info_hash, self.engine.items)
+            self.assertEqual(len(self.logged('no inotify', str(error))), 1)
 
     def test_what_is_no_file(self):
         os.mkfifo(self.root + '/pipe.torrent')

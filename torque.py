@@ -3753,8 +3753,10 @@ class TreeWatch(Job):
                     self.thread = threading.Thread(target=self.watch, args=(self.inotify,),
                                                    daemon=True)
                     self.thread.start()
-                except (ImportError, AttributeError, OSError) as error:
+                except (ImportError, AttributeError, OSError, RuntimeError) as error:
                     self.LOG.warning('no inotify, files are found on schedule only: %s', error)
+                    if self.inotify:
+                        self.inotify.close()
                     self.use_inotify, self.inotify = False, None
             trouble = self.look()
             self.work()
