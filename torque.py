@@ -4547,11 +4547,10 @@ class PidFile:
         import fcntl
         try:
             with open(self.path, encoding='ascii', errors='replace') as stream:
-                try:
+                with contextlib.suppress(BlockingIOError):
                     fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     return None
-                except BlockingIOError:
-                    text, file = stream.read(20).strip(), os.fstat(stream.fileno())
+                text, file = stream.read(20).strip(), os.fstat(stream.fileno())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -4827,23 +4826,22 @@ class Daemon:
         log.setLevel(config.log_level.upper() if config.log_level else logging.NOTSET)
         at_start = bool(getattr(job, 'at_start', False) or missed and config.catch_up)
 
+        def ping(way: str, text: str = '') -> None:
+            url = config.ping_url or self.options.ping_url
+            if url:
+                self.pinger.send(url.rstrip('/') + way, scrubbed(text)[:10000])
+
         def run() -> None:
-            if not config.dry_run:
-                self.memory.started(name, bool(config.catch_up))
-            self.ping(config, '/start')
+            self.memory.started(name, bool(config.catch_up))
+            ping('/start')
             try:
                 job.run()
             except BaseException as error:
-                self.ping(config, '/fail', f'{type(error).__name__}: {error_text(error)}')
+                ping('/fail', f'{type(error).__name__}: {error_text(error)}')
                 raise
-            self.ping(config, '')
-        return Task(name, planned.schedule, run, config.max_runtime, log, at_start)
-
-    def ping(self, config: JobConfig, way: str, text: str = '') -> None:
-        """Tell the job's monitor, if it has one; a dry run does not."""
-        url = config.ping_url or self.options.ping_url
-        if url and not config.dry_run:
-            self.pinger.send(url.rstrip('/') + way, scrubbed(text)[:10000])
+            ping('')
+        return Task(name, planned.schedule, job.run if config.dry_run else run,
+                    config.max_runtime, log, at_start)
 
     @staticmethod
     def module_files() -> dict[str, int]:
@@ -5046,8 +5044,7 @@ def detach() -> Callable[[int], None]:
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        with os.fdopen(reader, 'rb') as stream:
-            text = os.read(stream.fileno(), 16)         # not to its end: a child may have it open
+        text = os.read(reader, 16)      # not to its end: a child may have it open
         os._exit(int(text) if text.isdigit() else EXIT_FAILED)
     os.close(reader)
     os.setsid()
@@ -5354,8 +5351,7 @@ def parse_arguments(words: list[str] | None) -> Any:
     import argparse
     parser = argparse.ArgumentParser(
         prog='torque', description='Run jobs on a schedule beside rTorrent.',
-        epilog='Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already, '
-               '78 configuration.')
+        epilog=(__doc__ or '').rpartition('\n\n')[2])
     option = parser.add_argument
     option('-c', '--config', metavar='FILE',
            help='configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
