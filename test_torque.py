@@ -5733,6 +5733,16 @@ class ReloadTest(DaemonFolder):
         self.assertLess(time.monotonic() - began, 2)
         self.assertTrue(program.seen('still running: gone'))
 
+    def test_hung_cleanup_before_a_swap_is_told(self):
+        self.ini(self.job('a', hung_cleanup='never'))
+        program = self.start()
+        self.ini(self.job('a'))
+        self.assertEqual(self.ask('reload')['mistakes'], [])
+        wait_for(lambda: self.marks('a', 'cleanup'))
+        self.assertEqual(program.stop(), 0)
+        self.assertEqual(len(self.marks('a', 'cleanup')), 2)
+        self.assertTrue(program.seen('still running: a'))
+
 
 class CatchUpTest(DaemonFolder):
     def test_missed_runs_happen_once(self):

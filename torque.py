@@ -4745,7 +4745,7 @@ class Daemon:
         self.options: Settings = config.torque  # in use; those of config may be half loaded
         self.jobs: dict[str, Any] = {}          # a new one may wait for an old one's last run
         self.leaving: dict[str, Task] = {}      # taken out, until their cleanup is over
-        self.cleaning: dict[str, threading.Thread | None] = {}
+        self.cleaning: list[threading.Thread] = []      # each has its job's name
         self.planned: dict[str, PlannedJob] = {}
         self.files: dict[str, int] = {}         # of modules: when they were changed
 
@@ -4802,10 +4802,9 @@ class Daemon:
             if name not in hung:
                 self.clean_up(name, job)
         end = max(end, elapsed_time() + 0.8)
-        for name, thread in self.cleaning.items():
-            if thread:
-                thread.join(max(end - elapsed_time(), 0))
-                hung |= {name} if thread.is_alive() else set()
+        for thread in self.cleaning:
+            thread.join(max(end - elapsed_time(), 0))
+        hung.update(thread.name for thread in self.cleaning if thread.is_alive())
         while self.pinger.busy() and elapsed_time() < end:
             time.sleep(0.01)
         if self.memory.lock.acquire(timeout=0.5):       # not when a dead disk keeps a job at it
@@ -4817,7 +4816,10 @@ class Daemon:
         def work() -> None:
             clean_up(name, job)
             then()
-        self.cleaning[name] = in_thread(work, here=True)
+        thread = in_thread(work, here=True)
+        if thread:
+            thread.name = name
+            self.cleaning = [*filter(threading.Thread.is_alive, self.cleaning), thread]
 
     def task(self, name: str, missed: bool = False) -> Task:
         """Return a task for a job; missed: it was due while torque was not running."""
