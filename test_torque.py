@@ -5743,6 +5743,16 @@ class ReloadTest(DaemonFolder):
         self.assertEqual(len(self.marks('a', 'cleanup')), 2)
         self.assertTrue(program.seen('still running: a'))
 
+    def test_job_that_waits_for_a_hung_run_is_cleaned_up(self):
+        self.ini(self.job('a', hang='never'))
+        program = self.start()
+        wait_for(lambda: self.marks('a'))
+        self.ini(self.job('a'))
+        self.assertEqual(self.ask('reload')['mistakes'], [])
+        self.assertEqual(program.stop(), 0)
+        self.assertEqual([len(self.marks('a', word)) for word in ('run', 'cleanup')], [1, 1])
+        self.assertTrue(program.seen('still running: a'))
+
 
 class CatchUpTest(DaemonFolder):
     def test_missed_runs_happen_once(self):

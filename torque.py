@@ -4799,7 +4799,7 @@ class Daemon:
             if task.after_end and task.running_since is None:
                 task.after_end()
         for name, job in self.jobs.items():
-            if name not in hung:
+            if name not in hung or name in self.leaving:        # one that waits has never run
                 self.clean_up(name, job)
         end = max(end, elapsed_time() + 0.8)
         for thread in self.cleaning:
