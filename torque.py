@@ -4748,9 +4748,11 @@ class Daemon:
         self.cleaning: list[threading.Thread] = []      # each has its job's name
         self.planned: dict[str, PlannedJob] = {}
         self.files: dict[str, int] = {}         # of modules: when they were changed
+        self.missed: list[str] = []             # jobs that were due while torque did not run
+        self.server: socket.socket | None = None
 
-    def run(self, ready: Callable[[], None]) -> int:
-        """Run jobs on schedule until a signal comes; ready() is called when all have begun."""
+    def begin(self) -> None:
+        """Make the jobs and their tasks; from now on signals and questions are answered."""
         import signal
         signal.signal(signal.SIGHUP, lambda *_: self.scheduler.mail.put(self.reload_soon))
         os.register_at_fork(after_in_child=lambda: [    # our signals are not those of a job's child
@@ -4761,24 +4763,26 @@ class Daemon:
         self.files = self.module_files()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
-        server = self.listen()
-        missed = [name for name, planned in sorted(self.planned.items())
-                  if self.memory.missed(planned, time.time())]
+        self.server = self.listen()
+        self.missed = [name for name, planned in sorted(self.planned.items())
+                       if self.memory.missed(planned, time.time())]
         for name in self.jobs:
-            self.scheduler.add(self.task(name, name in missed))
-        ready()
+            self.scheduler.add(self.task(name, name in self.missed))
+
+    def serve(self) -> int:
+        """Run jobs on schedule until a signal comes; return the exit status."""
         self.log.info('started with %d job%s: %s', len(self.jobs), 's'[:len(self.jobs) != 1],
                       ', '.join(sorted(self.jobs)) or 'none is active')
-        if missed:
+        if self.missed:
             self.log.info('missed while torque was not running: %s', ', '.join(
                 name + ' (made up for now)' * bool(self.planned[name].config.catch_up)
-                for name in missed))
+                for name in self.missed))
         systemd_notify('READY=1')
         self.scheduler.serve()
         systemd_notify('STOPPING=1')
         hung = self.finish()
-        if server:
-            server.close()
+        if self.server:
+            self.server.close()
             with contextlib.suppress(OSError):
                 os.remove(self.pid_file.socket)
         self.log.info('stopped%s', f"; still running: {', '.join(sorted(hung))}" if hung else '')
@@ -5128,14 +5132,10 @@ class LogFile(logging.handlers.RotatingFileHandler):
 def set_up_log(level: int, log_file: str | None) -> None:
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
     logging.raiseExceptions = False             # a closed stderr must not end anything
-    if log_file:
-        try:
-            path = os.path.abspath(os.path.expanduser(log_file))
-            handler: logging.Handler = LogFile(path)
-        except OSError as error:
-            raise UserError(f'log file {log_file}: {error.strerror}') from None
-    else:
-        handler = logging.StreamHandler()
+    try:
+        handler = LogFile(os.path.expanduser(log_file)) if log_file else logging.StreamHandler()
+    except OSError as error:
+        raise UserError(f'log file {log_file}: {error.strerror}') from None
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
     root = logging.getLogger('torque')
     root.handlers[:] = [handler]
@@ -5327,17 +5327,15 @@ def run_daemon(arguments: Any, path: str, level: int) -> int:
             return status
         daemon = Daemon(config_ini, lambda config: load(config, arguments, full_path), lock)
         warn_of_risks(config_ini)
-
-        def ready() -> None:
-            nonlocal status
-            if background:
-                log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
-                if not log_file:
-                    os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
-                set_up_log(level, log_file or os.path.join(config_ini.state_dir, 'torque.log'))
-            status = EXIT_OK
-            started(status)
-        return daemon.run(ready)
+        daemon.begin()
+        if background:
+            log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
+            if not log_file:
+                os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
+            set_up_log(level, log_file or os.path.join(config_ini.state_dir, 'torque.log'))
+        status = EXIT_OK
+        started(status)
+        return daemon.serve()
     except UserError as error:
         print(error, file=sys.stderr)
         status = EXIT_CONFIG
