@@ -3936,13 +3936,12 @@ class TreeWatch(Job):
         proxy, name = self.engine.open(), quoted(meta.name)
         how, commands, _ = self.plan(path, meta)
         with contextlib.suppress(HashNotFound):
-            file = proxy.d.tied_to_file(meta.info_hash)
+            file = os.path.expanduser(proxy.d.tied_to_file(meta.info_hash))
             tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
                           for text in (file, path))
-            if tied != ours and not (file and os.path.realpath(os.path.expanduser(file))
-                                     == os.path.realpath(path)):
+            if tied != ours and os.path.realpath(file) != os.path.realpath(path):
                 self.LOG.info('%s: %s is loaded already', quoted(path), name)
-                gone = file and not os.path.exists(os.path.expanduser(file))
+                gone = file and not os.path.exists(file)
                 if self.config.remove_already_added and not gone and (  # else this may be the last
                         self.announce('removing', quoted(path))):
                     os.remove(path)
