@@ -4698,7 +4698,7 @@ class Pinger:
 
     def busy(self) -> bool:
         """Tell whether some ping is still on its way."""
-        return any(waiting.unfinished_tasks for waiting in self.queues.values())
+        return any(waiting.unfinished_tasks for waiting in list(self.queues.values()))
 
 
 def systemd_notify(state: str) -> None:
