@@ -3906,8 +3906,7 @@ class TreeWatch(Job):
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
-        root = max((root for root in self.roots if path.startswith(os.path.join(root, ''))),
-                   key=len, default=folder)
+        root = max((root for root in self.roots if lies_in(path, root)), key=len, default=folder)
         relative = os.path.relpath(folder, root)
         kind = os.path.splitext(meta.main_file)[1]
         traits = name_traits(meta.name, kind[1:].lower())
@@ -5348,9 +5347,8 @@ def run_daemon(arguments: Any, path: str, level: int) -> int:
 def parse_arguments(words: list[str] | None) -> Any:
     """Return the command line's options."""
     import argparse
-    parser = argparse.ArgumentParser(
-        prog='torque', description='Run jobs on a schedule beside rTorrent.',
-        epilog=(__doc__ or '').rpartition('\n\n')[2])
+    parser = argparse.ArgumentParser(prog='torque', epilog=(__doc__ or '').rpartition('\n\n')[2],
+                                     description='Run jobs on a schedule beside rTorrent.')
     option = parser.add_argument
     option('-c', '--config', metavar='FILE',
            help='configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
