@@ -4026,7 +4026,10 @@ class ActionTest(WithDouble):
                     ('branch', 'd.hash=', 'd.custom.set="x","a=b"')]),
                 ('exec', '{{if ratio}}d.a=1{{endif}}', [])):
             with self.subTest(action, args=args):
-                self.engine.items[HASH(1)].update({'d.is_open': 1, 'd.is_active': 1})
+                idle = action in ('start', 'open')
+                self.engine.items[HASH(1)].update({
+                    'd.is_open': not idle, 'd.is_active': not idle, 'd.state': not idle,
+                    'd.ignore_commands': action == 'heed'})
                 self.assertEqual(self.run_action(action, args=args), calls)
         self.assertTrue(self.logged('INFO t: log', "'a=b'"))
 
@@ -4063,11 +4066,45 @@ class ActionTest(WithDouble):
         self.assertEqual(self.names(), ['13'])
 
     def test_path_that_came_through_badly_is_used(self):
-        self.engine.add(self.path('a'))
-        self.engine.add(self.path('b'))
-        self.engine.items[HASH(2)]['d.base_path'] = self.path('????dir/a')
-        self.run_action('cull', matcher='name=a')
-        self.assertEqual((self.names(), sorted(os.listdir(self.folder))), (['b'], ['a', 'b']))
+        for name, kept in (('????x', True), ('???? y%F0', True), ('????', True), ('?z', False),
+                           ('?', True), ('a?', False)):
+            with self.subTest(name):
+                self.engine = Double()
+                self.engine.add(self.path('a'), {'x': b'1'})
+                self.engine.add(self.path('b'))
+                for link in ('\U0001f600x', '\U0001f600 y\xf0'):
+                    with contextlib.suppress(FileExistsError):
+                        os.symlink(self.path('a'), self.path(link))
+                self.engine.items[HASH(2)]['d.base_path'] = self.path(name, 'x')
+                self.run_action('cull', matcher='name=a')
+                self.assertEqual((self.names(), os.path.exists(self.path('a', 'x'))),
+                                 (['b'], kept))
+
+    def test_what_was_never_opened_is_not_its_own(self):
+        for kind, settings in ((torque.Action, {'action': 'cull'}),
+                               (torque.Move, {'target': self.path('new')})):
+            with self.subTest(kind.__name__):
+                self.engine = Double()
+                item = self.engine.items[self.engine.add(self.path('a'), complete=0)]
+                item.update({'d.base_path': '', 'd.completed_bytes': 0})
+                with contextlib.suppress(torque.LoggableError):
+                    make_job(kind, self.engine, matcher='*', **settings).run()
+                self.assertEqual(os.listdir(self.folder), ['a'])
+
+    def test_deleting_waits_for_a_check(self):
+        self.engine.add(self.path('a'), hashing=3, complete=0)
+        for action in ('delete', 'cull'):
+            self.run_action(action)
+        self.assertEqual((self.names(), os.listdir(self.folder)), (['a'], ['a']))
+        self.assertTrue(self.logged('INFO', 'held back', 'it is being checked'))
+
+    def test_nothing_to_do_is_no_work(self):
+        for number in range(4):
+            self.engine.add(self.path(f'{number}'), is_active=0, is_open=0, state=int(number > 1))
+        self.assertEqual(self.run_action('stop', limit='1'), [('d.stop',)])
+        self.assertEqual(self.engine.items[HASH(3)]['d.state'], 0)
+        for action, args in (('heed', ''), ('close', ''), ('prio', '0')):
+            self.assertEqual(self.run_action(action, args=args, matcher='name=0'), [])
 
     def test_path_that_the_system_refuses_costs_a_turn(self):
         for name in 'ab':
@@ -4144,9 +4181,8 @@ class ActionTest(WithDouble):
         item = self.engine.items[self.engine.add(self.path('b'), {'m': b'1'})]
         shutil.rmtree(self.path('b'))
         os.symlink(self.path('mine'), self.path('b'))
-        self.run_action('cull')
-        self.assertEqual((self.names(), os.path.lexists(self.path('b'))), ([], False))
-        self.assertEqual(tree(self.path('mine')), {'m': b'm'})
+        self.fails('is a link: its data would stay', lambda: self.run_action('cull'))
+        self.assertEqual((self.names(), os.path.lexists(self.path('b'))), (['b'], True))
 
     def test_failing_listing_deletes_nothing(self):
         self.engine.add(self.path('a'))
@@ -4424,8 +4460,8 @@ class MoveTest(WithDouble):
                 ('is no absolute path', {'target': '/tmp/{{label}}/x'}, lambda: self.engine.items[
                     HASH(1)].update({'d.custom1': '../etc'})),
                 ('lies in it', {'target': self.path('old/a/sub')}, None),
-                ('is a link, or not whole', {}, lambda: os.remove(self.path('old/a/x'))),
-                ('is a link, or not whole', {}, lambda: linked(True)),
+                ('is not there', {}, lambda: os.remove(self.path('old/a/x'))),
+                ('is a link', {}, lambda: linked(True)),
                 ('another item uses', {}, lambda: self.engine.add(
                     self.path('old/a/sub'), {'z': b''}, name='z')),
                 ('is being checked', {}, lambda: self.engine.items[HASH(1)].update(

@@ -2901,6 +2901,7 @@ class Choice(Job):
              most: int | None = None) -> None:
         """Do the work on torrents, so many at most; one that fails costs its own turn only.
 
+        Work that says False had nothing to do, which does not count either.
         After a while they are looked at again: the user may have changed them meanwhile.
         """
         failures, done, listed = [], 0, elapsed_time()
@@ -2916,8 +2917,7 @@ class Choice(Job):
                 self.LOG.info('%s does not meet the condition any more', torrent)
                 continue
             try:
-                work(current[torrent['hash']])
-                done += 1
+                done += work(current[torrent['hash']]) is not False
             except Unreachable:
                 raise
             except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
@@ -3044,11 +3044,21 @@ DO: dict[str, Any] = {                  # action -> commands with the item's has
     'custom': lambda args, item: [
         (f'd.custom{key}.set', value) if re.fullmatch('[1-5]', key) else
         ('d.custom.set', key, value) for key, _, value in [args.partition('=')]],
-    'prio': lambda args, item: [('d.priority.set', int(args)), ('d.update_priorities',)],
+    'prio': lambda args, item: [] if item['prio'] == int(args) else [
+        ('d.priority.set', int(args)), ('d.update_priorities',)],
     'throttle': lambda args, item: [] if item['throttle'] == args else [
         *[('d.stop',)] * item['is_active'], ('d.throttle_name.set', args),
         *[('d.start',)] * item['is_active']],
     'exec': [], 'log': []}
+
+
+# Where an action changes nothing.
+ALREADY: dict[str, Callable[[Torrent], Any]] = {
+    'start': lambda item: item['is_active'],
+    'stop': lambda item: not item['d_state'] and not item['is_active'],
+    'close': lambda item: not item['d_state'] and not item['is_open'],
+    'open': lambda item: item['is_open'],
+    'ignore': lambda item: item['is_ignored'], 'heed': lambda item: not item['is_ignored']}
 
 
 def change_tags(change: Callable, args: str, item: Torrent) -> list:
@@ -3082,19 +3092,26 @@ def links_below(folder: str) -> Iterator[str]:
                     left.append(entry.path)
 
 
-# A path with one of these may not be what is on the disk: some rTorrents put them for others.
-MANGLED = re.compile('[?%\ufffd]')
+# These may stand for anything else that is on the disk: some rTorrents put them for others.
+MANGLED = re.compile('(?:[?\ufffd]|%[0-9A-Fa-f]{0,2})+')
+
+
+def may_be(path: str) -> list[str]:
+    """Return a path, and what is on the disk that it may mean, too, where it is mangled."""
+    import glob
+    parts = MANGLED.split(path)
+    return [path, *(found for found in glob.glob('*'.join(map(glob.escape, parts)))
+                    if not (found.isascii() and found.isprintable()))] if parts[1:] else [path]
 
 
 def places_in_use(engine: Engine) -> list[tuple[str, str, str]]:
     """Return (hash, path, real path) of all items' data, and of the links in it.
 
-    The real path is empty where a path may be something else on the disk.
+    The real path is empty where a path is not absolute.
     """
-    return [(item['hash'], path, '' if not os.path.isabs(path) or MANGLED.search(path)
-             and not os.path.lexists(path) else os.path.realpath(path))
+    return [(item['hash'], path, os.path.isabs(path) and os.path.realpath(path) or '')
             for item in list_torrents(engine, 'default', ['path']) if item['path']
-            for path in (item['path'], *links_below(item['path']))]
+            for place in may_be(item['path']) for path in (place, *links_below(place))]
 
 
 def used_by_other(used: list[tuple[str, str, str]], hashes: Iterable[str], *places: str) -> str:
@@ -3107,12 +3124,15 @@ def used_by_other(used: list[tuple[str, str, str]], hashes: Iterable[str], *plac
 def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False) -> list[str]:
     """Return the files of an item that exist at `base`, by rTorrent's own list of them.
 
-    Raises LoggableError where that is doubtful; with `whole` also over a symbolic link, and a
-    file with data that is not there: not every name comes through as it is.
+    None are its own before rTorrent has opened it, or has found a piece of it. Raises
+    LoggableError where that is doubtful; with `whole` also over a symbolic link, and a file
+    with data that is not there: not every name comes through as it is.
     """
     if not os.path.isabs(base):
         raise LoggableError(f'its path {quoted(base)} is not absolute')
     found, multi = {}, torrent['is_multi_file'] and not os.path.islink(base)
+    if not torrent['d_base_path'] and not torrent['done']:
+        return []
     for name, size, chunks in engine.open().f.multicall(
             torrent['hash'], '', 'f.path=', 'f.size_bytes=', 'f.completed_chunks='):
         path = os.path.join(base, name) if multi else base
@@ -3123,10 +3143,11 @@ def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False)
                 raise LoggableError(f'{quoted(path)} leads out of {quoted(base)}')
         elif size and chunks and MANGLED.search(base + name):
             raise LoggableError(f'{quoted(path)} is not there by this name: its data would stay')
-        done = size and torrent['is_complete']
-        if whole and (os.path.islink(path) or size and chunks and path not in found
-                      or done and found.get(path) != size):
-            raise LoggableError(f'{quoted(path)} is a link, or not whole')
+        wrong = 'is a link' if os.path.islink(path) else \
+            'is not there' if size and chunks and path not in found else \
+            'is not whole' if size and torrent['is_complete'] and found.get(path) != size else ''
+        if wrong and whole:
+            raise LoggableError(f'{quoted(path)} {wrong}')
     return list(found)
 
 
@@ -3169,7 +3190,8 @@ class Action(Choice):
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item uses: keep or delete'))
-    fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path')
+    fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path', 'prio',
+              'is_open', 'is_ignored', 'is_hashing', 'done', 'd_state', 'd_base_path')
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -3204,6 +3226,9 @@ class Action(Choice):
         ready = self.hold_back(torrents, [
             torrent for torrent in torrents if self.met[torrent['hash']] >= confirm],
             f'it has not yet met the condition in {confirm} runs in a row')
+        if self.deletes:                # 0.9.8 may hang, and what is done is not known
+            ready = self.hold_back(ready, [torrent for torrent in ready
+                                           if not torrent['is_hashing']], 'it is being checked')
         limit = 10 if self.deletes and config.limit is None else config.limit
         if config.until_free:
             ready = self.hold_back(
@@ -3236,6 +3261,8 @@ class Action(Choice):
         if user:
             self.LOG.info('the data of %s stays: another item uses %s', torrent, quoted(user))
             return []
+        if os.path.islink(torrent['path']):
+            raise LoggableError(f"{quoted(torrent['path'])} is a link: its data would stay")
         files = item_files(self.engine, torrent, torrent['path'])
         if not files and torrent['is_complete']:
             raise LoggableError(f"there is no data at {quoted(torrent['path'])}; the action delete "
@@ -3245,27 +3272,28 @@ class Action(Choice):
                 raise LoggableError(f'nothing can be deleted in {quoted(folder)}')
         return files
 
-    def perform(self, torrent: Torrent) -> None:
-        """Do the action on one torrent."""
+    def perform(self, torrent: Torrent) -> bool:
+        """Do the action on one torrent; tell whether there was anything to do."""
         action = self.config.action
         shown, make = self.template.render(torrent), DO[action]
         if action == 'exec':
             make = [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
         calls = [(method, torrent['hash'], *rest) for method, *rest in (
             make(shown, torrent) if callable(make) else make)]
-        if not calls and action != 'log':
+        if ALREADY[action](torrent) if action in ALREADY else not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
-            return
+            return False
         files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
         if not self.announce(action, torrent, shown and quoted(shown), action == 'cull' and
                              f"with {len(files)} files at {quoted(torrent['path'])}"):
             self.gone.add(torrent['hash'])
-            return
+            return True
         answers = self.engine.open().batch(calls) if calls else []
         for answer in answers[-1:] if self.deletes else answers:        # erased is erased
             if isinstance(answer, RpcError):
                 raise answer
         remove_files(files, torrent['path'])
+        return True
 
 
 class Command(Job):
@@ -3420,8 +3448,8 @@ class Move(Choice):
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     MARK = 'torque_move'                # a custom value of rTorrent
-    fields = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'd_state',
-              f'custom_{MARK}')
+    fields = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'done', 'd_state',
+              'd_base_path', f'custom_{MARK}')
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
