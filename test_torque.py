@@ -1975,8 +1975,10 @@ class TorrentsTest(Folder):
 
     def test_tracker_has_short_name(self):
         self.check(torque.tracker_alias, [
-            (url, {'PBT': ['http://t.pbt/', 'udp://x']}, wanted) for url, wanted in (
+            (url, {'PBT': ['http://t.pbt/', 'udp://x'],
+                   'KEY': ['http://key.in:80/announce']}, wanted) for url, wanted in (
                 ('http://t.pbt/announce?k=1', 'PBT'), ('udp://x:80', 'PBT'), ('', ''),
+                ('http://key.in:80/0123/announce', 'KEY'), ('http://key.in/announce', 'key.in'),
                 ('http://T.Example.org:6969/a', 'example.org'), ('http://10.0.0.1:80/', '10.0.0.1'),
                 ('https://a.b.example.co.uk/', 'example.co.uk'), ('udp://u:p@a.b.c:1', 'b.c'))])
 
@@ -3740,6 +3742,7 @@ class LiveWatchTest(Folder):
         self.drop('renamed', 500)
         self.drop('written', 500, rename=False)
         self.drop('a/b/c/deep', 20, rename=False)
+        self.drop('pattern[1]*', 1)
         self.wait_items(self.hashes)
         loads = wait_for(lambda: len(program.seen('INFO', 'loaded')) >= len(self.hashes) and
                          [line.partition(' from ')[2] for line in program.seen('INFO', 'loaded')])
@@ -3756,8 +3759,8 @@ class LiveWatchTest(Folder):
         self.wait_seen(program, 'WARNING engine')
         self.start()
         self.wait_items(self.hashes)
-        self.assertEqual(self.proxy.d.tied_to_file(next(iter(self.hashes))),
-                         next(iter(self.hashes.values())))
+        self.assertEqual(dict(zip(self.hashes, self.proxy.batch([
+            ('d.tied_to_file', info_hash) for info_hash in self.hashes]))), self.hashes)
         self.assertEqual(program.stop(), 0)
         self.assertEqual(program.seen('is loaded already'), [])
         self.assertTrue(all(map(os.path.exists, self.hashes.values())))
@@ -4036,13 +4039,16 @@ class ActionTest(WithDouble):
     def test_mistakes_are_refused(self):
         self.refused(torque.Action, {
             "'purge' is not known; allowed are start": {'action': 'purge'},
-            'matcher is not set': {'action': 'stop', 'matcher': ''},
-            'needs args': {'action': 'tag'}, "'4' is no priority": {'action': 'prio', 'args': '4'},
+            'is not set; for all': {'action': 'stop', 'matcher': ''},
+            'tag needs it': {'action': 'tag'}, "'4' is no priority": {'action': 'prio', 'args': '4'},
             'KEY=VALUE': {'action': 'custom', 'args': 'x'},
-            'until_free is for': {'action': 'delete', 'until_free': '1g'},
+            'is for the action cull': {'action': 'delete', 'until_free': '1g'},
             'allowed are keep delete': {'action': 'cull', 'shared': 'no'},
             'not a whole number': {'action': 'cull', 'limit': '-1'},
-            "no 'nam' here; did you mean": {'action': 'tag', 'args': '{{nam}}'}})
+            "no 'nam' here; did you mean": {'action': 'tag', 'args': '{{nam}}'},
+            'ignore takes none': {'action': 'ignore', 'args': '0'},
+            'have no sign': {'action': 'tag', 'args': '+a -b'},
+            'write 1=VALUE': {'action': 'custom', 'args': 'label=x'}})
 
     def test_deleting_is_limited(self):
         for number in range(12):
@@ -4235,7 +4241,7 @@ class CommandTest(WithDouble):
         self.assertTrue(self.logged(f'INFO t: {self.folder}') and self.logged('INFO t: 1 23'))
         self.run_command('sh -c "seq 1 200000; echo \xe9 >&2"')
         self.assertEqual(len(self.logged('INFO t: 1999')), 99 - 1)
-        self.refused(torque.Command, {'args is not set': {}, 'No closing quotation': {'args': '"'}})
+        self.refused(torque.Command, {'is not set': {}, 'No closing quotation': {'args': '"'}})
         self.run_command('touch x', dry_run=True)
         self.assertTrue(self.logged('dry run, not done: running'))
         self.assertFalse(os.path.exists(self.path('x')))
@@ -4285,7 +4291,7 @@ class CommandTest(WithDouble):
         self.refused(torque.ItemCommand, {
             'args of a shell are no template': {'args': 'echo {{name}}', 'shell': 'yes'},
             'run with it': {'args': 'sh -c "echo {{name}}"'},
-            'matcher is not set': {'args': 'x', 'matcher': ''}})
+            'is not set; for all': {'args': 'x', 'matcher': ''}})
         for words, args, message in (('would be an option', 'rm {{name}}', ''),
                                      ('surrogates', 'true', '\ud800'),
                                      ('null byte', 'echo {{label}}', '')):
@@ -4482,7 +4488,7 @@ class MoveTest(WithDouble):
                 self.assertEqual(tree(self.folder), before)
                 self.assertEqual((item['d.directory'], item['d.is_active']),
                                  (self.path('old', 'a'), 1))
-        self.refused(torque.Move, {'have to be set': {}, '<-- here': {'target': '{{x'}})
+        self.refused(torque.Move, {'is not set': {}, '<-- here': {'target': '{{x'}})
 
     def test_failed_copy_leaves_nothing(self):
         with mock.patch('os.link', CROSS):
@@ -5075,6 +5081,35 @@ class HandlerTest(ConfigCase):
                 ('Starts', 'raise ValueError("a\\nb\\x1b")', f'good.py:{line}: ValueError: a')):
             self.assert_refused(f'{GOOD_INI}job.a.handler = good:{handler}\njob.a.code = {code}\n',
                                 6, 'job.a', word)
+
+    def test_mistakes_found_late_name_their_line(self):
+        for handler, settings, line, *words in (
+                ('Action', 'action = tag\nargs = {{nme}}', 8, 'job.a.args: ', "'name'"),
+                ('Action', 'action = prio\nargs = 9', 8, 'job.a.args: ', 'allowed are 0 1 2 3'),
+                ('Command', 'args = echo "a', 7, 'job.a.args: ', 'No closing'),
+                ('ItemCommand', 'cwd = /\nargs = echo {{nme}}', 8, 'job.a.args: ', "'name'"),
+                ('Move', 'sort = name\ntarget = /x/{{nme}}', 8, 'job.a.target: ', "'name'"),
+                ('TreeWatch', f'path = {self.folder}\ncmd.b = 1', 8, "'1' is no"),
+                ('TreeWatch', f'path = {self.folder}\ncmd.b = {{{{if x', 8, 'job.a.cmd.b: '),
+                ('TreeWatch', 'path = /no/folder', 7, 'job.a.path: ', 'not a folder')):
+            matcher = f"job.a.matcher = {'*' if handler not in ('Command', 'TreeWatch') else ''}\n"
+            self.assert_refused(
+                HEAD + f'job.a.handler = torque:{handler}\njob.a.schedule = 1h\n'
+                + (matcher if '*' in matcher else '\n')
+                + ''.join(f'job.a.{row}\n' for row in settings.splitlines()), line, *words)
+
+    def test_fields_of_a_module_are_known_to_all(self):
+        self.write('adds.py', '''\
+            import torque
+            torque.TORRENT_FIELDS['piece'] = torque.TorrentField('number', ('d.size_chunks',))
+            class Job:
+                def __init__(self, config): pass
+                def run(self): pass
+            ''')
+        self.ini(HEAD + 'job.a.handler = torque:Action\njob.a.schedule = 1h\njob.a.action = log\n'
+                 'job.a.matcher = piece>0\njob.b.handler = adds:Job\njob.b.schedule = 1h\n')
+        for words in (['--check'], ['--run-once', 'a']):
+            self.assertNotIn('no field', ''.join(map(str, self.command('-c', 't.ini', *words))))
 
     def test_torque_is_the_running_program(self):
         self.ini(DOES + 'self.LOG.info([torque is __main__, isinstance(self, __main__.Job), '

@@ -77,7 +77,14 @@ class LoggableError(Exception):
 
 
 class UserError(LoggableError):
-    """The configuration or the command line is wrong: nothing but its author can mend it."""
+    """The configuration or the command line is wrong: nothing but its author can mend it.
+
+    A job that is made may say of which of its options it speaks.
+    """
+
+    def __init__(self, text: str = '', option: str = ''):
+        super().__init__(text)
+        self.option = option
 
 
 class RpcError(LoggableError):
@@ -1681,9 +1688,11 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     >>> tracker_alias('https://tracker.example.co.uk:80/x/announce', {})
     'example.co.uk'
     """
-    for alias, urls in aliases.items():
-        if any(url.startswith(part) for part in urls):
-            return alias
+    server = re.match(r'(?:\w+://)?[^/]*', url)[0] + '/'        # type: ignore[index]
+    for fits in (url.startswith, lambda part: (part + '/').startswith(server)):
+        for alias, urls in aliases.items():
+            if any(map(fits, urls)):            # else with another passkey
+                return alias
     host = re.sub(r'^\w+://(?:[^/@]*@)?', '', url).partition('/')[0]
     host = re.sub(r':\d+$', '', host).lower()
     labels = host.split('.')
@@ -2849,6 +2858,16 @@ def parse_sort(text: str) -> list[tuple[str, bool]]:
     return keys
 
 
+@contextlib.contextmanager
+def reading(option: str) -> Iterator[None]:
+    """Let a mistake found in here say of which option it is."""
+    try:
+        yield
+    except UserError as error:
+        error.option = option
+        raise
+
+
 def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torrent]:
     """Return torrents sorted by the keys; what is not known comes first."""
     for name, backwards in reversed(keys):
@@ -2871,12 +2890,14 @@ class Choice(Job):
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.matcher:
-            raise UserError('matcher is not set; for all torrents write matcher = *')
+            raise UserError('is not set; for all torrents write matcher = *', 'matcher')
 
-    def use(self, template: Any) -> Any:
-        """Have what a template needs known of the torrents; return it."""
-        for name in template.names:
-            torrent_field(name)
+    def use(self, option: str, make: Callable, text: str) -> Any:
+        """Return the template that is made of an option, and have known what it needs."""
+        with reading(option):
+            template = make(text, TORRENT_FIELDS)
+            for name in template.names:
+                torrent_field(name)
         self.fields += template.names
         return template
 
@@ -3052,6 +3073,7 @@ DO: dict[str, Any] = {                  # action -> commands with the item's has
     'exec': [], 'log': []}
 
 
+WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
 # Where an action changes nothing.
 ALREADY: dict[str, Callable[[Torrent], Any]] = {
     'start': lambda item: item['is_active'],
@@ -3199,17 +3221,23 @@ class Action(Choice):
         if action == 'custom':
             args = re.sub(r'\s*=\s*', '=', args, count=1)
         if config.until_free and action != 'cull':
-            raise UserError('until_free is for the action cull: nothing else frees anything')
-        if not args and (callable(DO[action]) or action == 'exec'):
-            raise UserError(f'the action {action} needs args')
+            raise UserError('is for the action cull: nothing else frees anything', 'until_free')
+        if not args and action in WITH_ARGS[:-1]:
+            raise UserError(f'is not set; the action {action} needs it', 'args')
+        if args and action not in WITH_ARGS:
+            raise UserError(f'the action {action} takes none', 'args')
         if action == 'prio' and args not in ('0', '1', '2', '3'):
-            raise UserError(f'args {args!r} is no priority; allowed are 0 1 2 3')
+            raise UserError(f'{args!r} is no priority; allowed are 0 1 2 3', 'args')
         if action == 'custom' and not re.match(r'[\w.-]+=', args):
-            raise UserError(f'args {args!r} is not KEY=VALUE')
+            raise UserError(f'{args!r} is not KEY=VALUE', 'args')
+        if action == 'custom' and re.match(r'(label|custom_?[1-5])=', args):
+            raise UserError(f'{args!r}: the label is called 1, the others 2 to 5; write 1=VALUE',
+                            'args')
+        if action in ('tag', 'untag') and re.search(r'(^|[\s,])[+-]', args):
+            raise UserError(f'{args!r}: tags have no sign; the actions are tag and untag', 'args')
         args = '' if (action, args) == ('throttle', 'none') else args
         self.deletes = action in ('delete', 'cull')
-        self.template = self.use((CommandTemplate if action == 'exec' else Template)(
-            args, TORRENT_FIELDS))
+        self.template = self.use('args', CommandTemplate if action == 'exec' else Template, args)
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
         self.gone: set[str] = set()             # a dry run of a cull would have erased these
 
@@ -3231,28 +3259,35 @@ class Action(Choice):
                                            if not torrent['is_hashing']], 'it is being checked')
         limit = 10 if self.deletes and config.limit is None else config.limit
         if config.until_free:
-            ready = self.hold_back(
-                ready, list(itertools.islice(self.until_free(ready), limit)), 'it is not needed to '
-                f'have {show_size(config.until_free)} free, or no help, or the limit is {limit}')
+            ready = self.until_free(ready, limit)
         self.each(ready, self.perform, limit)
 
-    def until_free(self, torrents: list[Torrent]) -> Iterator[Torrent]:
-        """Give torrents in order until deleting them frees enough on their disk."""
+    def until_free(self, torrents: list[Torrent], limit: int) -> list[Torrent]:
+        """Return those, in order, whose deletion makes enough free on their disk."""
         promised: dict = collections.defaultdict(int)
+        chosen: list[Torrent] = []
+        enough, useless = [], []
         used = places_in_use(self.engine) if torrents else []
-        for torrent in torrents:
+        for at, torrent in enumerate(torrents):
+            if len(chosen) == limit:
+                self.hold_back(torrents[at:], [], f'the limit is {limit}')
+                break
             device, free = disk_of(torrent['path'])
-            if free is not None and free + promised[device] < self.config.until_free:
-                try:
-                    freed = freed_by(self.own_files(torrent, used))
-                except Unreachable:
-                    raise
-                except (LoggableError, OSError, ValueError) as error:
-                    self.LOG.warning('%s: %s', torrent, error)
-                    continue
-                promised[device] += freed
-                if freed:
-                    yield torrent
+            try:
+                if free is None or free + promised[device] >= self.config.until_free:
+                    enough.append(torrent)
+                elif freed := freed_by(self.own_files(torrent, used)):
+                    promised[device] += freed
+                    chosen.append(torrent)
+                else:
+                    useless.append(torrent)
+            except Unreachable:
+                raise
+            except (LoggableError, OSError, ValueError) as error:
+                self.LOG.warning('%s: %s', torrent, error)
+        self.hold_back(enough, [], f'{show_size(self.config.until_free)} are free without it')
+        self.hold_back(useless, [], 'deleting it frees nothing')
+        return chosen
 
     def own_files(self, torrent: Torrent, used: list[tuple[str, str, str]]) -> list[str]:
         """Return the files to delete with an item: none that another item uses."""
@@ -3304,16 +3339,17 @@ class Command(Job):
         Option('shell', parse_bool, 'no', 'args is a line for the shell'),
         Option('cwd', str, '', 'folder to run in'),
         Option('env', parse_pairs, '', 'more environment: NAME=value, NAME=value'),
-        Option('timeout', parse_duration, '', 'when the program and its children are ended'))
+        Option('timeout', parse_duration, '', 'when the program and its children are ended'),
+        Option('check', parse_bool, 'yes', 'no: a status other than 0 is no failure'))
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.args:
-            raise UserError('args is not set')
+            raise UserError('is not set', 'args')
         try:
             self.words = config.args if config.shell else shlex.split(config.args)
         except ValueError as error:
-            raise UserError(f'args {quoted(config.args)}: {error}') from None
+            raise UserError(f'{quoted(config.args)}: {error}', 'args') from None
 
     def run(self) -> None:
         self.execute(self.words, {})
@@ -3361,7 +3397,9 @@ class Command(Job):
             for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
                 self.LOG.info('%s', line[:500])
         if status != 'status 0':
-            raise LoggableError(f'{shown} ended with {status}')
+            if config.check:
+                raise LoggableError(f'{shown} ended with {status}')
+            self.LOG.info('%s ended with %s', shown, status)
 
 
 class ItemCommand(Choice, Command):
@@ -3375,7 +3413,7 @@ class ItemCommand(Choice, Command):
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.shell:
-            self.template = self.use(ArgsTemplate(config.args, TORRENT_FIELDS))
+            self.template = self.use('args', ArgsTemplate, config.args)
         elif '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
@@ -3454,8 +3492,8 @@ class Move(Choice):
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.target:
-            raise UserError('matcher and target have to be set')
-        self.template = self.use(Template(config.target, TORRENT_FIELDS))
+            raise UserError('is not set', 'target')
+        self.template = self.use('target', Template, config.target)
         self.closed = parse_condition(f'custom_{self.MARK}=?* d_state=1 is_open=no is_hashing=no')
 
     def run(self) -> None:
@@ -3738,6 +3776,7 @@ class TreeWatch(Job):
         Option('remove_already_added', parse_bool, 'no', 'delete a metafile whose item was there '
                                                          'before, and is not tied to it'),
         Option('check_unhandled', parse_bool, 'yes', 'has no effect: files are never missed'),
+        Option('preload_fields', str, '', 'has no effect: what is needed is known'),
         Option('trace_inotify', parse_bool, 'no', 'log every event'),
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
@@ -3757,12 +3796,14 @@ class TreeWatch(Job):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
-            raise UserError('path is not set')
+            raise UserError('is not set', 'path')
         for root in self.roots:
             if not os.path.isdir(root):
-                raise UserError(f'path {root!r} is not a folder')
-        self.commands = [CommandTemplate(text, self.NAMES)
-                         for key, text in sorted(config.items()) if key.startswith(self.families)]
+                raise UserError(f'{root!r} is not a folder', 'path')
+        self.commands = []
+        for key in sorted(key for key in config if key.startswith(self.families)):
+            with reading(key):
+                self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
         self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
@@ -3992,7 +4033,8 @@ class TreeWatch(Job):
             path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
             proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
         patience = 1 + len(meta.content) / 5e6
-        by_path = self.by_path is not False and not re.search(r'[*?[]', str(path))  # no pattern
+        pattern = re.search(r'[*?[]', os.fsdecode(path))        # rTorrent would look for others
+        by_path = self.by_path is not False and not pattern
         if by_path:
             (proxy.load.start if start else proxy.load.normal)('', path, *texts)
             if self.appears(proxy, meta.info_hash, patience):
@@ -4011,6 +4053,9 @@ class TreeWatch(Job):
                                 + ('' if meta.tracker else '; it has no tracker: is DHT off?'))
         if by_path and self.by_path is None:
             self.by_path = False                # it sees other files than torque does
+        if pattern and self.by_path:            # so that it goes with its item, as others do
+            proxy.d.tied_to_file.set(meta.info_hash, path)
+            proxy.d.save_full_session(meta.info_hash)
 
     @staticmethod
     def appears(proxy: Proxy, item: str, seconds: float) -> bool:
@@ -4057,7 +4102,8 @@ HANDLERS = {                            # names that pyrocore and pyrosimple hav
     for name, ours in {
         'jobs:EngineStats': 'EngineStats', 'metrics:EngineStats': 'EngineStats',
         'jobs:InfluxDBStats': 'InfluxDB', 'jobs:InfluxDB': 'InfluxDB',
-        'queue:QueueManager': 'QueueManager', 'watch:TreeWatch': 'TreeWatch',
+        'queue:QueueManager': 'QueueManager', 'watch:QueueManager': 'QueueManager',
+        'watch:TreeWatch': 'TreeWatch',
         'action:Action': 'Action', 'action:Command': 'Command',
         'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}
 BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
@@ -4252,7 +4298,7 @@ class PlannedJob(NamedTuple):
     make: Callable[[JobConfig], Any]
     config: JobConfig
     schedule: Schedule
-    place: str
+    places: dict[str, str]              # of its settings, and '' of the first
     source: dict[str, str]              # all texts it is made of: the same, and so is the job
 
 
@@ -4362,10 +4408,14 @@ def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dic
                  if key not in known and not key.startswith(job.families)]
 
 
+def is_off(entries: dict[str, Entry]) -> bool:
+    """Tell whether a job's settings say that it is not active."""
+    return 'active' in entries and entries['active'].value.lower() in FALSE
+
+
 def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
     """Tell whether a job is active; warn of a slip that may be what keeps it from that."""
-    active = entries.get('active')
-    if not active or active.value.lower() not in FALSE:
+    if not is_off(entries):
         return True
     names = [option.name for option in CORE_OPTIONS]
     for key, entry in entries.items():
@@ -4376,7 +4426,7 @@ def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
 
 def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> PlannedJob:
     """Return a job ready to be made, if there are no mistakes."""
-    prefix, place = f'job.{name}.', first_place(entries)
+    prefix, places = f'job.{name}.', {key: entry.place for key, entry in entries.items()}
     core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
     make, schedule = core.pop('handler'), core.pop('schedule')
     config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
@@ -4390,9 +4440,11 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> P
         entries = {**entries, **{
             option.name: shared[option.name] for option in make.options
             if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
-        config.update(checked(make.options, entries, prefix, ini.mistakes))
+        config.update({key: entry.value for key, entry in entries.items()
+                       if key.startswith(make.families)},
+                      **checked(make.options, entries, prefix, ini.mistakes))
     config.update(core, job_name=name, dry_run=core.dry_run or dry_run)
-    return PlannedJob(name, make, config, schedule, place,
+    return PlannedJob(name, make, config, schedule, {**places, '': first_place(entries)},
                       {key: entry.value for key, entry in entries.items()})
 
 
@@ -4426,6 +4478,10 @@ class Config(Settings):
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
             sys.path.append(folder)
+        for entries in groups.values():         # modules first: they may add fields of torrents
+            if 'handler' in entries and not is_off(entries):
+                with contextlib.suppress(UserError):
+                    import_handler(entries['handler'].value)
         self.jobs: list[PlannedJob] = []
         for name, entries in groups.items():
             if name == only or only is None and is_active(name, entries, ini):
@@ -4496,9 +4552,11 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
                 if not callable(getattr(job, 'run', None)):
                     raise UserError('the class has no run()')
             except UserError as error:
-                mistakes.append(f'{planned.place}: job.{planned.name}: {error}')
+                place = planned.places.get(error.option) or planned.places['']
+                option = '.'[:bool(error.option)] + error.option
+                mistakes.append(f'{place}: job.{planned.name}{option}: {error}')
             except (Exception, SystemExit) as error:
-                mistakes.append(f'{planned.place}: job.{planned.name} cannot be made: '
+                mistakes.append(f"{planned.places['']}: job.{planned.name} cannot be made: "
                                 f'{origin(error)}')
         if mistakes:
             raise Mistakes(mistakes)
