@@ -1015,6 +1015,12 @@ class FailureLogTest(Folder):
         self.fail(torque.LoggableError('timed out'), 1.0)
         self.assertEqual(len(self.logged('WARNING')), 2)
 
+    def test_names_in_it_make_no_other_failure(self):
+        for second in range(59):
+            self.fail(torque.LoggableError(f"'/tmp/{second:x}x' is no file"), float(second))
+            self.fail(OSError(2, f'No {second:x}x'), float(second))
+        self.assertEqual([len(self.logged(level)) for level in ('WARNING', 'ERROR')], [1, 1])
+
     def test_bug_has_its_traceback_once(self):
         records = []
         self.task.log.addFilter(lambda record: records.append(record) or True)
@@ -1243,8 +1249,10 @@ class AddressTest(RpcCase):
                 parts = {'tcp': [found.host, found.port], 'unix': [found.path],
                          'http': [found.path, found.user, found.password]}
                 self.assertEqual(parts[found.kind], expected)
-                self.assertEqual(torque.parse_address(found.where),     # what is shown is usable
-                                 found._replace(user=None, password=None, exposed=False))
+                self.assertEqual(torque.parse_address(found.where).where, found.where)
+                self.assertEqual(torque.parse_address(found.where)[:5], found[:5])
+                self.assertEqual(found.exposed, found.kind == 'tcp' and not re.search(
+                    r'localhost|127\.|\[::1\]', text), text)
 
     def test_other_text_is_refused(self):
         for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',
@@ -4040,7 +4048,8 @@ class ActionTest(WithDouble):
         self.refused(torque.Action, {
             "'purge' is not known; allowed are start": {'action': 'purge'},
             'is not set; for all': {'action': 'stop', 'matcher': ''},
-            'tag needs it': {'action': 'tag'}, "'4' is no priority": {'action': 'prio', 'args': '4'},
+            'tag needs it': {'action': 'tag'},
+            "'4' is no priority": {'action': 'prio', 'args': '4'},
             'KEY=VALUE': {'action': 'custom', 'args': 'x'},
             'is for the action cull': {'action': 'delete', 'until_free': '1g'},
             'allowed are keep delete': {'action': 'cull', 'shared': 'no'},
@@ -5269,6 +5278,7 @@ class DaemonTest(ConfigCase):
                 self.wait('INFO a: ran')
                 program.process.send_signal(number)
                 self.wait('stopping', 'w')
+                program.process.terminate()     # which is not Ctrl-C: it hurries nothing
                 self.assertEqual((program.process.poll(), program.seen('cleaned')), (None, []))
                 os.write(self.fifo, b'x')
                 self.assertEqual(program.stop(0), 0)
@@ -5278,10 +5288,10 @@ class DaemonTest(ConfigCase):
                 self.assertEqual(program.seen('Traceback'), [], program.lines)
 
     def test_hung_run_is_left(self):
-        for grace, number in ('0.2s', 0), ('1h', signal.SIGTERM):
-            with self.subTest(grace=grace):     # it runs out, or a second signal ends it
+        for grace, number in ('0.2s', 0), ('1h', signal.SIGINT):
+            with self.subTest(grace=grace):     # it runs out, or Ctrl-C ends it
                 program = self.start(f'grace = {grace}\n')
-                program.process.terminate()
+                program.process.send_signal(number or signal.SIGTERM)
                 self.wait('stopping', 'w')
                 self.assertEqual(program.stop(number), 0)
                 self.assertTrue(program.seen('still running: w'))
@@ -5520,9 +5530,47 @@ class DaemonControlTest(DaemonFolder):
         self.assertEqual(len(open_text(path).splitlines()), 20)
 
     def test_other_files_are_no_pid_file(self):
-        status, said = self.command('--pid-file', self.path)
-        self.assertEqual((status, 'left alone' in said, '[TORQUE]' in open_text(self.path)),
-                         (78, True, True))
+        for path in (self.path, self.write('note', 'milk')):
+            before = open_text(path)
+            status, said = self.command('--pid-file', path)
+            self.assertEqual((status, 'left alone' in said, open_text(path)), (78, True, before))
+
+    def test_one_daemon_though_its_pid_file_is_removed(self):
+        program = self.start()
+        os.remove(self.pid_file.path)
+        self.assertEqual(self.pid_file.holder(), program.process.pid)
+        status, said = self.command('--daemon')
+        self.assertEqual((status, f'with pid {program.process.pid}' in said), (75, True))
+        self.assertEqual((self.command('--stop')[0], program.stop()), (0, 0))
+        self.assertIsNone(self.pid_file.holder())
+
+    def test_jobs_are_made_while_rtorrent_is_away(self):
+        self.write('eager.py', '''\
+            import torque
+            class Job(torque.Job):
+                def __init__(self, config):
+                    super().__init__(config)
+                    self.proxy = self.engine.open()
+                def run(self):
+                    self.LOG.info('pid %s', self.proxy.system.pid(''))
+            ''')
+        self.ini('job.e.handler = eager:Job\njob.e.schedule = every 0.1s\n')
+        program = self.start()
+        wait_for(lambda: self.state('e')['failures'])
+        server = Server(lambda sock: [Server.request(sock), sock.sendall(
+            scgi_answer(xml_answer(7, *STYLES[1])))], f'{self.folder}/rpc.sock')
+        self.addCleanup(server.stop)
+        wait_for(lambda: program.seen('INFO e: pid 7'))
+
+    def test_status_while_it_starts(self):
+        self.ini(self.job('slow', slow='go'))
+        program = start_torque('-c', self.path)
+        self.addCleanup(program.stop)
+        wait_for(lambda: self.marks('slow', 'made') and self.pid_file.holder())
+        status, said = self.command('--status')
+        self.assertEqual((status, 'torque is starting' in said), (1, True), said)
+        self.write('go', '')
+        wait_for(lambda: program.seen('started with'))
 
     def test_goes_into_the_background(self):
         self.assertEqual(self.command('--daemon'), (0, ''))
@@ -5586,7 +5634,7 @@ class DaemonControlTest(DaemonFolder):
                 self.assertEqual(self.command('--stop')[0], 69 if stale else 0)
                 self.assertIsNone(innocent.poll())
                 innocent.kill()
-        for text in ('', 'x', '99999999999999999999999'):
+        for text in ('', '\0\0', '99999999999999999999999'):
             self.write('state/torque.pid', text)
             program = self.start()
             self.assertEqual((self.command('--stop')[0], program.stop()), (0, 0))
@@ -5639,8 +5687,9 @@ class DaemonControlTest(DaemonFolder):
         wait_for(lambda: 'reloaded' in open_text(path))
 
     def test_risks_are_told(self):
-        self.ini(f'job.w.handler = torque:TreeWatch\njob.w.schedule = hour=*\n'
+        watch = ('job.w.handler = torque:TreeWatch\njob.w.schedule = hour=*\n'
                  f'job.w.path = {self.folder}/watch\n[INFLUXDB]\npassword = sesame\n')
+        self.ini(watch)
         os.makedirs(f'{self.folder}/watch')
         self.addCleanup(Server(lambda sock: None, f'{self.folder}/rpc.sock').stop)
         for path in ('watch', 'rpc.sock'):
@@ -5649,8 +5698,27 @@ class DaemonControlTest(DaemonFolder):
         for words in (['holds password', 'chmod 600'], ['open to every user'],
                       *([['runs as root']] if os.geteuid() == 0 else [])):
             self.assertEqual(len(program.seen('WARNING', *words)), 1, program.lines)
-        if hasattr(torque.TreeWatch, 'folders'):
-            self.assertEqual(len(program.seen('can be written by every user')), 1)
+        self.ini('job.tick.scgi_url = scgi://192.0.2.1:5000\n' + watch)
+        for _ in range(2):
+            self.assertEqual(self.ask('reload')['mistakes'], [])
+        for words in ('can be written by every user', 'may be open to the network',
+                      'holds password'):
+            self.assertEqual(len(program.seen(words)), 1, program.lines)
+
+    def test_secrets_are_not_shown(self):
+        for line in ('password hunter2', 'password = x ;hunter2=1', 'token = hunter2%(x)s',
+                     'scgi_url = https//me:hunter2@127.0.0.1/RPC2', 'job.x.API-KEY = x ;hunter2='):
+            self.ini(line + '\noops')
+            self.assertNotIn('hunter2', self.command('--check')[1])
+        self.ini()
+        self.assertNotIn('hunter2', self.command('--check', '-D', 'influx.password=hunter2')[1])
+        secrets = dict.fromkeys(('passwd', 'Secret', 'api_key', 'apiToken'), 'hunter2')
+        self.assertNotIn('hunter2', repr(torque.JobConfig(secrets)))
+        self.ini('job.c.handler = torque:Command\njob.c.schedule = 1h\n'
+                 'job.c.args = sh -c "exit 3" -u hunter2\n')
+        status, said = self.command('--run-once', 'c')
+        self.assertEqual((status, "'sh' ended with status 3" in said, 'hunter2' in said),
+                         (1, True, False))
 
     def test_systemd_is_told(self):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -5668,19 +5736,24 @@ class DaemonControlTest(DaemonFolder):
         def monitor(connection):
             paths.append(connection.recv(9999).split()[1].decode())
             connection.sendall(b'HTTP/1.0 200 OK\r\n\r\n')
+        for url in ('http://me:hunter2@h/x', 'http://[bad/x', 'ftp://h/x', 'http://h/a b'):
+            self.ini(f'ping_url = {url}')
+            status, said = self.command('--check')
+            self.assertEqual((status, 'ping_url' in said, 'hunter2' in said), (78, True, False))
         server = Server(monitor)
         deaf = Server(lambda connection: server.ended.wait())
         for each in (server, deaf):
             self.addCleanup(each.stop)
         self.ini(f'ping_url = http://127.0.0.1:{deaf.port}/d\n'
                  + self.job('good', 'minute=0', catch_up='yes',
-                            ping_url=f'http://127.0.0.1:{server.port}/good')
+                            ping_url=f'http://127.0.0.1:{server.port}/good/?a=b')
                  + self.job('bad', 'every 1h', fail='x', hang='go',
-                            ping_url=f'http://127.0.0.1:{server.port}/bad'))
+                            ping_url=f'http://127.0.0.1:{server.port}/bad')
+                 + self.job('none', ping_url=''))
         self.write('state/starts.json', '{"version": 1, "starts": {"good": 1000}}')
         program = self.start()
         self.more(count=5)
-        wait_for(lambda: {'/good/start', '/good', '/bad/start'} <= set(paths))
+        wait_for(lambda: {'/good/start?a=b', '/good?a=b', '/bad/start'} <= set(paths))
         program.process.terminate()
         wait_for(lambda: program.seen('stopping'))
         self.write('go', '')
@@ -5698,7 +5771,8 @@ class ReloadTest(DaemonFolder):
         for number in (1, 2):                       # while its run hangs, twice
             self.ini(self.job('changed', number=number) + self.job('new'))
             self.assertEqual(self.command('--reload'), (0, 'reloaded\n'))
-        self.assertEqual(self.state('changed')['state'], 'running')
+        self.assertEqual([self.state('changed')[name] for name in ('state', 'next_run')],
+                         ['leaving', None])
         self.more('new')
         self.more()
         self.assertEqual((len(self.marks(word='made')), len(self.marks('old', 'cleanup')),
@@ -5709,6 +5783,17 @@ class ReloadTest(DaemonFolder):
         self.more('changed', count=2)
         self.assertGreater(self.marks('changed')[1], max(self.marks('changed', 'cleanup')))
         self.assertEqual(len(self.marks('changed', 'cleanup')), 2)
+
+    def test_hung_run_becomes_overdue_though_its_job_goes(self):
+        self.ini(self.job('a', max_runtime='1s', hang='go'))
+        program = self.start()
+        wait_for(lambda: self.marks('a'))
+        self.ini()
+        self.ask('reload')
+        wait_for(lambda: program.seen('WARNING a: still running after 1s'))
+        self.assertEqual(self.state('a')['state'], 'overdue')
+        self.write('go', '')
+        wait_for(lambda: self.marks('a', 'cleanup'))
 
     def test_mistakes_change_nothing(self):
         program = self.start()
@@ -5841,6 +5926,26 @@ class CatchUpTest(DaemonFolder):
             program.stop()
         self.assertFalse(self.marks('told'))
 
+    def planned(self, name, schedule='second=*', **options):
+        return torque.PlannedJob(name, None, torque.JobConfig(options),
+                                 torque.parse_schedule(schedule), {}, {})
+
+    def test_first_run_can_be_missed(self):
+        job, now = self.planned('a', 'hour=3', catch_up=True), time.time()
+        memory = torque.Memory(self.folder)
+        memory.plan(['a'])
+        memory = torque.Memory(self.folder)
+        self.assertEqual((memory.missed(job, now), memory.missed(job, now + 90000)), (False, True))
+        self.write('starts.json', json.dumps({'version': 1, 'starts': {'a': now + 1e8}}))
+        self.assertTrue(torque.Memory(self.folder).missed(job, now + 90000))    # a clock was wrong
+
+    def test_rare_starts_are_saved_at_once(self):
+        memory = torque.Memory(self.folder)
+        for schedule, saved in (('second=*', True), ('second=*', False), ('month=1', True)):
+            before = time.time()
+            memory.started(self.planned('a', schedule))
+            self.assertEqual(torque.Memory(self.folder).starts['a'] >= before, saved)
+
     def test_bad_files_are_told(self):
         for text in (b'', b'{"version": 1, "sta', b'\xff\0\x01', b'[]', b'{"version": 2}', b'7',
                      b'{"version": 1, "starts": {"a": "x"}}', b'[' * 100000):
@@ -5856,7 +5961,8 @@ class CatchUpTest(DaemonFolder):
         memory, writes, real = torque.Memory(self.folder), [], torque.replace_file
         with mock.patch.object(torque, 'replace_file', lambda *args: (
                 writes.append(time.sleep(0.02)), real(*args))):
-            threads = [threading.Thread(target=memory.started, args=(f'a/"{number}\0', True))
+            threads = [threading.Thread(target=memory.started, args=(
+                self.planned(f'a/"{number}\0', catch_up=True),))
                        for number in range(100)]
             for thread in threads:
                 thread.start()
@@ -5867,9 +5973,10 @@ class CatchUpTest(DaemonFolder):
 
     def test_full_disks_are_told_once(self):
         memory = torque.Memory(self.folder)
-        with mock.patch.object(torque, 'replace_file', mock.Mock(side_effect=OSError(28, 'full'))):
+        with mock.patch.object(torque, 'replace_file', mock.Mock(
+                side_effect=torque.LoggableError('it cannot be written'))):
             for _ in range(50):
-                memory.started('a', True)
+                memory.started(self.planned('a', catch_up=True))
         self.assertEqual(len(self.logged('cannot be written')), 1)
 
 

@@ -612,7 +612,12 @@ class Task:
         self.failures += 1
         known = isinstance(error, LoggableError)
         self.last_error = ('' if known else f'{type(error).__name__}: ') + error_text(error)
-        row = self.repeats.seen(re.sub(r'\b[\da-fA-F]{8,}\b|[\d.]+', '#', self.last_error), now)
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        row = self.repeats.seen(
+            re.sub(r"""'[^']*'|"[^"]*"|\b[\da-fA-F]{8,}\b|[\d.]+""", '#', self.last_error)
+            if known or not trace else (type(error), trace.tb_frame.f_code, trace.tb_lineno), now)
         told = getattr(error, 'told', False)
         since, said, times = self.failing or (now, False, 0)
         self.failing = since, said or (row is not None and not told), times + 1
@@ -681,7 +686,8 @@ class Scheduler:
         for heap in self.heaps:                 # they would keep the job in memory until it is due
             heap[:] = [entry for entry in heap if entry[-1] is not task]
             heapq.heapify(heap)
-        self.limits.pop(task, None)
+        if task.running_since is None:
+            self.limits.pop(task, None)
         return task
 
     def push(self, task: Task) -> None:
@@ -745,8 +751,9 @@ class Scheduler:
             else:
                 del self.limits[task]
                 task.overdue = True
-                task.log.warning('still running after %s, its max_runtime',
-                                 show_duration(task.max_runtime or 0))
+                row = task.repeats.seen('overdue', elapsed)
+                task.log.log(logging.WARNING if row else logging.DEBUG, 'still running after %s, '
+                             'its max_runtime', show_duration(task.max_runtime or 0))
         return ready, sleep
 
     # From here on there are threads.
@@ -840,6 +847,10 @@ class Scheduler:
         """Let serve() return; no new runs start."""
         self.stopping = True
 
+    def interrupt(self) -> None:
+        """Stop, and the second time without waiting for runs in progress."""
+        self.stopping = True
+
     def finish(self, grace: float) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
         end = self.elapsed() + grace
@@ -849,7 +860,7 @@ class Scheduler:
         with contextlib.suppress(queue.Empty):
             while self.running():
                 message = self.mail.get(timeout=max(end - self.elapsed(), 0))
-                if message == self.stop:        # a second signal: no more waiting
+                if message == self.interrupt:   # the second Ctrl-C
                     break
                 message()
         return self.running()
@@ -868,6 +879,9 @@ BATCH = 500                             # calls in one request; rTorrent takes 5
 HEAD_LIMIT = 8192                       # bytes before the body of an SCGI answer
 
 
+LOOPBACK = re.compile(r'localhost$|127\.|::1$')
+
+
 class Address(NamedTuple):
     """Where rTorrent answers: kind is unix, tcp or http; `where` is fit for the log."""
     kind: str
@@ -884,7 +898,7 @@ class Address(NamedTuple):
 
     def is_local(self) -> bool:
         """Tell whether rTorrent runs on this machine, as far as the address shows."""
-        return bool(re.match(r'localhost$|127\.|::1$|$', self.host))
+        return not self.host or bool(LOOPBACK.match(self.host))
 
 
 def redacted(text: Any) -> str:
@@ -893,7 +907,7 @@ def redacted(text: Any) -> str:
     >>> redacted('http://me:secret@host/RPC2')
     'http://me:***@host/RPC2'
     """
-    return re.sub(r'(?s)^((?:\w+://)?[^:/@]*):.*@', r'\1:***@', str(text))
+    return re.sub(r'(?s)^((?:\w+:?//)?[^:/@]*):.*@', r'\1:***@', str(text))
 
 
 def parse_address(text: str) -> Address:
@@ -921,8 +935,9 @@ def parse_address(text: str) -> Address:
         return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
         raise UserError(f'{redacted(text)!r} is no address; {allowed}')
-    exposed = host in ('', '0.0.0.0', '::')
-    host = '127.0.0.1' if exposed else host
+    everywhere = host in ('', '0.0.0.0', '::')
+    exposed = everywhere or not LOOPBACK.match(host)
+    host = '127.0.0.1' if everywhere else host
     shown = f'[{host}]' if ':' in host else host
     return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
 
@@ -1420,7 +1435,11 @@ def process_start(pid: int | None, address: Address) -> float | None:
 
 
 class Engine:
-    """One rTorrent; every method raises RpcError when it does not answer as it should."""
+    """One rTorrent; every method raises RpcError when it does not answer as it should.
+
+    But a job that is being made may open() one that is not there yet: its calls fail until it is.
+    """
+    making = threading.local()          # .jobs is true in the thread that makes them
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT):
         self.address = parse_address(url)
@@ -1444,7 +1463,12 @@ class Engine:
             found = os.stat(self.address.path)
             stamp = found.st_ino, found.st_ctime_ns
         if proxy is None or stamp != self.stamp:
-            proxy, self.stamp = self.look(), stamp
+            try:
+                proxy, self.stamp = self.look(), stamp
+            except Unreachable:
+                if not getattr(self.making, 'jobs', False):
+                    raise
+                return Proxy(self.send, self.address.where, False, self.notice)
         return proxy
 
     def send(self, body: bytes, content_type: str) -> bytes:
@@ -2463,6 +2487,9 @@ class ArgsTemplate(Template):
 # its engine and to nothing above: files, threads and signals are other sections' business.
 # Built-in jobs list their options in a table that checks the ini and prints the help.
 
+SECRET = re.compile('(?i)pass|secret|token|api.?key')
+
+
 class Settings(dict):
     """Settings by name: config.path or config['path']; as an attribute, None when missing."""
 
@@ -2474,7 +2501,7 @@ class Settings(dict):
     __setattr__ = dict.__setitem__
 
     def __repr__(self) -> str:
-        return repr({name: '***' if re.search('password|token', name) and value else
+        return repr({name: '***' if SECRET.search(name) and value else
                      redacted(value) if isinstance(value, str) else value
                      for name, value in self.items()})
 
@@ -2573,15 +2600,22 @@ def sync(path: str) -> None:
         os.close(handle)
 
 
+def open_private(path: str) -> Any:
+    """Open a file of the user's own to be written, in a folder of his own, made if need be."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    return open(path, 'w', encoding='utf-8',
+                opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
 def replace_file(path: str, text: str) -> None:
     """Write a file of the user's own, whole or not at all, whatever happens meanwhile."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    handle = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(handle, 'w', encoding='utf-8') as stream:
-        stream.write(text)
-    sync(path + '.new')
-    os.replace(path + '.new', path)
+    try:
+        with open_private(path + '.new') as stream:
+            stream.write(text)
+        sync(path + '.new')
+        os.replace(path + '.new', path)
+    except OSError as error:
+        raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
 
 
 def parse_pairs(text: str) -> dict[str, str]:
@@ -2605,7 +2639,8 @@ parse_web_url = functools.partial(
     parse_form, r'(https?://[^/@\s]+(?:/\S*?)?)/*', 'web address; allowed is http(s)://host:port, '
     'with user and password as settings')
 parse_ping_url = functools.partial(
-    parse_form, r'(https?://[^\s/].*|)', 'web address; allowed is http(s)://host/...')
+    parse_form, r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-f:]+\]\S*|)',
+    'web address; allowed is http(s)://host/..., without user and password')
 parse_api = functools.partial(
     parse_form, '([123]?)', 'version of the interface; allowed are 1, 2, 3')
 
@@ -2715,7 +2750,7 @@ class InfluxDB(Job):
                 replace_file(self.file, '\n'.join(self.points) + '\n')
             elif os.path.exists(self.file):
                 os.remove(self.file)
-        except OSError as error:
+        except (LoggableError, OSError) as error:
             self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
 
     cleanup = save
@@ -3372,6 +3407,8 @@ class Command(Job):
             self.announce('running', shown)
             return
         self.LOG.debug('running %s', shown)
+        words_or_line = words.split() if isinstance(words, str) else words
+        program = quoted(words_or_line[0])      # the arguments may hold a password
         with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
             try:
                 process = subprocess.Popen(
@@ -3379,7 +3416,7 @@ class Command(Job):
                     env={**os.environ, **environment, **config.env}, start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
             except (OSError, ValueError) as error:
-                raise LoggableError(f'{shown}: {error}') from None
+                raise LoggableError(f'{program}: {error}') from None
             self.children.add(process.pid)
             try:
                 status = f'status {process.wait(config.timeout or None)}'
@@ -3398,8 +3435,8 @@ class Command(Job):
                 self.LOG.info('%s', line[:500])
         if status != 'status 0':
             if config.check:
-                raise LoggableError(f'{shown} ended with {status}')
-            self.LOG.info('%s ended with %s', shown, status)
+                raise LoggableError(f'{program} ended with {status}')
+            self.LOG.info('%s ended with %s', program, status)
 
 
 class ItemCommand(Choice, Command):
@@ -3499,9 +3536,12 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, beside no other Move of this state_dir."""
         import fcntl
-        folder = self.config.state_dir
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        with open(os.path.join(folder, 'move.lock'), 'w', encoding='ascii') as lock:
+        path = os.path.join(self.config.state_dir, 'move.lock')
+        try:
+            lock = open_private(path)
+        except OSError as error:
+            raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
+        with lock:
             try:                                # against other Moves and --run-once, too
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -4224,6 +4264,11 @@ class Ini:
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
+    @staticmethod
+    def excerpt(text: str, line: str) -> str:
+        """Return part of a line as a message may show it."""
+        return '***' if SECRET.search(line) else quoted(redacted(text.strip()), 60)
+
     def read(self, lines: Iterable[str], name: str) -> None:
         """Add the entries of one file, by the rules of pyrocore's parser.
 
@@ -4243,7 +4288,7 @@ class Ini:
                     found[section, key][0] += '\n' + text
                     if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
                         self.warnings.append(f'{place}: an indented line belongs to the value '
-                                             f'above it: {quoted(text, 60)}')
+                                             f'above it: {self.excerpt(text, line)}')
                 continue
             cut = re.search(r'\s;', text)
             header = re.match(r'\[([^]]+)\]', text)
@@ -4251,14 +4296,14 @@ class Ini:
             if header:
                 section, key, indent = header[1].upper(), '', None
             elif not section or not entry:
-                self.mistakes.append(f'{place}: {quoted(text, 60)} ' + (
+                self.mistakes.append(f'{place}: {self.excerpt(text, line)} ' + (
                     'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
                     else 'stands before any [SECTION]; settings belong under [TORQUE]'))
                 section, key, indent = section or '?', '', depth
             else:
                 if cut and '=' in text[cut.end():]:
                     self.warnings.append(f'{place}: text after `;` is a comment: '
-                                         f'{quoted(text[cut.end():].strip(), 60)}')
+                                         f'{self.excerpt(text[cut.end():], line)}')
                 key, indent = entry[1].strip(), depth
                 if (section, key) in found:
                     self.warnings.append(f'{place}: {key} stands here again, and this one counts, '
@@ -4270,8 +4315,8 @@ class Ini:
     def add(self, section: str, key: str, value: str, place: str) -> None:
         """Add one entry; a later one replaces an earlier one."""
         if re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.mistakes.append(f'{place}: {key}: {quoted(value, 60)}: nothing is interpolated; '
-                                 'write the value itself, and %% for %')
+            self.mistakes.append(f'{place}: {key}: {self.excerpt(value, key)}: nothing is '
+                                 'interpolated; write the value itself, and %% for %')
         self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
 
     def warn_if_near(self, word: str, known: Iterable[str], place: str, text: str) -> None:
@@ -4332,13 +4377,14 @@ def read_files(path: str, overrides: Iterable[str]) -> Ini:
         raise Mistakes([f'{path}: {error.strerror}']) from None
     for text in overrides:
         key, equals, value = text.partition('=')
+        shown = ini.excerpt(text, text)
         section, dot, rest = key.strip().partition('.')
         if not equals or not key.strip():
-            ini.mistakes.append(f'-D {text}: allowed is KEY=VALUE or section.KEY=VALUE')
+            ini.mistakes.append(f'-D {shown}: allowed is KEY=VALUE or section.KEY=VALUE')
         elif dot and section.upper() in {*ini.sections, *SECTIONS}:
             ini.add(section.upper(), rest, value.strip(), '-D')
         elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
-            ini.mistakes.append(f'-D {text}: there is no section [{section.upper()}]')
+            ini.mistakes.append(f'-D {shown}: there is no section [{section.upper()}]')
         else:
             ini.add('TORQUE', key.strip(), value.strip(), '-D')
     return ini
@@ -4510,10 +4556,6 @@ class Config(Settings):
                     engine = Engine(*made_of)
                     engine.aliases = self.aliases
                 self.engines[made_of] = engine
-                if engine.address.exposed:
-                    self.warnings.append(
-                        f'{url}: the RPC port of rTorrent is open to the network: whoever reaches '
-                        'it runs commands as you; bind it to 127.0.0.1 or use a socket')
             return self.engines[made_of]
         except UserError as error:
             entry = entry or entries.get('rtorrent_rc')
@@ -4545,6 +4587,7 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
     mistakes = []
+    Engine.making.jobs = True
     try:
         for planned in plans:
             try:
@@ -4564,6 +4607,8 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
         for name, job in made.items():
             clean_up(name, job)
         raise
+    finally:
+        Engine.making.jobs = False
     return made
 
 
@@ -4608,7 +4653,10 @@ class PidFile:
             stream = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
-        if os.fstat(stream.fileno()).st_size > 64:
+        if self.listener():                     # the file was removed under a daemon
+            stream.close()
+            return False
+        if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(stream.fileno(), 65, 0)):
             stream.close()
             raise UserError(f'pid file {self.path}: this is something else; it is left alone')
         for _ in range(20):                     # holder() of another process has it for a moment
@@ -4633,10 +4681,10 @@ class PidFile:
             with open(self.path, encoding='ascii', errors='replace') as stream:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return None
+                    return self.listener()
                 text, file = stream.read(20).strip(), os.fstat(stream.fileno())
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            return self.listener()
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
         named = int(text) if text.isdigit() else 0
@@ -4652,12 +4700,28 @@ class PidFile:
             return named
         return max(ours, default=0)
 
+    def listener(self) -> int | None:
+        """Return the pid of who listens at the socket, where nobody locks the file."""
+        with contextlib.suppress(OSError, AttributeError), \
+                socket.socket(socket.AF_UNIX) as sock, short_path(self.socket) as path:
+            sock.settimeout(1)
+            sock.connect(path)
+            return struct.unpack('3i', sock.getsockopt(         # struct ucred: pid, uid, gid
+                socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        return None
+
     def stop(self, seconds: float) -> bool:
-        """End a running daemon, and tell whether there was one; returns when it is gone."""
+        """End a running daemon, and tell whether there was one; returns when it is gone.
+
+        seconds: how long that may take, unless the daemon says more.
+        """
         import signal
-        pid, end = self.holder(), time.monotonic() + seconds
+        pid = self.holder()
         if pid is None:
             return False
+        with contextlib.suppress(LoggableError, KeyError):
+            seconds = max(seconds, self.ask('status', 2)['grace'] + 20)
+        end = time.monotonic() + seconds
         if not pid:
             raise LoggableError(f'{self.path} is locked by a process that is not seen from here')
         try:
@@ -4679,6 +4743,9 @@ class PidFile:
                 sock.connect(path)
                 sock.sendall(question.encode() + b'\n')
                 return json.loads(b''.join(iter(lambda: sock.recv(65536), b'')))
+        except FileNotFoundError:
+            raise LoggableError(f'there is no {self.socket}: torque is starting, or could not make '
+                                'it') from None
         except (OSError, ValueError) as error:
             raise LoggableError(f'the daemon does not answer over {self.socket}: {error}') from None
 
@@ -4710,24 +4777,34 @@ class Memory:
                 found = json.load(stream)
             if found['version'] != 1:
                 raise ValueError(f"version {found['version']!r}")
-            self.starts = {name: float(when) for name, when in found['starts'].items()
-                           if 0 < when < 1 << 33}
+            self.starts = {name: min(float(when), time.time())      # a clock may have been wrong
+                           for name, when in found['starts'].items() if 0 < when < 1 << 33}
         except FileNotFoundError:
             pass
         except Exception as error:              # whatever a disk may have made of it
             self.log.warning('%s is not usable, starting without it: %s', self.path,
                              quoted(error, 80))
 
-    def started(self, name: str, at_once: bool) -> None:
-        """Note that a job starts; at_once: it has to be on disk before it does."""
+    def started(self, job: PlannedJob) -> None:
+        """Note that a job starts: at once where a crash would have it called missed."""
+        name, catch_up = job.name, bool(job.config.catch_up)    # then it is on disk before it does
         self.starts[name] = when = time.time()
-        if (at_once or elapsed_time() - self.saved_at > self.PAUSE) and self.lock.acquire(
-                blocking=at_once):              # a disk that hangs holds up no other job
+        due = None if job.schedule.elapsed else job.schedule.next(when)
+        if (catch_up or due and due - when > self.PAUSE
+                or elapsed_time() - self.saved_at > self.PAUSE) and self.lock.acquire(
+                blocking=catch_up):             # a disk that hangs holds up no other job
             try:
                 if self.saved.get(name) != when:        # many at once: the first saves them all
                     self.save()
             finally:
                 self.lock.release()
+
+    def plan(self, names: Iterable[str]) -> None:
+        """Note when jobs are planned for the first time: what they miss, they miss from then."""
+        known = len(self.starts)
+        self.starts = {**dict.fromkeys(names, time.time()), **self.starts}
+        if len(self.starts) > known:
+            self.save()
 
     def save(self) -> None:
         """Write the file; a disk that is full must not stop a job."""
@@ -4735,9 +4812,9 @@ class Memory:
         try:
             replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
             self.saved = starts
-        except OSError as error:
-            if self.repeats.seen(error.errno, self.saved_at):
-                self.log.warning('%s cannot be written: %s', self.path, error.strerror)
+        except LoggableError as error:
+            if self.repeats.seen(str(error), self.saved_at):
+                self.log.warning('%s', error)
 
     def missed(self, job: PlannedJob, now: float) -> bool:
         """Tell whether a run came due since the last start, while nobody was there."""
@@ -4816,6 +4893,39 @@ def end_process(status: int, at_once: bool = False) -> None:
         os._exit(status)
 
 
+AS_ROOT = 'torque runs as root; the user of rTorrent is enough'
+
+
+def warn_of_risks(config: Config, told: set[str]) -> None:
+    """Log what lets others read secrets or run commands as this user, unless it is told."""
+    risks = [(os.geteuid() == 0, AS_ROOT)]
+    secrets = [key for section in config.values() for key, value in section.items() if value and (
+        SECRET.search(key) or redacted(value) != str(value))]
+
+    def others_may(mode: int, path: str) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(os.stat(path).st_mode & mode)
+        return False
+    risks += [(others_may(0o044, config.path),
+               f'{config.path} holds {key} and can be read by others: chmod 600')
+              for key in secrets[:1]]
+    for engine in config.engines.values():
+        address = engine.address
+        risks.append((address.kind == 'unix' and others_may(0o002, address.path),
+                      f'{address.where} is open to every user of this machine: each runs '
+                      'commands as you'))
+        risks.append((address.exposed, f'{address.where}: the RPC port of rTorrent may be open to '
+                      'the network: whoever reaches it runs commands as you; bind it to '
+                      '127.0.0.1 or use a socket'))
+    risks += [(others_may(0o002, root), f'{root}, which is watched, can be written by every user')
+              for job in config.jobs
+              for root in getattr(job.make, 'folders', lambda config: [])(job.config)]
+    for applies, text in risks:
+        if applies and text not in told:
+            told.add(text)
+            logging.getLogger('torque.main').warning('%s', text)
+
+
 class Daemon:
     """A running torque: its jobs, their tasks, and how they change."""
 
@@ -4832,6 +4942,7 @@ class Daemon:
         self.cleaning: list[threading.Thread] = []      # each has its job's name
         self.planned: dict[str, PlannedJob] = {}
         self.files: dict[str, int] = {}         # of modules: when they were changed
+        self.told: set[str] = set()             # risks that are in the log
         self.missed: list[str] = []             # jobs that were due while torque did not run
         self.server: socket.socket | None = None
 
@@ -4845,16 +4956,19 @@ class Daemon:
         self.jobs = make_jobs(self.config.jobs)
         self.planned = {planned.name: planned for planned in self.config.jobs}
         self.files = self.module_files()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.scheduler.mail.put(self.scheduler.stop))
+        for number, end in ((signal.SIGTERM, self.scheduler.stop),
+                            (signal.SIGINT, self.scheduler.interrupt)):
+            signal.signal(number, lambda *_, end=end: self.scheduler.mail.put(end))
         self.server = self.listen()
         self.missed = [name for name, planned in sorted(self.planned.items())
                        if self.memory.missed(planned, time.time())]
+        self.memory.plan(self.planned)
         for name in self.jobs:
             self.scheduler.add(self.task(name, name in self.missed))
 
     def serve(self) -> int:
         """Run jobs on schedule until a signal comes; return the exit status."""
+        warn_of_risks(self.config, self.told)
         self.log.info('started with %d job%s: %s', len(self.jobs), 's'[:len(self.jobs) != 1],
                       ', '.join(sorted(self.jobs)) or 'none is active')
         if self.missed:
@@ -4893,6 +5007,7 @@ class Daemon:
         for thread in self.cleaning:
             thread.join(max(end - elapsed_time(), 0))
         hung.update(thread.name for thread in self.cleaning if thread.is_alive())
+        end = min(end, elapsed_time() + 3)      # a deaf monitor is not waited for longer
         while self.pinger.busy() and elapsed_time() < end:
             time.sleep(0.01)
         if self.memory.lock.acquire(timeout=0.5):       # not when a dead disk keeps a job at it
@@ -4917,12 +5032,13 @@ class Daemon:
         at_start = bool(getattr(job, 'at_start', False) or missed and config.catch_up)
 
         def ping(way: str, text: str = '') -> None:
-            url = config.ping_url or self.options.ping_url
+            own = config.ping_url if 'ping_url' in planned.source else self.options.ping_url
+            url, mark, query = (own or '').partition('?')
             if url:
-                self.pinger.send(url.rstrip('/') + way, scrubbed(text)[:10000])
+                self.pinger.send(url.rstrip('/') + way + mark + query, scrubbed(text)[:10000])
 
         def run() -> None:
-            self.memory.started(name, bool(config.catch_up))
+            self.memory.started(planned)
             ping('/start')
             try:
                 job.run()
@@ -5002,12 +5118,14 @@ class Daemon:
                 self.clean_up(name, job)
             return
         self.options = self.config.torque
+        warn_of_risks(self.config, self.told)
         for engine in self.config.engines.values():
             engine.aliases = self.config.aliases
         self.planned = {job.name: job for job in self.config.jobs}
         for name in [name for name in self.jobs if name in made or name not in self.planned]:
             self.retire(name)
         self.jobs.update(made)
+        self.memory.plan(made)
         for name in made:
             if name not in self.leaving:
                 self.scheduler.add(self.task(name))
@@ -5079,18 +5197,21 @@ class Daemon:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
         up = elapsed_time()
         uptime, tasks = up - self.began, {**self.leaving, **self.scheduler.tasks}
-        engines = [{'address': engine.address.where, 'version': '/'.join(engine.versions),
+        engines = [{'address': engine.address.where,
+                    'version': '/'.join(engine.versions) if any(engine.versions) else None,
                     'away_for': None if engine.gone_since is None else up - engine.gone_since}
                    for engine in list(self.config.engines.values())]
-        jobs = [{'name': task.name, 'state': 'overdue' if task.overdue else 'running'
-                 if task.running_since is not None else 'idle',
+        jobs = [{'name': task.name, 'state': 'overdue' if task.overdue else
+                 'leaving' if task.removed else
+                 'running' if task.running_since is not None else 'idle',
                  **{name: getattr(task, name) for name in (
                      'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed')},
                  'last_error': task.last_error and scrubbed(task.last_error),
-                 'next_run': self.scheduler.next_run(task)}
+                 'next_run': None if task.removed else self.scheduler.next_run(task)}
                 for _, task in sorted(tasks.items())]
         return {'pid': os.getpid(), 'version': VERSION, 'config': self.path,
-            'started': time.time() - uptime, 'uptime': uptime,
+            'started': time.time() - uptime, 'uptime': uptime, 'grace': self.options.grace,
+            'stopping': self.scheduler.stopping,
             'log_file': next((log.baseFilename for log in logging.getLogger('torque').handlers
                               if isinstance(log, logging.FileHandler)), None),
             'rtorrent': engines, 'jobs': jobs}
@@ -5108,13 +5229,14 @@ def print_status(status: dict) -> None:
     def when(moment: float | None) -> str:
         return '-' if moment is None else time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
     print(f"torque {status['version']}, pid {status['pid']}, up "
-          f"{show_duration(status['uptime'])}, {status['config']}"
+          f"{show_duration(status['uptime'])}{', stopping' * status['stopping']}, "
+          f"{status['config']}"
           + (f", log {status['log_file']}" if status['log_file'] else ''))
     for engine in status['rtorrent']:
-        print(f"rTorrent {engine['version']}".rstrip('/ ') + f" at {engine['address']}: " + (
+        print(f"rTorrent {engine['version'] or ''}".rstrip() + f" at {engine['address']}: " + (
             f"has not answered for {show_duration(engine['away_for'])}"
             if engine['away_for'] is not None else
-            'answers' if engine['version'] != '/' else 'not asked yet'))
+            'answers' if engine['version'] else 'not asked yet'))
     print_table([('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED', 'NEXT RUN',
                   'LAST ERROR')] + [
         (job['name'], job['state'] + ('' if job['running_since'] is None else
@@ -5240,27 +5362,6 @@ def find_ini() -> str:
                     'rTorrent answers, and start `python3 torque.py -c torque.ini`')
 
 
-def warn_of_risks(config: Config) -> None:
-    """Log what lets others read secrets or run commands as this user."""
-    log = logging.getLogger('torque.main')
-    secrets = [key for section in config.values() for key, value in section.items() if value and (
-        re.search(r'(password|token)$', key) or redacted(value) != str(value))]
-    risks = [(config.path, 0o044, f'{config.path} holds {key} and can be read by others: chmod 600')
-             for key in secrets[:1]]
-    risks += [(engine.address.path, 0o002, f'{engine.address.where} is open to every user of this '
-               'machine: each runs commands as you')
-              for engine in config.engines.values() if engine.address.kind == 'unix']
-    risks += [(root, 0o002, f'{root}, which is watched, can be written by every user')
-              for job in config.jobs
-              for root in getattr(job.make, 'folders', lambda config: [])(job.config)]
-    for path, mode, text in risks:
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_mode & mode:
-                log.warning('%s', text)
-    if os.geteuid() == 0:
-        log.warning('torque runs as root; the user of rTorrent is enough')
-
-
 def run_once(config: Config) -> int:
     """Run the one planned job now, in the foreground."""
     import signal
@@ -5312,6 +5413,7 @@ def check(config: Config) -> int:
         if planned.make in BUILT_IN.values() and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
+    warn_of_risks(config, {AS_ROOT})
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
@@ -5410,13 +5512,15 @@ def run_daemon(arguments: Any, path: str, level: int) -> int:
             status = EXIT_RUNNING
             return status
         daemon = Daemon(config_ini, lambda config: load(config, arguments, full_path), lock)
-        warn_of_risks(config_ini)
         daemon.begin()
-        if background:
+        if background:                          # once for the terminal, once for the log
+            warn_of_risks(config_ini, set())
             log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
             if not log_file:
-                os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
-            set_up_log(level, log_file or os.path.join(config_ini.state_dir, 'torque.log'))
+                log_file = config_ini.state_dir + '/torque.log'
+                with contextlib.suppress(OSError):      # what is wrong, the log file tells
+                    os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
+            set_up_log(level, log_file)
         status = EXIT_OK
         started(status)
         return daemon.serve()
