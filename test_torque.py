@@ -2007,7 +2007,9 @@ class TorrentsTest(Folder):
             (name, [['x.' + wanted[-1], 1]], wanted if wanted[0] else []) for name, *wanted in (
                 ('Show.S01E02.720p', 'tv', 'mkv'), ('Film (1999) x', 'movie', 'avi'),
                 ('Band - Album', 'audio', 'flac'), ('q', 'video', 'mp4'), ('q', '', 'xyz'),
-                ('Show.S01E02', 'tv', 'rar'))])
+                ('Show.S01E02', 'tv', 'rar'), ('Show 1x02', 'tv', 'mkv'))])
+        self.assertEqual(torque.file_kinds([['x.r00', 30], ['x.R01', 30], ['x.nfo', 40]], 51),
+                         ['rar'])
 
     def test_place_of_data_is_known(self):
         self.check(torque.data_path, [('/b/x', '/d', 'x', 0, '/b/x'), ('', '/d', 'x', 0, '/d/x'),
@@ -2834,6 +2836,9 @@ class TemplateTest(unittest.TestCase):
             'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}'})
 
     def test_hostile_text_stays_one_argument(self):
+        old = CommandTemplate('d.set_custom=k,{{name}};f.multicall=*.jpg,f.set_priority=2')
+        self.assertEqual(old.commands({'name': 'd.set_custom='}), [
+            'd.custom.set="k","d.set_custom="', 'f.multicall=*.jpg,f.priority.set=2'])
         command = CommandTemplate('d.custom.set=k,{{name}}')
         inside = CommandTemplate('d.custom.set=k,/a/{{name}}/b;d.y="{{name}}"')
         args = ArgsTemplate('x "{{name}} b" -- {{name}}')
@@ -3854,7 +3859,8 @@ class LiveWatchTest(Folder):
                     [f'/var/torrent/done/{label}/{relpath}', folder.format(name=name), 0, [[2]]])
         self.assertEqual((program.stop(), program.seen('ERROR')), (0, []))
         status, shown, _ = run_torque('-c', self.ini, '--explain', path)
-        for words in (': queued', "info_name = 'plain'", "relpath = ''", "flags = ['b', ",
+        for words in (': queued; but it is loaded already', "info_name = 'plain'",
+                      "relpath = ''", "flags = ['b', ",
                       'command d.directory.set="/srv/"', 'command f.multicall=*.nfo,f.prio'):
             self.assertIn(words, shown)
         self.assertEqual(status, 0)
@@ -4460,6 +4466,11 @@ class MoveTest(WithDouble):
                 if not killed:
                     self.assertGreater(dies_at, 30)
                     break
+
+    def test_state_that_cannot_be_written_is_one_line(self):
+        self.engine.add(self.path('old', 'a'), self.FILES)
+        with mock.patch(f'{__name__}.JOB_STATE', '/dev/null/x'):
+            self.fails("move.lock cannot be written: Not a directory", self.move)
 
     def test_doubtful_moves_are_refused(self):
         def opened(method, target):
@@ -5615,6 +5626,7 @@ class DaemonControlTest(DaemonFolder):
         done = threading.Event()
         looks = [threading.Thread(target=lambda: [None for _ in iter(done.is_set, True)
                                                   if self.pid_file.holder()]) for _ in range(3)]
+        self.addCleanup(done.set)
         for thread in looks:
             thread.start()
         for _ in range(50):
@@ -5624,6 +5636,17 @@ class DaemonControlTest(DaemonFolder):
         done.set()
         for thread in looks:
             thread.join()
+
+    @unittest.skipUnless(os.path.exists('/dev/full'), 'there is no /dev/full here')
+    def test_output_that_cannot_be_written_is_one_line(self):
+        for word in ('--check', '--list-jobs'):
+            with open('/dev/full', 'w') as full:
+                done = subprocess.run([sys.executable, os.path.join(HERE, 'torque.py'), '-c',
+                                       self.path, word], stdout=full, stderr=subprocess.PIPE)
+            said = done.stderr.decode().splitlines()
+            self.assertEqual((done.returncode, said[-1]),
+                             (1, 'torque: [Errno 28] No space left on device'))
+            self.assertNotIn('Traceback', str(said))
 
     def test_only_the_holder_of_the_lock_is_ended(self):
         for stale in (True, False):

@@ -1645,6 +1645,7 @@ SOURCES = {                             # second questions: command, and the col
                                  't.scrape_incomplete=', 't.failed_time_last=',
                                  't.success_time_last='))}
 TV = re.compile(r'^(?P<show>.+?)[._ -]+(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|'
+                r'\d{1,2}x\d{2}|'
                 r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))(?:[._ -](?P<title>.*))?$', re.I)
 MOVIE = re.compile(r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
 KINDS = {kind: traits for traits, kinds in {
@@ -1733,10 +1734,13 @@ def first_tracker(rows: list) -> str:
 
 
 def file_kinds(rows: list, percent: int = 0) -> list[str]:
-    """Return the extensions of files that make up at least so many percent of the data."""
+    """Return the extensions of files that make up at least so many percent of the data.
+
+    The parts .r00, .r01 ... of an archive count as rar.
+    """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        sizes[os.path.splitext(path)[1].lstrip('.').lower()] += size
+        sizes[re.sub(r'^r\d\d$', 'rar', os.path.splitext(path)[1].lstrip('.').lower())] += size
     total = sum(sizes.values()) or 1
     return sorted(kind for kind, size in sizes.items() if kind and size * 100 >= percent * total)
 
@@ -2404,6 +2408,10 @@ def check_words(words: list[str]) -> None:
                         """sh -c '... "$1"' sh {{name}}""")
 
 
+# Commands as they were called up to 0.8, in the configurations of that time.
+OLD_COMMAND = re.compile(r'\b([dfpt])\.([gs]et)_(\w+)=')
+
+
 class CommandTemplate(Template):
     r"""Commands of rTorrent, separated by ; or line breaks; one without values stays as it is.
 
@@ -2417,6 +2425,8 @@ class CommandTemplate(Template):
 
     def command(self, text: str) -> tuple[str, list]:
         """Return one command, divided."""
+        text = OLD_COMMAND.sub(lambda old: f'{old[1]}.{old[3]}' + '.set' * (old[2] == 'set') + '=',
+                               text)
         name, equals, rest = text.partition('=')
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
@@ -2939,7 +2949,7 @@ class Choice(Job):
     def chosen(self) -> list[Torrent]:
         """Return the torrents that meet the condition, in order."""
         config = self.config
-        return in_order(list_torrents(self.engine, config.view, [
+        return in_order(list_torrents(self.engine, config.view or 'main', [
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
 
     def hold_back(self, before: list[Torrent], after: list[Torrent], why: str) -> list[Torrent]:
@@ -4116,12 +4126,17 @@ class TreeWatch(Job):
         try:
             if not path.lower().endswith(self.ENDINGS):
                 raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
-            how, commands, values = self.plan(path, read_metafile(path))
+            meta = read_metafile(path)
+            how, commands, values = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
         place = '' if values['watch_path'] in self.roots else ' (if it lay below path)'
+        there = ''
+        with contextlib.suppress(RpcError):
+            self.engine.open().d.hash(meta.info_hash)
+            there = '; but it is loaded already'
         values['flags'] = sorted(values['flags'])
-        return [f"{path}: {how or 'loaded, not started'}{place}",
+        return [f"{path}: {how or 'loaded, not started'}{place}{there}",
                 *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
                 *(f'  command {command}' for command in commands)]
 
@@ -4483,6 +4498,10 @@ def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> P
     if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
         shared = ini.sections.get(make.section, {})
         refuse_unknown(make, prefix, entries, shared, ini.mistakes)
+        for option in make.options:
+            if option.name in entries and option.alias in entries:
+                ini.warnings.append(f'{entries[option.alias].place}: {prefix}{option.alias} is '
+                                    f'another name of {option.name}, and that counts')
         entries = {**entries, **{
             option.name: shared[option.name] for option in make.options
             if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
@@ -4638,7 +4657,10 @@ def short_path(path: str) -> Iterator[str]:
 
 
 class PidFile:
-    """The file with the daemon's pid, locked as long as it lives: the lock alone counts."""
+    """The file with the daemon's pid, locked as long as it lives: what is written does not count.
+
+    Where somebody has removed it, the socket beside it tells.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -4679,10 +4701,11 @@ class PidFile:
         import fcntl
         try:
             with open(self.path, encoding='ascii', errors='replace') as stream:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return self.listener()
                 text, file = stream.read(20).strip(), os.fstat(stream.fileno())
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return self.listener()
+        except BlockingIOError:
+            pass
         except (FileNotFoundError, NotADirectoryError):
             return self.listener()
         except OSError as error:
@@ -5572,6 +5595,24 @@ def parse_arguments(words: list[str] | None) -> Any:
     return arguments
 
 
+def obey(arguments: Any) -> int:
+    """Do what the command line says; return the exit status."""
+    level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
+        logging.WARNING if arguments.quiet else logging.INFO
+    set_up_log(level, arguments.log_file)
+    if arguments.list_jobs:
+        return list_jobs()
+    path = arguments.config or find_ini()
+    if arguments.status or arguments.stop or arguments.reload:
+        return control(arguments, path)
+    if not (arguments.explain or arguments.check or arguments.run_once is not None):
+        return run_daemon(arguments, path, level)
+    load(config_ini, arguments, path)
+    if arguments.explain:
+        return explain(config_ini, arguments.explain)
+    return check(config_ini) if arguments.check else run_once(config_ini)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
@@ -5583,21 +5624,10 @@ def main(words: list[str] | None = None) -> int:
     while fd < 3:                                       # become a file of ours
         fd = os.dup(fd)
     os.close(fd)
-    level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
-        logging.WARNING if arguments.quiet else logging.INFO
     try:
-        set_up_log(level, arguments.log_file)
-        if arguments.list_jobs:
-            return list_jobs()
-        path = arguments.config or find_ini()
-        if arguments.status or arguments.stop or arguments.reload:
-            return control(arguments, path)
-        if not (arguments.explain or arguments.check or arguments.run_once is not None):
-            return run_daemon(arguments, path, level)
-        load(config_ini, arguments, path)
-        if arguments.explain:
-            return explain(config_ini, arguments.explain)
-        return check(config_ini) if arguments.check else run_once(config_ini)
+        status = obey(arguments)
+        print(end='', flush=True)
+        return status
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
@@ -5606,9 +5636,12 @@ def main(words: list[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
-    except BrokenPipeError:                             # as with `--list-jobs | head`
+    except OSError as error:                            # a full disk; the reader of a pipe is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_OK
+        if isinstance(error, BrokenPipeError):          # as with `--list-jobs | head`
+            return EXIT_OK
+        print(f'torque: {error}', file=sys.stderr)
+        return EXIT_FAILED
 
 
 if __name__ == '__main__':
