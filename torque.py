@@ -2889,10 +2889,7 @@ class InfluxDB(Job):
 
 def parse_condition(text: str) -> Filter | None:
     """Return the Filter of a condition, None for an empty one."""
-    condition = Filter(text) if str(text).strip() else None
-    for name in condition.fields if condition else ():
-        torrent_field(name)                     # refuses d_erase and the like
-    return condition
+    return Filter(text) if str(text).strip() else None
 
 
 def parse_sort(text: str) -> list[tuple[str, bool]]:
@@ -3099,33 +3096,38 @@ class QueueManager(Job):
                 proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
 
 
-ERASE = [('d.stop',), ('d.close',), ('d.erase',)]
-DO: dict[str, Any] = {                  # action -> commands with the item's hash, or their maker
-    'start': [('d.start',)], 'stop': [('d.stop',)], 'close': [('d.stop',), ('d.close',)],
-    'open': [('d.open',)], 'hash_check': [('d.check_hash',)],
-    'ignore': [('d.ignore_commands.set', 1)], 'heed': [('d.ignore_commands.set', 0)],
-    'delete': ERASE, 'cull': ERASE,
-    'tag': lambda args, item: change_tags(set.union, args, item),
-    'untag': lambda args, item: change_tags(set.difference, args, item),
-    'custom': lambda args, item: [
+def erase(args: str, item: Torrent) -> list:
+    """Return the commands that take an item out of rTorrent."""
+    return [('d.stop',), ('d.close',), ('d.erase',)]
+
+
+# action -> fields that it needs, and what makes of its args and an item the commands with the
+# item's hash, none where there is nothing to do
+DO: dict[str, tuple[str, Callable[[str, Torrent], list]]] = {
+    'start': ('is_active', lambda args, item: [('d.start',)] * (not item['is_active'])),
+    'stop': ('is_active d_state', lambda args, item: [('d.stop',)] * bool(
+        item['is_active'] or item['d_state'])),
+    'close': ('is_open d_state', lambda args, item: [('d.stop',), ('d.close',)] * bool(
+        item['is_open'] or item['d_state'])),
+    'open': ('is_open', lambda args, item: [('d.open',)] * (not item['is_open'])),
+    'hash_check': ('', lambda args, item: [('d.check_hash',)]),
+    'ignore': ('is_ignored', lambda args, item: [('d.ignore_commands.set', 1)] * (
+        not item['is_ignored'])),
+    'heed': ('is_ignored', lambda args, item: [('d.ignore_commands.set', 0)] * item['is_ignored']),
+    'delete': ('is_hashing', erase),
+    'cull': ('is_hashing path is_multi_file is_complete done d_base_path', erase),
+    'tag': ('tagged', lambda args, item: change_tags(set.union, args, item)),
+    'untag': ('tagged', lambda args, item: change_tags(set.difference, args, item)),
+    'custom': ('', lambda args, item: [
         (f'd.custom{key}.set', value) if re.fullmatch('[1-5]', key) else
-        ('d.custom.set', key, value) for key, _, value in [args.partition('=')]],
-    'prio': lambda args, item: [] if item['prio'] == int(args) else [
-        ('d.priority.set', int(args)), ('d.update_priorities',)],
-    'throttle': lambda args, item: [] if item['throttle'] == args else [
+        ('d.custom.set', key, value) for key, _, value in [args.partition('=')]]),
+    'prio': ('prio', lambda args, item: [
+        ('d.priority.set', int(args)), ('d.update_priorities',)] * (item['prio'] != int(args))),
+    'throttle': ('throttle is_active', lambda args, item: [] if item['throttle'] == args else [
         *[('d.stop',)] * item['is_active'], ('d.throttle_name.set', args),
-        *[('d.start',)] * item['is_active']],
-    'exec': [], 'log': []}
-
-
+        *[('d.start',)] * item['is_active']]),
+    'exec': ('', lambda args, item: []), 'log': ('', lambda args, item: [])}
 WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
-# Where an action changes nothing.
-ALREADY: dict[str, Callable[[Torrent], Any]] = {
-    'start': lambda item: item['is_active'],
-    'stop': lambda item: not item['d_state'] and not item['is_active'],
-    'close': lambda item: not item['d_state'] and not item['is_open'],
-    'open': lambda item: item['is_open'],
-    'ignore': lambda item: item['is_ignored'], 'heed': lambda item: not item['is_ignored']}
 
 
 def change_tags(change: Callable, args: str, item: Torrent) -> list:
@@ -3257,8 +3259,6 @@ class Action(Choice):
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item uses: keep or delete'))
-    fields = ('tagged', 'is_active', 'is_multi_file', 'is_complete', 'throttle', 'path', 'prio',
-              'is_open', 'is_ignored', 'is_hashing', 'done', 'd_state', 'd_base_path')
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -3267,21 +3267,23 @@ class Action(Choice):
             args = re.sub(r'\s*=\s*', '=', args, count=1)
         if config.until_free and action != 'cull':
             raise UserError('is for the action cull: nothing else frees anything', 'until_free')
-        if not args and action in WITH_ARGS[:-1]:
-            raise UserError(f'is not set; the action {action} needs it', 'args')
-        if args and action not in WITH_ARGS:
-            raise UserError(f'the action {action} takes none', 'args')
-        if action == 'prio' and args not in ('0', '1', '2', '3'):
-            raise UserError(f'{args!r} is no priority; allowed are 0 1 2 3', 'args')
-        if action == 'custom' and not re.match(r'[\w.-]+=', args):
-            raise UserError(f'{args!r} is not KEY=VALUE', 'args')
-        if action == 'custom' and re.match(r'(label|custom_?[1-5])=', args):
-            raise UserError(f'{args!r}: the label is called 1, the others 2 to 5; write 1=VALUE',
-                            'args')
-        if action in ('tag', 'untag') and re.search(r'(^|[\s,])[+-]', args):
-            raise UserError(f'{args!r}: tags have no sign; the actions are tag and untag', 'args')
+        for wrong, why in (
+                (not args and action in WITH_ARGS[:-1],
+                 f'is not set; the action {action} needs it'),
+                (args and action not in WITH_ARGS, f'the action {action} takes none'),
+                (action == 'prio' and args not in ('0', '1', '2', '3'),
+                 f'{args!r} is no priority; allowed are 0 1 2 3'),
+                (action == 'custom' and not re.match(r'[\w.-]+=', args),
+                 f'{args!r} is not KEY=VALUE'),
+                (action == 'custom' and re.match(r'(label|custom_?[1-5])=', args),
+                 f'{args!r}: the label is called 1, the others 2 to 5; write 1=VALUE'),
+                (action in ('tag', 'untag') and re.search(r'(^|[\s,])[+-]', args),
+                 f'{args!r}: tags have no sign; the actions are tag and untag')):
+            if wrong:
+                raise UserError(why, 'args')
         args = '' if (action, args) == ('throttle', 'none') else args
         self.deletes = action in ('delete', 'cull')
+        self.fields = tuple(DO[action][0].split())
         self.template = self.use('args', CommandTemplate if action == 'exec' else Template, args)
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
         self.gone: set[str] = set()             # a dry run of a cull would have erased these
@@ -3355,12 +3357,13 @@ class Action(Choice):
     def perform(self, torrent: Torrent) -> bool:
         """Do the action on one torrent; tell whether there was anything to do."""
         action = self.config.action
-        shown, make = self.template.render(torrent), DO[action]
+        shown = self.template.render(torrent)
+        calls = [(method, torrent['hash'], *rest)
+                 for method, *rest in DO[action][1](shown, torrent)]
         if action == 'exec':
-            make = [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
-        calls = [(method, torrent['hash'], *rest) for method, *rest in (
-            make(shown, torrent) if callable(make) else make)]
-        if ALREADY[action](torrent) if action in ALREADY else not calls and action != 'log':
+            calls = [('branch', torrent['hash'], 'd.hash=', text)
+                     for text in self.template.commands(torrent)]
+        if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
         files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
@@ -3372,7 +3375,8 @@ class Action(Choice):
         for answer in answers[-1:] if self.deletes else answers:        # erased is erased
             if isinstance(answer, RpcError):
                 raise answer
-        remove_files(files, torrent['path'])
+        if files:
+            remove_files(files, torrent['path'])
         return True
 
 
