@@ -828,6 +828,7 @@ class Scheduler:
             ready, sleep = self.tick(self.wall(), self.elapsed())
             for task in ready:
                 self.start(task)
+                sleep = min(sleep, task.max_runtime or sleep)
             waiting = self.work.qsize()
             if waiting:
                 sleep = min(sleep, self.patience)
