@@ -878,8 +878,6 @@ RPC_LIMIT = 256 << 20                   # bytes of one answer
 MISSING = (-506, -32601)                # codes of faults: there is no such command
 BATCH = 500                             # calls in one request; rTorrent takes 512 KiB at most
 HEAD_LIMIT = 8192                       # bytes before the body of an SCGI answer
-
-
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
