@@ -6202,7 +6202,8 @@ class FaultTest(DaemonFolder):
                     stream.write(bytes(512))
         fill()
         self.ini(self.job('s', 'second=*', catch_up='yes') + f'log_file = {disk}/log')
-        self.assertEqual(self.command('--daemon'), (0, ''))
+        status, said = self.command('--daemon')
+        self.assertEqual((status, 'starts.json cannot be written: No space' in said), (0, True))
         program = mock.Mock(lines=[])
         program.process.pid = self.pid_file.holder()
         with self.fault('disk full: state, log, pid file', program):
