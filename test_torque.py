@@ -953,6 +953,14 @@ class TickTest(Folder):
         self.scheduler.tick(self.clocks.now, self.clocks.up)
         self.assertTrue(task.overdue and self.logged('WARNING job:', 'still running after 30s'))
 
+    def test_run_that_ended_before_a_sleep_is_not_overdue(self):
+        task = self.add('every 10m', max_runtime=300)
+        self.scheduler.start(self.scheduler.tick(self.clocks.now, self.clocks.up)[0][0])
+        self.scheduler.run_task(self.scheduler.work.get())
+        self.clocks.pass_time(8 * 3600)
+        self.scheduler.start(self.scheduler.tick(self.clocks.now, self.clocks.up)[0][0])
+        self.assertEqual((task.overdue, self.logged('still running')), (False, []))
+
     def test_removed_task_is_not_started(self):
         self.add('every 1s')
         self.scheduler.remove('job')
@@ -2836,9 +2844,11 @@ class TemplateTest(unittest.TestCase):
             'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}'})
 
     def test_hostile_text_stays_one_argument(self):
-        old = CommandTemplate('d.set_custom=k,{{name}};f.multicall=*.jpg,f.set_priority=2')
+        old = CommandTemplate('d.set_custom=k,{{name}};f.multicall=*.jpg,f.set_priority=2;'
+                              'f.set_create_queued=0')
         self.assertEqual(old.commands({'name': 'd.set_custom='}), [
-            'd.custom.set="k","d.set_custom="', 'f.multicall=*.jpg,f.priority.set=2'])
+            'd.custom.set="k","d.set_custom="', 'f.multicall=*.jpg,f.priority.set=2',
+            'f.set_create_queued=0'])
         command = CommandTemplate('d.custom.set=k,{{name}}')
         inside = CommandTemplate('d.custom.set=k,/a/{{name}}/b;d.y="{{name}}"')
         args = ArgsTemplate('x "{{name}} b" -- {{name}}')
@@ -4033,6 +4043,7 @@ class ActionTest(WithDouble):
                 ('heed', '', [('d.ignore_commands.set', 0)]),
                 ('prio', '2', [('d.priority.set', 2), ('d.update_priorities',)]),
                 ('tag', 'X, best {{name}}', [('d.custom.set', 'tags', 'a=b best new x')]),
+                ('tag', '{% if name -%}x{%- endif %}', []),
                 ('tag', 'new', []), ('untag', 'NEW nix', [('d.custom.set', 'tags', 'a=b best x')]),
                 ('custom', 'note = {{name}}', [('d.custom.set', 'note', 'a=b')]),
                 ('custom', '1=', [('d.custom1.set', '')]), ('log', '{{name}}', []),
@@ -4108,9 +4119,9 @@ class ActionTest(WithDouble):
                 self.engine = Double()
                 item = self.engine.items[self.engine.add(self.path('a'), complete=0)]
                 item.update({'d.base_path': '', 'd.completed_bytes': 0})
-                with contextlib.suppress(torque.LoggableError):
-                    make_job(kind, self.engine, matcher='*', **settings).run()
-                self.assertEqual(os.listdir(self.folder), ['a'])
+                self.fails('may not be its own', make_job(
+                    kind, self.engine, matcher='*', **settings).run)
+                self.assertEqual((self.names(), os.listdir(self.folder)), (['a'], ['a']))
 
     def test_deleting_waits_for_a_check(self):
         self.engine.add(self.path('a'), hashing=3, complete=0)
@@ -4118,6 +4129,12 @@ class ActionTest(WithDouble):
             self.run_action(action)
         self.assertEqual((self.names(), os.listdir(self.folder)), (['a'], ['a']))
         self.assertTrue(self.logged('INFO', 'held back', 'it is being checked'))
+        job = make_job(torque.Action, self.engine, matcher='*', action='cull')
+        self.engine.items[HASH(1)]['d.hashing'] = 0
+        torrent, = job.chosen()
+        torrent['is_hashing'] = True            # as it is when the list is made anew
+        self.fails('it is being checked', lambda: job.perform(torrent))
+        self.assertEqual((self.names(), os.listdir(self.folder)), (['a'], ['a']))
 
     def test_nothing_to_do_is_no_work(self):
         for number in range(4):
@@ -5095,6 +5112,10 @@ class HandlerTest(ConfigCase):
         for handler, code, word in (
                 ('NoRun', '', 'has no run()'), ('Inherits', '', 'has no run()'),
                 ('Plain', '\njob.a.path =', 'job.a: job.a.path is not set'),
+                ('Starts', 'raise torque.UserError("odd", 5)', "job.a: ('odd', 5)"),
+                ('Starts', 'raise type("E", (torque.UserError,), {"__init__": lambda *_: None})(7)',
+                 'job.a: 7'),
+                ('Starts', 'torque.config_ini.engine.has("d.name")', 'no such socket'),
                 ('Starts', 'raise torque.LoggableError("no luck")', 'no luck'),
                 ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
                 ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),
@@ -5555,6 +5576,15 @@ class DaemonControlTest(DaemonFolder):
         self.assertEqual((self.command('--stop')[0], program.stop()), (0, 0))
         self.assertIsNone(self.pid_file.holder())
 
+    def test_nobody_else_is_ended(self):
+        code = ('import os, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); '
+                's.listen(); print("up", flush=True)\nwhile True: s.accept()[0].send(b"7")')
+        other = Program([sys.executable, '-c', code, f'{self.folder}/p.sock'])
+        self.addCleanup(other.stop)
+        wait_for(lambda: other.seen('up'))
+        self.assertEqual(self.command('--stop', '--pid-file', f'{self.folder}/p')[0], 69)
+        self.assertIsNone(other.process.poll())
+
     def test_jobs_are_made_while_rtorrent_is_away(self):
         self.write('eager.py', '''\
             import torque
@@ -5818,6 +5848,14 @@ class ReloadTest(DaemonFolder):
         self.write('go', '')
         wait_for(lambda: self.marks('a', 'cleanup'))
 
+    def test_failing_swap_is_told(self):
+        self.write('witness.py', WITNESS + '\nclass Odd(Tick):\n    folders = [1]\n'
+                   '    at_start = property(lambda self: 1 / 0)\n')
+        self.start()
+        self.ini(self.job('odd').replace('Tick', 'Odd'))
+        self.assertIn('ZeroDivisionError', self.ask('reload')['mistakes'][0])
+        self.more()
+
     def test_mistakes_change_nothing(self):
         program = self.start()
         good = open_text(self.path)
@@ -5956,7 +5994,8 @@ class CatchUpTest(DaemonFolder):
     def test_first_run_can_be_missed(self):
         job, now = self.planned('a', 'hour=3', catch_up=True), time.time()
         memory = torque.Memory(self.folder)
-        memory.plan(['a'])
+        memory.plan([job, self.planned('dry', dry_run=True)])
+        self.assertEqual(list(memory.starts), ['a'])
         memory = torque.Memory(self.folder)
         self.assertEqual((memory.missed(job, now), memory.missed(job, now + 90000)), (False, True))
         self.write('starts.json', json.dumps({'version': 1, 'starts': {'a': now + 1e8}}))

@@ -82,8 +82,10 @@ class UserError(LoggableError):
     A job that is made may say of which of its options it speaks.
     """
 
-    def __init__(self, text: str = '', option: str = ''):
-        super().__init__(text)
+    option = ''
+
+    def __init__(self, *text: Any, option: str = ''):
+        super().__init__(*text)
         self.option = option
 
 
@@ -736,14 +738,7 @@ class Scheduler:
                     self.push(task)
         ready: list[Task] = []
         sleep: float = MAX_SLEEP
-        for heap, now in zip(self.heaps, (wall, elapsed)):
-            while heap and heap[0][0] <= now:
-                _, _, delay, task = heapq.heappop(heap)
-                if self.come_due(task, delay, now):
-                    ready.append(task)
-            if heap:
-                sleep = min(sleep, heap[0][0] - now)
-        for task, limit in list(self.limits.items()):
+        for task, limit in list(self.limits.items()):   # before new runs begin
             if task.running_since is None:
                 del self.limits[task]
             elif limit > elapsed:
@@ -754,6 +749,13 @@ class Scheduler:
                 row = task.repeats.seen('overdue', elapsed)
                 task.log.log(logging.WARNING if row else logging.DEBUG, 'still running after %s, '
                              'its max_runtime', show_duration(task.max_runtime or 0))
+        for heap, now in zip(self.heaps, (wall, elapsed)):
+            while heap and heap[0][0] <= now:
+                _, _, delay, task = heapq.heappop(heap)
+                if self.come_due(task, delay, now):
+                    ready.append(task)
+            if heap:
+                sleep = min(sleep, heap[0][0] - now)
         return ready, sleep
 
     # From here on there are threads.
@@ -1516,14 +1518,20 @@ class Engine:
         self.proxy = proxy
         return proxy
 
+    def ask(self) -> None:
+        """Have looked at what rTorrent offers, also while jobs are made."""
+        self.open()
+        if self.proxy is None:
+            self.look()
+
     def has(self, method: str) -> bool:
         """Tell whether this rTorrent offers a command."""
-        self.open()
+        self.ask()
         return method in self.methods
 
     def has_view(self, view: str) -> bool:
         """Tell whether this rTorrent had a view when it was looked at."""
-        self.open()
+        self.ask()
         return view in self.views
 
     @property
@@ -2408,7 +2416,7 @@ def check_words(words: list[str]) -> None:
 
 
 # Commands as they were called up to 0.8, in the configurations of that time.
-OLD_COMMAND = re.compile(r'\b([dfpt])\.([gs]et)_(\w+)=')
+OLD_COMMAND = re.compile(r'\b([dfpt])\.([gs]et)_(?!(?:create|resize)_queued=)(\w+)=')
 
 
 class CommandTemplate(Template):
@@ -2648,7 +2656,7 @@ parse_web_url = functools.partial(
     parse_form, r'(https?://[^/@\s]+(?:/\S*?)?)/*', 'web address; allowed is http(s)://host:port, '
     'with user and password as settings')
 parse_ping_url = functools.partial(
-    parse_form, r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-f:]+\]\S*|)',
+    parse_form, r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)',
     'web address; allowed is http(s)://host/..., without user and password')
 parse_api = functools.partial(
     parse_form, '([123]?)', 'version of the interface; allowed are 1, 2, 3')
@@ -2931,7 +2939,7 @@ class Choice(Job):
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.matcher:
-            raise UserError('is not set; for all torrents write matcher = *', 'matcher')
+            raise UserError('is not set; for all torrents write matcher = *', option='matcher')
 
     def use(self, option: str, make: Callable, text: str) -> Any:
         """Return the template that is made of an option, and have known what it needs."""
@@ -3192,15 +3200,15 @@ def used_by_other(used: list[tuple[str, str, str]], hashes: Iterable[str], *plac
 def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False) -> list[str]:
     """Return the files of an item that exist at `base`, by rTorrent's own list of them.
 
-    None are its own before rTorrent has opened it, or has found a piece of it. Raises
-    LoggableError where that is doubtful; with `whole` also over a symbolic link, and a file
-    with data that is not there: not every name comes through as it is.
+    Raises LoggableError where that is doubtful, as before rTorrent has opened it or has found
+    a piece of it; with `whole` also over a symbolic link, and a file with data that is not
+    there: not every name comes through as it is.
     """
     if not os.path.isabs(base):
         raise LoggableError(f'its path {quoted(base)} is not absolute')
     found, multi = {}, torrent['is_multi_file'] and not os.path.islink(base)
-    if not torrent['d_base_path'] and not torrent['done']:
-        return []
+    if not torrent['d_base_path'] and not torrent['done'] and os.path.lexists(base):
+        raise LoggableError(f'{quoted(base)} may not be its own: rTorrent has not opened it')
     for name, size, chunks in engine.open().f.multicall(
             torrent['hash'], '', 'f.path=', 'f.size_bytes=', 'f.completed_chunks='):
         path = os.path.join(base, name) if multi else base
@@ -3265,7 +3273,8 @@ class Action(Choice):
         if action == 'custom':
             args = re.sub(r'\s*=\s*', '=', args, count=1)
         if config.until_free and action != 'cull':
-            raise UserError('is for the action cull: nothing else frees anything', 'until_free')
+            raise UserError('is for the action cull: nothing else frees anything',
+                            option='until_free')
         for wrong, why in (
                 (not args and action in WITH_ARGS[:-1],
                  f'is not set; the action {action} needs it'),
@@ -3276,10 +3285,10 @@ class Action(Choice):
                  f'{args!r} is not KEY=VALUE'),
                 (action == 'custom' and re.match(r'(label|custom_?[1-5])=', args),
                  f'{args!r}: the label is called 1, the others 2 to 5; write 1=VALUE'),
-                (action in ('tag', 'untag') and re.search(r'(^|[\s,])[+-]', args),
+                (action in ('tag', 'untag') and re.search(r'(^|[\s,])[+-]', TAG.sub('x', args)),
                  f'{args!r}: tags have no sign; the actions are tag and untag')):
             if wrong:
-                raise UserError(why, 'args')
+                raise UserError(why, option='args')
         args = '' if (action, args) == ('throttle', 'none') else args
         self.deletes = action in ('delete', 'cull')
         self.fields = tuple(DO[action][0].split())
@@ -3365,6 +3374,8 @@ class Action(Choice):
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
+        if self.deletes and torrent['is_hashing']:      # since the run began
+            raise LoggableError('it is being checked')
         files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
         if not self.announce(action, torrent, shown and quoted(shown), action == 'cull' and
                              f"with {len(files)} files at {quoted(torrent['path'])}"):
@@ -3393,11 +3404,11 @@ class Command(Job):
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.args:
-            raise UserError('is not set', 'args')
+            raise UserError('is not set', option='args')
         try:
             self.words = config.args if config.shell else shlex.split(config.args)
         except ValueError as error:
-            raise UserError(f'{quoted(config.args)}: {error}', 'args') from None
+            raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
 
     def run(self) -> None:
         self.execute(self.words, {})
@@ -3447,7 +3458,7 @@ class Command(Job):
             for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
                 self.LOG.info('%s', line[:500])
         if status != 'status 0':
-            if config.check:
+            if config.check or 'force' in status:
                 raise LoggableError(f'{program} ended with {status}')
             self.LOG.info('%s ended with %s', program, status)
 
@@ -3542,7 +3553,7 @@ class Move(Choice):
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.target:
-            raise UserError('is not set', 'target')
+            raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
         self.closed = parse_condition(f'custom_{self.MARK}=?* d_state=1 is_open=no is_hashing=no')
 
@@ -3849,10 +3860,10 @@ class TreeWatch(Job):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
-            raise UserError('is not set', 'path')
+            raise UserError('is not set', option='path')
         for root in self.roots:
             if not os.path.isdir(root):
-                raise UserError(f'{root!r} is not a folder', 'path')
+                raise UserError(f'{root!r} is not a folder', option='path')
         self.commands = []
         for key in sorted(key for key in config if key.startswith(self.families)):
             with reading(key):
@@ -4727,13 +4738,9 @@ class PidFile:
         return max(ours, default=0)
 
     def listener(self) -> int | None:
-        """Return the pid of who listens at the socket, where nobody locks the file."""
-        with contextlib.suppress(OSError, AttributeError), \
-                socket.socket(socket.AF_UNIX) as sock, short_path(self.socket) as path:
-            sock.settimeout(1)
-            sock.connect(path)
-            return struct.unpack('3i', sock.getsockopt(         # struct ucred: pid, uid, gid
-                socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        """Return the pid of a daemon that answers, where nobody locks the file."""
+        with contextlib.suppress(LoggableError, LookupError, TypeError, ValueError):
+            return int(self.ask('status', 2)['pid'])
         return None
 
     def stop(self, seconds: float) -> bool:
@@ -4818,19 +4825,22 @@ class Memory:
         due = None if job.schedule.elapsed else job.schedule.next(when)
         if (catch_up or due and due - when > self.PAUSE
                 or elapsed_time() - self.saved_at > self.PAUSE) and self.lock.acquire(
-                blocking=catch_up):             # a disk that hangs holds up no other job
+                timeout=-1 if catch_up else 1):         # a disk that hangs holds up no other job
             try:
                 if self.saved.get(name) != when:        # many at once: the first saves them all
                     self.save()
             finally:
                 self.lock.release()
 
-    def plan(self, names: Iterable[str]) -> None:
+    def plan(self, jobs: Iterable[PlannedJob]) -> None:
         """Note when jobs are planned for the first time: what they miss, they miss from then."""
-        known = len(self.starts)
-        self.starts = {**dict.fromkeys(names, time.time()), **self.starts}
-        if len(self.starts) > known:
-            self.save()
+        new = {job.name for job in jobs if not job.config.dry_run} - self.starts.keys()
+        self.starts.update(dict.fromkeys(new, time.time()))
+        if new and self.lock.acquire(timeout=1):
+            try:
+                self.save()
+            finally:
+                self.lock.release()
 
     def save(self) -> None:
         """Write the file; a disk that is full must not stop a job."""
@@ -4926,7 +4936,8 @@ def warn_of_risks(config: Config, told: set[str]) -> None:
     """Log what lets others read secrets or run commands as this user, unless it is told."""
     risks = [(os.geteuid() == 0, AS_ROOT)]
     secrets = [key for section in config.values() for key, value in section.items() if value and (
-        SECRET.search(key) or redacted(value) != str(value))]
+        re.search(r'(?i)(pass(word|wd|phrase)?|secret|token|api.?key)$', key)
+        or redacted(value) != str(value))]
 
     def others_may(mode: int, path: str) -> bool:
         with contextlib.suppress(OSError):
@@ -4944,8 +4955,8 @@ def warn_of_risks(config: Config, told: set[str]) -> None:
                       'the network: whoever reaches it runs commands as you; bind it to '
                       '127.0.0.1 or use a socket'))
     risks += [(others_may(0o002, root), f'{root}, which is watched, can be written by every user')
-              for job in config.jobs
-              for root in getattr(job.make, 'folders', lambda config: [])(job.config)]
+              for job in config.jobs if isinstance(job.make, type) and issubclass(
+                  job.make, TreeWatch) for root in job.make.folders(job.config)]
     for applies, text in risks:
         if applies and text not in told:
             told.add(text)
@@ -4988,7 +4999,7 @@ class Daemon:
         self.server = self.listen()
         self.missed = [name for name, planned in sorted(self.planned.items())
                        if self.memory.missed(planned, time.time())]
-        self.memory.plan(self.planned)
+        self.memory.plan(self.config.jobs)
         for name in self.jobs:
             self.scheduler.add(self.task(name, name in self.missed))
 
@@ -5126,9 +5137,17 @@ class Daemon:
             changed += [name for name in ('state_dir', 'pid_file', 'log_file')
                         if self.config.torque[name] != self.options[name]]
             swapped = threading.Event()
-            self.scheduler.mail.put(lambda: self.swap(made))
-            self.scheduler.mail.put(swapped.set)
+
+            def swap() -> None:
+                try:
+                    self.swap(made)
+                except Exception as error:
+                    mistakes.append(origin(error))
+                swapped.set()
+            self.scheduler.mail.put(swap)
             swapped.wait()
+            warn_of_risks(self.config, self.told)
+            self.memory.plan(self.planned.values())
         return mistakes, changed
 
     def is_same(self, job: PlannedJob) -> bool:
@@ -5144,14 +5163,12 @@ class Daemon:
                 self.clean_up(name, job)
             return
         self.options = self.config.torque
-        warn_of_risks(self.config, self.told)
         for engine in self.config.engines.values():
             engine.aliases = self.config.aliases
         self.planned = {job.name: job for job in self.config.jobs}
         for name in [name for name in self.jobs if name in made or name not in self.planned]:
             self.retire(name)
         self.jobs.update(made)
-        self.memory.plan(made)
         for name in made:
             if name not in self.leaving:
                 self.scheduler.add(self.task(name))
