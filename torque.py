@@ -667,7 +667,7 @@ class Scheduler:
         self.mail: queue.SimpleQueue = queue.SimpleQueue()      # signal handlers may put here
         self.idle = self.workers = 0            # idle: those of the workers without a run
         self.patience = PATIENCE
-        self.stopping = False
+        self.stopping = self.hurry = False
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.scheduler')
 
@@ -851,8 +851,8 @@ class Scheduler:
         self.stopping = True
 
     def interrupt(self) -> None:
-        """Stop, and the second time without waiting for runs in progress."""
-        self.stopping = True
+        """Stop, and when that is under way already without waiting for runs in progress."""
+        self.hurry, self.stopping = self.stopping, True
 
     def finish(self, grace: float) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
@@ -861,11 +861,8 @@ class Scheduler:
             while True:                         # what has not begun does not begin any more
                 self.work.get_nowait().running_since = None
         with contextlib.suppress(queue.Empty):
-            while self.running():
-                message = self.mail.get(timeout=max(end - self.elapsed(), 0))
-                if message == self.interrupt:   # the second Ctrl-C
-                    break
-                message()
+            while self.running() and not self.hurry:
+                self.mail.get(timeout=max(end - self.elapsed(), 0))()
         return self.running()
 
 
@@ -1459,17 +1456,21 @@ class Engine:
 
     def open(self) -> Proxy:
         """Return a Proxy to call rTorrent with, after a look at what it offers."""
+        try:
+            return self.reach()
+        except Unreachable:
+            if not getattr(self.making, 'jobs', False):
+                raise
+            return Proxy(self.send, self.address.where, False, self.notice)
+
+    def reach(self) -> Proxy:
+        """Return the same, also while jobs are made only of an rTorrent that is there."""
         stamp, proxy = None, self.proxy
         with contextlib.suppress(OSError):      # a restarted rTorrent makes a new socket file
             found = os.stat(self.address.path)
             stamp = found.st_ino, found.st_ctime_ns
         if proxy is None or stamp != self.stamp:
-            try:
-                proxy, self.stamp = self.look(), stamp
-            except Unreachable:
-                if not getattr(self.making, 'jobs', False):
-                    raise
-                return Proxy(self.send, self.address.where, False, self.notice)
+            proxy, self.stamp = self.look(), stamp
         return proxy
 
     def send(self, body: bytes, content_type: str) -> bytes:
@@ -1518,20 +1519,14 @@ class Engine:
         self.proxy = proxy
         return proxy
 
-    def ask(self) -> None:
-        """Have looked at what rTorrent offers, also while jobs are made."""
-        self.open()
-        if self.proxy is None:
-            self.look()
-
     def has(self, method: str) -> bool:
         """Tell whether this rTorrent offers a command."""
-        self.ask()
+        self.reach()
         return method in self.methods
 
     def has_view(self, view: str) -> bool:
         """Tell whether this rTorrent had a view when it was looked at."""
-        self.ask()
+        self.reach()
         return view in self.views
 
     @property
@@ -2377,6 +2372,7 @@ class Template:
         shown: list[str] = []
 
         def pieces(nodes: list) -> Iterator[str]:
+            """Give the texts, and a MARK for each value."""
             for node in nodes:
                 if isinstance(node, str):
                     yield node
@@ -2504,7 +2500,7 @@ class ArgsTemplate(Template):
 # its engine and to nothing above: files, threads and signals are other sections' business.
 # Built-in jobs list their options in a table that checks the ini and prints the help.
 
-SECRET = re.compile('(?i)pass|secret|token|api.?key')
+SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
 class Settings(dict):
@@ -2518,7 +2514,7 @@ class Settings(dict):
     __setattr__ = dict.__setitem__
 
     def __repr__(self) -> str:
-        return repr({name: '***' if SECRET.search(name) and value else
+        return repr({name: '***' if re.search(SECRET + '$', name) and value else
                      redacted(value) if isinstance(value, str) else value
                      for name, value in self.items()})
 
@@ -2672,6 +2668,7 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
         return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
 
     def value(item: Any) -> str:
+        """Return a field's value as its type is written."""
         if isinstance(item, (bool, float)):
             return str(item)
         if isinstance(item, int):
@@ -3430,9 +3427,8 @@ class Command(Job):
         if self.dry_run:
             self.announce('running', shown)
             return
-        self.LOG.debug('running %s', shown)
-        words_or_line = words.split() if isinstance(words, str) else words
-        program = quoted(words_or_line[0])      # the arguments may hold a password
+        self.LOG.debug('running %s', shown)     # further on without args: they may hold a password
+        program = quoted(words.split()[0] if isinstance(words, str) else words[0])
         with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
             try:
                 process = subprocess.Popen(
@@ -3488,6 +3484,8 @@ class ItemCommand(Choice, Command):
     def for_torrent(self, torrent: Torrent) -> None:
         """Run the program for one torrent."""
         words = self.words if self.config.shell else self.template.render(torrent)
+        if not words:                           # all of it is in branches that are not taken
+            return
         self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
                              for name in self.ENVIRONMENT})
         if self.config.once and not self.dry_run:
@@ -3696,6 +3694,7 @@ def bdecode(content: bytes) -> tuple[Any, bytes]:
     info = b''
 
     def value(at: int, depth: int) -> tuple[Any, int]:
+        """Return the value that begins there, and where it ends."""
         nonlocal info
         token = BENCODED.match(content, at)
         if token:
@@ -3960,6 +3959,7 @@ class TreeWatch(Job):
         trouble: dict[str, str] = {}            # one folder for each reason is enough
 
         def failed(error: OSError) -> None:
+            """Note why a folder cannot be watched or read."""
             why = 'too many inotify watches' if error.errno == errno.ENOSPC else \
                 str(error.strerror)
             if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
@@ -4296,7 +4296,7 @@ class Ini:
     @staticmethod
     def excerpt(text: str, line: str) -> str:
         """Return part of a line as a message may show it."""
-        return '***' if SECRET.search(line) else quoted(redacted(text.strip()), 60)
+        return '***' if re.search(SECRET, line) else quoted(redacted(text.strip()), 60)
 
     def read(self, lines: Iterable[str], name: str) -> None:
         """Add the entries of one file, by the rules of pyrocore's parser.
@@ -4419,6 +4419,12 @@ def read_files(path: str, overrides: Iterable[str]) -> Ini:
     return ini
 
 
+def first_place(entries: dict[str, Entry]) -> str:
+    """Return where the user's file begins to speak of something."""
+    return next((entry.place for entry in entries.values() if entry.place != '<defaults>'),
+                '<defaults>')
+
+
 def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
     """Return the entries of each job by name; tell of those that torque has no use for."""
     groups: dict[str, dict[str, Entry]] = {}
@@ -4446,12 +4452,6 @@ def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
     if ignored:
         ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
     return groups
-
-
-def first_place(entries: dict[str, Entry]) -> str:
-    """Return where the user's file begins to speak of something."""
-    return next((entry.place for entry in entries.values() if entry.place != '<defaults>'),
-                '<defaults>')
 
 
 def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
@@ -4820,37 +4820,38 @@ class Memory:
 
     def started(self, job: PlannedJob) -> None:
         """Note that a job starts: at once where a crash would have it called missed."""
-        name, catch_up = job.name, bool(job.config.catch_up)    # then it is on disk before it does
-        self.starts[name] = when = time.time()
+        catch_up = job.config.catch_up          # then it is on disk before it does
+        self.starts[job.name] = when = time.time()
         due = None if job.schedule.elapsed else job.schedule.next(when)
         if (catch_up or due and due - when > self.PAUSE
-                or elapsed_time() - self.saved_at > self.PAUSE) and self.lock.acquire(
-                timeout=-1 if catch_up else 1):         # a disk that hangs holds up no other job
-            try:
-                if self.saved.get(name) != when:        # many at once: the first saves them all
-                    self.save()
-            finally:
-                self.lock.release()
+                or elapsed_time() - self.saved_at > self.PAUSE):
+            self.save(-1 if catch_up else 1)    # a disk that hangs holds up no other job
 
     def plan(self, jobs: Iterable[PlannedJob]) -> None:
         """Note when jobs are planned for the first time: what they miss, they miss from then."""
         new = {job.name for job in jobs if not job.config.dry_run} - self.starts.keys()
         self.starts.update(dict.fromkeys(new, time.time()))
-        if new and self.lock.acquire(timeout=1):
-            try:
-                self.save()
-            finally:
-                self.lock.release()
+        if new:
+            self.save(1)
 
-    def save(self) -> None:
-        """Write the file; a disk that is full must not stop a job."""
-        self.saved_at, starts = elapsed_time(), dict(self.starts)
+    def save(self, patience: float) -> None:
+        """Write the file, unless others are at it for so many seconds, -1 for ever.
+
+        A disk that is full must not stop a job.
+        """
+        if not self.lock.acquire(timeout=patience):
+            return
         try:
-            replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
-            self.saved = starts
+            starts = dict(self.starts)
+            if starts != self.saved:            # of many at once the first saves them all
+                self.saved_at = elapsed_time()
+                replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
+                self.saved = starts
         except LoggableError as error:
             if self.repeats.seen(str(error), self.saved_at):
                 self.log.warning('%s', error)
+        finally:
+            self.lock.release()
 
     def missed(self, job: PlannedJob, now: float) -> bool:
         """Tell whether a run came due since the last start, while nobody was there."""
@@ -4936,8 +4937,7 @@ def warn_of_risks(config: Config, told: set[str]) -> None:
     """Log what lets others read secrets or run commands as this user, unless it is told."""
     risks = [(os.geteuid() == 0, AS_ROOT)]
     secrets = [key for section in config.values() for key, value in section.items() if value and (
-        re.search(r'(?i)(pass(word|wd|phrase)?|secret|token|api.?key)$', key)
-        or redacted(value) != str(value))]
+        re.search(SECRET + '$', key) or redacted(value) != str(value))]
 
     def others_may(mode: int, path: str) -> bool:
         with contextlib.suppress(OSError):
@@ -5047,8 +5047,7 @@ class Daemon:
         end = min(end, elapsed_time() + 3)      # a deaf monitor is not waited for longer
         while self.pinger.busy() and elapsed_time() < end:
             time.sleep(0.01)
-        if self.memory.lock.acquire(timeout=0.5):       # not when a dead disk keeps a job at it
-            self.memory.save()
+        self.memory.save(0.5)
         return hung
 
     def clean_up(self, name: str, job: Any, then: Callable[[], Any] = lambda: None) -> None:
@@ -5075,6 +5074,7 @@ class Daemon:
                 self.pinger.send(url.rstrip('/') + way + mark + query, scrubbed(text)[:10000])
 
         def run() -> None:
+            """Run the job, and tell monitor and memory of it."""
             self.memory.started(planned)
             ping('/start')
             try:
@@ -5138,13 +5138,14 @@ class Daemon:
                         if self.config.torque[name] != self.options[name]]
             swapped = threading.Event()
 
-            def swap() -> None:
+            def in_main_thread() -> None:
+                """Swap, and let the wait here end whatever comes of that."""
                 try:
                     self.swap(made)
                 except Exception as error:
                     mistakes.append(origin(error))
                 swapped.set()
-            self.scheduler.mail.put(swap)
+            self.scheduler.mail.put(in_main_thread)
             swapped.wait()
             warn_of_risks(self.config, self.told)
             self.memory.plan(self.planned.values())
@@ -5307,6 +5308,7 @@ def detach() -> Callable[[int], None]:
         os._exit(EXIT_OK)
 
     def started(status: int) -> None:
+        """Let the first process end with that status; close the terminal's streams when up."""
         if status == EXIT_OK:
             null = os.open(os.devnull, os.O_RDWR)
             for fd in (0, 1, 2):
