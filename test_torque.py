@@ -4342,11 +4342,6 @@ class CommandTest(WithDouble):
                 args, torque.ItemCommand, shell='yes', matcher='*', once='yes'))
             self.assertEqual(tree(self.folder)['ran'].decode().split(), ran.split())
 
-    def test_nothing_is_run_where_no_branch_is_taken(self):
-        self.engine.add(self.path('a'))
-        self.run_command('{% if label %}false{% endif %}', torque.ItemCommand, matcher='*')
-        self.assertFalse(self.logged('ended with'))
-
 
 class MoveTest(WithDouble):
     FILES = {'x': b'1' * 50000, 'sub/y': b'2' * 70000}

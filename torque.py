@@ -3484,8 +3484,6 @@ class ItemCommand(Choice, Command):
     def for_torrent(self, torrent: Torrent) -> None:
         """Run the program for one torrent."""
         words = self.words if self.config.shell else self.template.render(torrent)
-        if not words:                           # all of it is in branches that are not taken
-            return
         self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
                              for name in self.ENVIRONMENT})
         if self.config.once and not self.dry_run:
