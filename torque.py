@@ -2613,6 +2613,15 @@ def sync(path: str) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Let what goes wrong in here be one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
+
+
 def open_private(path: str) -> Any:
     """Open a file of the user's own to be written, in a folder of his own, made if need be."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -2622,13 +2631,11 @@ def open_private(path: str) -> Any:
 
 def replace_file(path: str, text: str) -> None:
     """Write a file of the user's own, whole or not at all, whatever happens meanwhile."""
-    try:
+    with writing(path):
         with open_private(path + '.new') as stream:
             stream.write(text)
         sync(path + '.new')
         os.replace(path + '.new', path)
-    except OSError as error:
-        raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
 
 
 def parse_pairs(text: str) -> dict[str, str]:
@@ -3557,10 +3564,8 @@ class Move(Choice):
         """Move what meets the condition, beside no other Move of this state_dir."""
         import fcntl
         path = os.path.join(self.config.state_dir, 'move.lock')
-        try:
+        with writing(path):
             lock = open_private(path)
-        except OSError as error:
-            raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
         with lock:
             try:                                # against other Moves and --run-once, too
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
