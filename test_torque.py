@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import datetime
 import doctest
+import gc
 import io
 import json
 import logging
@@ -1602,6 +1603,19 @@ class TransportTest(RpcCase):
                 engine = torque.Engine(url.replace('://', f'://{login}'), 9)
                 error = self.assert_trouble('HTTP 401', engine)
                 self.assertNotIn('wr0ng', f'{error!r} {engine!r} {self.lines}')
+
+    def test_refused_logins_leave_nothing_open(self):
+        for challenge in ('Negotiate', 'Basic realm="rt"', 'Digest realm="rt", nonce="1"'):
+            url = self.web(lambda connection, head, body, challenge=challenge: connection.sendall(
+                page(HTML, '401 No', f'WWW-Authenticate: {challenge}')))
+            with self.subTest(challenge), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter('always')
+                gc.collect()
+                told.clear()
+                self.assert_trouble('HTTP 401', torque.Engine(
+                    url.replace('://', '://me:p@'), 9))
+                gc.collect()
+                self.assertEqual([each for each in told if '[closed]' in str(each.message)], [])
 
     def test_missing_servers_are_named(self):
         for url, word in ((f'scgi://127.0.0.1:{free_port()}', 'nobody listens'),

@@ -1026,8 +1026,11 @@ class HttpAnswer(NamedTuple):
     body: bytes
 
 
-def http_handler(end: float) -> Any:
-    """Return urllib's handler of both schemes: no read outlasts `end`, and errors are answers."""
+def http_handler(end: float, close: contextlib.ExitStack) -> Any:
+    """Return urllib's handler of both schemes: no read outlasts `end`, errors are answers.
+
+    close: what closes them, for urllib forgets those that asked for a login.
+    """
     import http.client
     import urllib.request
 
@@ -1044,7 +1047,8 @@ def http_handler(end: float) -> Any:
     class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
             timed = type('Timed', (http_class,), {'response_class': Response})
-            return super().do_open(timed, req, **options)       # type: ignore[arg-type]
+            return close.enter_context(
+                super().do_open(timed, req, **options))         # type: ignore[arg-type]
 
         def http_error_default(self, request: Any, answer: Any, *about: Any) -> Any:
             return answer
@@ -1066,14 +1070,16 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
         passwords.add_password(None, url, user, password or '')
     digest = lib.HTTPDigestAuthHandler(passwords)
     digest.retried = 5                  # type: ignore  # one try; urllib would make six
-    opener = lib.OpenerDirector()
+    opener, close = lib.OpenerDirector(), contextlib.ExitStack()
     opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
     local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
     for handler in (lib.ProxyHandler({} if local else None), digest, lib.HTTPErrorProcessor(),
-                    lib.HTTPBasicAuthHandler(passwords), http_handler(time.monotonic() + seconds)):
+                    lib.HTTPBasicAuthHandler(passwords),
+                    http_handler(time.monotonic() + seconds, close)):
         opener.add_handler(handler)
     try:
-        with opener.open(lib.Request(url, body, headers), timeout=seconds) as answer:
+        with close:
+            answer = opener.open(lib.Request(url, body, headers), timeout=seconds)
             content = answer.read(limit + 1)
             size = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
         if len(content) > limit:
