@@ -2746,7 +2746,7 @@ class FilterTest(unittest.TestCase):
                  ' OR ', ' NOT ', '9' * 30, *'!= >= == //i [a 2w 1M 1.5 4g yes {{ 2024-03-15'
                  ' d_x kind_5 custom_ (?P< (?i) [[: \\1 z-a]'.split()]
         compiled = 0
-        for _ in range(12000):
+        for _ in range(20000):
             text = ''.join(rng.choice(words) for _ in range(rng.randint(1, 12)))
             compiled += timed(self, text, lambda: Filter(text).match(ROW, NOW))
         self.assertGreater(compiled, 500)
@@ -2896,7 +2896,7 @@ class TemplateTest(unittest.TestCase):
                  {{ }} {% %} {# #} {{else}} {{endif}} {{a}} {{b.c}} in |lower 'x' d.x.set= ==
                  lambda: __class__ execute= {{a|default("x")}} ** := if""".split(), '{{if a}}']
         for kind in (Template, CommandTemplate, ArgsTemplate):
-            for _ in range(4000):
+            for _ in range(7000):
                 text = ''.join(rng.choice(words) for _ in range(rng.randint(1, 9)))
                 rendered += timed(self, text, lambda: kind(text).render(values))
         self.assertGreater(rendered, 1000)
