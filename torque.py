@@ -1438,6 +1438,14 @@ def process_start(pid: int | None, address: Address) -> float | None:
         return None
 
 
+def without_errors(answers: list) -> list:
+    """Return the answers of Engine.ask() or tell(); raises the first RpcError among them."""
+    for answer in answers:
+        if isinstance(answer, RpcError):
+            raise answer
+    return answers
+
+
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
@@ -1524,6 +1532,18 @@ class Engine:
         proxy.speaks_json = known.get('network.rpc.use_jsonrpc') == 1
         self.proxy = proxy
         return proxy
+
+    def ask(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to many questions, (method, *params) each, in one round trip.
+
+        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
+        """
+        return self.open().batch(calls)
+
+    def tell(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to commands, as ask() does; these are never sent twice."""
+        self.open()                     # look first, whether it is there
+        return Proxy(self.send, self.address.where, False, self.notice).batch(calls)
 
     def has(self, method: str) -> bool:
         """Tell whether this rTorrent offers a command."""
