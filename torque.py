@@ -2572,18 +2572,15 @@ def copy_data(data: OwnData, new_root: str) -> None:
 
 
 def require_room(data: OwnData, folder: str) -> None:
-    """Raise LoggableError where the disk of a folder has no room for a copy of data."""
-    import shutil
-    probe = os.path.join(folder, 'probe')
-    try:
-        os.link(data.files[0].path, probe)
-        os.remove(probe)
-    except OSError:                     # no hard links: all is copied
-        needed = sum(os.lstat(file.path).st_blocks * 512 for file in data.files)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise LoggableError(f'no room: {show_size(needed)} are needed at {quoted(folder)}, '
-                                f'{show_size(free)} are free') from None
+    """Raise LoggableError where the disk that a folder is on, or will be, has no room for data."""
+    device, free = disk_of(folder)
+    needed = 0
+    for file in data.files:
+        if file.device != device:       # else hard links will do
+            needed += os.lstat(file.path).st_blocks * 512
+    if needed > (free or 0):
+        raise LoggableError(f'not moved: no room: {show_size(needed)} are needed at '
+                            f'{quoted(folder)}, {show_size(free or 0)} are free')
 
 
 class Removal:
@@ -2705,7 +2702,7 @@ class Removal:
 
 def left_removals(folder: str) -> Iterator[Removal]:
     """Give the notes that ended runs have left in state_dir, each locked until the next one."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in sorted(os.listdir(folder)):
             removal = None
             if name.startswith('removal.'):
@@ -4486,6 +4483,8 @@ class Move(Choice):
             raise LoggableError(f'not moved: another item uses {quoted(path)}')
         if os.path.lexists(target) and len(there.files) < len(data.files):
             raise LoggableError(f'not moved: {quoted(target)} exists: nothing is overwritten')
+        if not os.path.lexists(target):
+            require_room(data, folder)
 
     @staticmethod
     def data_at(data: OwnData, target: str) -> OwnData:
@@ -4508,8 +4507,6 @@ class Move(Choice):
         if item['d.is_multi_file']:
             new = target
         try:
-            if not os.path.lexists(target):
-                require_room(data, copy)
             removal = Removal.begin(
                 self.config.state_dir, self.engine, item, data, new=new, target=target, copy=copy,
                 copy_identity=identity(copy), state=item['d.state'], is_open=item['d.is_open'],
