@@ -4004,8 +4004,9 @@ class Double:
                     for item in self.items.values()]
         if method == 't.multicall':
             return []
-        if method in ('system.cwd', 'directory.default'):
-            return {'system.cwd': self.cwd, 'directory.default': self.default}[method]
+        if method in ('system.cwd', 'directory.default', 'session.path'):
+            return {'system.cwd': self.cwd, 'directory.default': self.default}.get(
+                method, self.session_path)
         if method == 'view.size':
             return len(self.items) + self.unlisted
         if target not in self.items:
