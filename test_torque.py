@@ -1962,7 +1962,7 @@ def make_queue(handler, engine, folder=None, dry_run=False, **settings):
 
 class FakeRTorrent:
     """A double of Engine and Proxy: items are dicts of what d. commands answer."""
-    session_path, aliases = '/s/', {'T': ['http://t/']}
+    session_path, cwd, same_files, aliases = '/s/', '', True, {'T': ['http://t/']}
     address = types.SimpleNamespace(where='fake')
 
     def __init__(self, items, views=(), broken=()):
@@ -2035,8 +2035,10 @@ class TorrentsTest(Folder):
                          ['rar'])
 
     def test_place_of_data_is_known(self):
-        self.check(torque.data_path, [('/b/x', '/d', 'x', 0, '/b/x'), ('', '/d', 'x', 0, '/d/x'),
-                                      ('', '/d/x', 'x', 1, '/d/x'), ('', '', 'x', 0, '')])
+        self.check(torque.data_path, [
+            ('/c', '/b/x', '/d', 'x', 0, 1, '/b/x'), ('/c', '/b/x', '/d', 'x', 0, 0, '/d/x'),
+            ('/c', '', '/d', 'x', 0, 0, '/d/x'), ('/c', '', '/d/x', 'x', 1, 0, '/d/x'),
+            ('/c', './x', './', 'x', 0, 1, '/c/./x'), ('/c', '', '', 'x', 0, 0, '')])
         device, free = torque.disk_of(os.path.join(self.folder, 'not', 'yet', 'there'))
         self.assertEqual(device, os.stat(self.folder).st_dev)
         self.assertGreater(free, 0)
@@ -2112,8 +2114,9 @@ TRACKER = ('url', 'is_enabled', 'scrape_complete', 'scrape_incomplete', 'failed_
 
 def expected(raw, files, trackers, session, now):
     """Return what fields have to be; files: (path, size), trackers: columns of t. calls."""
-    path = raw['d.base_path'] or raw['d.directory'] + (
+    path = raw['d.is_open'] and raw['d.base_path'] or raw['d.directory'] + (
         '' if raw['d.is_multi_file'] else '/' + raw['d.name'])
+    known = not torque.DOUBTFUL.search(path) and os.path.isdir(os.path.dirname(path))
     done = int(raw['tm_completed'] or raw['d.timestamp.finished'])
     began = raw['d.timestamp.started']
     kinds = {name.rpartition('.')[2]: size for name, size in files if '.' in name}
@@ -2121,7 +2124,8 @@ def expected(raw, files, trackers, session, now):
     first = ''.join([url for url, enabled, *_ in trackers if enabled and url != 'dht://'][:1])
     return {
         **{name: raw[f'd.{word}'] for name, word in PLAIN_FIELDS.items()},
-        'path': path, 'realpath': os.path.realpath(path), 'is_ghost': not os.path.exists(path),
+        'path': path, 'realpath': os.path.realpath(path) if known else None,
+        'is_ghost': not os.path.exists(path) if known else None,
         'sessionfile': f"{session}{raw['d.hash']}.torrent", 'ratio': raw['d.ratio'] / 1000,
         'done': 100 * raw['d.completed_bytes'] / raw['d.size_bytes'], 'started': began,
         'xfer': raw['d.up.rate'] + raw['d.down.rate'], 'completed': done, 'active': 0,
@@ -2146,12 +2150,12 @@ NOT [ is_open=yes OR prio=0 ] | not (is_open or prio == 0)   tagged=red | 'red' 
 message= is_ignored=no | not message and not is_ignored   name=*s01e* traits=tv | 'S01E' in name
 name=/S0.E\d/ !is_private=yes | 'S01E' in name and not is_private   label= | label == ''
 label=one,two | label in ('one', 'two')   label!=one | label != 'one'
-label!="" | label   tagged=:red | tagged == ['red']   tagged!=: | tagged   free>1 prio>2 | prio > 2
+label!="" | label   tagged=:red | tagged == ['red']   tagged!=: | tagged   free>1 prio>2 | realpath and prio > 2
 views=mine | 'mine' in views   throttle=slow | throttle == 'slow'   path=*/mo*/* | 'moved/' in path
 files=*.mp3 | 'mp3' in kind   files=sub/* is_complete=no | not is_complete and 'txt' in kind
 kind=mp3,mkv size>9k | {'mp3', 'mkv'} & {*kind} and size > 9216   kind_51=mp3 | 'mp3' in kind_51
 alias=lo seeders=0 | alias == 'LO'   tracker=*e.org* OR prio>2 | 'e.o' in tracker or prio > 2
-is_ghost=no prio<3 | not is_ghost and prio < 3   completed>1y | 0 < completed < now - 31536000
+is_ghost=no prio<3 | is_ghost is False and prio < 3   completed>1y | 0 < completed < now - 31536000
 completed<1y is_complete=yes | completed > now - 31536000 and is_complete   d_state=1 | d_state
 loaded<2015-01-01 | loaded < 1420000000   started<1d prio!=2 | started > now - 86400 and prio != 2
 stopped<1h | stopped > now - 3600   seedtime>1y | (seedtime or 0) > 31536000
@@ -2291,7 +2295,7 @@ class LiveTorrentsTest(unittest.TestCase):
         self.assertEqual(len(self.listed), self.count)
         self.assertEqual({*torque.TORRENT_FIELDS} - {*self.listed[0]}, set())
         for torrent in self.listed:
-            self.assertGreater(torrent.pop('free'), 0)
+            self.assertEqual((torrent.pop('free') or 0) > 0, torrent['realpath'] is not None)
             if torrent['hash'] not in self.moved:
                 self.assertEqual(torrent, self.items[torrent['hash']])
 
