@@ -4758,7 +4758,10 @@ class Between(Server):
     def relay(self, connection):
         request = b''
         while not self.is_whole(request):
-            request += connection.recv(65536)
+            part = connection.recv(65536)
+            if not part:
+                return
+            request += part
         if not self.before(request):
             self.ended.wait(30)
             return
@@ -4813,7 +4816,7 @@ class DataCase(Folder):
 
     def between(self):
         """Have torque reach rTorrent through a double that can meddle."""
-        double = Between(self.path('between.sock'), self.server.url)
+        double = Between(self.server.folder + '/between.sock', self.server.url)
         self.addCleanup(double.stop)
         self.torque.update(scgi_url=double.url, same_files='yes', rpc_timeout='2s')
         return double
@@ -4923,7 +4926,7 @@ class DataCase(Folder):
 
     def move(self, item, *words, target='', **settings):
         """Run a rule that moves one item, left out to the folder `target`."""
-        target = target or self.path('target')
+        target = target or self.server.folder + '/target'
         return self.once(*self.words('Move', matcher=f'hash={item}', target=target, **settings),
                          *words)
 
@@ -4933,18 +4936,19 @@ class DataCase(Folder):
 
     # What must be
 
-    def assert_held(self, item, words='', run=None):
+    def assert_held(self, item, words='.', *runs, **settings):
         """Neither a run nor a dry run changes anything of an item; both name it and the reason."""
-        before, name = (self.state(item), self.files()), self.proxy.d.name(item)
-        for run in [run] if run else (self.cull, self.move):
+        before = self.state(item), self.files()
+        for run in runs or (self.cull, self.move):
             for dry in ([], ['-n']):
-                status, log = run(item, *dry)
+                status, log = run(item, *dry, **settings)
                 self.assertEqual(self.files(), before[1], log)
                 self.assertEqual(self.known(item), {item}, log)
                 self.assertEqual(self.state(item), before[0], log)
-                self.assertIn(name, log)
+                self.assertIn(item, log)
                 self.assertRegex(log, words)
-                self.assertEqual(status if not dry else 1, 1, log)
+                if not dry:
+                    self.assertEqual(status, 1, log)
 
     def assert_culled(self, item, place, **settings):
         """A dry run announces, a run erases an item with its data."""
@@ -4978,10 +4982,10 @@ class LiveDataOfOthersTest(DataCase):
         for name in 'de':
             status, log = self.move(items[name])
             self.assertEqual((status, self.proxy.d.base_path(items[name])),
-                             (0, self.path('target', name)), log)
-        self.assertEqual(self.files(self.path('target')), {
-            self.path('target/d'): 9000, self.path('target/e/x'): 9000,
-            self.path('target/e/sub/y'): 5})
+                             (0, self.path('rt/target', name)), log)
+        self.assertEqual(self.files(self.path('rt/target')), {
+            self.path('rt/target/d'): 9000, self.path('rt/target/e/x'): 9000,
+            self.path('rt/target/e/sub/y'): 5})
         self.assertEqual(self.known(gone), {gone})
         self.assertEqual(os.listdir(self.data), ['b'])
 
@@ -5023,8 +5027,10 @@ class LiveDataOfOthersTest(DataCase):
 
         ways = (by_bind_mount, by_closed, by_closed_of_old_path, by_link, by_two_links,
                 by_folder_above, by_folder_within)
-        for number, (way, run) in enumerate((way, run) for run in (self.cull, self.move)
-                                            for way in ways):
+        for number, way in enumerate(ways * 2):
+            run = self.cull
+            if number >= len(ways):
+                run = self.move
             with self.subTest(way.__name__, run=run.__name__):
                 self.serve(self.start(f'rt{number}'))
                 item = self.item('a')
@@ -5054,8 +5060,9 @@ class LiveDataOfOthersTest(DataCase):
             second.engine.open().d.erase(other)
         self.serve(second)
         self.other_in(bound)
-        self.restart()                  # not opened since
         self.close(self.proxy.download_list('')[0])
+        self.restart()                  # not opened since
+        self.assertEqual(self.proxy.d.base_path(self.proxy.download_list('')[0]), '')
         self.serve(first)
         self.assert_held(item, '(?i)use', self.cull)
         self.assertEqual(self.cull(item, shared='delete')[0], 0)
@@ -5117,6 +5124,23 @@ class LiveDataOfOthersTest(DataCase):
             self.assert_culled(item, self.data + '/a')
             self.more = {}
 
+    def test_another_user(self):
+        """What proves that the files are the same can be read by anybody."""
+        if os.geteuid():
+            self.skipTest('needs root')
+        item, other = self.item('a'), self.item('b')
+        os.mkdir(self.path('state'))
+        os.chmod(self.folder, 0o755)
+        os.chmod(self.server.url, 0o777)
+        for path in (self.path('state'), self.data, self.data + '/a', self.data + '/a/sub'):
+            os.chown(path, 1234, 1234)
+        right = '+dac_read_search'              # Python may lie in the home of root
+        self.prefix = ['setpriv', '--reuid', '1234', '--regid', '1234', '--clear-groups',
+                       '--inh-caps', right, '--ambient-caps', right]
+        self.root(*self.prefix, 'true')
+        self.assert_culled(item, self.data + '/a')
+        self.assert_held(other)                 # its folders are not his
+
     def test_port_of_loopback(self):
         self.serve(self.start('tcp', tcp=True))
         self.assert_culled(self.item('a'), self.data + '/a')
@@ -5165,10 +5189,10 @@ class LiveDataOfOthersTest(DataCase):
         self.proxy.d.directory.set(item, self.path('new'))
         status, log = self.move(item)
         self.assertEqual((status, self.proxy.d.directory_base(item)),
-                         (0, self.path('target/a')), log)
+                         (0, self.path('rt/target/a')), log)
         self.assertEqual(self.proxy.d.is_open(item), 0)
         self.assertEqual([len(self.files(folder)) for folder in (
-            self.data + '/a', self.path('new'), self.path('target'))], [2, 0, 2])
+            self.data + '/a', self.path('new'), self.path('rt/target'))], [2, 0, 2])
 
     def test_item_that_was_not_opened(self):
         items = [self.item(name) for name in 'abc']
@@ -5177,16 +5201,16 @@ class LiveDataOfOthersTest(DataCase):
         self.restart()
         self.assertEqual(self.proxy.d.base_path(items[0]), '')
         self.assert_culled(items[0], self.data + '/a')
-        self.assertEqual(self.proxy.d.base_path(items[1]), '')     # a dry run has not opened it
+        self.cull(items[1], '-n')
+        self.move(items[1], '-n')
+        self.assertEqual(self.proxy.d.base_path(items[1]), '')      # they have not opened it
         self.assertEqual(self.move(items[1])[0], 0)
-        self.assertEqual(len(self.files(self.path('target/b'))), 2)
+        self.assertEqual(len(self.files(self.path('rt/target/b'))), 2)
         self.item('c', source='other')
         self.assert_held(items[2], '(?i)use')           # and is as closed as it was
 
     def test_relative_paths(self):
         """They start from where rTorrent was started, which is its folder here."""
-        os.makedirs(self.server.folder + '/beside')
-
         def relative(name, **info):
             put_data(self.data, name, FILES)
             content, item = torrent_file(name, FILES, **info)
@@ -5204,7 +5228,7 @@ class LiveDataOfOthersTest(DataCase):
         self.assert_held(other, '(?i)use')
         self.proxy.d.erase(item)
         self.assertEqual(self.move(other)[0], 0)
-        self.assertEqual(len(self.files(self.path('target/c'))), 2)
+        self.assertEqual(len(self.files(self.path('rt/target/c'))), 2)
         self.assertEqual((self.known(beside), os.listdir(self.data)), ({beside}, ['beside']))
 
     def test_folder_of_downloads_stays(self):
@@ -5283,10 +5307,10 @@ class LiveNamesTest(DataCase):
         mine = self.write('rt/data/caf?/caf?', bytes(9000))
         status, log = self.move(item)
         self.assertTrue(os.path.exists(mine), log)
-        self.assertFalse(os.path.exists(self.path('target/caf?')), log)
-        at = [place for place in (self.data, self.path('target'))
+        self.assertFalse(os.path.exists(self.path('rt/target/caf?')), log)
+        at = [place for place in (self.data, self.path('rt/target'))
               if os.path.exists(os.path.join(place, 'caf\udce9/caf\udce9'))]
-        self.assertEqual(at, [self.data] if status else [self.path('target')], log)
+        self.assertEqual(at, [self.data] if status else [self.path('rt/target')], log)
 
 
 class LiveNamesNewTest(LiveNamesTest):
@@ -5341,8 +5365,8 @@ class LiveHalvesTest(DataCase):
     def test_answer_that_comes_too_late(self):
         self.item('keeper')
         double = self.between()
-        self.torque['rpc_timeout'] = '0.5s'
-        double.after = lambda request: b'd.erase' in request and double.ended.wait(1)
+        self.torque['rpc_timeout'] = '1s'
+        double.after = lambda request: b'd.erase' in request and double.ended.wait(2)
         item = self.item('a')
         self.cull(item)
         self.assertEqual(self.known(item), set())
@@ -5353,7 +5377,7 @@ class LiveHalvesTest(DataCase):
     def test_command_that_never_arrives(self):
         self.item('keeper')
         double = self.between()
-        self.torque['rpc_timeout'] = '0.5s'
+        self.torque['rpc_timeout'] = '1s'
         double.before = lambda request: b'd.erase' not in request
         item = self.item('a')
         status, log = self.cull(item)
@@ -5364,18 +5388,22 @@ class LiveHalvesTest(DataCase):
         self.assert_culled(item, self.data + '/a')
 
     def cut_short(self, double, item, arrives):
-        """Kill torque when it tells rTorrent to erase, which arrives or does not."""
+        """Kill torque when it tells rTorrent to erase an item, which arrives or does not."""
         reached = threading.Event()
 
-        def stop(request):
+        def before(request):
+            if b'd.erase' in request and not arrives:
+                reached.set()
+            return not reached.is_set()
+
+        def after(request):
             if b'd.erase' in request:
                 reached.set()
                 double.ended.wait(30)
-            return True
-        setattr(double, 'after' if arrives else 'before', stop)
-        double.ended.clear()
-        self.torque['rpc_timeout'] = '20s'
+        double.before, double.after = before, after
+        self.torque.update(scgi_url=double.url, rpc_timeout='20s')
         program = start_torque(*self.words('Action', action='cull', matcher=f'hash={item}'))
+        self.addCleanup(program.stop, signal.SIGKILL)
         self.assertTrue(reached.wait(20))
         program.process.kill()
         self.assertEqual(program.stop(0), -signal.SIGKILL)
@@ -5417,23 +5445,22 @@ class LiveHalvesTest(DataCase):
             os.rename(self.data + '/a/x', self.data + '/was x')
             self.write('rt/data/a/x', 'somebody else has written this')
 
-        for meanwhile, arrives in ((cross_seed, True), (other_file, True),
+        for meanwhile, arrives in ((other_file, True), (cross_seed, True),
                                    (another_rtorrent, False), (empty_session, False)):
             with self.subTest(meanwhile.__name__):
                 self.serve(first)
                 double.url_behind = first.url
+                shutil.rmtree(self.data + '/a', ignore_errors=True)
                 item = self.item('a')
                 self.cut_short(double, item, arrives)
                 meanwhile()
                 self.torque['scgi_url'] = double.url
                 _, log = self.settle(item)
-                left = self.files(first.folder + '/data/a')
-                if meanwhile == other_file:
-                    self.assertEqual(left, {self.data + '/a/x': 30}, log)
-                    self.assertTrue(os.path.exists(self.data + '/was x'))
-                    os.remove(self.data + '/a/x')
-                else:
-                    self.assertEqual(len(left), 2, log)
+                left = self.files(first.folder + '/data')
+                self.assertEqual(left.pop(self.data + '/was x', 9000), 9000)
+                size = {other_file: [30]}.get(meanwhile, [5, 9000])
+                self.assertEqual(sorted(size for path, size in left.items() if '/a/' in path),
+                                 size, log)
                 if meanwhile == cross_seed:
                     self.proxy.d.erase(torrent_file('a', FILES, source='other')[1])
 
@@ -5472,16 +5499,21 @@ class LiveHalvesTest(DataCase):
         self.assertNotEqual(os.stat(folder).st_dev, os.stat(self.folder).st_dev)
         return folder
 
+    def assert_one_place(self, item, files, target, source):
+        """The next run ends with whole data in one place, where rTorrent has it."""
+        wait_for(lambda: not self.proxy.d.hashing(item))
+        status, log = self.move(item, target=target)
+        place = self.proxy.d.directory(item)
+        self.assertTrue(tree(place) == files, (place, log))
+        left = {folder: os.listdir(folder) for folder in (target, source)}
+        self.assertEqual(left, {**dict.fromkeys(left, []), os.path.dirname(place): ['a']}, log)
+
     def assert_arrives(self, item, files, target, source):
-        """The next runs end with whole data in one place, where rTorrent has it."""
-        def arrived():
-            wait_for(lambda: not self.proxy.d.hashing(item))
-            logs.append(self.move(item, target=target))
-            self.assertTrue(tree(self.proxy.d.directory(item)) == files, logs)
-            return logs[-1][0] == 0 and self.proxy.d.directory(item) == target + '/a'
-        logs = []
-        wait_for(arrived, 30)
-        self.assertEqual((os.listdir(target), os.listdir(source)), (['a'], []), logs)
+        """And one that knows of no failure brings it to the target and has it seed again."""
+        self.assert_one_place(item, files, target, source)
+        self.torque['state_dir'] += '+'
+        self.assert_one_place(item, files, target, source)
+        self.assertEqual(self.proxy.d.directory(item), target + '/a')
         wait_for(lambda: self.proxy.d.is_active(item) and self.proxy.d.complete(item))
 
     def test_move_is_killed(self):
@@ -5491,7 +5523,8 @@ class LiveHalvesTest(DataCase):
             places.reverse()
             self.proxy.session.save()
             program = start_torque(*self.words('Move', matcher=f'hash={item}', target=places[0]))
-            wait_for(lambda: program.seen('moving'))    # noqa: B023
+            over = program.process.poll
+            wait_for(lambda: program.seen('moving') or over() is not None)      # noqa: B023
             began = time.monotonic()
             if not spent:
                 self.assertEqual(program.stop(0), 0)
@@ -5507,47 +5540,61 @@ class LiveHalvesTest(DataCase):
             self.assert_arrives(item, files, *places)
         self.assertGreater(killed, self.tries // 4)
 
-    def test_rtorrent_is_killed_when_told(self):
-        item, files = self.random_item()
-        target = self.memory()
-        self.proxy.session.save()
-        double = self.between()
+    def tells_place(self, request):
+        """Tell whether a request has the new place of an item."""
+        return re.search(rb'd\.directory(_base)?\.set', request)
 
+    def test_rtorrent_is_killed_when_told(self):
         def kill(request):
-            if re.search(rb'd\.directory(_base)?\.set', request):
+            if self.tells_place(request):
                 self.server.process.kill()
             return True
         for moment in ('before', 'after'):
             with self.subTest(moment):
+                self.serve(self.start(moment))
+                item, files = self.random_item()
+                target = self.memory()
+                self.proxy.session.save()
+                double = self.between()
                 setattr(double, moment, kill)
                 self.move(item, target=target)
-                double.before = double.after = lambda request: True
+                self.assertIsNotNone(self.server.process.poll())
+                double.stop()
                 self.restart()
-                self.torque['scgi_url'] = double.url
                 self.assert_arrives(item, files, target, self.data)
-                target_before, target = target, self.memory()
-                self.proxy.session.save()
-                self.data = target_before
 
-    def test_equal_looking_copy_is_no_copy(self):
+    def test_copy_that_only_seems_equal(self):
         """Size and time of a file tell nothing of what is in it."""
         item, files = self.random_item(1 << 20)
-        target = self.memory()
-        shutil.copytree(self.data + '/a', target + '/a')
-        wrong = target + '/a/big'
-        with open(wrong, 'r+b') as stream:
+        target, reached = self.memory(), threading.Event()
+        double = self.between()
+
+        def before(request):
+            if self.tells_place(request):
+                reached.set()
+            return not reached.is_set()
+        double.before = before
+        self.torque['rpc_timeout'] = '20s'
+        program = start_torque(*self.words('Move', matcher=f'hash={item}', target=target))
+        self.addCleanup(program.stop, signal.SIGKILL)
+        self.assertTrue(reached.wait(20))
+        program.process.kill()
+        program.stop(0)
+        double.before = lambda request: True
+        copies = [path for path in self.files(target) if os.path.basename(path) == 'big']
+        self.assertEqual(len(copies), 1)
+        stat = os.stat(copies[0])
+        with open(copies[0], 'r+b') as stream:
             stream.write(b'somebody else has written this')
-        os.utime(wrong, (time.time(), os.stat(self.data + '/a/big').st_mtime))
-        before = self.files(target)
-        self.proxy.d.custom.set(item, 'torque_move', f'{self.data}/a//{target}/a')
-        status, log = self.move(item, target=target)
-        self.assertEqual(status, 1, log)
-        self.assertEqual(self.files(target), before)
-        self.assertTrue(tree(self.proxy.d.directory(item)) == files, log)
+        os.utime(copies[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        for _ in range(2):
+            log = self.move(item, target=target)
+            self.assertTrue(tree(self.proxy.d.directory(item)) == files, log)
+            self.torque['state_dir'] += '+'
 
     def count_closings(self):
         """Return a function that tells how often rTorrent has closed an item since."""
-        mark = self.path('closings')
+        mark = self.server.folder + '/session/closings'
         self.proxy.method.set_key('', 'event.download.closed', 'test',
                                   f'execute.nothrow=sh,-c,"echo >> {mark}"')
         return lambda: os.path.exists(mark) and os.path.getsize(mark)
@@ -5557,8 +5604,7 @@ class LiveHalvesTest(DataCase):
         item, files = self.random_item()
         closings = self.count_closings()
         for _ in range(2):
-            self.assert_held(item, '(?i)room|space|free', lambda item, *words: self.move(
-                item, *words, target=target))
+            self.assert_held(item, '(?i)room|space|free', self.move, target=target)
         self.assertEqual((closings(), os.listdir(target)), (False, []))
         small = self.item('small', {'x': 1 << 20})
         self.assertEqual(self.move(small, target=target)[0], 0)
@@ -5567,7 +5613,7 @@ class LiveHalvesTest(DataCase):
         self.assertEqual(self.move(small, target=same)[0], 0)
         self.assertEqual(os.listdir(same), ['small'])
 
-    def test_holes_owner_and_mode_are_kept(self):
+    def test_holes_stay_holes(self):
         size, target = 64 << 20, self.disk('disk', 'size=16m')
         path = os.path.join(self.data, 'a')
         os.makedirs(path + '/sub')
@@ -5578,21 +5624,33 @@ class LiveHalvesTest(DataCase):
         with open(path + '/x', 'r+b') as stream:
             stream.seek(size // 2)
             stream.write(bytes(4096))
-        owner = os.geteuid() and (os.getuid(), os.getgid()) or (1234, 1235)
-        for name in ('', 'x', 'sub', 'sub/y'):
-            os.chown(os.path.join(path, name), *owner)
-        os.chmod(path + '/x', 0o640)
-        os.utime(path + '/x', (10 ** 9, 10 ** 9))
         status, log = self.move(item, target=target)
         self.assertEqual(status, 0, log)
-        for name in ('', 'x', 'sub', 'sub/y'):
+        for name in ('x', 'sub/y'):
+            stat = os.stat(os.path.join(target, 'a', name))
+            self.assertEqual(stat.st_size, size)
+            self.assertLess(stat.st_blocks * 512, 1 << 20)
+        self.assertFalse(os.path.exists(path))
+
+    def test_owner_mode_and_time_are_kept(self):
+        item, names = self.item('a'), ('', 'x', 'sub', 'sub/y')
+        owner = os.getuid(), os.getgid()
+        if owner[0] == 0:
+            owner = 1234, 1235
+        for number, name in enumerate(names):
+            path = os.path.join(self.data, 'a', name)
+            os.chown(path, *owner)
+            os.chmod(path, 0o740 + number)
+        os.utime(self.data + '/a/x', (10 ** 9, 10 ** 9))
+        target = self.memory()
+        status, log = self.move(item, target=target)
+        self.assertEqual(status, 0, log)
+        for number, name in enumerate(names):
             stat = os.stat(os.path.join(target, 'a', name))
             self.assertEqual((stat.st_uid, stat.st_gid), owner, name)
-            self.assertLess(stat.st_blocks * 512, 1 << 20)
-        stat = os.stat(target + '/a/x')
-        self.assertEqual((stat.st_size, stat.st_mode & 0o777, stat.st_mtime),
-                         (size, 0o640, 10 ** 9))
-        self.assertFalse(os.path.exists(path))
+            if name in FILES:
+                self.assertEqual(stat.st_mode & 0o777, 0o740 + number)
+        self.assertEqual(os.stat(target + '/a/x').st_mtime, 10 ** 9)
 
     def test_move_that_fails_every_time(self):
         target = self.disk('disk', 'size=64m,nr_inodes=20')     # room for bytes, not for files
@@ -5638,12 +5696,12 @@ class LiveMoreThanAskedTest(DataCase):
         self.root('mount', '--bind', self.write('other', bytes(5)), self.data + '/busy/sub/y')
         self.addCleanup(subprocess.run, ['umount', '-l', self.data + '/busy/sub/y'],
                         stderr=subprocess.DEVNULL)
-        self.assert_held(pinned, run=self.cull)
-        self.assert_held(read_only, run=self.cull)
+        self.assert_held(pinned, '.', self.cull)
+        self.assert_held(read_only, '.', self.cull)
         more = [self.item(f'more{number}') for number in range(2)]
         status, log = self.cull('', limit=1, sort='name', matcher='name=busy OR name=more*')
         self.assertEqual(status, 1, log)
-        self.assertEqual(self.known(*more), {*more})
+        self.assertGreaterEqual(len(self.known(busy, *more)), 2, log)
         self.assertEqual(os.stat(self.path('other')).st_size, 5)
         if not self.known(busy):
             subprocess.run(['umount', self.data + '/busy/sub/y'], check=True)
@@ -5709,8 +5767,8 @@ class LiveGhostTest(DataCase):
     def test_ghosts_are_those_without_data(self):
         ghosts = {self.ghost('one'), self.ghost('two')}
         healthy, unknown = {self.item('healthy'), self.item('single', 9000)}, set()
-        odd = {self.item(name, files) for name in ('caf\udce9', 'a\rb', 'what?', '50%20')
-               for files in (9000, FILES) if not put_data(self.data, name + 's', 1)}
+        odd = {self.item(name, 9000) for name in ('caf\udce9', 'a\rb', 'what?', '50%20')}
+        odd |= {self.item(name, FILES) for name in ('m caf\udce9', 'm a\rb', 'm what?')}
         moved = self.item('moved')
         self.close(moved)
         os.makedirs(self.path('new'))
@@ -7826,6 +7884,48 @@ def time_watch(proxy, home, watch):
     return f'p50 {late[49] * 1000:.1f} ms, p99 {late[98] * 1000:.1f} ms, 500 at once {took:.2f} s'
 
 
+def bench_cull(count=5000):
+    """Time how long a cull of one item takes beside others that all have data."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(os.path.join(folder, 'session'))
+        for number in range(count + 1):
+            name, files = f'item {number}', {'x': 1, 'sub/y': 1}
+            put_data(os.path.join(folder, 'data'), name, files)
+            content, info_hash = torrent_file(name, files)
+            with open(os.path.join(folder, 'session', info_hash + '.torrent'), 'wb') as stream:
+                stream.write(content)
+        daemon = RTorrent(folder)
+        proxy = daemon.engine.open()
+        wait_for(lambda: proxy.view.size('', 'main') == count + 1, 60)
+        proxy.d.check_hash(info_hash)
+        wait_for(lambda: proxy.d.complete(info_hash))
+        path = os.path.join(folder, 'torque.ini')
+        with open(path, 'w', encoding='utf-8') as stream:
+            stream.write(f'[TORQUE]\nscgi_url = {daemon.url}\nstate_dir = {folder}/state\n'
+                         'job.t.handler = torque:Action\njob.t.schedule = 1h\n'
+                         f'job.t.matcher = hash={info_hash}\njob.t.action = cull\n')
+        took = []
+        for job in ('connstats', 't'):
+            began = time.perf_counter()
+            status, _, log = run_torque('-c', path, '--run-once', job)
+            took.append(time.perf_counter() - began)
+            assert status == 0, log
+        assert proxy.view.size('', 'main') == count
+        print(f'cull of one item beside {count:,}: {took[1] - took[0]:.2f} s')
+        daemon.stop(signal.SIGKILL)
+
+
+def bench_killed(tries=50):
+    """Kill culls and Moves at random moments, more often than the tests do."""
+    for name in ('test_cull_is_killed', 'test_move_is_killed'):
+        test, result = LiveHalvesTest(name), unittest.TestResult()
+        test.tries = tries
+        test.run(result)
+        for _, text in result.failures + result.errors + result.skipped:
+            print(text)
+        print(f'{name}, {tries} times: {"held" if result.wasSuccessful() else "FAILED"}')
+
+
 def soak(minutes=30):
     """Run 200 jobs a second for a while, and print how much memory that takes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -7859,6 +7959,8 @@ def bench():
     bench_decode()
     bench_torrents()
     bench_watch()
+    bench_cull()
+    bench_killed()
 
 
 # --- The test program --------------------------------------------------------------------------
