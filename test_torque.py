@@ -5161,10 +5161,11 @@ class LiveDataOfOthersTest(DataCase):
         with open(lock, encoding='ascii') as stream:
             text = stream.read()
         self.assertIn(str(self.server.process.pid), text)
+        os.chmod(lock, 0o600)
         for wrong in ('elsewhere:+' + text.split('+')[1], text.split('+')[0] + '+1', ''):
             with open(lock, 'w', encoding='ascii') as stream:
                 stream.write(wrong)
-            self.assert_held(item, UNSEEN)
+            self.assert_held(item, UNSEEN, self.cull)
         os.remove(lock)
         self.assert_held(item, UNSEEN)
         with open(lock, 'w', encoding='ascii') as stream:
@@ -5239,7 +5240,8 @@ class LiveDataOfOthersTest(DataCase):
         self.assert_held(item, USED)
         self.assert_held(other, USED)
         self.proxy.d.erase(item)
-        self.assertEqual(self.move(other)[0], 0)
+        status, log = self.move(other)
+        self.assertEqual(status, 0, log)
         self.assertEqual(len(self.files(self.path('rt/target/c'))), 2)
         self.assertEqual((self.known(beside), os.listdir(self.data)), ({beside}, ['beside']))
 
