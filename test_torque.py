@@ -4861,6 +4861,13 @@ class DataCase(Folder):
         self.addCleanup(subprocess.run, ['chattr', '-i', path], stderr=subprocess.DEVNULL)
         self.root('chattr', '+i', path)
 
+    def elsewhere(self, script):
+        """Start an rTorrent in a mount namespace of its own, in which a script was run."""
+        words = ['unshare', '--mount', '--propagation', 'private']
+        self.root(*words, 'true')
+        self.serve(self.start('away', [*words, 'sh', '-ec', script + '\nexec "$@"', 'sh',
+                                       *RTORRENTS[self.number]]))
+
     # Items
 
     def item(self, name, files=None, folder='', **info):
@@ -5106,13 +5113,6 @@ class LiveDataOfOthersTest(DataCase):
         self.assert_culled(item, self.data + '/a')
 
     # What rTorrent calls a path is another file here
-
-    def elsewhere(self, script):
-        """Start an rTorrent in a mount namespace of its own, in which a script was run."""
-        words = ['unshare', '--mount', '--propagation', 'private']
-        self.root(*words, 'true')
-        self.serve(self.start('away', [*words, 'sh', '-ec', script + '\nexec "$@"', 'sh',
-                                       *RTORRENTS[self.number]]))
 
     def test_rtorrent_sees_other_files(self):
         os.makedirs(self.path('away/hidden'))
@@ -5672,24 +5672,31 @@ class LiveHalvesTest(DataCase):
                 self.assertEqual(stat.st_mode & 0o777, 0o740 + number)
         self.assertEqual(os.stat(target + '/a/x').st_mtime, 10 ** 9)
 
-    def test_move_that_fails_every_time(self):
-        target = self.disk('disk', 'size=64m,nr_inodes=20')     # room for bytes, not for files
+    def fail_every_time(self, target):
+        """Have a daemon try a Move again and again; rTorrent and the item must bear it."""
         item, files = self.random_item(1 << 20)
         closings = self.count_closings()
         words = self.words('Move', matcher=f'hash={item}', target=target, schedule='every 0.2s')
         daemon = start_torque(*words[:2])
         self.addCleanup(daemon.stop, signal.SIGKILL)
-        end = time.monotonic() + 5
-
-        def over():
-            return self.server.process.poll() is not None or time.monotonic() > end
-        wait_for(over)
+        end = time.monotonic() + 4
+        wait_for(lambda: time.monotonic() > end or self.server.process.poll() is not None)
         daemon.stop()
         self.assertIsNone(self.server.process.poll())
-        self.assertLess(closings(), 8)
-        self.assertEqual(os.listdir(target), [])
+        self.assertLess(closings(), 6)
         self.assertTrue(tree(self.data + '/a') == files)
+        self.assertEqual(self.proxy.d.directory(item), self.data + '/a')
         wait_for(lambda: self.proxy.d.is_active(item))
+
+    def test_move_to_a_disk_without_inodes(self):
+        target = self.disk('disk', 'size=64m,nr_inodes=20')     # room for bytes, not for files
+        self.fail_every_time(target)
+        self.assertEqual(os.listdir(target), [])
+
+    def test_move_to_where_rtorrent_sees_nothing(self):
+        self.elsewhere('mount -t tmpfs none /dev/shm')
+        self.torque['same_files'] = 'yes'
+        self.fail_every_time(self.memory())
 
 
 class LiveMoreThanAskedTest(DataCase):
@@ -5816,10 +5823,7 @@ class LiveGhostTest(DataCase):
 
     def test_rtorrent_sees_other_files(self):
         os.makedirs(self.path('away/hidden'))
-        words = ['unshare', '--mount', '--propagation', 'private']
-        self.root(*words, 'true')
-        self.serve(self.start('away', [*words, 'sh', '-ec', 'mount --bind hidden data\nexec "$@"',
-                                       'sh', *RTORRENTS[self.number]]))
+        self.elsewhere('mount --bind hidden data')
         put_data(self.path('away/hidden'), 'a', FILES)
         item = self.item('a')
         shutil.rmtree(self.data)
