@@ -1739,6 +1739,7 @@ def replace_file(path: str, text: str) -> None:
             stream.write(text)
         sync(path + '.new')
         os.replace(path + '.new', path)
+        sync(os.path.dirname(path))
 
 
 def disk_of(path: str) -> tuple[int | None, int | None]:
@@ -1810,14 +1811,6 @@ def make_folders(folder: str) -> None:
         give_owner(folder, os.stat(parent))
 
 
-def make_empty(folder: str) -> str:
-    """Make a folder and return it; an empty one that is there already will do."""
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
-    os.mkdir(folder, 0o700)
-    return folder
-
-
 def discard(folder: str) -> None:
     """Delete a folder of torque's own and all in it."""
     import shutil
@@ -1832,6 +1825,26 @@ def rename_new(path: str, new: str) -> None:
     sync(os.path.dirname(new))
 
 
+@contextlib.contextmanager
+def locked(path: str, seconds: float) -> Iterator[None]:
+    """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
+    import fcntl
+    end = time.monotonic() + seconds
+    with writing(path):
+        stream = open_private(path)
+    with stream:
+        while True:
+            try:
+                with writing(path):
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except LoggableError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
+
+
 def listening_process(path: str) -> int:
     """Return the pid of who listens on a Unix socket, as the kernel knows it."""
     with socket.socket(socket.AF_UNIX) as sock:
@@ -1842,43 +1855,49 @@ def listening_process(path: str) -> int:
 
 
 def rtorrent_process(engine: Engine) -> int | None:
-    """Return the pid of rTorrent on this machine, None where that cannot be told.
+    """Return the pid of an rTorrent that runs on this machine; None where that is not known.
 
     Behind a port, the lock in its session folder has to name this host and that process.
     """
-    if engine.address.kind == 'unix':
-        return listening_process(engine.address.path)
-    if not engine.address.is_local():
-        return None
-    pid, session, cwd = without_errors(engine.ask(
-        [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
-    with open(os.path.join(cwd, session, 'rtorrent.lock'), encoding='utf-8') as stream:
-        locked = stream.read(300).strip()
-    if locked == f'{socket.gethostname()}:+{pid}':
-        return pid
+    try:
+        if engine.address.kind == 'unix':
+            pid = listening_process(engine.address.path)
+        elif engine.address.is_local():
+            pid, session, cwd = without_errors(engine.ask(
+                [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
+            lock = os.path.join(cwd, session, 'rtorrent.lock')
+            with open(lock, encoding='utf-8') as stream:
+                if stream.read(300).strip() != f'{socket.gethostname()}:+{pid}':
+                    return None
+        else:
+            return None
+        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
+            if stream.read().startswith('rtorrent'):
+                return pid
+    except (OSError, ValueError):
+        pass
     return None
 
 
-def why_unseen(engine: Engine) -> str:
-    """Return why the paths of an rTorrent may not mean our files; '' where they do.
-
-    Its process has to see the same mounts from the same root. RpcError where it is away.
-    """
-    if engine.same_files:
-        return ''
+def has_our_mounts(pid: int) -> bool:
+    """Tell whether a process sees the same mounts as this one, from the same root."""
     try:
-        pid = rtorrent_process(engine)
-        if not pid:
-            return 'it is not known to run on this machine'
-        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
-            if not stream.read().startswith('rtorrent'):
-                return f'process {pid}, which listens there, is not rTorrent'
         with open(f'/proc/{pid}/mountinfo', 'rb') as theirs, \
                 open('/proc/self/mountinfo', 'rb') as ours:
-            if theirs.read() != ours.read():
-                return 'it sees other mounts than torque, as in a container'
-    except (OSError, ValueError) as error:
-        return f'it is not known to run on this machine: {error}'
+            return theirs.read() == ours.read()
+    except OSError:
+        return False
+
+
+def why_unseen(engine: Engine) -> str:
+    """Return why the paths of an rTorrent may not mean our files; '' where they do."""
+    if engine.same_files:
+        return ''
+    pid = rtorrent_process(engine)
+    if not pid:
+        return 'it is not known to run on this machine'
+    if not has_our_mounts(pid):
+        return 'it sees other mounts than torque, as in a container'
     return ''
 
 
@@ -2219,9 +2238,9 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
 # --- Data ------------------------------------------------------------------------------------
 # Whose data is it? An Item of rTorrent enters; what leaves is its OwnData, proven to be its own,
 # or a LoggableError that says why not: every doubt keeps the data. A Removal is a note in
-# state_dir, on the disk before anything changes: it carries a removal out, and a later run
-# finishes what a crash has left. Notes are locked by who handles them, so other threads and
-# processes may remove something else at the same time. An owner is (address of rTorrent, hash).
+# state_dir, on the disk before anything changes: a later run finishes what a crash has left.
+# data.lock in state_dir keeps other threads and processes away, from the proof of an item on
+# until all is done with it. An owner is (which rTorrent, hash).
 
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
@@ -2235,6 +2254,7 @@ class ItemFile(NamedTuple):
     size_bytes: int
     completed_chunks: int
     size_chunks: int
+    priority: int
     is_created: int                     # does rTorrent find a file there, right now?
 
 
@@ -2243,6 +2263,7 @@ class Item(NamedTuple):
     hash: str
     name: str
     is_open: int
+    is_active: int
     state: int
     hashing: int
     base_path: str
@@ -2250,16 +2271,13 @@ class Item(NamedTuple):
     directory_base: str
     is_multi_file: int
     completed_bytes: int
+    down_total: int
     timestamp_started: int
     files: list[ItemFile]
     cwd: str                            # where relative paths start from
     default_folder: str                 # where items are put when nothing else is said
-    session: str                        # folder of the session
+    session: str                        # folder of the session, absolute
     engine: Engine
-
-    @property
-    def owner(self) -> tuple[str, str]:
-        return self.engine.address.where, self.hash
 
     def absolute(self, path: str) -> str:
         """Return what a path of rTorrent is from anywhere."""
@@ -2272,10 +2290,21 @@ class Item(NamedTuple):
 
 
 class OwnFile(NamedTuple):
-    """A file that is proven to be an item's own."""
+    """A file that is proven to be an item's own, and how it was then."""
     path: str
-    device: int
+    device: int                         # may be another when the disk is mounted again
     inode: int
+    size: int
+    changed: int                        # nanoseconds
+
+    @classmethod
+    def at(cls, path: str, status: os.stat_result) -> OwnFile:
+        return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def is_same(self, status: os.stat_result) -> bool:
+        """Tell whether a file is this one, and has not changed."""
+        now = status.st_ino, status.st_size, status.st_mtime_ns
+        return now == (self.inode, self.size, self.changed)
 
 
 class OwnData(NamedTuple):
@@ -2289,13 +2318,13 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     """Return an item as it is now; raises HashNotFound where there is none."""
     fields = Item._fields[:Item._fields.index('files')]
     calls: list[tuple] = [
-        ('d.' + name.replace('timestamp_', 'timestamp.'), info_hash) for name in fields]
+        ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
     columns = [f'f.{name}=' for name in ItemFile._fields]
     calls.append(('f.multicall', info_hash, '', *columns))
     calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
     *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item(*facts, files, cwd, default, session, engine)
+    return Item(*facts, files, cwd, default, os.path.join(cwd, session), engine)
 
 
 @contextlib.contextmanager
@@ -2324,9 +2353,11 @@ def start_again(item: Item) -> None:
         # In one request, for a crash between them would leave it stopped. d.start alone does
         # nothing where d.state is 1 already.
         item.tell(('d.open',), ('d.stop',), ('d.start',))
-    elif item.is_open:
+    if item.state and item.is_open and not item.is_active:
+        item.tell(('d.pause',))
+    if not item.state and item.is_open:
         item.tell(('d.open',))
-    else:
+    if not item.state and not item.is_open:
         item.tell(('d.close',))
 
 
@@ -2337,11 +2368,23 @@ def erase(item: Item) -> None:
         erased = item.engine.tell(commands)[-1]
     except Unreachable as error:
         # An answer that never came is no answer, neither yes nor no.
-        there, = item.engine.ask([('d.hash', item.hash)])
-        if isinstance(there, HashNotFound):
+        if has_item(item.engine, item.hash, item.session) is False:
             return
-        raise Unreachable(f'{error}; it is still there') from None
+        raise Unreachable(f'{error}; it may be there still') from None
     without_errors([erased])
+
+
+def has_item(engine: Engine, info_hash: str, session: str) -> bool | None:
+    """Tell whether an rTorrent has an item; None where its session is another."""
+    there, path, cwd = engine.ask([
+        ('d.hash', info_hash), ('session.path', ''), ('system.cwd', '')])
+    without_errors([path, cwd])
+    if not path or os.path.join(cwd, path) != session:
+        return None
+    if isinstance(there, HashNotFound):
+        return False
+    without_errors([there])
+    return True
 
 
 def plain_parts(names: Iterable[str]) -> list[str]:
@@ -2388,10 +2431,16 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     root, shown = item.absolute(item.base_path), [file.path for file in item.files]
     if not any(map(DOUBTFUL.search, [root, *shown])):
         return root, shown
-    metafile = item.absolute(f'{item.session}/{item.hash}.torrent')
-    name, names = names_of_metafile(metafile, item.hash)
+    name, names = names_of_metafile(f'{item.session}/{item.hash}.torrent', item.hash)
     folder, last = os.path.split(root)
     if plain_parts([last]) == plain_parts([name]):
+        # A folder may have been renamed, to another name that comes through as this one does.
+        twins = []
+        if item.is_multi_file and identity(folder):
+            twins = [other for other in os.listdir(folder)
+                     if other not in (name, last) and plain_parts([other]) == plain_parts([name])]
+        if twins:
+            raise LoggableError(f'{quoted(root)} may be {quoted(name)} or {quoted(twins[0])}')
         last = name
     true_root = os.path.join(folder, last)
     # Surrogates are right in a name that the metafile tells, but not in what rTorrent told.
@@ -2401,7 +2450,7 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     return true_root, names
 
 
-def check_file(path: str, file: ItemFile) -> OwnFile | None:
+def check_file(path: str, file: ItemFile, item: Item) -> OwnFile | None:
     """Return a file of an item, None where it is not there; LoggableError where in doubt."""
     try:
         status = os.lstat(path)
@@ -2416,10 +2465,15 @@ def check_file(path: str, file: ItemFile) -> OwnFile | None:
     if not stat.S_ISREG(status.st_mode):
         raise LoggableError(f'{quoted(path)} is a link, or no file')
     is_whole = file.completed_chunks == file.size_chunks > 0
-    if is_whole and status.st_size != file.size_bytes:
+    if status.st_size > file.size_bytes or is_whole and status.st_size < file.size_bytes:
         raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
-                            f'{file.size_bytes} that it is complete with')
-    return OwnFile(path, status.st_dev, status.st_ino)
+                            f'{file.size_bytes} that it should have')
+    # A user's file may lie where an item that has nothing of it yet would have its own.
+    begun = item.down_total and file.priority and item.timestamp_started
+    empty = item.timestamp_started and not status.st_blocks
+    if not file.completed_chunks and not begun and not empty and status.st_size:
+        raise LoggableError(f'{quoted(path)} may not be its own: rTorrent has no piece of it')
+    return OwnFile.at(path, status)
 
 
 def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
@@ -2433,11 +2487,8 @@ def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def own_data(item: Item, fresh: bool) -> OwnData:
-    """Return what an open item has on the disk, proven to be its own; else LoggableError.
-
-    fresh: it was not open before.
-    """
+def own_data(item: Item) -> OwnData:
+    """Return what an open item has on the disk, proven to be its own; else LoggableError."""
     if not item.is_open:
         raise LoggableError('rTorrent cannot open it')
     require_same_files(item.engine)
@@ -2449,18 +2500,13 @@ def own_data(item: Item, fresh: bool) -> OwnData:
     for folder in folders:
         if os.path.islink(folder) or os.path.basename(folder) == '..':
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
-    files = [check_file(path, file) for path, file in zip(paths, item.files)]
-    own = [file for file in files if file]
-    # A user's file may lie where an item that has nothing yet would have its own.
-    begun = item.timestamp_started and not fresh
-    if own and not item.completed_bytes and not begun:
-        raise LoggableError(f'{quoted(root)} may not be its own: rTorrent has no piece of it')
+    files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
     # Other downloads may come to lie in a folder that is not named after this one.
     common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
     named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
     if folders and (not named or identity(root) in common):
         folders.remove(root)
-    return OwnData(root, own, folders)
+    return OwnData(root, [file for file in files if file], folders)
 
 
 def freed_by(data: OwnData) -> int:
@@ -2481,25 +2527,51 @@ class Users:
     """
 
     def __init__(self, engines: Iterable[Engine]):
-        self.engines = {engine.address.where: engine for engine in engines}
+        self.engines: dict[str, Engine] = {}                # by pid, or address
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
         self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
-        for engine in self.engines.values():
-            self.add_engine(engine)
+        own = None
+        for engine in engines:
+            own = own or engine
+            try:
+                self.add_engine(engine)
+            except RpcError as error:
+                if engine is own:
+                    raise
+                raise LoggableError(f'what other items use is not known: {error}') from None
+
+    @staticmethod
+    def key(engine: Engine) -> str:
+        """Return which rTorrent this is: one may have several addresses."""
+        pid = rtorrent_process(engine)
+        if pid:
+            return f'process {pid}'
+        return engine.address.where
 
     def add_engine(self, engine: Engine) -> None:
         """Add all items of an rTorrent, by directory and by base path: one may be old."""
+        key, pid = self.key(engine), rtorrent_process(engine)
+        if key in self.engines:
+            return
+        self.engines[key] = engine
+        if pid and not engine.same_files and not has_our_mounts(pid):
+            raise LoggableError('what other items use is not known: rTorrent at '
+                                f'{engine.address.where} sees other mounts than torque')
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
-        cwd, = without_errors(engine.ask([('system.cwd', '')]))
+        hidden, cwd = without_errors(engine.ask(
+            [('view.size_not_visible', '', 'default'), ('system.cwd', '')]))
+        if hidden:
+            raise LoggableError(f'what other items use is not known: the view "default" of rTorrent '
+                                f'at {engine.address.where} hides {hidden}')
         for info_hash, base, directory, name, is_multi in zip(*columns.values()):
             if directory and not is_multi:
                 directory = os.path.join(directory, name)
             try:
                 for place in {base, directory} - {''}:
                     for path in self.meanings(os.path.join(cwd, place)):
-                        self.add((engine.address.where, info_hash), path)
+                        self.add((key, info_hash), path)
             except OSError as error:
                 raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
                                     f'{quoted(error.filename)}: {error.strerror}') from None
@@ -2563,15 +2635,33 @@ class Users:
         return {owner: path for owner, path in users.items() if owner not in but}
 
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
-        """Tell whether an item has all files of data in its own list, too."""
-        where, info_hash = owner
-        item = ask_item(self.engines[where], info_hash)
-        known = set()
-        for base in {item.base_path, item.directory} - {''}:
-            known.add(identity(item.absolute(base)))
-            for file in item.files:
-                known.add(identity(item.absolute(f'{base}/{file.path}')))
-        return all((file.device, file.inode) in known for file in data.files)
+        """Tell whether an item has all files of data, too, by its own list and as its own."""
+        key, info_hash = owner
+        item = ask_item(self.engines[key], info_hash)
+        base = item.directory
+        if item.is_open:
+            base = item.base_path
+        elif not item.is_multi_file:
+            base = os.path.join(item.directory, item.name)
+        known = {identity(item.absolute(base))}
+        if item.is_multi_file:
+            known = {identity(item.absolute(f'{base}/{file.path}')) for file in item.files}
+        return bool(item.completed_bytes) and all(
+            (file.device, file.inode) in known for file in data.files)
+
+
+def data_at(data: OwnData, root: str) -> OwnData:
+    """Return the copies of data at another root: files of the same size in other folders."""
+    files = []
+    for file in data.files:
+        path = root + file.path[len(data.root):]
+        with contextlib.suppress(OSError):
+            status, folders = os.lstat(path), [os.path.dirname(name) for name in (path, file.path)]
+            if stat.S_ISREG(status.st_mode) and status.st_size == file.size \
+                    and identity(folders[0]) != identity(folders[1]):
+                files.append(OwnFile.at(path, status))
+    folders = [root + folder[len(data.root):] for folder in data.folders]
+    return OwnData(root, files, folders)
 
 
 def copy_data(data: OwnData, root: str) -> None:
@@ -2585,14 +2675,11 @@ def copy_data(data: OwnData, root: str) -> None:
         while len(original) >= len(data.root):
             folders[folder] = original
             folder, original = os.path.dirname(folder), os.path.dirname(original)
-        before = os.lstat(file.path)
         try:
             os.link(file.path, copy)
         except OSError:                 # another file system, or one without hard links
             copy_file(file.path, copy)
-        after = os.lstat(file.path)
-        if before.st_ino != file.inode or (before.st_size, before.st_mtime_ns) != (
-                after.st_size, after.st_mtime_ns):
+        if not file.is_same(os.lstat(file.path)):
             raise LoggableError(f'{quoted(file.path)} changed while it was copied')
     for folder, original in folders.items():
         give_owner(folder, os.stat(original))
@@ -2614,15 +2701,44 @@ def require_room(data: OwnData, folder: str) -> None:
                             f'{show_size(free or 0)} are free')
 
 
+def delete_data(data: OwnData) -> None:
+    """Delete those files of data that have not changed, then the folders that are empty.
+
+    Raises LoggableError where the system refuses to, or the disk is not there.
+    """
+    above, refused, log = os.path.dirname(data.root), '', logging.getLogger('torque.data')
+    if not os.path.isdir(above):
+        raise LoggableError(f'{quoted(above)} is not there: is its disk not mounted?')
+    for file in data.files:
+        folder, name = os.path.split(file.path)
+        handle = None
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            if file.is_same(os.stat(name, dir_fd=handle, follow_symlinks=False)):
+                os.unlink(name, dir_fd=handle)
+            else:
+                log.warning('%s stays: it was changed meanwhile', quoted(file.path))
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                refused = str(error.strerror)
+        finally:
+            if handle is not None:
+                os.close(handle)
+    for folder in data.folders:
+        with contextlib.suppress(OSError):      # something else is in it
+            os.rmdir(folder)
+    if refused:
+        raise LoggableError(f'not all data at {quoted(data.root)} is deleted: {refused}')
+
+
 class Removal:
     """A note of what is going to be removed: JSON in its first line, then steps that were done.
 
-    It is on the disk before anything changes, and goes last. Until close() it is locked.
+    It is on the disk before anything changes, and goes last.
     """
 
-    def __init__(self, path: str, stream: Any, facts: dict[str, Any], steps: list[str]):
-        self.path, self.stream = path, stream
-        self.facts, self.steps = facts, steps
+    def __init__(self, path: str, facts: dict[str, Any], steps: list[str]):
+        self.path, self.facts, self.steps = path, facts, steps
         files = [OwnFile(*file) for file in facts['files']]
         self.data = OwnData(facts['root'], files, facts['folders'])
 
@@ -2631,114 +2747,55 @@ class Removal:
 
     @classmethod
     def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
-        """Write a note. Raises LoggableError where another run has one for the same item."""
-        import fcntl
-        facts.update(data._asdict(), name=item.name, hash=item.hash,
-                     engine=item.engine.address.where, session=item.session)
+        """Write a note. Raises LoggableError where there is one for the same item."""
         path = os.path.join(folder, NOTE + item.hash)
-        unfinished = f'{path}.{os.getpid()}.{threading.get_ident()}'
-        with writing(path):
-            stream = open_private(unfinished)
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                stream.write(json.dumps(facts) + '\n')
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.link(unfinished, path)       # it is locked from its first moment on
-                sync(folder)
-            except BaseException as error:
-                stream.close()
-                if isinstance(error, FileExistsError):
-                    raise LoggableError(f'another run is at it, or was ended: {path}') from None
-                raise
-            finally:
-                os.remove(unfinished)
-        return cls(path, stream, facts, [])
+        facts.update(data._asdict(), name=item.name, hash=item.hash, session=item.session,
+                     engine=item.engine.address.where)
+        if os.path.lexists(path):
+            raise LoggableError(f'a removal was cut short; {path} tells of it')
+        replace_file(path, json.dumps(facts) + '\n')
+        return cls(path, facts, [])
 
     @classmethod
-    def take_up(cls, path: str) -> Removal | None:
-        """Return the note that an ended run has left, None where its run goes on."""
-        import fcntl
-        try:
-            stream = open(path, 'r+', encoding='utf-8', opener=open_own)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:      # else it was dropped just now
-                first, *steps = stream.read().splitlines()
-                return cls(path, stream, json.loads(first), steps)
-        except BlockingIOError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            # It was not whole yet: nothing had begun.
-            logging.getLogger('torque.data').info('%s is no note of a removal: %s', path, error)
-            os.remove(path)
-        stream.close()
-        return None
+    def read(cls, path: str) -> Removal:
+        """Return a note that was left; raises ValueError and the like where it is none."""
+        with open(path, encoding='utf-8', opener=open_own) as stream:
+            if os.fstat(stream.fileno()).st_uid != os.geteuid():
+                raise ValueError('it belongs to another user')
+            first, *steps = stream.read().splitlines()
+        return cls(path, json.loads(first), steps)
 
     def mark(self, step: str) -> None:
-        """Add a step that was done, on the disk when this returns."""
-        with writing(self.path):
-            self.stream.write(step + '\n')
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
+        """Add a step that was done, or is going to be, on the disk when this returns."""
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as stream:
+            stream.write(step + '\n')
+            stream.flush()
+            os.fsync(stream.fileno())
         self.steps.append(step)
-
-    def remove_files(self) -> int:
-        """Delete the files that are still the same, then empty folders; count the others.
-
-        Raises LoggableError where the system refuses to.
-        """
-        others, refused = 0, None
-        for file in self.data.files:
-            folder, name = os.path.split(file.path)
-            handle = None
-            try:
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
-                if (status.st_dev, status.st_ino) == (file.device, file.inode):
-                    os.unlink(name, dir_fd=handle)
-                else:
-                    others += 1
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    refused = error
-            finally:
-                if handle is not None:
-                    os.close(handle)
-        for folder in self.data.folders:
-            with contextlib.suppress(OSError):      # something else is in it
-                os.rmdir(folder)
-        if refused:
-            raise LoggableError(f'not all data at {quoted(self.data.root)} is deleted: '
-                                f'{refused.strerror}; it is tried again in the next run')
-        return others
 
     def drop(self) -> None:
         """Remove the note: all is done, or nothing is to be done."""
         with contextlib.suppress(OSError):
             os.remove(self.path)
-        self.close()
-
-    def close(self) -> None:
-        """Let others have the note."""
-        self.stream.close()
 
 
 def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
-    """Give the notes of an rTorrent that ended runs have left, each locked until the next."""
+    """Give the notes of an rTorrent that ended runs have left."""
     names = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = sorted(os.listdir(folder))
     for name in names:
-        removal = None
-        if name.startswith(NOTE):
-            removal = Removal.take_up(os.path.join(folder, name))
-        if removal:
-            with contextlib.closing(removal):
-                if removal.facts['engine'] == engine.address.where:
-                    yield removal
+        path = os.path.join(folder, name)
+        if not name.startswith(NOTE) or name.endswith('.new'):
+            continue
+        try:
+            removal = Removal.read(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
+                                                     error_text(error))
+            continue
+        if removal.facts.get('engine') == engine.address.where:
+            yield removal
 
 
 def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
@@ -2747,14 +2804,15 @@ def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str
     It goes where its item was erased for sure, and nobody uses the data by now.
     """
     facts = removal.facts
-    if [facts['session']] != engine.ask([('session.path', '')]):
+    there = has_item(engine, facts['hash'], facts['session'])
+    if there is None:
         return 'that was another rTorrent'
-    if 'erased' not in removal.steps:
-        hashes = fetch_columns(engine, 'default', ['d.hash'])['d.hash']
-        if facts['hash'] in hashes:
-            return 'its item was not erased'
-        if not hashes:
-            return 'rTorrent has no items at all'
+    if there:
+        return 'its item is there'
+    if 'asked' not in removal.steps:
+        return 'it had not begun'
+    if 'erased' not in removal.steps and engine.ask([('view.size', '', 'default')]) == [0]:
+        return 'rTorrent has no items at all'
     if not facts['shared']:
         for path in Users(engines).of(removal.data).values():
             return f'another item uses {quoted(path)}'
@@ -3785,6 +3843,7 @@ class Choice(Job):
     fields: tuple = ()                  # what the job needs to know of a torrent, too
     deletes = False                     # then it says more of what it leaves alone
     FRESH = 1.0                         # seconds that a list may be old
+    PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -3812,6 +3871,12 @@ class Choice(Job):
     def engines(self) -> list[Engine]:
         """Return all rTorrents of the configuration, that of the job among them."""
         return [self.engine, *(self.config.engines or ())]
+
+    def alone(self) -> Any:
+        """Hold what lets one run at a time delete or move; a dry run does neither."""
+        if self.dry_run:
+            return contextlib.nullcontext()
+        return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
     def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
         """Log which torrents are left alone for now."""
@@ -4149,7 +4214,8 @@ class Action(Choice):
         self.held.clear()
         self.promised = PromisedSpace(os.path.join(config.state_dir, 'promised.json'))
         if config.action == 'cull' and not self.dry_run:
-            self.finish_removals()
+            with self.alone():
+                self.finish_removals()
         torrents = self.chosen()
         self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
         confirm, limit = config.confirm, config.limit
@@ -4213,8 +4279,8 @@ class Action(Choice):
             self.announce('cull', torrent, CLOSED)
             self.promise(torrent['path'], torrent['d_completed_bytes'])
             return True
-        with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(item, fresh)
+        with self.alone(), opened(self.engine, torrent['hash']) as (item, _):
+            data = own_data(item)
             if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
                                     'is for an item without')
@@ -4230,7 +4296,7 @@ class Action(Choice):
             if self.announce('cull', torrent, why or shown):
                 self.erase_with_data(item, data, freed)
             else:
-                self.gone.append(item.owner)
+                self.gone.append((Users.key(item.engine), item.hash))
                 self.promise(data.root, freed)
         return True
 
@@ -4243,7 +4309,7 @@ class Action(Choice):
         if self.config.shared == 'delete' or not data.files:
             return data, ''
         users = Users(self.engines())
-        others = users.of(data, [item.owner, *self.gone])
+        others = users.of(data, [(users.key(item.engine), item.hash), *self.gone])
         for owner, path in others.items():
             if users.has_all(owner, data):
                 return data._replace(files=[], folders=[]), \
@@ -4255,33 +4321,29 @@ class Action(Choice):
     def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
         """Write down what is going to be removed, erase the item, and delete the data."""
         device, free = disk_of(data.root)
-        shared = self.config.shared == 'delete'
-        removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
-        with contextlib.closing(removal):
-            try:
-                erase(item)
-            except Unreachable:         # the note stays, and the next run asks again
-                raise
-            except RpcError:
-                removal.drop()
-                start_again(item)
-                raise
-            try:
-                removal.mark('erased')
-                self.delete(removal)
-            except LoggableError as error:      # the item is gone, and counts
-                self.failures.append(error)
-                self.LOG.warning('%s', error)
+        item.tell(('d.stop',), ('d.close',))    # from now on it does not change
+        data = data._replace(files=[
+            OwnFile.at(file.path, os.lstat(file.path)) for file in data.files])
+        removal = Removal.begin(self.config.state_dir, item, data,
+                                shared=self.config.shared == 'delete')
+        try:
+            removal.mark('asked')
+            erase(item)
+        except Unreachable:             # the note stays, and the next run asks again
+            raise
+        except LoggableError:
+            removal.drop()
+            start_again(item)
+            raise
+        try:
+            removal.mark('erased')
+            delete_data(data)
+            removal.drop()
+        except LoggableError as error:          # the item is gone, and counts
+            self.failures.append(error)
+            self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
             self.promised.add(device, free, freed, time.time())
-
-    def delete(self, removal: Removal) -> None:
-        """Delete the data of a note, and the note; LoggableError where some cannot be deleted."""
-        others = removal.remove_files()
-        if others:
-            self.LOG.warning('%d files at %s stay: they were changed meanwhile', others,
-                             quoted(removal.data.root))
-        removal.drop()
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -4293,11 +4355,15 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
-                removal.drop()
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
-                self.delete(removal)
+                try:
+                    delete_data(removal.data)
+                except LoggableError as error:
+                    raise LoggableError(f'{error}; nothing more is culled until that works, or '
+                                        f'{removal.path} is deleted') from None
+            removal.drop()
 
     def is_enough(self, path: str) -> bool:
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
@@ -4446,9 +4512,10 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
         if not self.dry_run:
-            for removal in left_removals(self.config.state_dir, self.engine):
-                if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
-                    self.take_up(removal)
+            with self.alone():
+                for removal in left_removals(self.config.state_dir, self.engine):
+                    if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
+                        self.take_up(removal)
         self.each(self.chosen(), self.move)
 
     def is_paused(self, info_hash: str) -> bool:
@@ -4477,8 +4544,8 @@ class Move(Choice):
         require_same_files(self.engine)
         if self.dry_run and not torrent['is_open']:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(item, fresh)
+        with self.alone(), opened(self.engine, torrent['hash']) as (item, fresh):
+            data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
                 return False
@@ -4506,84 +4573,74 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users, there = Users(self.engines()), self.data_at(data, target)
-        for part in (data, there):
-            for path in users.of(part, [item.owner]).values():
-                raise LoggableError(f'another item uses {quoted(path)}')
-        if not os.path.lexists(target):
-            require_room(data, folder)
-        elif len(there.files) < len(data.files):
+        users = Users(self.engines())
+        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            raise LoggableError(f'another item uses {quoted(path)}')
+        if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-
-    @staticmethod
-    def data_at(data: OwnData, target: str) -> OwnData:
-        """Return those files of data that are at the target, too, and have the same size."""
-        files = []
-        for file in data.files:
-            path = target + file.path[len(data.root):]
-            with contextlib.suppress(OSError):
-                status, size = os.lstat(path), os.lstat(file.path).st_size
-                if stat.S_ISREG(status.st_mode) and status.st_size == size:
-                    files.append(OwnFile(path, status.st_dev, status.st_ino))
-        return OwnData(target, files, [])
+        require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
         folder = os.path.dirname(target)
         make_folders(folder)
-        copy = make_empty(os.path.join(folder, f'.torque-{item.hash}'))
-        new = folder
-        if item.is_multi_file:
-            new = target
+        removal = Removal.begin(
+            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
+            is_open=item.is_open, is_active=item.is_active)
         try:
-            removal = Removal.begin(
-                self.config.state_dir, item, data, new=new, target=target, copy=copy,
-                copy_identity=identity(copy), state=item.state, is_open=item.is_open)
+            self.copy(item, removal)
+            self.tell_place(item, target)
+            self.open_there(item, removal)
         except BaseException:
-            os.rmdir(copy)
+            self.undo(item, removal)
             raise
-        with contextlib.closing(removal):
-            try:
-                self.bring(item, removal)
-            except BaseException:
-                self.undo(item, removal)
-                raise
-            self.finish(item, removal)
+        self.finish(item, removal)
 
-    def bring(self, item: Item, removal: Removal) -> None:
-        """Have the data at the target, and rTorrent use it there."""
-        data, new, target = removal.data, removal.facts['new'], removal.facts['target']
+    def copy(self, item: Item, removal: Removal) -> None:
+        """Have the data of an item at the target."""
+        copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
-        if os.path.lexists(target):
-            for file in data.files:
-                if not same_content(file.path, target + file.path[len(data.root):]):
-                    raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-        else:
-            made = self.made(removal)
-            copy_data(data, made)
-            if ask_item(self.engine, item.hash).is_open:
-                raise LoggableError('it was opened while its data was copied')
-            rename_new(made, target)
-            removal.mark('copied')
-        item.tell(('d.directory_base.set', new))
-        if ask_item(self.engine, item.hash).directory_base != new:
-            raise LoggableError(f'rTorrent took {quoted(new)} for something else')
-        self.open_data(item, removal)
-        item.tell(('d.save_full_session',))
+        discard(copy)                   # what a crash left
+        os.mkdir(copy, 0o700)
+        made = os.path.join(copy, os.path.basename(target))
+        copy_data(removal.data, made)
+        if ask_item(self.engine, item.hash).is_open:
+            raise LoggableError('it was opened while its data was copied')
+        removal.mark('copied')
+        rename_new(made, target)
 
     @staticmethod
-    def made(removal: Removal) -> str:
-        """Return the root of the copy in the temporary folder."""
-        return os.path.join(removal.facts['copy'], os.path.basename(removal.data.root))
+    def tell_place(item: Item, root: str) -> None:
+        """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
+        folder, last = os.path.split(root)
+        if not item.is_multi_file:
+            item.tell(('d.directory_base.set', folder))
+        elif plain_parts([last]) == plain_parts([item.name]):
+            item.tell(('d.directory.set', folder))
+        else:
+            item.tell(('d.directory_base.set', root))
 
-    def open_data(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item; LoggableError where it does not find all files."""
+    @staticmethod
+    def is_at(item: Item, root: str) -> bool:
+        """Tell whether rTorrent looks for an item at a root."""
+        folder, last = os.path.split(item.absolute(item.directory_base))
+        if not item.is_multi_file:
+            return os.path.join(folder, last) == os.path.dirname(root)
+        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
+            [os.path.basename(root)])
+
+    def open_there(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
+        target = removal.facts['new']
         item.tell(('d.open',))
         now = ask_item(self.engine, item.hash)
+        if not self.is_at(now, target):
+            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
         if sum(file.is_created for file in now.files) < len(removal.data.files):
-            target = quoted(removal.facts['target'])
-            raise LoggableError(f'rTorrent cannot open the data at {target}: it stays at the old '
-                                'place, too')
+            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
+                                'the old place')
+        item.tell(('d.save_full_session',))
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -4591,35 +4648,34 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',), ('d.directory_base.set', item.directory_base))
+        item.tell(('d.close',))
+        if DOUBTFUL.search(removal.facts['old']):
+            self.tell_place(item, removal.data.root)
+        else:
+            item.tell(('d.directory_base.set', removal.facts['old']))
         if 'copied' in removal.steps:
-            os.rename(removal.facts['target'], self.made(removal))
-        self.discard_copy(removal)
+            copies = data_at(removal.data, removal.facts['new'])
+            if len(copies.files) == len(removal.data.files):
+                delete_data(copies)
+        discard(removal.facts['copy'])
         start_again(item)
         removal.drop()
 
-    @staticmethod
-    def discard_copy(removal: Removal) -> None:
-        """Delete the temporary folder of a move, if it is still that one."""
-        copy = removal.facts['copy']
-        if identity(copy) == tuple(removal.facts['copy_identity']):
-            discard(copy)
-
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['target']
-        self.discard_copy(removal)
+        data, target = removal.data, removal.facts['new']
         left = [file for file in data.files if os.path.lexists(file.path)]
         try:
-            why = ''
-            if len(self.data_at(data._replace(files=left), target).files) < len(left):
+            why, users = '', Users(self.engines())
+            if len(data_at(data._replace(files=left), target).files) < len(left):
                 why = f'{quoted(target)} does not have all of it'
-            for path in Users(self.engines()).of(data, [item.owner]).values():
+            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
             else:
-                removal.remove_files()
+                delete_data(data)
+            discard(removal.facts['copy'])
         except BaseException:
             self.pause(item.hash)
             raise
@@ -4629,29 +4685,40 @@ class Move(Choice):
         removal.drop()
 
     def take_up(self, removal: Removal) -> None:
-        """Finish a move that an ended run has begun, or undo it where rTorrent was not told."""
-        facts, item = removal.facts, None
-        with contextlib.suppress(HashNotFound):
-            item = ask_item(self.engine, facts['hash'])
-        if item is None or item.session != facts['session']:
+        """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
+        facts = removal.facts
+        if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
                              'does not have it any more', removal, quoted(removal.data.root))
-            self.discard_copy(removal)
+            discard(facts['copy'])
             removal.drop()
             return
         require_same_files(self.engine)
-        told = item.absolute(item.directory_base) == facts['new']
-        item = item._replace(state=facts['state'], is_open=facts['is_open'])
-        if told:
-            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['target']))
-            self.open_data(item, removal)
-            self.finish(item, removal)
-        else:
+        item = ask_item(self.engine, facts['hash'])
+        told = self.is_at(item, facts['new'])
+        item = item._replace(state=facts['state'], is_open=facts['is_open'],
+                             is_active=facts['is_active'])
+        copies = data_at(removal.data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
+        if not told and not whole:
             self.LOG.info('the move of %s was cut short; it is started again at its old place',
                           removal)
-            self.discard_copy(removal)
+            discard(facts['copy'])
             start_again(item)
             removal.drop()
+            return
+        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+        try:
+            if not told:
+                item.tell(('d.close',))
+                self.tell_place(item, facts['new'])
+            self.open_there(item, removal)
+        except LoggableError:
+            if all(os.path.lexists(file.path) for file in removal.data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
 
 
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
