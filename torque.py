@@ -1684,7 +1684,7 @@ Identity = Tuple[int, int]              # st_dev, st_ino
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 COPIED_AT_ONCE = 1 << 20                # bytes
 # Some rTorrents show these for other characters: ? for any byte, %XX, a line feed for \r.
-DOUBTFUL = re.compile('[?\ufffd\n\ud800-\udfff]|%[0-9A-Fa-f]{2}')
+DOUBTFUL = re.compile('[?\ufffd\n]|%[0-9A-Fa-f]{2}')
 
 
 def identity(path: str) -> Identity | None:
@@ -2435,15 +2435,14 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     folder, last = os.path.split(root)
     if plain_parts([last]) == plain_parts([name]):
         # A folder may have been renamed, to another name that comes through as this one does.
-        twins = []
         if item.is_multi_file and identity(folder):
-            twins = [other for other in os.listdir(folder)
-                     if other not in (name, last) and plain_parts([other]) == plain_parts([name])]
-        if twins:
-            raise LoggableError(f'{quoted(root)} may be {quoted(name)} or {quoted(twins[0])}')
+            for other in os.listdir(folder):
+                if other != name and not DOUBTFUL.search(other) \
+                        and plain_parts([other]) == plain_parts([name]):
+                    raise LoggableError(f'{quoted(root)} may be {quoted(name)}, or '
+                                        f'{quoted(other)}')
         last = name
     true_root = os.path.join(folder, last)
-    # Surrogates are right in a name that the metafile tells, but not in what rTorrent told.
     doubtful = DOUBTFUL.search(folder) or last != name and DOUBTFUL.search(last)
     if doubtful or plain_parts(shown) != plain_parts(names):
         raise LoggableError(f'its path {quoted(root)} came through badly')
