@@ -2568,6 +2568,53 @@ HOSTILE_VALUES = ('"; touch pwned; "', '$(id)', ',d.erase=', 'a\nb', '{{name}}',
            'x\\"', '{%if x%}', '', '`id`', '(cat,x)', 'a;b', '\0')
 
 
+# What may be written as args, one in a line, and what would run a value: two spaces apart.
+SAFE_ARGS = """
+    sh -c '... "$1"' sh {{a}}
+    bash -lc -- 'echo "$@"' bash -e {{a}}
+    env -u X sh -xc 'echo "$1"' python3 {{a}}
+    bash -o pipefail script.sh {{a}}
+    python3 script.py {{a}}
+    python3 -u -W ignore x.py --name {{a}}
+    python3 script.py -p {{a}}
+    perl -w x.pl {{a}}
+    perl -ne 'print $ARGV[0]' {{a}}
+    node -r dotenv/config x.js {{a}}
+    awk -v name={{a}} '{print name}' x{{a}}
+    sed -e 's/a/b/' -n {{a}}
+    flock /run/lock cp -r {{a}} /x/{{a}}
+    nice -n 5 cp -r {{a}} /x/{{a}}
+    env NAME={{a}} x --name={{a}}
+    notify-send "Done: {{a}}"
+    notify-send --title="It is done: {{a}}"
+    mkdir -p {{a}}
+    cp -r {{a}} /x/{{a}}
+    mv -- {{a}} "/old stuff/{{a}}"
+    find /srv -name "*{{a}}*b"
+    chmod +x {{a}}
+"""
+RUN_ARGS = """
+    sh -c {{a}}  sh {{a}}  sh -c "echo {{a}}"  env bash -xc {{a}}  sh -ce "x {{a}}"  rbash -c {{a}}
+    bash -c -- "x {{a}}"  bash -c -o pipefail "x {{a}}"  bash -c -o pipefail {{a}}  /bin/dash x{{a}}
+    mksh -c {{a}}  yash -c {{a}}  busybox sh -c {{a}}  bash -o posix {{a}}  bash --rcfile x {{a}}
+    ssh nas {{a}}  ssh h ls {{a}}  su -c "x {{a}}" root  su {{a}}  rsh h {{a}}  watch ls {{a}}
+    xargs -a {{a}} rm  tmux new {{a}}  screen -dm {{a}}  parallel {{a}}  at {{a}}  nice watch {{a}}
+    runuser -u me -c {{a}}  script -c {{a}} x  flock /x -c {{a}}  flock -c "x {{a}}"  sudo {{a}}
+    env -S "sh -c {{a}}"  env -S {{a}}  env {{a}}  nohup {{a}}  find . -exec sh -c {{a}}
+    python3 -c {{a}}  python3 {{a}}  python3.11 -Bc {{a}}  python3 -m {{a}}  python3 -W x {{a}}
+    perl {{a}}  perl -E {{a}}  perl -e{{a}}  perl5.36 -e {{a}}  perl -ne {{a}}  perl -e x -e {{a}}
+    perl -I lib -M{{a}} x.pl  ruby -e {{a}}  ruby -r {{a}} x  node -p {{a}}  node --eval {{a}}
+    node --eval={{a}}  node -r x -e {{a}}  php -r {{a}}  php8.2 -d x=1 -r {{a}}  lua5.4 -e {{a}}
+    tclsh8.6 {{a}}  awk {{a}}  gawk -f {{a}}  mawk x{{a}}  awk -v a=b {{a}}  sed {{a}}  sed -e {{a}}
+    sed s/a/b/ x -e {{a}}  sed -i -f {{a}} x  x -c "y {{a}}"  x -e "y {{a}}"  x -E "y {{a}}"
+    x -r "y {{a}}"  x -p "y {{a}}"  x --eval "y {{a}}"  x --command "y {{a}}"  x -lc "y {{a}}"
+    x -ne "y {{a}}"  x -e{{a}}  x -lc{{a}}  x --eval={{a}}  x --command="y {{a}}"  x "-ey {{a}}"
+"""
+SHELL_ARGS = ["""perl -E 'say "{{a}}"'""", """sh -c 'rm "{{a}}"'""", """x '"{{a}}"'""",
+              '''x "'{{a}}'"''', *(f"x 'y{mark} {{{{a}}}}'" for mark in ';|&$()<>{}`\\\n\r'),
+              """php -r 'echo "{{a}}";'""", "awk '{print {{a}}}'", """python3 -c 'f("{{a}}")'"""]
+
+
 def timed(test, text, run):
     """Return whether run() gave a result, not a UserError; any other error, or 50 ms, fails."""
     for _ in range(2):
@@ -2854,8 +2901,10 @@ class TemplateTest(unittest.TestCase):
             'might run the value ... d.custom.set': """branch=d.x=,{{a}}  f.multicall=*,f.x={{a}}
             d.multicall2=,main,{{a}}  schedule2=a,0,0,{{a}}  method.set={{a}}""",
             'a value beside ... words and "..."': """d.x=(cat,{{a}})  d.x=$d.y={{a}}  d.x="{{a}}
-            d.x={b,{{a}}  d.x="a"{{a}}""", 'script for a shell ... "$1"':
-            'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}'})
+            d.x={b,{{a}}  d.x="a"{{a}}""", 'would run; ... "$1"':
+            'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}',
+            'may be run; ... "$1"': 'execute=x,"y;{{a}}"',
+            'depends on a value': 'execute={{a}},x'})
 
     def test_hostile_text_stays_one_argument(self):
         old = CommandTemplate('d.set_custom=k,{{name}};f.multicall=*.jpg,f.set_priority=2;'
@@ -2884,11 +2933,16 @@ class TemplateTest(unittest.TestCase):
             ArgsTemplate("sh -c 'echo $1' sh {{a}}").render({'a': '-rf'})
         self.refuse(ArgsTemplate, {
             'the program is missing': [''], 'depends on a value': '{{a}} b  /x/{{a}}.sh',
-            'No closing ... words, "..."': 'x "a', 'script for a shell ... "$1"': [
-                'sh -c "echo {{a}}"', 'env bash -xc {{a}}', 'sh -ce "x {{a}}"', 'ssh h ls {{a}}',
-                'bash -c -- "x {{a}}"', 'bash -c -o pipefail "x {{a}}"', 'su -c "x {{a}}" root',
-                'env -S "sh -c {{a}}"', 'python3 -c "x({{a}})"', 'perl -e"{{a}}"']})
-        self.assertEqual(ArgsTemplate('python3 x.py --name {{a}}').render({'a': 'b'})[3], 'b')
+            'No closing ... words, "..."': 'x "a'})
+
+    def test_values_are_never_run(self):
+        for args in SAFE_ARGS.strip().splitlines():
+            with self.subTest(args):
+                self.assertIn('b', ArgsTemplate(args.strip()).render({'a': 'b'})[-1])
+        way = """allowed is sh -c '... "$1"' sh {{name}}"""
+        self.refuse(ArgsTemplate, {
+            'a value that a shell or the like would run; ' + way: RUN_ARGS.strip(),
+            'a value beside quotes ; | & $ ( < or the like may be run; ' + way: SHELL_ARGS})
 
     def test_random_templates_render_or_are_refused(self):
         rng, rendered, values = random.Random(5), 0, {'a': '$x"', 'b': {'c': 2}}
@@ -4336,7 +4390,7 @@ class CommandTest(WithDouble):
         self.engine.add(self.path('data'), name='-rf', custom1='l\udcff\0')
         self.refused(torque.ItemCommand, {
             'args of a shell are no template': {'args': 'echo {{name}}', 'shell': 'yes'},
-            'run with it': {'args': 'sh -c "echo {{name}}"'},
+            'would run': {'args': 'sh -c "echo {{name}}"'},
             'is not set; for all': {'args': 'x', 'matcher': ''}})
         for words, args, message in (('would be an option', 'rm {{name}}', ''),
                                      ('surrogates', 'true', '\ud800'),

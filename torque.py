@@ -2218,9 +2218,25 @@ COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
 ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
 # Commands that take arguments as data; others (multicall, branch ...) would run them.
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]+|view\.set_(not_)?visible|print|execute.*')
-INTERPRETER = re.compile(         # each runs text that it is given
-    r'((ba|da|a|z|k|fi|c|tc)?sh|su|runuser|sudo|doas|env|python[0-9.]*|perl|ruby|node|php|lua)')
-SCRIPT_FLAG = re.compile('-[A-Za-z]*[ceS]|--(command|eval|split-string)')
+SAFE_WAY = """allowed is sh -c '... "$1"' sh {{name}}"""
+# A value beside one of these is a part of what some shell or the like would read.
+SHELL_TEXT = re.compile(r"""["'`;|&$()<>{}\\\r\n]""")
+TEXT_FLAG = '(?:-[A-Za-z0-9]{0,2}[ceErpS]|--(?:command|eval|exec|execute|expression|print|run))'
+TEXT_FOLLOWS = re.compile(TEXT_FLAG)            # what any program might run comes after it ...
+TEXT_ATTACHED = re.compile(rf'{TEXT_FLAG}(?:=?{MARK}|.*\s)', re.S)     # ... or stands in it
+# These give what they are told to a shell, joined by spaces: no value is safe.
+RUNS_ALL = frozenset('ssh rsh mosh su watch xargs tmux screen parallel at batch'.split())
+# These run the first word that is no flag, or what stands after a flag ...
+RUNNERS = frozenset('env sudo doas nice ionice nohup timeout setsid busybox toybox chroot flock '
+                    'script runuser'.split())
+SHELLS = frozenset('sh bash dash ash zsh ksh mksh lksh pdksh yash posh fish csh tcsh pwsh xonsh '
+                   'rbash rksh rzsh'.split())
+# ... and these, as shells do, leave to that program what stands after it; sed does not.
+INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua luajit tclsh wish '
+                            'expect awk gawk mawk nawk guile Rscript julia groovy sed'.split())
+FLAG_WITH_ARGUMENT = re.compile('[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file')
+SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
+SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
 
 def show(value: Any) -> str:
@@ -2426,15 +2442,52 @@ class Template:
         return fill(text)
 
 
+def program_name(word: str) -> str:
+    """Return what a word is as the name of a program: no folder, no version."""
+    return os.path.basename(word).rstrip('0123456789.-')
+
+
+def check_program(name: str, words: list[str]) -> None:
+    """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
+    gives_text = SCRIPT_FLAG if name in INTERPRETERS - SHELLS else SHELL_FLAG
+    flag, given = '', False
+    for word in words:
+        assigns = name == 'env' and '=' in word
+        if MARK in word and flag != '-v' and not assigns and (
+                not given or gives_text.fullmatch(flag)):
+            raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
+        if word[:1] in ('-', '+') or assigns:
+            flag = word
+            continue
+        if flag != '-v' and not FLAG_WITH_ARGUMENT.fullmatch(flag):
+            more = name in SHELLS or not gives_text.fullmatch(flag)
+            if more and name in INTERPRETERS and name != 'sed':
+                return                          # what follows are arguments of its program
+            given = True
+        flag = ''
+
+
 def check_words(words: list[str]) -> None:
-    """Refuse a value inside what a shell or the like would run: no quoting is safe there."""
-    names = [os.path.basename(word) for word in words]
-    script = any(map(INTERPRETER.fullmatch, names)) and any(
-        SCRIPT_FLAG.match(flag) and (MARK in flag + word or word[:1] in '-+')
-        for flag, word in zip(words, [*words[1:], 'x']))
-    if MARK in ''.join(words) and (script or 'ssh' in names):
-        raise UserError('a value in a script for a shell or the like is run with it; allowed is '
-                        """sh -c '... "$1"' sh {{name}}""")
+    """Refuse a value inside what a program would run: no quoting is safe there.
+
+    A value stands in a word of its own, or beside plain text.
+    """
+    if MARK in words[0]:
+        raise UserError('the program is missing, or depends on a value')
+    names = [program_name(word) for word in words]
+    for flag, word in zip(['', *words], words):
+        if MARK not in word:
+            continue
+        if SHELL_TEXT.search(word):
+            raise UserError(f'a value beside quotes ; | & $ ( < or the like may be run; {SAFE_WAY}')
+        follows = TEXT_FOLLOWS.fullmatch(flag) and re.search(r'\s', word)
+        if follows or TEXT_ATTACHED.match(word) or not RUNS_ALL.isdisjoint(names):
+            raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
+    for number, name in enumerate(names, 1):
+        if name in RUNNERS or name in INTERPRETERS:
+            check_program(name, words[number:])
+        if name in INTERPRETERS:
+            break
 
 
 # Commands as they were called up to 0.8, in the configurations of that time.
@@ -2504,9 +2557,7 @@ class ArgsTemplate(Template):
             words = shlex.split(text)
         except ValueError as error:
             raise UserError(f'{error}; allowed are words, "..." and \'...\'') from None
-        if not words or MARK in words[0]:
-            raise UserError('the program is missing, or depends on a value')
-        check_words(words)
+        check_words(words or [MARK])
         return words
 
     def render(self, values: Mapping) -> list[str]:
