@@ -1907,7 +1907,10 @@ class LiveRpcTest(RpcCase):
                              (proxy.system.multicall, inner),
                              (proxy.t.multicall, info_hash, '', 'f.path='),
                              (proxy.d.multicall2, '', 'main', 'd.hash=', 'f.path='),
-                             (proxy.d.multicall2, '', 'main', 'cat=$f.path=')):
+                             (proxy.d.multicall2, '', 'main', 'cat=$f.path='),
+                             (proxy.d.multicall.filtered, '', 'main', 'd.hash=', 'd.x=(f.path)'),
+                             (proxy.branch, info_hash, 'd.hash=', 'f.path='),
+                             (proxy.load.raw, '', b'x', 'd.start= ; print=$f.path=')):
                     self.value_or_error(*call)
                     self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
 
@@ -2904,14 +2907,22 @@ class TemplateTest(unittest.TestCase):
             d.x={b,{{a}}  d.x="a"{{a}}""", 'would run; ... "$1"':
             'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}',
             'may be run; ... "$1"': 'execute=x,"y;{{a}}"',
-            'depends on a value': 'execute={{a}},x'})
+            'depends on a value': 'execute={{a}},x', 'makes rTorrent abort ... f.multicall':
+            '''f.path=  d.x=$f.path=  d.x=(f.path)  print="$f.path="  branch=d.x=,f.path=
+            branch=d.x=,f.multicall=*,f.path=  d.multicall2=main,"f.path="  t.multicall=,f.path=
+            d.y= ; f.path=  branch=d.x=,"branch=d.y=,\\"f.path=\\""  d.x=(cat,(f.path,x))
+            d.x=a,"$cat=$f.path="  schedule2=a,0,0,"f.path="  f.priority.set={{a}}'''})
+        for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'd.x=k,"f.path="', 'print=f.path',
+                     'd.x=k,"a,$f.path="', 'd.x=k,(cat,{"$f.path="})', 'cat=f.iso',
+                     'd.multicall2=main,"f.multicall=*,f.path="', 'load.normal=/x/f.iso'):
+            self.assertEqual(CommandTemplate(text).render({}), text)
 
     def test_hostile_text_stays_one_argument(self):
         old = CommandTemplate('d.set_custom=k,{{name}};f.multicall=*.jpg,f.set_priority=2;'
-                              'f.set_create_queued=0')
+                              'f.multicall=*,f.set_create_queued=0')
         self.assertEqual(old.commands({'name': 'd.set_custom='}), [
             'd.custom.set="k","d.set_custom="', 'f.multicall=*.jpg,f.priority.set=2',
-            'f.set_create_queued=0'])
+            'f.multicall=*,f.set_create_queued=0'])
         command = CommandTemplate('d.custom.set=k,{{name}}')
         inside = CommandTemplate('d.custom.set=k,/a/{{name}}/b;d.y="{{name}}"')
         args = ArgsTemplate('x "{{name}} b" -- {{name}}')

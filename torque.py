@@ -1295,13 +1295,59 @@ def json_reply(content: bytes, count: int) -> list:
             for item in items]
 
 
+# Commands that take arguments as data; others (multicall, branch ...) run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
+                          r'execute[\w.]{0,99}')
+RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
+                       r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|[^",;\n]+|.', re.S)
+
+
+def split_commands(text: str, marks: str) -> list[str]:
+    """Return text split at marks that are outside of double quotes."""
+    parts = ['']
+    for piece in COMMAND_PIECE.findall(text):
+        if piece in marks:
+            parts.append('')
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def lacks_file(text: str, depth: int = 0) -> bool:
+    r"""Tell whether commands hold an f. command that is given no file: rTorrent 0.9.8 aborts.
+
+    >>> lacks_file('f.multicall=*,f.path='), lacks_file('branch=d.x=,"d.y=$f.path="')
+    (False, True)
+    """
+    if 'f.' not in text or depth > 20:
+        return depth > 20
+    for command in split_commands(text, ';\n'):
+        command = command.strip()
+        head = re.match(r'([$("\s]{0,9})([\w.]{0,99})', command)
+        opened, name = head.groups()            # type: ignore[union-attr]
+        rest = command[len(opened) + len(name):].lstrip()
+        if name.startswith('f.multicall'):
+            continue                            # the files are given by it
+        if name.startswith('f.') and (rest.startswith('=') or '(' in opened or '$' in opened):
+            return True
+        for word in split_commands(rest[1:], ','):
+            word = word.strip()
+            if word.startswith('"'):
+                word = re.sub(r'\\(.)', r'\1', word[1:].rstrip('"'))
+            is_text = DATA_COMMAND.fullmatch(name) and not word.startswith(('$', '('))
+            if not is_text and not word.startswith('{') and lacks_file(word, depth + 1):
+                return True
+    return False
+
+
 def refuse_deadly(method: str, params: list) -> None:
     """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
     if method == 'system.multicall':
         for entry in params[0] if params else ():
             refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = '.multicall' in method and not method.startswith('f.') and any(
-        re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
+    listing = RUNS_TEXT.match(method) and any(
+        isinstance(param, str) and lacks_file(param) for param in params)
     bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
     if listing or bare:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
@@ -2216,8 +2262,6 @@ MOST_EXPRESSION = 300
 MARK = '\0'                             # stands for a value while the text around it is split
 COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
 ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
-# Commands that take arguments as data; others (multicall, branch ...) would run them.
-DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]+|view\.set_(not_)?visible|print|execute.*')
 SAFE_WAY = """allowed is sh -c '... "$1"' sh {{name}}"""
 # A value beside one of these is a part of what some shell or the like would read.
 SHELL_TEXT = re.compile(r"""["'`;|&$()<>{}\\\r\n]""")
@@ -2513,6 +2557,9 @@ class CommandTemplate(Template):
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
+        if lacks_file(text):
+            raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
+                            'f.multicall=*.nfo,f.priority.set=2')
         if MARK not in rest:
             return text, []
         matches = list(ARGUMENT.finditer(rest + ','))
