@@ -2660,6 +2660,25 @@ class FilterTest(unittest.TestCase):
         custom_note=x=1  alias="it's" """, """
         arch  name!=*.mkv,*.iso  message!=""  message!=  label!="a b"  name=!*.iso  name<>arch*""")
 
+    def test_comma_in_quotes_is_text(self):
+        row = {'name': 'Crosby, Stills & Nash', 'tagged': ['a,b', 'c'], 'label': 'x,y'}
+        self.check(r"""
+        name="Crosby, Stills*"  name='Crosby, Stills*'  name=Crosby\,\ *  name=x,"Crosby, Stills*"
+        name=/^crosby, s/  name=x,/y, S/  name="/y, s/",z  name~s,|y,  tagged=a\,b  tagged=c,d
+        tagged="a,b"  label=x\,y  label=z,'x,y'  "label=x,y"  NOT name="Crosby, Still"
+        NOT name=a,"b, c"  label="x,?"  NOT label="x,z"  name=/o{1,2}s/""", r"""
+        NOT name="Crosby, Stills*"  name!="Crosby, Stills*"  name=Crosby,*Stills  label=x,y
+        NOT label=x\,y  tagged=a,b""", row)
+
+    def test_classes_of_characters_are_told(self):
+        self.check('name=[ab]rch*  name=[!x]rch-*  name=arch-2024.is[o]', 'name=[xy]rch*')
+        self.check('name=[TGx]film', 'name=[TGx]*', row={'name': '[TGx]film'})
+        self.check('name=[TGx]*', 'name=[TGx]film', {'name': 'Grand'})
+        text = 'ratio>1 [ name=[TGx]*,a OR NOT label=?[0-9] ] files="x[ab]"'
+        self.assertEqual(Filter(text).classes, ['name=[TGx]*', 'label=?[0-9]',
+                                                'files=x[ab]'])
+        self.assertEqual(Filter('name=[x name=/[ab]/ name=x] d_x=[]').classes, [])
+
     def test_regex_searches(self):
         self.check(r"""
         /ARCH/  name=/ch-\d+\.iso$/  name!=/mkv|avi/  path=/srv/a  path=/^\/srv/  name~ch-2
@@ -2750,6 +2769,7 @@ class FilterTest(unittest.TestCase):
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
             'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
             'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long; allowed are 4000': ['x' * 5000],
+            'a NUL is not possible': ['name=\0'],
             'not a number; a': ['size>' + '9' * 99], 'too deep; allowed are 50': ['[ ' * 1000]})
 
     def tree(self, rng, depth=3):

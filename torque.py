@@ -2011,7 +2011,7 @@ QUOTED = (r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/
 PIECE = re.compile(QUOTED, re.S)
 WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
 CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
-ANY_OF = re.compile(r'(!?/(?:\\.|[^/\\])*/i?|[^,]*),', re.S)
+COMMA = '\0'                            # stands for a comma that is text
 
 
 def mistake(what: str, text: str, at: int, why: Any) -> UserError:
@@ -2164,14 +2164,22 @@ def joined(nodes: list[Node], every: bool) -> Node:
 
 
 def unquoted(piece: re.Match) -> str:
-    """Return a piece of a word as what it stands for."""
+    """Return a piece of a word as what it stands for; a comma in it parts no values."""
     regex, double, single, escaped = piece.groups()
-    return regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
+    text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
+    return text.replace(',', COMMA)
+
+
+def has_class(kind: str, text: str) -> bool:
+    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
+    start = text.find('[')
+    return (kind in ('text', 'tags', 'files', 'any') and start >= 0
+            and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/'))
 
 
 class Filter:
     """An rtcontrol condition, compiled; `fields` are the names it needs, the slow ones are
-    looked at last.
+    looked at last. `classes` are the conditions that hold a class of characters, as name=[ab]*.
 
     >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
     True
@@ -2180,6 +2188,7 @@ class Filter:
     def __init__(self, text: str):
         self.text, self.at = text, 0                    # at: end of the word in hand
         self.needs: dict[str, TorrentField] = {}
+        self.classes: list[str] = []
         try:
             self.root = self.parse(self.words(), False, 0)
         except UserError as error:
@@ -2198,6 +2207,8 @@ class Filter:
         """Give the words as (keyword or nothing, text without its quotes)."""
         if len(self.text) > MOST_CHARACTERS:
             raise UserError(f'this is too long; allowed are {MOST_CHARACTERS} characters')
+        if COMMA in self.text:
+            raise UserError('a NUL is not possible')
         while self.at < len(self.text.rstrip()):
             word = WORD.match(self.text, self.at)
             if not word:
@@ -2244,14 +2255,17 @@ class Filter:
         name, op, value = match.groups() if match else ('name', '=', text)
         field = self.needs[name] = torrent_field(name)
         negated = negated is not (op in ('!=', '<>'))
-        if op == '~':                                   # as in pyrocore
+        match_as_regex = op == '~'                      # as in pyrocore
+        if match_as_regex:
             value = f'/{value}/'
         elif op == '==' and field.kind == 'tags':       # this one and no other
             value = ':' + value
         op = '=' if op in ('==', '!=', '<>', '~') else op
-        parts = ANY_OF.findall(value + ',') if op == '=' else [value]
+        parts = value.split(',') if op == '=' and not match_as_regex else [value]
         if '' in parts and len(parts) > 1:
             raise UserError('a value is missing beside a comma')
+        parts = [part.replace(COMMA, ',') for part in parts]
+        self.classes += [name + op + part for part in parts if has_class(field.kind, part)]
         return joined([leaf(name, field, op, part, negated) for part in parts], negated)
 
 
