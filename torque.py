@@ -1184,7 +1184,7 @@ XML_AS_JSON = (
     ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
     ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
 XML_ANSWER = re.compile(
-    r'\s*(?:<\?xml[^>]*\?>)?\s*<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
+    r'\s*(?:<\?xml[^>]*\?>\s*)?<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
     r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
 XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
 XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
@@ -1257,7 +1257,7 @@ def only_reads(method: str, params: Iterable) -> bool:
     """Tell whether a call, and the commands in its parameters, change nothing."""
     words = [method]
     for param in params:
-        words += re.findall(r'[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
+        words += re.findall(r'(?<![\w.])[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
     return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
                and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
                for parts in (word.split('.') for word in words))
@@ -2785,22 +2785,23 @@ def parse_pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def parse_form(form: str, what: str, text: str) -> str:
+def parse_form(form: re.Pattern, what: str, text: str) -> str:
     """Return the first group of a regex that text has to match; what: what it should have been."""
-    found = re.fullmatch(form, text)
+    found = form.fullmatch(text)
     if not found:
         raise UserError(f'{redacted(text)!r} is no {what}')
     return found[1]
 
 
 parse_web_url = functools.partial(
-    parse_form, r'(https?://[^/@\s]+(?:/\S*?)?)/*', 'web address; allowed is http(s)://host:port, '
-    'with user and password as settings')
+    parse_form, re.compile(r'(https?://[^/@\s]+(?:/\S*[^\s/])?)/*'),
+    'web address; allowed is http(s)://host:port, with user and password as settings')
 parse_ping_url = functools.partial(
-    parse_form, r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)',
+    parse_form, re.compile(
+        r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)'),
     'web address; allowed is http(s)://host/..., without user and password')
 parse_api = functools.partial(
-    parse_form, '([123]?)', 'version of the interface; allowed are 1, 2, 3')
+    parse_form, re.compile('([123]?)'), 'version of the interface; allowed are 1, 2, 3')
 
 
 def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
@@ -2832,7 +2833,7 @@ def host_figures() -> dict:
     with contextlib.suppress(OSError):  # not Linux: what could be had
         figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
         with open('/proc/meminfo', encoding='ascii') as stream:
-            memory = dict(re.findall(r'(\w+): +(\d+) kB', stream.read()))
+            memory = dict(re.findall(r'(?m)^(\w+): +(\d+) kB', stream.read()))
         figures.update((name, int(memory[key]) * 1024) for name, key in (
             ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
             ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
@@ -2893,7 +2894,7 @@ class InfluxDB(Job):
         try:
             with open(self.file or os.devnull, encoding='utf-8', errors='replace') as stream:
                 return [line for line in stream.read().split('\n')
-                        if re.fullmatch(r'\S.* \S.* \d+', line)]
+                        if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -3413,7 +3414,7 @@ class Action(Choice):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
-            args = re.sub(r'\s*=\s*', '=', args, count=1)
+            args = '='.join(part.strip() for part in args.split('=', 1))
         if config.until_free and action != 'cull':
             raise UserError('is for the action cull: nothing else frees anything',
                             option='until_free')
@@ -5056,7 +5057,11 @@ def scrubbed(text: str) -> str:
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
     'at http://me:***@host/RPC2: refused'
     """
-    return re.sub(r'(\w://[^\s:/@]*):\S*@', r'\1:***@', text)
+    def hidden(word: re.Match) -> str:
+        secret, _, host = word[0].rpartition('@')
+        start = re.search(r'\w://[^\s:/@]*:', secret)
+        return f'{secret[:start.end()]}***@{host}' if start else word[0]
+    return re.sub(r'\S+', hidden, text)
 
 
 def end_process(status: int, at_once: bool = False) -> None:
