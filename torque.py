@@ -109,23 +109,47 @@ class HashNotFound(RpcError):
 
 
 # --- Values ----------------------------------------------------------------------------------
-# Text from the ini becomes bool, seconds or bytes; numbers become text a person reads at a
-# glance. The parsers raise UserError naming the value and what is allowed.
+# Text of the ini enters: bool, seconds, bytes or a count leave. Numbers and hostile text enter:
+# text leaves that a person reads at a glance, and that stays one line of a log. What is not
+# understood is a UserError that names the value and what is allowed. Pure functions, for any
+# thread.
 
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
-NUMBER = r'([0-9]{1,15}(?:\.[0-9]{1,15})?)'
-DURATION_UNITS = {'w': 604800, 'd': 86400, 'h': 3600, 'm': 60, 's': 1}
-LONGEST = 10000 * DURATION_UNITS['w']   # seconds; dates and timeouts hold no more than centuries
-SIZE_UNITS = {'': 1, 'b': 1, 'k': 1 << 10, 'm': 1 << 20, 'g': 1 << 30, 't': 1 << 40}
+NUMBER = r'[0-9]{1,15}(?:\.[0-9]{1,15})?'
+DURATION = re.compile(rf'{NUMBER}|(?:{NUMBER}\s*[wdhms]\s*){{1,5}}')
+DURATION_PART = re.compile(rf'({NUMBER})\s*([wdhms]?)')
+DURATION_UNITS = {
+    'w': 604800,
+    'd': 86400,
+    'h': 3600,
+    'm': 60,
+    's': 1}
+# In seconds: dates and timeouts of the system hold no more than some centuries.
+LONGEST = 10000 * DURATION_UNITS['w']
+SIZE = re.compile(rf'({NUMBER})\s*([bkmgt]?)(?:i?b)?')
+SIZE_UNITS = {
+    '': 1,
+    'b': 1,
+    'k': 1 << 10,
+    'm': 1 << 20,
+    'g': 1 << 30,
+    't': 1 << 40}
+SHOWN_UNITS = (                         # and the digits behind the point
+    ('B', 0),
+    ('KiB', 0),
+    ('MiB', 1),
+    ('GiB', 1))
 
 
 def parse_bool(text: Any) -> bool:
     """Return the truth that a word stands for."""
     word = str(text).strip().lower()
-    if word not in TRUE and word not in FALSE:
-        raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
-    return word in TRUE
+    if word in TRUE:
+        return True
+    if word in FALSE:
+        return False
+    raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
 def parse_duration(text: Any) -> float:
@@ -134,12 +158,13 @@ def parse_duration(text: Any) -> float:
     >>> parse_duration('1h30m'), parse_duration('0.25'), parse_duration(15)
     (5400.0, 0.25, 15.0)
     """
-    part = NUMBER + r'\s*([wdhms]?)\s*'
-    words = re.findall(part, str(text).lower())
-    units = {unit for _, unit in words}
-    seconds = sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
-    if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(units) < len(words)
-            or '' in units and len(words) > 1 or seconds > LONGEST):
+    spelt = str(text).strip().lower()
+    seconds, units = 0.0, []
+    if DURATION.fullmatch(spelt):
+        for number, unit in DURATION_PART.findall(spelt):
+            seconds += float(number) * DURATION_UNITS[unit or 's']
+            units.append(unit)
+    if not units or len(set(units)) < len(units) or seconds > LONGEST:
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
                         'up to 10000w')
     return seconds
@@ -151,7 +176,7 @@ def parse_size(text: Any) -> int:
     >>> parse_size('1.5k'), parse_size('4G')
     (1536, 4294967296)
     """
-    match = re.fullmatch(NUMBER + r'\s*([bkmgt]?)(?:i?b)?', str(text).strip().lower())
+    match = SIZE.fullmatch(str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
     return int(float(match[1]) * SIZE_UNITS[match[2]])
@@ -159,7 +184,7 @@ def parse_size(text: Any) -> int:
 
 def parse_count(text: Any) -> int:
     """Return a whole number, zero or more."""
-    if not re.fullmatch(r'[0-9]{1,18}', str(text).strip()):
+    if not re.fullmatch('[0-9]{1,18}', str(text).strip()):
         raise UserError(f'{text!r} is not a whole number of 0 or more')
     return int(text)
 
@@ -188,15 +213,15 @@ def show_size(number: float) -> str:
     >>> show_size(1258291), show_size(512)
     ('1.2 MiB', '512 B')
     """
-    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    for unit, digits in SHOWN_UNITS:
         if abs(number) < 1024:
-            return f'{number:.0f} {unit}' if unit in ('B', 'KiB') else f'{number:.1f} {unit}'
+            return f'{number:.{digits}f} {unit}'
         number /= 1024
     return f'{number:.1f} TiB'
 
 
-CONTROL = {**{number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]},
-           0x2028: '\\u2028', 0x2029: '\\u2029'}
+CONTROL = {number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]}
+CONTROL.update({0x2028: '\\u2028', 0x2029: '\\u2029'})
 
 
 def one_line(text: str) -> str:
@@ -211,14 +236,17 @@ def quoted(text: Any, limit: int = 200) -> str:
     'a\\nb'
     """
     shown = repr(str(text))
-    return shown if len(shown) <= limit else shown[:limit - 3] + '...'
+    if len(shown) > limit:
+        shown = shown[:limit - 3] + '...'
+    return shown
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a misspelt word, or nothing."""
     import difflib
-    close = difflib.get_close_matches(word, known, 1)
-    return f'; did you mean {close[0]!r}?' if close else ''
+    for close in difflib.get_close_matches(word, known, 1):
+        return f'; did you mean {close!r}?'
+    return ''
 
 
 # --- Schedule --------------------------------------------------------------------------------
