@@ -1965,7 +1965,7 @@ def make_queue(handler, engine, folder=None, dry_run=False, **settings):
 
 class FakeRTorrent:
     """A double of Engine and Proxy: items are dicts of what d. commands answer."""
-    session_path, aliases = '/s/', {'T': ['http://t/']}
+    session_path, aliases, cwd = '/s/', {'T': ['http://t/']}, '/'
     address = types.SimpleNamespace(where='fake')
 
     def __init__(self, items, views=(), broken=()):
@@ -1976,6 +1976,9 @@ class FakeRTorrent:
 
     def open(self):
         return self
+
+    def ask(self, calls):
+        return self.batch(calls)
 
     def start(self, info_hash):
         self.asked.append(('d.start', info_hash))
@@ -2019,11 +2022,17 @@ class TorrentsTest(Folder):
     def test_times_are_worked_out(self):
         self.check(torque.first_number, [(0, '', 0), ('0', 7, 7), ('12', 7, 12), ('x', '-3', 0)])
         self.check(torque.seed_time, [
-            ('R100P200R300', 150, 1, 400, 150), ('R100P200', 250, 0, 400, 0), ('', 0, 1, 9, None),
-            ('', 100, 1, 400, 300), ('', 100, 0, 400, None), ('P50R60P70', 1, 0, 99, 10)])
+            (*row[:2], 0, *row[2:]) for row in (
+                ('R100P200R300', 150, 1, 1, 400, 150), ('R100P200', 250, 1, 0, 400, 0),
+                ('', 0, 1, 1, 9, None), ('', 100, 1, 1, 400, 300), ('', 100, 1, 0, 400, None),
+                ('P50R60P70', 1, 1, 0, 99, 10), ('', 100, 0, 1, 400, None))])
         self.check(torque.leech_time, [
-            ('R100P200R300P350', 100, 320, 999, 120), ('', 100, 320, 999, 220),
-            ('', 100, 0, 150, 50), ('', 0, 320, 999, None), ('', 400, 320, 999, 0)])
+            ('R100P200R300P350', 100, 0, 320, 0, 999, 120), ('', '', 100, 0, 320, 999, 220),
+            ('', '100', 0, '', 0, 150, 50), ('', 0, 0, 320, 0, 999, None),
+            ('', 400, 0, 0, 320, 999, 0)])
+        self.check(torque.time_stopped, [
+            ('R1P25R3', 0, 9, '', 1, 25), ('R1P25R3P40', 1, 9, '', 1, 40), ('', 0, 9, '', 1, 9),
+            ('', 1, 9, '', 1, 0), ('', 0, 9, '', 0, 0), ('x', 0, '9', 7, 0, 9)])
 
     def test_files_tell_their_kind(self):
         rows = [['x/a.MKV', 70], ['b.nfo', 20], ['c.jpg', 10], ['README', 0]]
@@ -2038,8 +2047,11 @@ class TorrentsTest(Folder):
                          ['rar'])
 
     def test_place_of_data_is_known(self):
-        self.check(torque.data_path, [('/b/x', '/d', 'x', 0, '/b/x'), ('', '/d', 'x', 0, '/d/x'),
-                                      ('', '/d/x', 'x', 1, '/d/x'), ('', '', 'x', 0, '')])
+        self.check(torque.data_path, [
+            ('/cwd', *row) for row in (
+                ('/b/x', '/d', 'x', 0, 1, '/b/x'), ('/b/x', '/d', 'x', 0, 0, '/d/x'),
+                ('', '/d', 'x', 0, 1, '/d/x'), ('', '/d/x', 'x', 1, 0, '/d/x'),
+                ('', 'd', 'x', 0, 0, '/cwd/d/x'), ('', '', 'x', 0, 0, ''))])
         device, free = torque.disk_of(os.path.join(self.folder, 'not', 'yet', 'there'))
         self.assertEqual(device, os.stat(self.folder).st_dev)
         self.assertGreater(free, 0)
@@ -2769,8 +2781,7 @@ class FilterTest(unittest.TestCase):
             'is not a length of time ... 8w': 'seedtime>8  seedtime>2024-03-15',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
             'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
-            'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long; allowed are 4000': ['x' * 5000],
-            'a NUL is not possible': ['name=\0'],
+            'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
             'not a number; a': ['size>' + '9' * 99], 'too deep; allowed are 50': ['[ ' * 1000]})
 
     def tree(self, rng, depth=3):
@@ -3426,7 +3437,7 @@ class MetafileTest(Folder):
             for last in (False, True):                          # a slow one gets a second try
                 began = time.process_time()
                 with contextlib.suppress(ValueError):
-                    torque.bdecode(bytes(content))
+                    list(torque.parse_metafile(bytes(content)).files())
                 if time.process_time() - began < .05:
                     break
                 self.assertFalse(last, content)
@@ -3461,8 +3472,7 @@ class LoadingDouble(torque.Engine):
                 if 'raw' not in method:
                     with open(params[0], 'rb') as stream:
                         content = stream.read()
-                import hashlib
-                info_hash = hashlib.sha1(torque.bdecode(content)[1]).hexdigest().upper()
+                info_hash = torque.parse_metafile(content).info_hash
                 self.items[info_hash] = '' if 'raw' in method else os.fsdecode(params[0])
         elif method == 'print':
             self.printed += params

@@ -1969,47 +1969,52 @@ def require_same_files(engine: Engine) -> None:
                             f'torque: {why}; where you know that they are, set same_files = yes')
 
 
-# --- Torrents --------------------------------------------------------------------------------
-# Names of fields enter, rows leave: a Torrent maps a field's name to its value. A field is
-# worked out from raw values: what a d. command answers, or a second question ("files",
-# "trackers") that is asked only for torrents which the cheap conditions have left over.
+# --- Fields and Filter -----------------------------------------------------------------------
+# A field is what conditions, templates and jobs know of a torrent: its kind, the raw values that
+# it needs, and what makes its value of them. A raw value is what a d. command answers, something
+# of the run or of the engine (now, aliases, session, cwd, seen), or the rows of a second question
+# ("files", "trackers"), which is asked only for torrents that the cheap conditions have left
+# over. A row is a mapping of field name to value. The text of a condition enters, a Filter leaves:
+# closures over a row and `now` in Unix seconds. What is not known is None and meets neither a
+# condition nor its opposite, so NOT is carried down to the single conditions. Pure functions, for
+# any thread, but for the fields that need `seen`: they look at the disk.
 
 SOURCES = {                             # second questions: command, and the columns of its rows
     'files': ('f.multicall', ('f.path=', 'f.size_bytes=')),
-    'trackers': ('t.multicall', ('t.url=', 't.is_enabled=', 't.scrape_complete=',
-                                 't.scrape_incomplete=', 't.failed_time_last=',
-                                 't.success_time_last='))}
-TV = re.compile(r'^(?P<show>.+?)[._ -]+(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|'
-                r'\d{1,2}x\d{2}|'
-                r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))(?:[._ -](?P<title>.*))?$', re.I)
-MOVIE = re.compile(r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
-KINDS = {kind: traits for traits, kinds in {
+    'trackers': ('t.multicall', (
+        't.url=',
+        't.is_enabled=',
+        't.scrape_complete=',
+        't.scrape_incomplete=',
+        't.failed_time_last=',
+        't.success_time_last='))}
+TV = re.compile(
+    r'^(?P<show>.+?)[._ -]+'
+    r'(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|\d{1,2}x\d{2}|'
+    r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))'
+    r'(?:[._ -](?P<title>.*))?$', re.I)
+MOVIE = re.compile(
+    r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
+TRAITS = {
     'audio': 'flac mp3 ogg opus m4a wav dts ac3 alac wma ape',
     'video': 'avi mkv m4v vob mp4 mpg mpeg m2ts ts ogv wmv webm mov',
     'img': 'jpg jpeg png gif tif bmp svg webp',
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
-    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}.items() for kind in kinds.split()}
-
-
-class Torrent(dict):
-    """One item: field name -> value; `hash` and `name` are always there."""
-
-    def __str__(self) -> str:
-        return f"{quoted(self['name'])} {self['hash']}"
+    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
+ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
+SECOND_LEVEL = ('co', 'com', 'net', 'org', 'ac', 'gov', 'edu')      # as in example.co.uk
 
 
 class TorrentField(NamedTuple):
-    """A field: the type that conditions see, and how its value comes from the raw ones."""
-    kind: str                           # text bool number size time duration tags files
-    needs: tuple                        # raw values: commands, SOURCES, now, aliases, session,
-                                        # cwd, seen (are rTorrent's files those of torque?)
+    """A field: the kind that conditions see, and how its value comes from the raw ones."""
+    kind: str                           # text bool number size time duration tags files any
+    needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
-    on_disk: bool = False               # needs a look at the disk
 
     @property
     def slow(self) -> bool:
         """Does it cost more than a column of the list?"""
-        return self.on_disk or bool(SOURCES.keys() & self.needs)
+        return not {*SOURCES, 'seen'}.isdisjoint(self.needs)
 
 
 def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
@@ -2027,28 +2032,95 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
 
 def first_number(*values: Any) -> int:
     """Return the first value that is a number above 0; 0 for a time that is not known."""
-    return next((int(value) for value in values if str(value).isdecimal() and int(value)), 0)
+    for value in values:
+        text = str(value)
+        if text.isdecimal() and len(text) < 19 and int(text):
+            return int(text)
+    return 0
 
 
-def time_started(activations: str, start: float, end: float,
-                 unmarked: float | None) -> float | None:
-    """Return the seconds between R(esumed) and P(aused) marks that lie within a window."""
-    spans = re.findall(r'R([0-9]+)[^RP]*(?:P([0-9]+)|$)', activations)
-    return sum(max(0.0, min(float(paused or end), end) - max(float(resumed), start))
-               for resumed, paused in spans) if spans else unmarked
+def time_started(marks: str, start: float, end: float) -> float | None:
+    """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
-
-def seed_time(activations: str, completed: float, active: int, now: float) -> float | None:
-    """Return for how long a complete item was seeded; None where that is not known."""
-    if not completed:
+    None where pyrocore has left no marks.
+    """
+    spans = ACTIVATION.findall(marks)
+    if not spans:
         return None
-    return time_started(activations, completed, now, now - completed if active else None)
+    seconds = 0.0
+    for resumed, paused in spans:
+        stop = min(float(paused or end), end)
+        seconds += max(0.0, stop - max(float(resumed), start))
+    return seconds
 
 
-def leech_time(activations: str, started: float, completed: float, now: float) -> float | None:
+def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, active: int,
+              now: float) -> float | None:
+    """Return for how long a complete item was seeded; None where that is not known."""
+    completed = first_number(tm_completed, finished)
+    if not complete or not completed:
+        return None
+    seconds = time_started(marks, completed, now)
+    if seconds is None and active:
+        return now - completed
+    return seconds
+
+
+def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finished: Any,
+               now: float) -> float | None:
     """Return for how long an item was downloaded; None where that is not known."""
-    end = completed or now
-    return time_started(activations, 0, end, max(end - started, 0) if started else None)
+    started = first_number(tm_started, began)
+    end = first_number(tm_completed, finished) or now
+    seconds = time_started(marks, 0, end)
+    if seconds is None and started:
+        return max(end - started, 0)
+    return seconds
+
+
+def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
+    """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
+    paused = first_number(marks.rpartition('P')[2].partition('R')[0])
+    if paused or state or not first_number(tm_started, began):
+        return paused
+    return first_number(changed)
+
+
+def time_active(last: Any, peers: int, now: float) -> int:
+    """Return when an item last had peers."""
+    if peers:
+        return int(now)
+    return first_number(last)
+
+
+def time_moved(last: Any, up: int, down: int, now: float) -> int:
+    """Return when data of an item was last transferred."""
+    return time_active(last, up + down, now)
+
+
+def session_file(folder: str, info_hash: str) -> str:
+    """Return the path of the metafile in rTorrent's session folder; nothing without one."""
+    if not folder:
+        return ''
+    return f'{folder}{info_hash}.torrent'
+
+
+def percent_done(completed: int, size: int) -> float:
+    """Return how much of an item is there."""
+    if not size:
+        return 0.0
+    return 100.0 * completed / size
+
+
+def domain_of(url: str) -> str:
+    """Return the registered domain of a tracker's host, or its number."""
+    host = re.sub(r'^\w{1,9}://', '', url).partition('/')[0].rpartition('@')[2]
+    host = re.sub(r':[0-9]{1,5}$', '', host).lower()
+    labels = host.split('.')
+    if labels[-1].isdigit() or ':' in host:
+        return host
+    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
+        return '.'.join(labels[-3:])
+    return '.'.join(labels[-2:])
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2057,24 +2129,48 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     >>> tracker_alias('https://tracker.example.co.uk:80/x/announce', {})
     'example.co.uk'
     """
-    server = re.match(r'(?:\w+://)?[^/]*', url)[0] + '/'        # type: ignore[index]
-    for fits in (url.startswith, lambda part: (part + '/').startswith(server)):
-        for alias, urls in aliases.items():
-            if any(map(fits, urls)):            # else with another passkey
-                return alias
-    host = re.sub(r'^\w+://(?:[^/@]*@)?', '', url).partition('/')[0]
-    host = re.sub(r':\d+$', '', host).lower()
-    labels = host.split('.')
-    if labels[-1].isdigit() or ':' in host:
-        return host
-    short = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in (
-        'co', 'com', 'net', 'org', 'ac', 'gov', 'edu')
-    return '.'.join(labels[-3 if short else -2:])
+    for alias, beginnings in aliases.items():
+        if url.startswith(tuple(beginnings)):
+            return alias
+    # else the same server with another passkey
+    server = '/'.join(url.split('/', 3)[:3]) + '/'
+    for alias, beginnings in aliases.items():
+        if any((part + '/').startswith(server) for part in beginnings):
+            return alias
+    return domain_of(url)
 
 
 def first_tracker(rows: list) -> str:
     """Return the first enabled announce URL."""
-    return next((row[0] for row in rows if row[1] and row[0] != 'dht://'), '')
+    for url, enabled, *_ in rows:
+        if enabled and url != 'dht://':
+            return url
+    return ''
+
+
+def alias_of(rows: list, aliases: dict[str, list[str]]) -> str:
+    """Return the name of the first enabled tracker."""
+    return tracker_alias(first_tracker(rows), aliases)
+
+
+def most_seeders(rows: list) -> int:
+    """Return the seeders that the best tracker knows."""
+    return max([row[2] for row in rows], default=0)
+
+
+def most_leechers(rows: list) -> int:
+    """Return the leechers that the best tracker knows."""
+    return max([row[3] for row in rows], default=0)
+
+
+def trackers_failed(rows: list) -> int:
+    """Return how many enabled trackers have failed since they last answered."""
+    return len([row for row in rows if row[1] and row[4] > row[5]])
+
+
+def file_names(rows: list) -> list[str]:
+    """Return the paths of an item's files."""
+    return [path for path, _ in rows]
 
 
 def file_kinds(rows: list, percent: int = 0) -> list[str]:
@@ -2084,26 +2180,35 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
     """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        sizes[re.sub(r'^r\d\d$', 'rar', os.path.splitext(path)[1].lstrip('.').lower())] += size
-    total = sum(sizes.values()) or 1
-    return sorted(kind for kind, size in sizes.items() if kind and size * 100 >= percent * total)
+        kind = os.path.splitext(path)[1].lstrip('.').lower()
+        if re.fullmatch('r[0-9][0-9]', kind):
+            kind = 'rar'
+        sizes[kind] += size
+    least = percent * sum(sizes.values())
+    return sorted(kind for kind, size in sizes.items() if kind and 100 * size >= least)
 
 
 def name_traits(name: str, kind: str) -> dict[str, str]:
     """Return what a name tells: kind (tv, movie, audio ...), and show, season, title, year."""
-    name, sort = name[:255], KINDS.get(kind, '')        # the patterns are quadratic
-    for trait, regex in (('tv', TV), ('movie', MOVIE)):
-        match = regex.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
-        if match and sort in ('', 'video', 'misc'):
-            return {'kind': trait, **match.groupdict('')}
-    return {'kind': sort}
+    name = name[:255]                   # the patterns are quadratic
+    if kind and name.endswith(kind):
+        name = os.path.splitext(name)[0]
+    sorts = [trait for trait, kinds in TRAITS.items() if kind in kinds.split()]
+    if not sorts or sorts[0] in ('video', 'misc'):
+        for trait, regex in (('tv', TV), ('movie', MOVIE)):
+            match = regex.match(name)
+            if match:
+                return {'kind': trait, **match.groupdict('')}
+    return {'kind': ''.join(sorts)}
 
 
 def guess_traits(name: str, rows: list) -> list[str]:
     """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
-    kind = (file_kinds(rows, 51) or [''])[0]
-    found = name_traits(name, kind)['kind']
-    return [found, kind or 'other'] if found else []
+    kind = ''.join(file_kinds(rows, 51))
+    sort = name_traits(name, kind)['kind']
+    if not sort:
+        return []
+    return [sort, kind or 'other']
 
 
 def has_no_data(seen: Any, *raw: Any) -> bool | None:
@@ -2138,152 +2243,749 @@ def space_at(seen: Any, *raw: Any) -> int | None:
     return disk_of(path)[1]
 
 
-def same_fields(kind: str, names: str, value: Callable | None = None) -> dict[str, TorrentField]:
-    """Return the fields of `name=command`, of the same kind; left out, the command is d.name."""
-    return {name: TorrentField(kind, (f'd.{command or name}',), value) for name, _, command in
-            (text.partition('=') for text in names.split())}
+# Fields that are what one d. command answers: field, or field=command where the names differ.
+PLAIN_FIELDS = {
+    'text': 'hash name message directory throttle=throttle_name metafile=tied_to_file '
+            'label=custom1',
+    'size': 'size=size_bytes uploaded=up.total downloaded=down.total left=left_bytes '
+            'up=up.rate down=down.rate',
+    'number': 'fno=size_files prio=priority peers=peers_connected',
+    'bool': 'is_open is_active is_complete=complete is_ignored=ignore_commands is_private '
+            'is_multi_file is_hashing=hashing',
+    'tags': 'views'}
+PATH = 'cwd d.base_path d.directory d.name d.is_multi_file d.is_open'
+STARTED = 'd.custom=tm_started d.timestamp.started'
+COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
+MARKS = 'd.custom=activations'
+# name: kind, raw values in the order that the function takes them, the function
+MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
+    'ratio': ('number', 'd.ratio', lambda ratio: ratio / 1000),
+    'tagged': ('tags', 'd.custom=tags', lambda tags: tags.lower().split()),
+    'path': ('text', PATH, data_path),
+    'realpath': ('text', 'seen ' + PATH, seen_path),
+    'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
+    'free': ('size', 'seen ' + PATH, space_at),
+    'sessionfile': ('text', 'session d.hash', session_file),
+    'done': ('number', 'd.completed_bytes d.size_bytes', percent_done),
+    'xfer': ('size', 'd.up.rate d.down.rate', operator.add),
+    'loaded': ('time', 'd.custom=tm_loaded d.load_date', first_number),
+    'started': ('time', STARTED, first_number),
+    'completed': ('time', COMPLETED, first_number),
+    'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
+    'active': ('time', 'd.custom=last_active d.peers_connected now', time_active),
+    'last_xfer': ('time', 'd.custom=last_xfer d.up.rate d.down.rate now', time_moved),
+    'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
+    'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
+    'tracker': ('text', 'trackers', first_tracker),
+    'alias': ('text', 'trackers aliases', alias_of),
+    'seeders': ('number', 'trackers', most_seeders),
+    'leechers': ('number', 'trackers', most_leechers),
+    'trackers_failed': ('number', 'trackers', trackers_failed),
+    'files': ('files', 'files', file_names),
+    'kind': ('tags', 'files', file_kinds),
+    'traits': ('tags', 'd.name files', guess_traits)}
 
 
-PATH = ('cwd', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file', 'd.is_open')
-STARTED = ('d.custom=tm_started', 'd.timestamp.started')
-COMPLETED = ('d.custom=tm_completed', 'd.timestamp.finished')
-TORRENT_FIELDS = {
-    **same_fields('text', 'hash name message directory throttle=throttle_name '
-                          'metafile=tied_to_file label=custom1'),
-    **same_fields('size', 'size=size_bytes uploaded=up.total downloaded=down.total '
-                          'left=left_bytes up=up.rate down=down.rate'),
-    **same_fields('number', 'fno=size_files prio=priority peers=peers_connected'),
-    **same_fields('number', 'ratio', lambda ratio: ratio / 1000),
-    **same_fields('bool', 'is_open is_active is_complete=complete is_ignored=ignore_commands '
-                          'is_private is_multi_file is_hashing=hashing', bool),
-    **same_fields('tags', 'views'),
-    **same_fields('tags', 'tagged=custom=tags', lambda tags: tags.lower().split()),
-    'path': TorrentField('text', PATH, data_path),
-    'realpath': TorrentField('text', ('seen', *PATH), seen_path, True),
-    'is_ghost': TorrentField('bool', ('seen', *PATH), has_no_data, True),
-    'free': TorrentField('size', ('seen', *PATH), space_at, True),
-    'sessionfile': TorrentField('text', ('session', 'd.hash'), lambda folder, info_hash:
-                                f'{folder}{info_hash}.torrent' if folder else ''),
-    'done': TorrentField('number', ('d.completed_bytes', 'd.size_bytes'), lambda done, size:
-                         100.0 * done / size if size else 0.0),
-    'xfer': TorrentField('size', ('d.up.rate', 'd.down.rate'), int.__add__),
-    'loaded': TorrentField('time', ('d.custom=tm_loaded', 'd.load_date'), first_number),
-    'started': TorrentField('time', STARTED, first_number),
-    'completed': TorrentField('time', COMPLETED, first_number),
-    'stopped': TorrentField(
-        'time', ('d.custom=activations', 'd.state', 'd.state_changed', *STARTED),
-        lambda marks, state, changed, *started: first_number(
-            *re.findall(r'P([0-9]+)', marks)[-1:],
-            0 if state or not first_number(*started) else changed)),
-    'active': TorrentField('time', ('d.custom=last_active', 'd.peers_connected', 'now'),
-                           lambda last, peers, now: int(now) if peers else first_number(last)),
-    'last_xfer': TorrentField(
-        'time', ('d.custom=last_xfer', 'd.up.rate', 'd.down.rate', 'now'),
-        lambda last, up, down, now: int(now) if up or down else first_number(last)),
-    'leechtime': TorrentField(
-        'duration', ('d.custom=activations', *STARTED, *COMPLETED, 'now'),
-        lambda marks, s1, s2, c1, c2, now:
-        leech_time(marks, first_number(s1, s2), first_number(c1, c2), now)),
-    'seedtime': TorrentField(
-        'duration', ('d.custom=activations', *COMPLETED, 'd.complete', 'd.is_active', 'now'),
-        lambda marks, c1, c2, complete, active, now:
-        seed_time(marks, first_number(c1, c2), active, now) if complete else None),
-    'tracker': TorrentField('text', ('trackers',), first_tracker),
-    'alias': TorrentField('text', ('trackers', 'aliases'), lambda rows, aliases:
-                          tracker_alias(first_tracker(rows), aliases)),
-    'seeders': TorrentField('number', ('trackers',), lambda rows:
-                            max([row[2] for row in rows], default=0)),
-    'leechers': TorrentField('number', ('trackers',), lambda rows:
-                             max([row[3] for row in rows], default=0)),
-    'trackers_failed': TorrentField('number', ('trackers',), lambda rows:
-                                    sum(1 for row in rows if row[1] and row[4] > row[5])),
-    'files': TorrentField('files', ('files',), lambda rows: [row[0] for row in rows]),
-    'kind': TorrentField('tags', ('files',), file_kinds),
-    'traits': TorrentField('tags', ('d.name', 'files'), guess_traits)}
+def all_fields() -> dict[str, TorrentField]:
+    """Return the table of fields by name."""
+    fields = {}
+    for kind, words in PLAIN_FIELDS.items():
+        for word in words.split():
+            name, _, command = word.partition('=')
+            fields[name] = TorrentField(kind, ('d.' + (command or name),))
+    for name, (kind, needs, value) in MADE_FIELDS.items():
+        fields[name] = TorrentField(kind, tuple(needs.split()), value)
+    return fields
+
+
+TORRENT_FIELDS = all_fields()
 
 
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
-    found = TORRENT_FIELDS.get(name)
-    if found:
-        return found
+    if name in TORRENT_FIELDS:
+        return TORRENT_FIELDS[name]
     stem, _, rest = name.partition('_')
+    if stem == 'custom' and rest in ('1', '2', '3', '4', '5'):
+        return TorrentField('text', (f'd.custom{rest}',))
     if stem == 'custom' and rest:
         key = rest.replace('\\', '\\\\').replace('"', '\\"')
-        return TorrentField('text', (f'd.custom{rest}' if rest in [*'12345'] else
-                                     f'd.custom="{key}"',))
-    if re.fullmatch('kind_([0-9]{1,2}|100)', name):
-        return TorrentField('tags', ('files',), lambda rows: file_kinds(rows, int(rest)))
-    if re.fullmatch(r'd_[a-z][\w.]*', name):
-        if not only_reads(f'd.{rest}', ()):     # as a column it would be done to every torrent
+        return TorrentField('text', (f'd.custom="{key}"',))
+    if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
+        return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
+    if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
+        # as a column, what changes something would be done to every torrent
+        if not only_reads(f'd.{rest}', ()):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
+AGE_UNITS = {
+    'y': 31536000,
+    'M': 2592000,
+    'w': 604800,
+    'd': 86400,
+    'h': 3600,
+    'i': 60,
+    's': 1}
+AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
+DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
+CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
+ORDER = {
+    '=': operator.eq,
+    '<': operator.lt,
+    '<=': operator.le,
+    '>': operator.gt,
+    '>=': operator.ge}
+PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
+MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
+# Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
+# held meanwhile, and a regex of the user may take quadratic time.
+MOST_MATCHED = 1000
+# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
+# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+QUOTED = (
+    r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
+    r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
+PIECE = re.compile(QUOTED, re.S)
+WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+COMMA = '\0'                            # stands for a comma that is text
+CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
+REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
+GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,500}\]|.', re.S)
+JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
+
+
+def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+    """Return the error that shows a text of the user with a mark at the place."""
+    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    if len(before) > 90:
+        before = '...' + before[-87:]
+    if len(after) > 40:
+        after = after[:37] + '...'
+    shown = f'{before} <-- here {after}'.strip()
+    return UserError(f'{what} {quoted(shown, 600)}: {why}')
+
+
+def glob_regex(glob: str) -> str:
+    """Return the regex of a glob, which takes linear time: the first match after a star counts.
+
+    fnmatch has done so from Python 3.9 on.
+    """
+    parts = ['']
+    for piece in GLOB_PIECE.findall(glob):
+        if piece.startswith('*'):
+            parts.append('')
+        else:
+            parts[-1] += fnmatch.translate(piece)[4:-3]         # without (?s: and )\Z
+    regex = parts[0]
+    for number, part in enumerate(parts[1:-1]):
+        regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
+    if len(parts) > 1:
+        regex += '.*' + parts[-1]
+    return regex
+
+
+def text_pattern(text: str) -> Callable[[str], Any]:
+    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
+    regex = re.fullmatch('/(.*)/i?', text, re.S)
+    if len(text) > MOST_IN_PATTERN or not regex and (
+            len(re.findall(r'\*+', text)) > MOST_STARS or '{{' in text):
+        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
+        # only the usual slip is caught
+        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
+                        'not (a+)+')
+    try:
+        if regex:
+            return re.compile(regex[1], re.I).search
+        return re.compile(glob_regex(text), re.I | re.S).fullmatch
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
+
+
+def has_class(text: str) -> bool:
+    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
+    start = text.find('[')
+    return start >= 0 and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/')
+
+
+def parse_age(text: str) -> int | None:
+    """Return the seconds in an age, None for what is written as something else.
+
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
+    (129600, 5400, None)
+    """
+    if not AGE.fullmatch(text):
+        return None
+    seconds, units = 0, ['']
+    for number, unit in re.findall('([0-9]{1,6})([A-Za-z])', text):
+        if unit == 'm' and units[-1] in ('w', 'd', 'h'):
+            unit = 'i'                  # after these it is no month
+        elif unit == 'm':
+            raise UserError('m is months to pyrocore and minutes to pyrosimple; '
+                            'allowed are M for months and i for minutes')
+        elif unit != 'M':
+            unit = unit.lower()
+        if unit not in AGE_UNITS or unit in units:
+            raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
+        seconds += int(number) * AGE_UNITS[unit]
+        units.append(unit)
+    return seconds
+
+
+def parse_time(text: str) -> float:
+    """Return the Unix seconds of a local date, or of Unix seconds.
+
+    A number below 10^8 (1973) is an age that lost its unit.
+    """
+    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+        return int(text)
+    spelt = text.upper().replace(' ', 'T')
+    for day in DATE_FORMS:
+        for clock in CLOCK_FORMS:
+            with contextlib.suppress(ValueError, OverflowError):
+                return time.mktime(time.strptime(spelt, day + clock))
+    raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
+                    '03/15/2024 15.03.2024T14:50, Unix seconds')
+
+
+# What a condition does with a value of a row, which comes last but one; `now` comes last.
+
+def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+    """Compare a value with the number in the condition."""
+    return order(value, limit)
+
+
+def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+    """Compare what may be a number."""
+    return PLAIN_NUMBER.fullmatch(str(value)[:40]) is not None and order(float(value), limit)
+
+
+def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
+    """Compare the age of a time."""
+    return order(now - value, age)
+
+
+def is_truth(wanted: bool, value: Any, now: float) -> bool:
+    """Tell whether a value is as true as it should be."""
+    return bool(value) is wanted
+
+
+def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
+    """Tell whether a text matches, or is what the condition says: [x] as it stands is meant, too."""
+    shown = str(value)[:MOST_MATCHED]
+    return matches(shown) is not None or shown.lower() == text
+
+
+def has_like(matches: Callable, text: str, value: list, now: float) -> bool:
+    """Tell whether one of several texts matches."""
+    return any(is_like(matches, text, part, now) for part in value)
+
+
+def has_only_like(matches: Callable, text: str, value: list, now: float) -> bool:
+    """Tell whether there are texts, and all of them match."""
+    return bool(value) and all(is_like(matches, text, part, now) for part in value)
+
+
+def is_empty(value: list, now: float) -> bool:
+    """Tell whether there are none of them."""
+    return not value
+
+
+def order_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of a number, size, time or duration: (value, now) -> bool."""
+    if op == '=' and text[:1] == '+':
+        op, text = '>', text[1:]
+    elif op == '=' and text[:1] == '-':
+        op, text = '<', text[1:]
+    order = ORDER[op]
+    if len(text) > 40 or kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text):
+        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
+    if kind == 'any':
+        return functools.partial(number_is_in_order, order, float(text))
+    if kind == 'number':
+        return functools.partial(is_in_order, order, float(text))
+    if kind == 'size':
+        return functools.partial(is_in_order, order, parse_size(text))
+    age = parse_age(text)
+    if op == '=' and not text.isdigit():
+        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
+    if age is None and kind == 'time':
+        return functools.partial(is_in_order, order, parse_time(text))
+    if age is None and text != '0':
+        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
+    if kind == 'time':
+        return functools.partial(age_is_in_order, order, age)
+    return functools.partial(is_in_order, order, age or 0)
+
+
+def is_ordered(kind: str, op: str, text: str) -> bool:
+    """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
+    if kind == 'any':
+        signed = text[:1] in ('+', '-') and PLAIN_NUMBER.fullmatch(text[1:])
+        return op != '=' or bool(signed)
+    return kind in ('number', 'size', 'time', 'duration')
+
+
+def value_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of one value of a condition: (value, now) -> bool."""
+    if is_ordered(kind, op, text):
+        return order_test(kind, op, text)
+    if op != '=':
+        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
+    if kind == 'bool':
+        return functools.partial(is_truth, parse_bool(text))
+    if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
+        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
+    test = is_like
+    if kind in ('tags', 'files') and text in ('', ':'):
+        return is_empty
+    if kind == 'tags' and text.startswith(':'):
+        test, text = has_only_like, text[1:]
+    elif kind in ('tags', 'files'):
+        test = has_like
+    return functools.partial(test, text_pattern(text), text.lower())
+
+
+class Node(NamedTuple):
+    """Conditions joined, and how many of them need a second question.
+
+    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
+    """
+    test: Callable
+    cost: int
+
+
+def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
+    """Return one condition: False for an unknown value, also when it is negated."""
+    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
+        negated, text = not negated, text[1:]
+    test = value_test(field.kind, op, text)
+    unknown: tuple = (None,)
+    if field.kind == 'time' and text.lstrip('+-') != '0':
+        unknown = (None, 0)
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        value = row.get(name)
+        if value in unknown:
+            return possible and name not in row
+        return test(value, now) is not negated
+    return Node(holds, int(field.slow))
+
+
+def joined(nodes: list[Node], every: bool) -> Node:
+    """Return the Node of all or any of some, the cheap ones first."""
+    if len(nodes) == 1:
+        return nodes[0]
+    nodes = sorted(nodes, key=operator.attrgetter('cost'))
+    tests = [node.test for node in nodes]
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        for test in tests:
+            if test(row, now, possible) is not every:
+                return not every
+        return every
+    return Node(holds, sum(node.cost for node in nodes))
+
+
+def unquoted(piece: re.Match) -> str:
+    """Return a piece of a word as what it stands for; a comma in it parts no values."""
+    regex, double, single, escaped = piece.groups()
+    text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
+    return text.replace(',', COMMA)
+
+
+def is_no_name(text: str) -> bool:
+    """Tell whether a word alone cannot be meant as the name of a torrent."""
+    if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
+        return True
+    return not text.startswith('/') and re.search('[=<>]', text) is not None
+
+
+class Filter:
+    """An rtcontrol condition, compiled; `fields` are the names it needs.
+
+    `classes` are the conditions that hold a class of characters, as name=[ab]*, which few people
+    mean who write it.
+
+    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
+    True
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.at = 0                     # end of the word in hand
+        self.key, self.word = '', ''    # the word in hand: a keyword, or a condition
+        self.needs: dict[str, TorrentField] = {}
+        self.classes: list[str] = []
+        try:
+            self.read_word()
+            self.root = self.expression(False, 0)
+        except UserError as error:
+            raise mistake('condition', text, self.at, error) from None
+        self.fields = tuple(self.needs)
+
+    def match(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row meets the condition; ages count back from `now`."""
+        if now is None:
+            now = time.time()
+        return self.root.test(row, now, False)
+
+    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row may meet the condition once it has the fields that it lacks."""
+        if now is None:
+            now = time.time()
+        return self.root.test(row, now, True)
+
+    def read_word(self) -> None:
+        """Take the next word in hand."""
+        if len(self.text) > MOST_CHARACTERS or COMMA in self.text:
+            raise UserError(f'this is too long, or holds a NUL; allowed are {MOST_CHARACTERS} '
+                            'characters')
+        self.key, self.word = 'END', ''
+        if not self.text[self.at:].strip():
+            return
+        word = WORD.match(self.text, self.at)
+        if not word:
+            raise UserError('after this, a quote has no other half')
+        self.at = word.end()
+        self.key = word[1] or ''
+        if word[2]:
+            self.key = 'NOT'
+        self.word = PIECE.sub(unquoted, word[3] or '')
+
+    def expression(self, negated: bool, depth: int) -> Node:
+        """expr ::= term ( 'OR' term )*"""
+        if depth > MOST_DEPTH:
+            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
+        terms = [self.term(negated, depth)]
+        while self.key == 'OR':
+            self.read_word()
+            terms.append(self.term(negated, depth))
+        if (self.key == ']') is not (depth > 0):
+            raise UserError('a bracket without its other half; [ and ] stand between spaces')
+        return joined(terms, negated)                   # neither a nor b: not a, and not b
+
+    def term(self, negated: bool, depth: int) -> Node:
+        """term ::= factor+"""
+        factors = [self.factor(negated, depth)]
+        while self.key not in ('OR', ']', 'END'):
+            factors.append(self.factor(negated, depth))
+        return joined(factors, not negated)
+
+    def factor(self, negated: bool, depth: int) -> Node:
+        """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
+        while self.key == 'NOT':
+            negated = not negated
+            self.read_word()
+        if self.key == '[':
+            self.read_word()
+            node = self.expression(negated, depth + 1)
+        elif self.key:
+            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+        else:
+            node = self.condition(negated)
+        self.read_word()
+        return node
+
+    def condition(self, negated: bool) -> Node:
+        """condition ::= field op value | value;  value may be several, with commas"""
+        name, op, value = 'name', '=', self.word
+        match = CONDITION.fullmatch(self.word)
+        if match:
+            name, op, value = match.groups()
+        elif is_no_name(self.word):
+            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
+                            'NOT, OR, [ ... ] between spaces; side by side means and')
+        field = self.needs[name] = torrent_field(name)
+        if op in ('!=', '<>'):
+            negated = not negated
+        if op == '~':                                   # as in pyrocore
+            value = f'/{value}/'.replace(',', COMMA)
+        elif op == '==' and field.kind == 'tags':       # this one and no other
+            value = ':' + value
+        if op in ('==', '!=', '<>', '~'):
+            op = '='
+        values = [value]
+        if op == '=':
+            values = value.split(',')
+        if '' in values and len(values) > 1:
+            raise UserError('a value is missing beside a comma')
+        nodes = []
+        for part in values:
+            part = part.replace(COMMA, ',')
+            if has_class(part):
+                self.classes.append(f'{name}{op}{part}')
+            nodes.append(leaf(name, field, op, part, negated))
+        return joined(nodes, negated)
+
+
+# --- Torrents --------------------------------------------------------------------------------
+# A view, names of fields and a Filter enter, rows leave: a Torrent maps a field's name to its
+# value. One round trip brings the columns of all torrents; one more each brings "files" and
+# "trackers" of those that are left. The bytes of a .torrent file enter, a Metafile leaves; they
+# are read where they lie, so that no metafile takes more than a few times its size. Any thread.
+
+class Torrent(dict):
+    """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f'the field {name!r} was not asked for') from None
+
+    def __str__(self) -> str:
+        return f"{quoted(self['name'])} {self['hash']}"
+
+
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
     """Return what d. commands answer for all torrents of a view: command -> values."""
-    columns = list(dict.fromkeys(needs))
-    rows, size = engine.open().batch([('d.multicall2', '', view, *(
-        need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
+    commands = list(dict.fromkeys(needs))
+    columns = []
+    for command in commands:
+        if '=' not in command:
+            command += '='
+        columns.append(command)
+    rows, size = engine.ask([('d.multicall2', '', view, *columns), ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
-    whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
-        and {*map(len, rows)} <= {len(columns)} else []
-    if len(whole) != size:
-        raise RpcError(f'{engine.address.where}: only {len(whole)} of the {size} items of view '
-                       f'{view!r} were listed')
-    return dict(zip(columns, zip(*whole) if whole else itertools.repeat(())))
+    if not isinstance(rows, list) or any(
+            not isinstance(row, list) or len(row) != len(columns) for row in rows):
+        rows = []
+    if len(rows) != size:
+        raise RpcError(f'{engine.address.where}: only {len(rows)} of the {size!r} items '
+                       f'of view {view!r} were listed')
+    return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-def add_fields(torrents: list[Torrent], raw: dict, fields: dict[str, TorrentField]) -> None:
-    """Work out fields of torrents from the raw values, one for each torrent."""
-    for name, field in fields.items():
-        columns = [raw[need] for need in field.needs]
-        for torrent, value in zip(torrents, map(field.value, *columns) if field.value else
-                                  columns[0]):
-            torrent[name] = value
+class Listing:
+    """Torrents in the making: rows, and the raw values of each, which are dropped together."""
+
+    def __init__(self, engine: Engine, columns: dict[str, list], now: float):
+        self.engine, self.raw = engine, columns
+        self.rows = [Torrent() for _ in columns['d.hash']]
+        self.constants = {
+            'now': now,
+            'aliases': engine.aliases,
+            'session': engine.session_path,
+            'cwd': engine.cwd}
+
+    def keep(self, wanted: list[bool]) -> None:
+        """Drop the others."""
+        self.rows = list(itertools.compress(self.rows, wanted))
+        for need, values in self.raw.items():
+            self.raw[need] = list(itertools.compress(values, wanted))
+
+    def ask(self, source: str) -> None:
+        """Ask the second question; torrents that have gone meanwhile are dropped."""
+        method, cells = SOURCES[source]
+        answers = self.engine.ask((method, item, '', *cells) for item in self.raw['d.hash'])
+        self.raw[source] = answers
+        self.keep([not isinstance(rows, HashNotFound) for rows in answers])
+        without_errors(self.raw[source])
+
+    def add(self, name: str, field: TorrentField) -> None:
+        """Work out a field of all rows."""
+        columns: list = []
+        for need in field.needs:
+            if need == 'seen' and need not in self.constants:
+                self.constants[need] = sees_same_files(self.engine)
+            if need in self.constants:
+                columns.append(itertools.repeat(self.constants[need]))
+            else:
+                columns.append(self.raw[need])
+        values = columns[0]
+        if field.value:
+            values = map(field.value, *columns)
+        for row, value in zip(self.rows, values):
+            row[name] = value
 
 
-def list_torrents(engine: Engine, view: str, fields: Iterable[str],
-                  condition: Any = None) -> list[Torrent]:
+def list_torrents(engine: Engine, view: str, names: Iterable[str],
+                  condition: Filter | None = None) -> list[Torrent]:
     """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
 
-    One round trip, and one more where slow fields are needed. Raises RpcError, also when the
-    list is shorter than the view: half a list must not pass for the whole.
+    One round trip, and one more for each second question. Raises RpcError, also when the list is
+    shorter than the view: half a list must not pass for the whole.
     """
-    now, proxy = time.time(), engine.open()
-    tested = condition.fields if condition else ()
-    left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
-    raw: dict = {'now': itertools.repeat(now), 'aliases': itertools.repeat(engine.aliases),
-                 'session': itertools.repeat(engine.session_path),
-                 'cwd': itertools.repeat(engine.cwd)}
-    if any('seen' in field.needs for field in left.values()):
-        raw['seen'] = itertools.repeat(sees_same_files(engine))
-    raw.update(fetch_columns(engine, view, [need for field in left.values() for need in field.needs
-                                            if need not in raw and need not in SOURCES]))
-    torrents = [Torrent() for _ in raw['d.hash']]
-
-    def keep(wanted: list) -> None:
-        torrents[:] = itertools.compress(torrents, wanted)
-        for need in raw:
-            raw[need] = list(itertools.compress(raw[need], wanted))
-
+    now, tested = time.time(), ()
     if condition:
-        add_fields(torrents, raw, {name: left.pop(name) for name in tested
-                                   if not left[name].slow})
-        keep([condition.cheap(torrent, now) for torrent in torrents])
-    for source, (method, cells) in SOURCES.items():
-        if any(source in field.needs for field in left.values()):
-            raw[source] = proxy.batch((method, item, '', *cells) for item in raw['d.hash'])
-            keep([not isinstance(rows, HashNotFound) for rows in raw[source]])
-            for rows in raw[source]:
-                if isinstance(rows, RpcError):
-                    raise rows
-    add_fields(torrents, raw, left)
-    return [torrent for torrent in torrents if condition.match(torrent, now)] \
-        if left.keys() & tested else torrents
+        tested = condition.fields
+    fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
+    needs = itertools.chain.from_iterable(field.needs for field in fields.values())
+    columns = fetch_columns(engine, view, [need for need in needs if need.startswith('d.')])
+    listing = Listing(engine, columns, now)
+    if condition:
+        for name in tested:
+            if not fields[name].slow:
+                listing.add(name, fields.pop(name))
+        listing.keep([condition.cheap(row, now) for row in listing.rows])
+    for source in SOURCES:
+        if any(source in field.needs for field in fields.values()):
+            listing.ask(source)
+    for name, field in fields.items():
+        listing.add(name, field)
+    if condition and not fields.keys().isdisjoint(tested):
+        return [row for row in listing.rows if condition.match(row, now)]
+    return listing.rows
+
+
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+METAFILE_LIMIT = 16 << 20               # bytes
+MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
+
+
+def bencoded_end(content: bytes, at: int) -> int:
+    """Return where the bencoded value that begins there ends; ValueError if it does not.
+
+    Nothing is built. What follows the value is ignored, as rTorrent ignores it.
+    """
+    inside = ['']                       # l in a list, k before a key of a dictionary, v after it
+    while True:
+        token, head = BENCODED.match(content, at), content[at:at + 1]
+        if token and (token[2] or inside[-1] != 'k'):
+            at = token.end() + int(token[2] or 0)
+        elif head == b'e' and inside[-1] in ('l', 'k'):
+            inside.pop()
+            at += 1
+        elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
+            inside.append({b'l': 'l', b'd': 'k'}[head])
+            at += 1
+            continue
+        else:
+            raise ValueError(f'not bencoded at byte {at}')
+        if at > len(content):
+            raise ValueError(f'not bencoded: it ends before byte {at}')
+        if len(inside) == 1:
+            return at
+        inside[-1] = {'k': 'v', 'v': 'k', 'l': 'l'}[inside[-1]]
+
+
+def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
+    """Give (start, end) of what is in a list, or of the keys and values of a dictionary."""
+    at += 1
+    while content[at:at + 1] != b'e':
+        end = bencoded_end(content, at)
+        yield at, end
+        at = end
+
+
+def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """Give (key, start, end) of each value of a dictionary."""
+    items = bencoded_items(content, at)
+    for key_start, _ in items:
+        start, end = next(items)
+        yield bdecode(content, key_start), start, end
+
+
+def bdecode(content: bytes, at: int = 0) -> Any:
+    """Return a value that bencoded_end() has gone over; text stays bytes.
+
+    >>> bdecode(b'd4:name1:ae')
+    {b'name': b'a'}
+    """
+    token = BENCODED.match(content, at)
+    if token and token[1]:
+        return int(token[1])
+    if token:
+        return content[token.end():token.end() + int(token[2])]
+    if content[at:at + 1] == b'l':
+        return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
+    return {key: bdecode(content, start) for key, start, _ in bencoded_members(content, at)}
+
+
+def scalar_at(content: bytes, at: int | None) -> Any:
+    """Return a text or a number; None where there is nothing, a list or a dictionary."""
+    if at is None or content[at:at + 1] in (b'l', b'd'):
+        return None
+    return bdecode(content, at)
+
+
+class Metafile(NamedTuple):
+    """What a .torrent file says."""
+    content: bytes
+    info_hash: str
+    name: str                           # bytes that are no UTF-8 are surrogates in it
+    tracker: str
+    files_at: int | None                # where the list of files begins; None: a single file
+
+    def files(self) -> Iterator[Any]:
+        """Give what it says of each file of several: b'path' and b'length', if it is in order."""
+        if self.files_at is not None:
+            for start, end in bencoded_items(self.content, self.files_at):
+                if end - start > MOST_IN_ENTRY:
+                    raise ValueError(f'a file that takes {end - start} bytes to describe')
+                yield bdecode(self.content, start)
+
+    @property
+    def main_file(self) -> str:
+        """Return the name of the largest file."""
+        largest, most = self.name, -1
+        for entry in self.files():
+            with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+                if entry[b'length'] > most:
+                    largest, most = text_of(entry[b'path'][-1]), entry[b'length']
+        return largest
+
+
+def text_of(content: Any) -> str:
+    """Return bytes as text; nothing for anything else."""
+    if not isinstance(content, bytes):
+        return ''
+    return content.decode('utf-8', 'surrogateescape')
+
+
+def parse_metafile(content: bytes) -> Metafile:
+    """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
+    import hashlib
+    bencoded_end(content, 0)
+    info_at, info_end, tracker = 0, 0, None
+    if content.startswith(b'd'):
+        for key, start, end in bencoded_members(content, 0):
+            if key == b'announce':
+                tracker = scalar_at(content, start)
+            elif key == b'info' and content[start:start + 1] == b'd':
+                info_at, info_end = start, end
+    if not info_at:
+        raise ValueError('no `info` in it')
+    info, last = {}, b''
+    for key, start, _ in bencoded_members(content, info_at):
+        if key < last:
+            raise ValueError('the keys of `info` are not in order')
+        if key in (b'name', b'files', b'length', b'pieces'):
+            info[key] = start
+        last = key
+    name, pieces = scalar_at(content, info.get(b'name')), scalar_at(content, info.get(b'pieces'))
+    files_at = info.get(b'files')
+    if files_at is not None and content[files_at:files_at + 1] != b'l':
+        files_at = None
+    single = isinstance(scalar_at(content, info.get(b'length')), int)
+    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        raise ValueError('no usable `name` in it')
+    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
+        raise ValueError('no pieces, or no length in it')
+    if files_at is None and not single:
+        raise ValueError('no pieces, or no length in it')
+    info_hash = hashlib.sha1(memoryview(content)[info_at:info_end]).hexdigest().upper()
+    return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
+
+
+def read_metafile(path: str) -> Metafile:
+    """Return a metafile; raises ValueError when it is none, not whole, or too large."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
+        raise ValueError('no regular file')
+    if not status.st_size:
+        raise ValueError('empty')
+    if status.st_size > METAFILE_LIMIT:
+        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}')
+    with open(path, 'rb') as stream:
+        return parse_metafile(stream.read(status.st_size))
 
 
 # --- Data ------------------------------------------------------------------------------------
@@ -2348,18 +3050,16 @@ def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
 
     Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
     """
-    import hashlib
     try:
-        with open(path, 'rb') as stream:
-            meta, info_bytes = bdecode(stream.read(METAFILE_LIMIT))
-        if hashlib.sha1(info_bytes).hexdigest().upper() != info_hash:
+        meta = read_metafile(path)
+        if meta.info_hash != info_hash:
             raise ValueError('it is that of another item')
-        info, paths = meta[b'info'], []
-        for entry in info.get(b'files', [{b'path': [info[b'name']]}]):
+        paths = []
+        for entry in meta.files():
             if entry.get(b'path.utf-8', entry[b'path']) != entry[b'path']:
                 raise ValueError('a file has two names in it')
             paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
-        return os.fsdecode(info[b'name']), paths
+        return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoggableError('its name came through badly, and its metafile in the session folder '
                             f'does not tell the true one: {error_text(error)}') from None
@@ -2847,282 +3547,8 @@ class PromisedSpace:
             self.text = text
 
 
-# --- Filter and template ---------------------------------------------------------------------
-# Two small languages of the ini. A condition becomes closures over a row (a mapping of field
-# name to value) and `now` in Unix seconds; NOT is carried down to the single conditions, so
-# that a value which is not known matches neither a condition nor its opposite. A template is
-# text, expressions and branches; what an expression gives is data: the text around it is split
-# into arguments first. A mistake is shown with `<-- here` after its place.
-
-AGE_UNITS = {'y': 31536000, 'M': 2592000, 'w': 604800, 'd': 86400, 'h': 3600, 'i': 60, 's': 1}
-ORDER = {'=': operator.eq, '<': operator.lt, '<=': operator.le, '>': operator.gt,
-         '>=': operator.ge}
-MOST_CHARACTERS, MOST_STARS, MOST_DEPTH = 4000, 6, 50
-PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
-# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
-# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
-QUOTED = (r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
-          r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
-PIECE = re.compile(QUOTED, re.S)
-WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
-CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
-COMMA = '\0'                            # stands for a comma that is text
-
-
-def mistake(what: str, text: str, at: int, why: Any) -> UserError:
-    """Return the error that shows a text of the user with a mark at the place."""
-    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
-    before = before if len(before) < 90 else '...' + before[-87:]
-    after = after if len(after) < 40 else after[:37] + '...'
-    return UserError(f'{what} {quoted(f"{before} <-- here {after}".strip(), 600)}: {why}')
-
-
-def pattern(text: str) -> Callable[[str], Any]:
-    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
-    regex = re.fullmatch('/(.*)/i?', text, re.S)
-    glob = '' if regex else re.sub(r'\*+', '*', text)
-    if len(text) > 500 or glob.count('*') > MOST_STARS or '{{' in glob:
-        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
-    bare = re.sub(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]', 'x', regex[1] if regex else '')
-    if re.search(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]', bare):
-        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
-                        'not (a+)+')                    # only the usual slip is caught
-    try:
-        found: Callable[[str], Any] = re.compile(regex[1], re.I).search if regex else \
-            re.compile(fnmatch.translate(glob), re.I).match
-        if regex or '[' not in glob:
-            return found                                # [x] as it stands is meant, too
-        return lambda value: found(value) or value.lower() == text.lower() or None
-    except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
-
-
-def parse_age(text: str) -> int | None:
-    """Return the seconds in an age, None for what is written as something else.
-
-    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
-    (129600, 5400, None)
-    """
-    text = re.sub(r'(?<=[wdhWDH])([0-9]+)m', r'\1i', text)      # after w d h it is no month
-    if not re.fullmatch('(?:[0-9]{1,6}[A-Za-z])+', text):
-        return None
-    parts = [(int(number), unit if unit in 'mM' else unit.lower())
-             for number, unit in re.findall('([0-9]+)([A-Za-z])', text)]
-    units = {unit for _, unit in parts}
-    if 'm' in units:
-        raise UserError('m is months to pyrocore and minutes to pyrosimple; '
-                        'allowed are M for months and i for minutes')
-    if not units <= AGE_UNITS.keys() or len(units) < len(parts):
-        raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-    return sum(number * AGE_UNITS[unit] for number, unit in parts)
-
-
-def parse_time(text: str) -> float:
-    """Return the Unix seconds of a local date, or of Unix seconds: a number below 10^8 (1973)
-    is an age that lost its unit."""
-    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
-        return int(text)
-    form = '%m/%d/%Y' if '/' in text else '%d.%m.%Y' if '.' in text else '%Y-%m-%d'
-    text = text.upper().replace(' ', 'T')
-    form += 'T%H:%M:%S'[:3 + 3 * text.count(':')] if 'T' in text else ''
-    try:
-        return time.mktime(time.strptime(text, form))
-    except (ValueError, OverflowError):
-        raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
-                        '03/15/2024 15.03.2024T14:50, Unix seconds') from None
-
-
-def compare_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of a number, size, time or duration: (found, now) -> bool."""
-    if op == '=' and text[:1] in ('+', '-'):
-        op, text = ('>' if text[0] == '+' else '<'), text[1:]
-    compare = ORDER[op]
-    if kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text) or len(text) > 40:
-        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
-    if kind == 'any':
-        return lambda found, now: (PLAIN_NUMBER.fullmatch(str(found)) is not None
-                                   and compare(float(found), float(text)))
-    if kind in ('number', 'size'):
-        limit = float(text) if kind == 'number' else parse_size(text)
-        return lambda found, now: compare(found, limit)
-    age = parse_age(text)
-    if op == '=' and not text.isdigit():
-        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if kind == 'time' and age is not None:
-        return lambda found, now: compare(now - found, age)
-    if kind == 'duration' and age is None and text != '0':
-        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    limit = parse_time(text) if age is None else age
-    return lambda found, now: compare(found, limit)
-
-
-def value_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of one value of a condition: (found, now) -> bool."""
-    if kind == 'any' and op == '=' and text.lower() in ('yes', 'no', 'true', 'false'):
-        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
-    if kind in ('number', 'size', 'time', 'duration') or kind == 'any' and (
-            op != '=' or PLAIN_NUMBER.fullmatch(text[1:]) and text[0] in '+-'):
-        return compare_test(kind, op, text)
-    if op != '=':
-        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'bool':
-        wanted = parse_bool(text)
-        return lambda found, now: bool(found) is wanted
-    alone = kind == 'tags' and text.startswith(':')
-    match = pattern(text[1:] if alone else text)
-    if kind not in ('tags', 'files'):
-        return lambda found, now: match(str(found)) is not None
-    if text in ('', ':'):
-        return lambda found, now: not found
-    if alone:
-        return lambda found, now: bool(found) and all(map(match, found))
-    return lambda found, now: any(map(match, found))
-
-
-class Node(NamedTuple):
-    """Conditions joined, and how many of them need a second question.
-
-    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
-    """
-    test: Callable
-    cost: int
-
-
-def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
-    """Return one condition: False for an unknown value, also when it is negated."""
-    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
-        negated, text = not negated, text[1:]
-    unknown = (None, 0) if field.kind == 'time' and text.lstrip('+-') != '0' else (None,)
-    test = value_test(field.kind, op, text)
-
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
-        found = row.get(name)
-        if found in unknown:
-            return possible and name not in row
-        return test(found, now) is not negated
-    return Node(holds, int(field.slow))
-
-
-def joined(nodes: list[Node], every: bool) -> Node:
-    """Return the Node of all or any of some, the cheap ones first."""
-    if len(nodes) == 1:
-        return nodes[0]
-    nodes = sorted(nodes, key=lambda node: node.cost)
-    tests = [node.test for node in nodes]
-
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
-        for test in tests:
-            if test(row, now, possible) is not every:
-                return not every
-        return every
-    return Node(holds, sum(node.cost for node in nodes))
-
-
-def unquoted(piece: re.Match) -> str:
-    """Return a piece of a word as what it stands for; a comma in it parts no values."""
-    regex, double, single, escaped = piece.groups()
-    text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
-    return text.replace(',', COMMA)
-
-
-def has_class(kind: str, text: str) -> bool:
-    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    start = text.find('[')
-    return (kind in ('text', 'tags', 'files', 'any') and start >= 0
-            and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/'))
-
-
-class Filter:
-    """An rtcontrol condition, compiled; `fields` are the names it needs, the slow ones are
-    looked at last. `classes` are the conditions that hold a class of characters, as name=[ab]*.
-
-    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
-    True
-    """
-
-    def __init__(self, text: str):
-        self.text, self.at = text, 0                    # at: end of the word in hand
-        self.needs: dict[str, TorrentField] = {}
-        self.classes: list[str] = []
-        try:
-            self.root = self.parse(self.words(), False, 0)
-        except UserError as error:
-            raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(self.needs)
-
-    def match(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row meets the condition; ages count back from `now`."""
-        return self.root.test(row, time.time() if now is None else now, False)
-
-    def cheap(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        return self.root.test(row, time.time() if now is None else now, True)
-
-    def words(self) -> Iterator[tuple]:
-        """Give the words as (keyword or nothing, text without its quotes)."""
-        if len(self.text) > MOST_CHARACTERS:
-            raise UserError(f'this is too long; allowed are {MOST_CHARACTERS} characters')
-        if COMMA in self.text:
-            raise UserError('a NUL is not possible')
-        while self.at < len(self.text.rstrip()):
-            word = WORD.match(self.text, self.at)
-            if not word:
-                raise UserError('after this, a quote has no other half')
-            self.at = word.end()
-            yield word[2] and 'NOT' or word[1], PIECE.sub(unquoted, word[3] or '')
-        yield 'END', ''
-
-    def parse(self, words: Iterator[tuple], negated: bool, depth: int) -> Node:
-        """expr ::= term ( 'OR' term )*;  term ::= factor+
-        factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
-        if depth > MOST_DEPTH:
-            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
-        terms: list[Node] = []
-        factors: list[Node] = []
-        flip, last = negated, ''
-        for key, text in words:
-            if key == 'NOT':
-                flip = not flip
-            elif key == '[' or not key:
-                factors.append(self.parse(words, flip, depth + 1) if key else
-                               self.condition(text, flip))
-                flip = negated
-            elif not factors or last == 'NOT':
-                raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
-            else:
-                terms.append(joined(factors, not negated))
-                factors = []
-                if key != 'OR':
-                    break
-            last = key
-        if (key == ']') is not (depth > 0):
-            raise UserError('a bracket without its other half; [ and ] stand between spaces')
-        return joined(terms, negated)                   # neither a nor b: not a, and not b
-
-    def condition(self, text: str, negated: bool) -> Node:
-        """condition ::= field op value | value;  value may be several, with commas"""
-        match = CONDITION.fullmatch(text)
-        if not match and (text in TORRENT_FIELDS or re.search(
-                r'^(?!/).*[=<>]|^(and|or|not|[&|]+|[][]|\]?(or|not|and)?\[|\](or|not|and))$',
-                text, re.S | re.I)):
-            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
-                            'NOT, OR, [ ... ] between spaces; side by side means and')
-        name, op, value = match.groups() if match else ('name', '=', text)
-        field = self.needs[name] = torrent_field(name)
-        negated = negated is not (op in ('!=', '<>'))
-        match_as_regex = op == '~'                      # as in pyrocore
-        if match_as_regex:
-            value = f'/{value}/'
-        elif op == '==' and field.kind == 'tags':       # this one and no other
-            value = ':' + value
-        op = '=' if op in ('==', '!=', '<>', '~') else op
-        parts = value.split(',') if op == '=' and not match_as_regex else [value]
-        if '' in parts and len(parts) > 1:
-            raise UserError('a value is missing beside a comma')
-        parts = [part.replace(COMMA, ',') for part in parts]
-        self.classes += [name + op + part for part in parts if has_class(field.kind, part)]
-        return joined([leaf(name, field, op, part, negated) for part in parts], negated)
-
+# --- Template -----------------------------------------------------------------------------------
+# X
 
 TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
 BRANCH = re.compile(r'(if|elif|else|endif)\b\s*(.*?)\s*:?', re.S)
@@ -4776,88 +5202,6 @@ class Move(Choice):
                       quoted(facts['name']), facts['hash'])
         start_again(self.engine, item)
         removal.drop()
-
-
-BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
-
-
-def bdecode(content: bytes) -> tuple[Any, bytes]:
-    """Return the value of bencoded bytes, and the bytes of its `info`, of which comes the hash.
-
-    Raises ValueError for anything else. Text stays bytes; what follows the value is ignored,
-    as rTorrent ignores it.
-
-    >>> bdecode(b'd4:infod4:name1:aee')
-    ({b'info': {b'name': b'a'}}, b'd4:name1:ae')
-    """
-    info = b''
-
-    def value(at: int, depth: int) -> tuple[Any, int]:
-        """Return the value that begins there, and where it ends."""
-        nonlocal info
-        token = BENCODED.match(content, at)
-        if token:
-            end = token.end() + int(token[2] or 0)
-            if end <= len(content):
-                return int(token[1]) if token[1] else content[token.end():end], end
-        elif content[at:at + 1] in (b'l', b'd') and depth < 50:
-            items: list = []
-            is_list, at = content[at:at + 1] == b'l', at + 1
-            while content[at:at + 1] != b'e':
-                item, end = value(at, depth + 1)
-                if depth == 0 and len(items) % 2 and items[-1] == b'info':
-                    info = content[at:end]
-                items.append(item)
-                at = end
-            if is_list:
-                return items, at + 1
-            if len(items) % 2 == 0 and all(isinstance(key, bytes) for key in items[::2]):
-                return dict(zip(items[::2], items[1::2])), at + 1
-        raise ValueError(f'not bencoded at byte {at}')
-
-    return value(0, 0)[0], info
-
-
-METAFILE_LIMIT = 64 << 20               # bytes
-
-
-class Metafile(NamedTuple):
-    """What a .torrent file says."""
-    content: bytes
-    info_hash: str
-    name: str                           # bytes that are no UTF-8 are surrogates in it
-    tracker: str
-    main_file: str                      # name of the largest file
-
-
-def read_metafile(path: str) -> Metafile:
-    """Return a metafile; raises ValueError when it is none, or not whole."""
-    import hashlib
-    import stat
-    if not stat.S_ISREG(os.stat(path).st_mode):         # a named pipe would block for ever
-        raise ValueError('no regular file')
-    with open(path, 'rb') as stream:
-        content = stream.read(METAFILE_LIMIT + 1)
-    if not content or len(content) > METAFILE_LIMIT:
-        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}' if content else 'empty')
-    meta, info_bytes = bdecode(content)
-    info = meta.get(b'info') if isinstance(meta, dict) else None
-    if not isinstance(info, dict):
-        raise ValueError('no `info` in it')
-    name, files, pieces = info.get(b'name'), info.get(b'files'), info.get(b'pieces')
-    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
-        raise ValueError('no usable `name` in it')
-    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20 or not (
-            isinstance(files, list) or isinstance(info.get(b'length'), int)):
-        raise ValueError('no pieces, or no length in it')
-    if list(info) != sorted(info):
-        raise ValueError('the keys of `info` are not in order')
-    largest = name
-    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-        largest = max(files or [], key=lambda entry: entry[b'length'])[b'path'][-1]
-    return Metafile(content, hashlib.sha1(info_bytes).hexdigest().upper(), *(
-        text.decode('utf-8', 'surrogateescape') if isinstance(text, bytes) else ''
-        for text in (name, meta.get(b'announce'), largest)))
 
 
 class Inotify:
