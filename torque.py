@@ -1795,11 +1795,15 @@ def writing(path: str) -> Iterator[None]:
         raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
 
 
+def open_own(path: str, flags: int) -> int:
+    """Open a private file, but no link; an `opener` of open()."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 def open_private(path: str) -> Any:
     """Open a file that only its user may read, for writing; its folder is made if need be."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    return open(path, 'w', encoding='utf-8',
-                opener=lambda path, flags: os.open(path, flags, 0o600))
+    return open(path, 'w', encoding='utf-8', opener=open_own)
 
 
 def replace_file(path: str, text: str) -> None:
@@ -2989,17 +2993,58 @@ def read_metafile(path: str) -> Metafile:
 
 
 # --- Data ------------------------------------------------------------------------------------
-# Whose data is it? An item of rTorrent enters, as ask_item() tells of it; what leaves are the
-# files that are proven to be its own, or a LoggableError that says why not: every doubt keeps the
-# data. A Removal is a note in state_dir, on the disk before anything changes; it carries the
-# removal out, and a later run finishes what a crash left of it. Notes are locked by who handles
-# them, so threads and other processes may be at work beside.
+# Whose data is it? An Item of rTorrent enters; what leaves is its OwnData, proven to be its own,
+# or a LoggableError that says why not: every doubt keeps the data. A Removal is a note in
+# state_dir, on the disk before anything changes: it carries a removal out, and a later run
+# finishes what a crash has left. Notes are locked by who handles them, so other threads and
+# processes may remove something else at the same time. An owner is (address of rTorrent, hash).
 
-ITEM_FACTS = ('d.hash', 'd.name', 'd.is_open', 'd.state', 'd.hashing', 'd.base_path', 'd.directory',
-              'd.directory_base', 'd.is_multi_file', 'd.completed_bytes', 'd.timestamp.started')
-FILE_FACTS = ('f.path', 'f.frozen_path', 'f.size_bytes', 'f.completed_chunks', 'f.size_chunks',
-              'f.is_created')
+# What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
+NOTE = 'removal.'                       # names of notes begin so
+
+
+class ItemFile(NamedTuple):
+    """A file as rTorrent tells of it; each field is an f. command."""
+    path: str
+    frozen_path: str                    # where rTorrent has opened it
+    size_bytes: int
+    completed_chunks: int
+    size_chunks: int
+    is_created: int                     # does rTorrent find a file there, right now?
+
+
+class Item(NamedTuple):
+    """An item as rTorrent tells of it at one moment; each field up to `files` is a d. command."""
+    hash: str
+    name: str
+    is_open: int
+    state: int
+    hashing: int
+    base_path: str
+    directory: str
+    directory_base: str
+    is_multi_file: int
+    completed_bytes: int
+    timestamp_started: int
+    files: list[ItemFile]
+    cwd: str                            # where relative paths start from
+    default_folder: str                 # where items are put when nothing else is said
+    session: str                        # folder of the session
+    engine: Engine
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        return self.engine.address.where, self.hash
+
+    def absolute(self, path: str) -> str:
+        """Return what a path of rTorrent is from anywhere."""
+        return os.path.join(self.cwd, path)
+
+    def tell(self, *commands: tuple) -> None:
+        """Have rTorrent do commands, without the hash in them, with the item."""
+        without_errors(self.engine.tell(
+            [(name, self.hash, *params) for name, *params in commands]))
 
 
 class OwnFile(NamedTuple):
@@ -3013,36 +3058,75 @@ class OwnData(NamedTuple):
     """What an item has on the disk."""
     root: str                           # its folder, or its only file
     files: list[OwnFile]
-    folders: list[str]                  # that go with the files when they are empty, deepest first
+    folders: list[str]                  # they go when they are empty; the deepest first
 
 
-def ask_item(engine: Engine, info_hash: str) -> dict[str, Any]:
-    """Return what rTorrent says of an item now: command -> answer.
+def ask_item(engine: Engine, info_hash: str) -> Item:
+    """Return an item as it is now; raises HashNotFound where there is none."""
+    fields = Item._fields[:Item._fields.index('files')]
+    calls: list[tuple] = [
+        ('d.' + name.replace('timestamp_', 'timestamp.'), info_hash) for name in fields]
+    columns = [f'f.{name}=' for name in ItemFile._fields]
+    calls.append(('f.multicall', info_hash, '', *columns))
+    calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
+    *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
+    files = [ItemFile(*row) for row in rows]
+    return Item(*facts, files, cwd, default, session, engine)
 
-    `files` has a dict of FILE_FACTS for each file; relative paths start from `cwd`, and items
-    are put into `default` where nothing else is said.
+
+@contextlib.contextmanager
+def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
+    """Give an item that rTorrent has open, and whether it was closed before.
+
+    Base paths of a closed item are old, or empty: it is opened, and afterwards closed again.
     """
-    calls = [(command, info_hash) for command in ITEM_FACTS]
-    calls.append(('f.multicall', info_hash, '', *(command + '=' for command in FILE_FACTS)))
-    calls += [('system.cwd', ''), ('directory.default', '')]
-    answers = without_errors(engine.ask(calls))
-    item = dict(zip([*ITEM_FACTS, 'files', 'cwd', 'default'], answers))
-    item['files'] = [dict(zip(FILE_FACTS, row)) for row in item['files']]
-    return item
+    item = ask_item(engine, info_hash)
+    if item.hashing:
+        raise LoggableError('it is being checked')
+    if item.is_open:
+        yield item, False
+        return
+    try:
+        item.tell(('d.open',))
+        yield ask_item(engine, info_hash), True
+    finally:
+        with contextlib.suppress(RpcError):     # it may be erased by now
+            item.tell(('d.close',))
 
 
-def plain_part(name: str) -> str:
-    r"""Return what of a name comes through every rTorrent as it is.
+def start_again(item: Item) -> None:
+    """Bring an item to the state that it had when it was asked for."""
+    if item.state:
+        # In one request, for a crash between them would leave it stopped. d.start alone does
+        # nothing where d.state is 1 already.
+        item.tell(('d.open',), ('d.stop',), ('d.start',))
+    elif item.is_open:
+        item.tell(('d.open',))
+    else:
+        item.tell(('d.close',))
 
-    >>> plain_part('caf\xe9 1.bin') == plain_part('caf? 1.bin')
+
+def erase(item: Item) -> None:
+    """Erase an item from rTorrent; raises RpcError where that has not happened for sure."""
+    commands = [(name, item.hash) for name in ('d.stop', 'd.close', 'd.erase')]
+    try:
+        erased = item.engine.tell(commands)[-1]
+    except Unreachable as error:
+        # An answer that never came is no answer, neither yes nor no.
+        there, = item.engine.ask([('d.hash', item.hash)])
+        if isinstance(there, HashNotFound):
+            return
+        raise Unreachable(f'{error}; it is still there') from None
+    without_errors([erased])
+
+
+def plain_parts(names: Iterable[str]) -> list[str]:
+    r"""Return what of names comes through every rTorrent as it is.
+
+    >>> plain_parts(['caf\xe9 1.bin']) == plain_parts(['caf? 1.bin'])
     True
     """
-    return NOT_PLAIN.sub('', name)
-
-
-def same_plain_parts(names: Iterable[str], others: Iterable[str]) -> bool:
-    """Tell whether names may be the same, one by one, though some came through badly."""
-    return [plain_part(name) for name in names] == [plain_part(name) for name in others]
+    return [NOT_PLAIN.sub('', name) for name in names]
 
 
 def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
@@ -3061,63 +3145,58 @@ def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
             paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
         return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoggableError('its name came through badly, and its metafile in the session folder '
-                            f'does not tell the true one: {error_text(error)}') from None
+        raise LoggableError('its name came through badly, and its metafile in the session '
+                            f'folder does not tell the true one: {error_text(error)}') from None
 
 
-def true_paths(engine: Engine, item: dict[str, Any]) -> tuple[str, list[str]]:
+def true_paths(item: Item) -> tuple[str, list[str]]:
     """Return where the data of an open item is, and the names of its files in there."""
-    base = item['d.base_path']
-    for row in item['files']:
-        expected = base
-        if item['d.is_multi_file']:
-            expected += '/' + row['f.path']
-        if not base or row['f.frozen_path'] != expected:
-            raise LoggableError(f"rTorrent has {quoted(row['f.frozen_path'])} open, and not what "
-                                f'lies at {quoted(base)}')
-    root, names = os.path.join(item['cwd'], base), [row['f.path'] for row in item['files']]
-    if not any(map(DOUBTFUL.search, [root, *names])):
-        return root, names
-    session = os.path.join(item['cwd'], engine.session_path)
-    name, paths = names_of_metafile(f"{session}/{item['d.hash']}.torrent", item['d.hash'])
+    for file in item.files:
+        expected = item.base_path
+        if item.is_multi_file:
+            expected += '/' + file.path
+        if not item.base_path or file.frozen_path != expected:
+            raise LoggableError(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
+                                f'lies at {quoted(item.base_path)}')
+    root, shown = item.absolute(item.base_path), [file.path for file in item.files]
+    if not any(map(DOUBTFUL.search, [root, *shown])):
+        return root, shown
+    metafile = item.absolute(f'{item.session}/{item.hash}.torrent')
+    name, names = names_of_metafile(metafile, item.hash)
     folder, last = os.path.split(root)
-    if DOUBTFUL.search(last) and same_plain_parts([last], [name]):
+    if plain_parts([last]) == plain_parts([name]):
         last = name
-    elif DOUBTFUL.search(last):
-        folder = last
-    if DOUBTFUL.search(folder) or not same_plain_parts(names, paths):
+    true_root = os.path.join(folder, last)
+    # Surrogates are right in a name that the metafile tells, but not in what rTorrent told.
+    doubtful = DOUBTFUL.search(folder) or last != name and DOUBTFUL.search(last)
+    if doubtful or plain_parts(shown) != plain_parts(names):
         raise LoggableError(f'its path {quoted(root)} came through badly')
-    return os.path.join(folder, last), paths
+    return true_root, names
 
 
-def check_file(path: str, row: dict[str, Any]) -> os.stat_result | None:
-    """Return the status of an item's file, None where neither side has it; else LoggableError.
-
-    row: what rTorrent says of it. f.is_created is what rTorrent finds at its path right now.
-    """
+def check_file(path: str, file: ItemFile) -> OwnFile | None:
+    """Return a file of an item, None where it is not there; LoggableError where in doubt."""
     try:
         status = os.lstat(path)
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise LoggableError(f'{quoted(path)}: {error.strerror}') from None
-        if row['f.is_created']:
+        if file.is_created:
             raise LoggableError(f'rTorrent sees {quoted(path)}, and torque does not') from None
         return None
-    whole = row['f.completed_chunks'] == row['f.size_chunks'] > 0
-    if not row['f.is_created']:
+    if not file.is_created:
         raise LoggableError(f'torque sees {quoted(path)}, and rTorrent does not')
-    if stat.S_ISLNK(status.st_mode):
-        raise LoggableError(f'{quoted(path)} is a link')
     if not stat.S_ISREG(status.st_mode):
-        raise LoggableError(f'{quoted(path)} is no regular file')
-    if whole and status.st_size != row['f.size_bytes']:
-        raise LoggableError(f"{quoted(path)} has {status.st_size} bytes instead of the "
-                            f"{row['f.size_bytes']} that it is complete with")
-    return status
+        raise LoggableError(f'{quoted(path)} is a link, or no file')
+    is_whole = file.completed_chunks == file.size_chunks > 0
+    if is_whole and status.st_size != file.size_bytes:
+        raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
+                            f'{file.size_bytes} that it is complete with')
+    return OwnFile(path, status.st_dev, status.st_ino)
 
 
-def folders_between(root: str, paths: Iterable[str]) -> list[str]:
-    """Return the folders that hold files, up to and with `root`, the deepest first."""
+def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
+    """Return the folders that files are in, up to `root`; the deepest first."""
     found = {root}
     for path in paths:
         folder = os.path.dirname(path)
@@ -3127,152 +3206,104 @@ def folders_between(root: str, paths: Iterable[str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def own_data(engine: Engine, item: dict[str, Any], fresh: bool) -> OwnData:
+def own_data(item: Item, fresh: bool) -> OwnData:
     """Return what an open item has on the disk, proven to be its own; else LoggableError.
 
-    fresh: it was not open before, so that its files are no further than by name its own.
+    fresh: it was not open before.
     """
-    if not item['d.is_open']:
+    if not item.is_open:
         raise LoggableError('rTorrent cannot open it')
-    require_same_files(engine)
-    root, names = true_paths(engine, item)
+    require_same_files(item.engine)
+    root, names = true_paths(item)
     paths, folders = [root], []
-    if item['d.is_multi_file']:
+    if item.is_multi_file:
         paths = [f'{root}/{name}' for name in names]
-        folders = folders_between(root, paths)
-    files = []
-    for path, row in zip(paths, item['files']):
-        if '..' in path[len(root):].split('/'):
-            raise LoggableError(f'{quoted(path)} leads out of {quoted(root)}')
-        status = check_file(path, row)
-        if status:
-            files.append(OwnFile(path, status.st_dev, status.st_ino))
+        folders = folders_up_to(root, paths)
     for folder in folders:
-        if os.path.islink(folder):
-            raise LoggableError(f'{quoted(folder)} is a link')
-    # A user's file may lie where an item would have its own: before it is checked or written, no
-    # piece of it is there.
-    begun = item['d.timestamp.started'] and not fresh
-    if files and not item['d.completed_bytes'] and not begun:
+        if os.path.islink(folder) or os.path.basename(folder) == '..':
+            raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
+    files = [check_file(path, file) for path, file in zip(paths, item.files)]
+    own = [file for file in files if file]
+    # A user's file may lie where an item that has nothing yet would have its own.
+    begun = item.timestamp_started and not fresh
+    if own and not item.completed_bytes and not begun:
         raise LoggableError(f'{quoted(root)} may not be its own: rTorrent has no piece of it')
-    shared = [identity(os.path.join(item['cwd'], name)) for name in ('', item['default'])]
-    named = same_plain_parts([os.path.basename(root)], [item['d.name']])
-    if folders and (not named or identity(root) in shared):
-        folders.remove(root)            # other downloads may come to lie in it
-    return OwnData(root, files, folders)
-
-
-@contextlib.contextmanager
-def opened(engine: Engine, info_hash: str) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Give what rTorrent says of an item that it has open, and whether it was closed before.
-
-    Base paths of a closed item are old, or empty: it is opened, and afterwards closed again.
-    """
-    item = ask_item(engine, info_hash)
-    if item['d.hashing']:
-        raise LoggableError('it is being checked')
-    if item['d.is_open']:
-        yield item, False
-        return
-    try:
-        without_errors(engine.tell([('d.open', info_hash)]))
-        yield ask_item(engine, info_hash), True
-    finally:
-        with contextlib.suppress(RpcError):     # an item that was erased meanwhile is no error
-            engine.tell([('d.close', info_hash)])
-
-
-def start_again(engine: Engine, item: dict[str, Any]) -> None:
-    """Bring an item to the state that it had when it was asked for."""
-    commands = ['d.open']
-    if item['d.state']:                 # d.start alone does nothing where d.state is 1 already
-        commands += ['d.stop', 'd.start']
-    elif not item['d.is_open']:
-        commands = ['d.close']
-    # In one request: a crash between them would leave it stopped.
-    without_errors(engine.tell([(command, item['d.hash']) for command in commands]))
-
-
-def erase(engine: Engine, item: dict[str, Any]) -> None:
-    """Erase an item from rTorrent; raises RpcError where that did not happen for sure."""
-    info_hash = item['d.hash']
-    try:
-        answer = engine.tell([(command, info_hash)
-                              for command in ('d.stop', 'd.close', 'd.erase')])[-1]
-    except Unreachable as error:        # no answer is none, neither yes nor no: ask
-        answer, = engine.ask([('d.hash', info_hash)])
-        if isinstance(answer, HashNotFound):
-            return
-        raise Unreachable(f'{error}; it is still there') from None
-    if isinstance(answer, RpcError):
-        raise answer
+    # Other downloads may come to lie in a folder that is not named after this one.
+    common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
+    named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
+    if folders and (not named or identity(root) in common):
+        folders.remove(root)
+    return OwnData(root, own, folders)
 
 
 def freed_by(data: OwnData) -> int:
     """Return the bytes that deleting data frees: none of a file with a hard link elsewhere."""
-    stats = [os.lstat(file.path) for file in data.files]
-    links = collections.Counter((status.st_dev, status.st_ino) for status in stats)
-    return sum(status.st_blocks * 512 // status.st_nlink for status in stats
-               if links[status.st_dev, status.st_ino] == status.st_nlink)
+    links = collections.Counter((file.device, file.inode) for file in data.files)
+    freed = 0
+    for file in data.files:
+        status = os.lstat(file.path)
+        if links[file.device, file.inode] == status.st_nlink:
+            freed += status.st_blocks * 512 // status.st_nlink
+    return freed
 
 
 class Users:
     """Which items use which folders and lone files, by identity.
 
-    An owner is (address of rTorrent, hash). Raises LoggableError where one cannot be told.
+    All items of all rTorrents that are given; LoggableError where what one uses is not known.
     """
 
     def __init__(self, engines: Iterable[Engine]):
         self.engines = {engine.address.where: engine for engine in engines}
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
-        self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, folder's identity)
-        self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names in it
+        self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
+        self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
         for engine in self.engines.values():
             self.add_engine(engine)
 
     def add_engine(self, engine: Engine) -> None:
-        """Add all items of an rTorrent, by directory and by base path: one of them may be old."""
+        """Add all items of an rTorrent, by directory and by base path: one may be old."""
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
         cwd, = without_errors(engine.ask([('system.cwd', '')]))
-        for info_hash, base, directory, name, is_multi in zip(*(columns[need] for need in needs)):
+        for info_hash, base, directory, name, is_multi in zip(*columns.values()):
             if directory and not is_multi:
                 directory = os.path.join(directory, name)
-            for place in {base, directory} - {''}:
-                try:
+            try:
+                for place in {base, directory} - {''}:
                     for path in self.meanings(os.path.join(cwd, place)):
                         self.add((engine.address.where, info_hash), path)
-                except OSError as error:
-                    raise LoggableError(f'what item {quoted(name)} {info_hash} uses cannot be told: '
-                                        f'{quoted(error.filename)}: {error.strerror}') from None
+            except OSError as error:
+                raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
+                                    f'{quoted(error.filename)}: {error.strerror}') from None
 
     def meanings(self, path: str) -> list[str]:
-        """Return the paths on the disk that a path may mean which came through badly."""
+        """Return the paths on the disk that one may mean which came through badly."""
         if not DOUBTFUL.search(path):
             return [path]
         paths = ['/']
         for part in path.split('/'):
-            if DOUBTFUL.search(part):
-                paths = [os.path.join(folder, name) for folder in paths
-                         for name in self.names_in(folder).get(plain_part(part), ())]
-            else:
-                paths = [os.path.join(folder, part) for folder in paths]
+            found = []
+            for folder in paths:
+                names = [part]
+                if DOUBTFUL.search(part):
+                    names = self.like(folder, part)
+                found += [os.path.join(folder, name) for name in names]
+            paths = found
         return paths
 
-    def names_in(self, folder: str) -> dict[str, list[str]]:
-        """Return the names in a folder by their plain parts."""
+    def like(self, folder: str, name: str) -> list[str]:
+        """Return the names in a folder that one may mean."""
         if folder not in self.names:
-            names = self.names[folder] = {}
-            try:
-                for name in os.listdir(folder):
-                    names.setdefault(plain_part(name), []).append(name)
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    raise
-        return self.names[folder]
+            self.names[folder] = {}
+            if identity(folder):
+                there = os.listdir(folder)
+                for plain, other in zip(plain_parts(there), there):
+                    self.names[folder].setdefault(plain, []).append(other)
+        return self.names[folder].get(plain_parts([name])[0], [])
 
     def add(self, owner: tuple[str, str], path: str) -> None:
-        """Add a file, or a folder and all folders and linked files below it, links followed."""
+        """Add a file, or a folder with all that is below it, links followed."""
         left, known = [path], set()
         while left:
             path = left.pop()
@@ -3292,88 +3323,92 @@ class Users:
                 continue
 
     def of(self, data: OwnData, but: Iterable[tuple[str, str]] = ()) -> dict[tuple, str]:
-        """Return who else may use data, owner -> path, without those named in `but`."""
+        """Return who may use some of the data, owner -> path, without those in `but`."""
         users: dict[tuple, str] = {}
         for file in data.files:
             folder = identity(os.path.dirname(file.path))
-            users.update(self.folders.get(folder, ()))          # type: ignore[arg-type]
-            for owner, path, its_folder in self.files.get((file.device, file.inode), ()):
-                # Else it may be a hard link, which does not need this one.
-                if folder == its_folder or os.lstat(file.path).st_nlink == 1:
+            if folder in self.folders:
+                users.update(self.folders[folder])
+            for owner, path, other in self.files.get((file.device, file.inode), ()):
+                # In another folder it is a hard link, which does not need this one.
+                if folder == other or os.lstat(file.path).st_nlink == 1:
                     users[owner] = path
-        for owner in but:
-            users.pop(owner, None)
-        return users
+        return {owner: path for owner, path in users.items() if owner not in but}
 
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
         """Tell whether an item has all files of data in its own list, too."""
         where, info_hash = owner
         item = ask_item(self.engines[where], info_hash)
-        has = set()
-        for base in {item['d.base_path'], item['d.directory']} - {''}:
-            for row in item['files']:
-                has.add(identity(os.path.join(item['cwd'], base, row['f.path'])))
-                has.add(identity(os.path.join(item['cwd'], base)))
-        return all((file.device, file.inode) in has for file in data.files)
+        known = set()
+        for base in {item.base_path, item.directory} - {''}:
+            known.add(identity(item.absolute(base)))
+            for file in item.files:
+                known.add(identity(item.absolute(f'{base}/{file.path}')))
+        return all((file.device, file.inode) in known for file in data.files)
 
 
-def copy_data(data: OwnData, new_root: str) -> None:
-    """Have a whole copy of data on the disk, as hard links where that is possible."""
+def copy_data(data: OwnData, root: str) -> None:
+    """Have a whole copy of data at a new root, as hard links where that is possible."""
     import shutil
     folders = {}                        # of the copy -> its original
     for file in data.files:
-        copy = new_root + file.path[len(data.root):]
+        copy = root + file.path[len(data.root):]
         folder, original = os.path.dirname(copy), os.path.dirname(file.path)
-        while file.path != data.root and folder not in folders and folder >= new_root:
+        os.makedirs(folder, exist_ok=True)
+        while len(original) >= len(data.root):
             folders[folder] = original
             folder, original = os.path.dirname(folder), os.path.dirname(original)
-        os.makedirs(os.path.dirname(copy), exist_ok=True)
         before = os.lstat(file.path)
         try:
             os.link(file.path, copy)
         except OSError:                 # another file system, or one without hard links
             copy_file(file.path, copy)
         after = os.lstat(file.path)
-        if (before.st_ino, before.st_size, before.st_mtime_ns) != (
-                file.inode, after.st_size, after.st_mtime_ns):
+        if before.st_ino != file.inode or (before.st_size, before.st_mtime_ns) != (
+                after.st_size, after.st_mtime_ns):
             raise LoggableError(f'{quoted(file.path)} changed while it was copied')
     for folder, original in folders.items():
         give_owner(folder, os.stat(original))
         with contextlib.suppress(OSError):
             shutil.copystat(original, folder)
         sync(folder)
-    sync(os.path.dirname(new_root))
+    sync(os.path.dirname(root))
 
 
 def require_room(data: OwnData, folder: str) -> None:
-    """Raise LoggableError where the disk that a folder is on, or will be, has no room for data."""
+    """Raise LoggableError where the disk of a folder, made or not, has no room for data."""
     device, free = disk_of(folder)
     needed = 0
     for file in data.files:
-        if file.device != device:       # else hard links will do
+        if file.device != device:       # else a hard link will do
             needed += os.lstat(file.path).st_blocks * 512
     if needed > (free or 0):
-        raise LoggableError(f'not moved: no room: {show_size(needed)} are needed at '
-                            f'{quoted(folder)}, {show_size(free or 0)} are free')
+        raise LoggableError(f'no room: {show_size(needed)} are needed at {quoted(folder)}, '
+                            f'{show_size(free or 0)} are free')
 
 
 class Removal:
-    """A note of data that is going to be removed: JSON in its first line, then steps that were done.
+    """A note of what is going to be removed: JSON in its first line, then steps that were done.
 
-    It is on the disk before anything changes, and goes last. It stays locked until close().
+    It is on the disk before anything changes, and goes last. Until close() it is locked.
     """
 
     def __init__(self, path: str, stream: Any, facts: dict[str, Any], steps: list[str]):
-        self.path, self.stream, self.facts, self.steps = path, stream, facts, steps
+        self.path, self.stream = path, stream
+        self.facts, self.steps = facts, steps
+        files = [OwnFile(*file) for file in facts['files']]
+        self.data = OwnData(facts['root'], files, facts['folders'])
+
+    def __str__(self) -> str:
+        return f"{quoted(self.facts['name'])} {self.facts['hash']}"
 
     @classmethod
-    def begin(cls, folder: str, engine: Engine, item: dict[str, Any], data: OwnData,
-              **facts: Any) -> Removal:
+    def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
         """Write a note. Raises LoggableError where another run has one for the same item."""
         import fcntl
-        facts.update(engine=engine.address.where, session=engine.session_path, hash=item['d.hash'],
-                     name=item['d.name'], files=data.files, folders=data.folders, root=data.root)
-        path = os.path.join(folder, f"removal.{item['d.hash']}")
+        facts.update(data._asdict(), name=item.name, hash=item.hash,
+                     engine=item.engine.address.where, session=item.session)
+        path = os.path.join(folder, NOTE + item.hash)
         unfinished = f'{path}.{os.getpid()}.{threading.get_ident()}'
         with writing(path):
             stream = open_private(unfinished)
@@ -3384,11 +3419,10 @@ class Removal:
                 os.fsync(stream.fileno())
                 os.link(unfinished, path)       # it is locked from its first moment on
                 sync(folder)
-            except FileExistsError:
+            except BaseException as error:
                 stream.close()
-                raise LoggableError(f'another run is at it, or was ended: {path}') from None
-            except BaseException:
-                stream.close()
+                if isinstance(error, FileExistsError):
+                    raise LoggableError(f'another run is at it, or was ended: {path}') from None
                 raise
             finally:
                 os.remove(unfinished)
@@ -3399,27 +3433,22 @@ class Removal:
         """Return the note that an ended run has left, None where its run goes on."""
         import fcntl
         try:
-            stream = open(path, 'r+', encoding='utf-8', opener=lambda path, flags: os.open(
-                path, flags | os.O_NOFOLLOW))
+            stream = open(path, 'r+', encoding='utf-8', opener=open_own)
         except FileNotFoundError:
             return None
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:
+            if os.fstat(stream.fileno()).st_nlink:      # else it was dropped just now
                 first, *steps = stream.read().splitlines()
                 return cls(path, stream, json.loads(first), steps)
         except BlockingIOError:
             pass
-        except ValueError as error:     # it was not whole yet: nothing had begun
+        except (ValueError, KeyError, TypeError) as error:
+            # It was not whole yet: nothing had begun.
             logging.getLogger('torque.data').info('%s is no note of a removal: %s', path, error)
             os.remove(path)
         stream.close()
         return None
-
-    def data(self) -> OwnData:
-        """Return the data that the note is of."""
-        files = [OwnFile(*file) for file in self.facts['files']]
-        return OwnData(self.facts['root'], files, self.facts['folders'])
 
     def mark(self, step: str) -> None:
         """Add a step that was done, on the disk when this returns."""
@@ -3430,36 +3459,32 @@ class Removal:
         self.steps.append(step)
 
     def remove_files(self) -> int:
-        """Delete the files that are still the same, then folders that are empty; count others.
+        """Delete the files that are still the same, then empty folders; count the others.
 
         Raises LoggableError where the system refuses to.
         """
-        data, others, refused = self.data(), 0, None
-        for file in data.files:
+        others, refused = 0, None
+        for file in self.data.files:
             folder, name = os.path.split(file.path)
+            handle = None
             try:
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    refused = error
-                continue
-            try:
                 status = os.stat(name, dir_fd=handle, follow_symlinks=False)
                 if (status.st_dev, status.st_ino) == (file.device, file.inode):
                     os.unlink(name, dir_fd=handle)
                 else:
                     others += 1
-            except FileNotFoundError:
-                pass
             except OSError as error:
-                refused = error
+                if error.errno not in NOT_THERE:
+                    refused = error
             finally:
-                os.close(handle)
-        for folder in data.folders:
+                if handle is not None:
+                    os.close(handle)
+        for folder in self.data.folders:
             with contextlib.suppress(OSError):      # something else is in it
                 os.rmdir(folder)
         if refused:
-            raise LoggableError(f'not all data at {quoted(data.root)} is deleted: '
+            raise LoggableError(f'not all data at {quoted(self.data.root)} is deleted: '
                                 f'{refused.strerror}; it is tried again in the next run')
         return others
 
@@ -3474,25 +3499,28 @@ class Removal:
         self.stream.close()
 
 
-def left_removals(folder: str) -> Iterator[Removal]:
-    """Give the notes that ended runs have left in state_dir, each locked until the next one."""
+def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
+    """Give the notes of an rTorrent that ended runs have left, each locked until the next."""
+    names = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for name in sorted(os.listdir(folder)):
-            removal = None
-            if name.startswith('removal.'):
-                removal = Removal.take_up(os.path.join(folder, name))
-            if removal:
-                with contextlib.closing(removal):
+        names = sorted(os.listdir(folder))
+    for name in names:
+        removal = None
+        if name.startswith(NOTE):
+            removal = Removal.take_up(os.path.join(folder, name))
+        if removal:
+            with contextlib.closing(removal):
+                if removal.facts['engine'] == engine.address.where:
                     yield removal
 
 
-def why_not_finished(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
-    """Return why the data of a left note is kept after all, '' where it is to go.
+def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
+    """Return why the data of a note that was left is kept, '' where it is to go.
 
-    It goes where its item was erased for sure and nobody uses the data by now.
+    It goes where its item was erased for sure, and nobody uses the data by now.
     """
     facts = removal.facts
-    if facts['session'] != engine.session_path:
+    if [facts['session']] != engine.ask([('session.path', '')]):
         return 'that was another rTorrent'
     if 'erased' not in removal.steps:
         hashes = fetch_columns(engine, 'default', ['d.hash'])['d.hash']
@@ -3501,43 +3529,39 @@ def why_not_finished(removal: Removal, engine: Engine, engines: Iterable[Engine]
         if not hashes:
             return 'rTorrent has no items at all'
     if not facts['shared']:
-        for _, path in Users(engines).of(removal.data()).items():
+        for path in Users(engines).of(removal.data).values():
             return f'another item uses {quoted(path)}'
     return ''
 
 
 class PromisedSpace:
-    """Bytes of each disk that deleting should have freed and that did not appear yet.
+    """Bytes of each disk that deleting should have freed and that have not appeared yet.
 
-    Snapshots and open files keep them. They are kept in a file, and forgotten after a week.
+    Snapshots and open files keep them. A file remembers, for a week at most.
     """
     KEPT = 7 * 86400                    # seconds
 
     def __init__(self, path: str):
         self.path, self.text = path, '{}'
-        self.disks: dict[str, dict[str, float]] = {}    # device -> bytes, free, since
-        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        self.disks: dict[str, list[float]] = {}     # device -> bytes, free then, Unix seconds
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             with open(path, encoding='utf-8') as stream:
                 self.text = stream.read()
-            for disk, row in json.loads(self.text).items():
-                self.disks[disk] = {name: float(row[name]) for name in ('bytes', 'free', 'since')}
+            for disk, (promised, free, since) in json.loads(self.text).items():
+                self.disks[disk] = [float(promised), float(free), float(since)]
 
-    def add(self, disk: int, freed: int, free: int, now: float) -> None:
-        """Note that so much should appear on a disk that had `free` bytes."""
-        owed = self.owed(disk, free, now)
-        self.disks[str(disk)] = {'bytes': owed + freed, 'free': free, 'since': now}
-
-    def owed(self, disk: int, free: int, now: float) -> int:
+    def owed(self, disk: int, free: int, now: float) -> float:
         """Return what has not appeared yet, now that a disk has `free` bytes."""
-        row = self.disks.get(str(disk))
-        if row is None:
+        promised, before, since = self.disks.get(str(disk), (0, 0, 0))
+        if not 0 <= now - since < self.KEPT:
             return 0
-        row['bytes'] -= min(max(free - row['free'], 0), row['bytes'])
-        row['free'] = free
-        if not 0 <= now - row['since'] < self.KEPT:
-            del self.disks[str(disk)]
-            return 0
-        return int(row['bytes'])
+        left = max(promised - max(free - before, 0), 0)
+        self.disks[str(disk)] = [left, free, since]
+        return left
+
+    def add(self, disk: int, free: int, freed: int, now: float) -> None:
+        """Expect a disk that has `free` bytes to have so many more soon."""
+        self.disks[str(disk)] = [self.owed(disk, free, now) + freed, free, now]
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
@@ -4351,6 +4375,10 @@ class Choice(Job):
         return in_order(list_torrents(self.engine, config.view or 'main', [
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
 
+    def engines(self) -> list[Engine]:
+        """Return all rTorrents of the configuration, that of the job among them."""
+        return [self.engine, *(self.config.engines or ())]
+
     def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
         """Log which torrents are left alone for now."""
         level = logging.DEBUG
@@ -4609,6 +4637,7 @@ def throttle_commands(item: Torrent, args: str) -> list[tuple]:
 
 # Action -> fields that it needs, and the commands for an item, without its hash, that it comes to;
 # none where there is nothing to do. What has no such function is a method of Action.
+CLOSED = '; it is closed: which files are its own is known once it has been opened for that'
 ACTION_COMMANDS: dict[str, tuple[str, Callable | None]] = {
     'start': ('is_active', start_commands), 'stop': ('is_active d_state', stop_commands),
     'close': ('is_open d_state', close_commands), 'open': ('is_open', open_commands),
@@ -4742,49 +4771,45 @@ class Action(Choice):
     def cull(self, torrent: Torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
         if self.is_enough(torrent['path']):
-            self.hold_back([torrent], f'{show_size(self.config.until_free)} are free without it')
+            free = show_size(self.config.until_free)
+            self.hold_back([torrent], f'{free} are free without it')
             return False
         require_same_files(self.engine)
         if self.dry_run and not torrent['is_open']:
-            self.announce('cull', torrent, '; it is closed: which files are its own is known when '
-                          'it has been opened for that')
-            self.promise(*disk_of(torrent['path']), torrent['d_completed_bytes'])
+            self.announce('cull', torrent, CLOSED)
+            self.promise(torrent['path'], torrent['d_completed_bytes'])
             return True
         with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(self.engine, item, fresh)
-            kept, why = self.without_users(item, data)
-            if not data.files and item['d.completed_bytes']:
+            data = own_data(item, fresh)
+            if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
                                     'is for an item without')
-            for folder in {os.path.dirname(file.path) for file in kept.files}:
+            data, why = self.without_users(item, data)
+            for folder in {os.path.dirname(file.path) for file in data.files}:
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise LoggableError(f'nothing can be deleted in {quoted(folder)}')
-            freed = freed_by(kept)
+            freed = freed_by(data)
             if self.config.until_free and not freed:
                 self.hold_back([torrent], 'deleting it frees nothing')
                 return False
-            if not self.announce('cull', torrent, why,
-                                 f'with {len(kept.files)} files at {quoted(data.root)}'):
-                self.gone.append((self.engine.address.where, torrent['hash']))
-                self.promise(*disk_of(data.root), freed)
-                return True
-            self.erase_with_data(item, kept, freed)
+            shown = f'with {len(data.files)} files at {quoted(data.root)}'
+            if self.announce('cull', torrent, why or shown):
+                self.erase_with_data(item, data, freed)
+            else:
+                self.gone.append(item.owner)
+                self.promise(data.root, freed)
         return True
 
-    def engines(self) -> list[Engine]:
-        """Return all rTorrents of the configuration, that of the job first."""
-        return [self.engine, *(self.config.engines or ())]
-
-    def without_users(self, item: dict[str, Any], data: OwnData) -> tuple[OwnData, str]:
+    def without_users(self, item: Item, data: OwnData) -> tuple[OwnData, str]:
         """Return the data that goes with an item, and why not all of it.
 
-        Data that another item has in its own list, all of it, stays with that one; where they
-        only overlap the item is held back, for nobody would know of the rest.
+        Data that another item has in its own list, too, stays for that one. Where they only
+        overlap the item is held back, for afterwards nobody would know of the rest.
         """
         if self.config.shared == 'delete' or not data.files:
             return data, ''
         users = Users(self.engines())
-        others = users.of(data, [(self.engine.address.where, item['d.hash']), *self.gone])
+        others = users.of(data, [item.owner, *self.gone])
         for owner, path in others.items():
             if users.has_all(owner, data):
                 return data._replace(files=[], folders=[]), \
@@ -4793,19 +4818,19 @@ class Action(Choice):
             raise LoggableError(f'another item may use its data: {quoted(path)}')
         return data, ''
 
-    def erase_with_data(self, item: dict[str, Any], data: OwnData, freed: int) -> None:
+    def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
         """Write down what is going to be removed, erase the item, and delete the data."""
         device, free = disk_of(data.root)
-        removal = Removal.begin(self.config.state_dir, self.engine, item, data,
-                                shared=self.config.shared == 'delete')
+        shared = self.config.shared == 'delete'
+        removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
         with contextlib.closing(removal):
             try:
-                erase(self.engine, item)
-            except Unreachable:         # the next run finds out; the note stays
+                erase(item)
+            except Unreachable:         # the note stays, and the next run asks again
                 raise
             except RpcError:
                 removal.drop()
-                start_again(self.engine, item)
+                start_again(item)
                 raise
             try:
                 removal.mark('erased')
@@ -4813,34 +4838,32 @@ class Action(Choice):
             except LoggableError as error:      # the item is gone, and counts
                 self.failures.append(error)
                 self.LOG.warning('%s', error)
-        if self.config.until_free:
-            self.promise(device, free, freed)
-            self.promised.save()
+        if device is not None and free is not None:
+            self.promised.add(device, free, freed, time.time())
 
     def delete(self, removal: Removal) -> None:
-        """Delete the data of a note, then the note; LoggableError where some cannot be deleted."""
+        """Delete the data of a note, and the note; LoggableError where some cannot be deleted."""
         others = removal.remove_files()
         if others:
             self.LOG.warning('%d files at %s stay: they were changed meanwhile', others,
-                             quoted(removal.facts['root']))
+                             quoted(removal.data.root))
         removal.drop()
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
-        for removal in left_removals(self.config.state_dir):
-            facts = removal.facts
-            if facts.get('new') or facts['engine'] != self.engine.address.where:
-                continue                # a Move's, or of another rTorrent
-            shown = f"{quoted(facts['name'])} {facts['hash']}"
-            why = why_not_finished(removal, self.engine, self.engines())
+        for removal in left_removals(self.config.state_dir, self.engine):
+            if 'new' in removal.facts:          # it is of a Move
+                continue
+            root = quoted(removal.data.root)
+            why = why_keep(removal, self.engine, self.engines())
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
-                                 shown, quoted(facts['root']), why)
+                                 removal, root, why)
                 removal.drop()
-                continue
-            require_same_files(self.engine)
-            self.LOG.info('removing the rest of %s at %s', shown, quoted(facts['root']))
-            self.delete(removal)
+            else:
+                require_same_files(self.engine)
+                self.LOG.info('removing the rest of %s at %s', removal, root)
+                self.delete(removal)
 
     def is_enough(self, path: str) -> bool:
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
@@ -4848,14 +4871,15 @@ class Action(Choice):
             return False
         device, free = disk_of(path)
         if device is None or free is None:
-            return True                 # it is not known what deleting would bring
+            return True                 # what deleting would bring is not known
         owed = self.promised.owed(device, free, time.time())
         return free + owed >= self.config.until_free
 
-    def promise(self, device: int | None, free: int | None, freed: int) -> None:
-        """Expect a disk, which has so much free, to have so much more from now on."""
+    def promise(self, path: str, freed: int) -> None:
+        """Count what deleting data at a path would free, in a dry run."""
+        device, free = disk_of(path)
         if device is not None and free is not None:
-            self.promised.add(device, freed, free, time.time())
+            self.promised.add(device, free, freed, time.time())
 
 
 class Command(Job):
@@ -4967,42 +4991,43 @@ class Move(Choice):
     """Move the data of torrents that meet a condition, and tell rTorrent.
 
     The data becomes whole at the target first, as hard links or as copies, in a temporary
-    folder; then rTorrent is told; then the source is removed. A note in state_dir says all that,
-    so that after a crash at any moment the torrent has whole data, and the next run goes on.
+    folder; then rTorrent is told; then the source is removed. A Removal has noted all that:
+    after a crash at any moment the torrent has whole data, and the next run goes on.
     """
     options = (
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     fields = ('path', 'is_open')
-    LONGEST_PAUSE = 3600                # seconds
+    PAUSES = (60, 3600)                 # seconds, after the first failure and at most
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
-        # hash -> elapsed seconds until which it is left alone, and for how long that was: 0.9.8
-        # aborts over more than 10 tracker requests of an item in 10 s
+        # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
+        # some. hash -> until when it is left alone, and for how long, in elapsed seconds
         self.pauses: dict[str, tuple[float, float]] = {}
 
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
         if not self.dry_run:
-            self.finish_moves()
+            for removal in left_removals(self.config.state_dir, self.engine):
+                if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
+                    self.take_up(removal)
         self.each(self.chosen(), self.move)
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
-        return elapsed_time() < self.pauses.get(info_hash, (0, 0))[0]
+        until, _ = self.pauses.get(info_hash, (0, 0))
+        return elapsed_time() < until
 
     def pause(self, info_hash: str) -> None:
         """Leave an item alone, after every failure for longer."""
-        seconds = min(max(2 * self.pauses.get(info_hash, (0, 0))[1], 60), self.LONGEST_PAUSE)
+        _, last = self.pauses.get(info_hash, (0, 0))
+        first, most = self.PAUSES
+        seconds = min(max(2 * last, first), most)
         self.pauses[info_hash] = elapsed_time() + seconds, seconds
-
-    def engines(self) -> list[Engine]:
-        """Return all rTorrents of the configuration, that of the job first."""
-        return [self.engine, *(self.config.engines or ())]
 
     def move(self, torrent: Torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
@@ -5012,127 +5037,131 @@ class Move(Choice):
         if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
             raise LoggableError(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
-        there = identity(folder)
-        if there and there == identity(os.path.dirname(torrent['path'])):
+        place = identity(folder)
+        if place and place == identity(os.path.dirname(torrent['path'])):
             return False
         require_same_files(self.engine)
         if self.dry_run and not torrent['is_open']:
-            self.announce('moving', torrent, 'to', quoted(folder), '; it is closed: which files '
-                          'are its own is known when it has been opened for that')
-            return True
+            return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
         with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(self.engine, item, fresh)
-            target = os.path.join(folder, os.path.basename(data.root))
-            if there and there == identity(os.path.dirname(data.root)):
+            data = own_data(item, fresh)
+            root = quoted(data.root)
+            if place and place == identity(os.path.dirname(data.root)):
                 return False
-            self.check(item, data, folder, target)
-            if self.announce('moving', torrent, 'from', quoted(data.root), 'to', quoted(folder)):
+            target = os.path.join(folder, os.path.basename(data.root))
+            try:
+                self.check(item, data, target)
+            except LoggableError as error:
+                raise LoggableError(f'not moved: {error}') from None
+            if self.announce('moving', torrent, 'from', root, 'to', quoted(folder)):
                 if fresh:
-                    item['d.is_open'] = 0       # that is what it shall be afterwards, too
+                    item = item._replace(is_open=0)     # as it shall be afterwards
                 self.carry_out(item, data, target)
         return True
 
-    def check(self, item: dict[str, Any], data: OwnData, folder: str, target: str) -> None:
+    def check(self, item: Item, data: OwnData, target: str) -> None:
         """Raise LoggableError where an item is better not moved."""
         if not data.files:
-            raise LoggableError(f'not moved: there is no data at {quoted(data.root)}')
-        for row in item['files']:
-            if row['f.size_bytes'] and row['f.completed_chunks'] and not row['f.is_created']:
-                raise LoggableError(f"not moved: {quoted(row['f.frozen_path'])} is not there")
-        place = folder
-        while place != os.path.dirname(place):
-            if identity(place) == identity(data.root):
-                raise LoggableError(f'not moved: {quoted(folder)} lies in it')
-            place = os.path.dirname(place)
-        users, own = Users(self.engines()), [(self.engine.address.where, item['d.hash'])]
-        there = self.data_at(data, target)
-        for path in [*users.of(data, own).values(), *users.of(there, own).values()]:
-            raise LoggableError(f'not moved: another item uses {quoted(path)}')
-        if os.path.lexists(target) and len(there.files) < len(data.files):
-            raise LoggableError(f'not moved: {quoted(target)} exists: nothing is overwritten')
+            raise LoggableError(f'there is no data at {quoted(data.root)}')
+        for file in item.files:
+            if file.size_bytes and file.completed_chunks and not file.is_created:
+                raise LoggableError(f'{quoted(file.frozen_path)} is not there')
+        folder = os.path.dirname(target)
+        above = folder
+        while above != os.path.dirname(above):
+            if identity(above) == identity(data.root):
+                raise LoggableError(f'{quoted(folder)} lies in it')
+            above = os.path.dirname(above)
+        users, there = Users(self.engines()), self.data_at(data, target)
+        for part in (data, there):
+            for path in users.of(part, [item.owner]).values():
+                raise LoggableError(f'another item uses {quoted(path)}')
         if not os.path.lexists(target):
             require_room(data, folder)
+        elif len(there.files) < len(data.files):
+            raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
 
     @staticmethod
     def data_at(data: OwnData, target: str) -> OwnData:
-        """Return those files of data that are at the target, too, of the same size."""
+        """Return those files of data that are at the target, too, and have the same size."""
         files = []
         for file in data.files:
             path = target + file.path[len(data.root):]
             with contextlib.suppress(OSError):
-                status = os.lstat(path)
-                if stat.S_ISREG(status.st_mode) and status.st_size == os.stat(file.path).st_size:
+                status, size = os.lstat(path), os.lstat(file.path).st_size
+                if stat.S_ISREG(status.st_mode) and status.st_size == size:
                     files.append(OwnFile(path, status.st_dev, status.st_ino))
         return OwnData(target, files, [])
 
-    def carry_out(self, item: dict[str, Any], data: OwnData, target: str) -> None:
+    def carry_out(self, item: Item, data: OwnData, target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
-        folder, info_hash = os.path.dirname(target), item['d.hash']
+        folder = os.path.dirname(target)
         make_folders(folder)
-        copy = make_empty(os.path.join(folder, f'.torque-{info_hash}'))
+        copy = make_empty(os.path.join(folder, f'.torque-{item.hash}'))
         new = folder
-        if item['d.is_multi_file']:
+        if item.is_multi_file:
             new = target
         try:
             removal = Removal.begin(
-                self.config.state_dir, self.engine, item, data, new=new, target=target, copy=copy,
-                copy_identity=identity(copy), state=item['d.state'], is_open=item['d.is_open'],
-                shared=False)
+                self.config.state_dir, item, data, new=new, target=target, copy=copy,
+                copy_identity=identity(copy), state=item.state, is_open=item.is_open)
         except BaseException:
             os.rmdir(copy)
             raise
         with contextlib.closing(removal):
             try:
-                self.bring(item, data, removal)
+                self.bring(item, removal)
             except BaseException:
                 self.undo(item, removal)
                 raise
-            removal.mark('told')
             self.finish(item, removal)
 
-    def bring(self, item: dict[str, Any], data: OwnData, removal: Removal) -> None:
+    def bring(self, item: Item, removal: Removal) -> None:
         """Have the data at the target, and rTorrent use it there."""
-        facts, info_hash = removal.facts, item['d.hash']
-        target, made = facts['target'], os.path.join(facts['copy'], os.path.basename(data.root))
-        without_errors(self.engine.tell([('d.close', info_hash)]))     # d.state stays as it is
+        data, new, target = removal.data, removal.facts['new'], removal.facts['target']
+        item.tell(('d.close',))         # d.state stays as it is
         if os.path.lexists(target):
             for file in data.files:
                 if not same_content(file.path, target + file.path[len(data.root):]):
                     raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         else:
+            made = self.made(removal)
             copy_data(data, made)
-            if without_errors(self.engine.ask([('d.is_open', info_hash)])) != [0]:
+            if ask_item(self.engine, item.hash).is_open:
                 raise LoggableError('it was opened while its data was copied')
             rename_new(made, target)
             removal.mark('copied')
-        new = facts['new']
-        without_errors(self.engine.tell([('d.directory_base.set', info_hash, new)]))
-        if without_errors(self.engine.ask([('d.directory_base', info_hash)])) != [new]:
+        item.tell(('d.directory_base.set', new))
+        if ask_item(self.engine, item.hash).directory_base != new:
             raise LoggableError(f'rTorrent took {quoted(new)} for something else')
-        self.open_data(item, data, target)
-        without_errors(self.engine.tell([('d.save_full_session', info_hash)]))
+        self.open_data(item, removal)
+        item.tell(('d.save_full_session',))
 
-    def open_data(self, item: dict[str, Any], data: OwnData, target: str) -> None:
+    @staticmethod
+    def made(removal: Removal) -> str:
+        """Return the root of the copy in the temporary folder."""
+        return os.path.join(removal.facts['copy'], os.path.basename(removal.data.root))
+
+    def open_data(self, item: Item, removal: Removal) -> None:
         """Have rTorrent open an item; LoggableError where it does not find all files."""
-        without_errors(self.engine.tell([('d.open', item['d.hash'])]))
-        now = ask_item(self.engine, item['d.hash'])
-        if sum(row['f.is_created'] for row in now['files']) < len(data.files):
-            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
-                                'the old place, too')
+        item.tell(('d.open',))
+        now = ask_item(self.engine, item.hash)
+        if sum(file.is_created for file in now.files) < len(removal.data.files):
+            target = quoted(removal.facts['target'])
+            raise LoggableError(f'rTorrent cannot open the data at {target}: it stays at the old '
+                                'place, too')
 
-    def undo(self, item: dict[str, Any], removal: Removal) -> None:
+    def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
 
         Where rTorrent is away all stays as it is, for the next run.
         """
-        facts, info_hash = removal.facts, item['d.hash']
-        self.pause(info_hash)
-        without_errors(self.engine.tell([
-            ('d.close', info_hash), ('d.directory_base.set', info_hash, item['d.directory_base'])]))
+        self.pause(item.hash)
+        item.tell(('d.close',), ('d.directory_base.set', item.directory_base))
         if 'copied' in removal.steps:
-            os.rename(facts['target'], os.path.join(facts['copy'], os.path.basename(facts['root'])))
+            os.rename(removal.facts['target'], self.made(removal))
         self.discard_copy(removal)
-        start_again(self.engine, item)
+        start_again(item)
         removal.drop()
 
     @staticmethod
@@ -5142,66 +5171,53 @@ class Move(Choice):
         if identity(copy) == tuple(removal.facts['copy_identity']):
             discard(copy)
 
-    def finish(self, item: dict[str, Any], removal: Removal) -> None:
+    def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data(), removal.facts['target']
+        data, target = removal.data, removal.facts['target']
         self.discard_copy(removal)
         left = [file for file in data.files if os.path.lexists(file.path)]
         try:
-            users = Users(self.engines()).of(data, [(self.engine.address.where, item['d.hash'])])
             why = ''
-            for path in users.values():
-                why = f'another item uses {quoted(path)}'
             if len(self.data_at(data._replace(files=left), target).files) < len(left):
                 why = f'{quoted(target)} does not have all of it'
+            for path in Users(self.engines()).of(data, [item.owner]).values():
+                why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
             else:
                 removal.remove_files()
         except BaseException:
-            self.pause(item['d.hash'])
+            self.pause(item.hash)
             raise
         finally:
-            start_again(self.engine, item)
-        self.pauses.pop(item['d.hash'], None)
+            start_again(item)
+        self.pauses.pop(item.hash, None)
         removal.drop()
 
-    def finish_moves(self) -> None:
-        """Finish what ended runs have begun; undo what they had not told rTorrent yet."""
-        for removal in left_removals(self.config.state_dir):
-            facts = removal.facts
-            if not facts.get('new') or facts['engine'] != self.engine.address.where \
-                    or self.is_paused(facts['hash']):
-                continue
-            try:
-                self.finish_move(removal)
-            except HashNotFound:
-                self.LOG.warning('the data of %s %s stays at %s: its move was cut short, and '
-                                 'rTorrent does not have it any more', quoted(facts['name']),
-                                 facts['hash'], quoted(facts['root']))
-                self.discard_copy(removal)
-                removal.drop()
-
-    def finish_move(self, removal: Removal) -> None:
-        """Finish or undo one move that an ended run has begun."""
-        facts = removal.facts
-        if facts['session'] != self.engine.session_path:
-            raise HashNotFound('that was another rTorrent')
-        item = ask_item(self.engine, facts['hash'])
-        now = os.path.join(item['cwd'], item['d.directory_base'])
-        item.update({'d.state': facts['state'], 'd.is_open': facts['is_open']})
-        require_same_files(self.engine)
-        if now == facts['new']:
-            self.LOG.info('finishing the move of %s %s to %s', quoted(facts['name']), facts['hash'],
-                          quoted(facts['target']))
-            self.open_data(item, removal.data(), facts['target'])
-            self.finish(item, removal)
+    def take_up(self, removal: Removal) -> None:
+        """Finish a move that an ended run has begun, or undo it where rTorrent was not told."""
+        facts, item = removal.facts, None
+        with contextlib.suppress(HashNotFound):
+            item = ask_item(self.engine, facts['hash'])
+        if item is None or item.session != facts['session']:
+            self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
+                             'does not have it any more', removal, quoted(removal.data.root))
+            self.discard_copy(removal)
+            removal.drop()
             return
-        self.discard_copy(removal)
-        self.LOG.info('the move of %s %s was cut short; it is started again at its old place',
-                      quoted(facts['name']), facts['hash'])
-        start_again(self.engine, item)
-        removal.drop()
+        require_same_files(self.engine)
+        told = item.absolute(item.directory_base) == facts['new']
+        item = item._replace(state=facts['state'], is_open=facts['is_open'])
+        if told:
+            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['target']))
+            self.open_data(item, removal)
+            self.finish(item, removal)
+        else:
+            self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                          removal)
+            self.discard_copy(removal)
+            start_again(item)
+            removal.drop()
 
 
 class Inotify:
