@@ -2852,7 +2852,7 @@ class TemplateTest(unittest.TestCase):
                 '{{none|default}}': '', '{{0|default(1)}}': '0',
                 "{{name.replace('.', ' ').title()}}": 'A B', '{{-1}}': '-1',
                 '{{map.kind}}{{map.x}}{{name.kind}}': 'tv', "{{map.get('x', 'no')}}": 'no',
-                "{{none or 'x'}}": 'x', '{{# no }}{# no\n #}y': 'y', '}} {# }': '}} {# }'}.items():
+                "{{none or 'x'}}": 'x', '{{# no }}{# no\n #}y': 'y', '}} # }': '}} # }'}.items():
             with self.subTest(text):
                 self.assertEqual(Template(text).render(values), wanted)
 
@@ -2891,7 +2891,7 @@ class TemplateTest(unittest.TestCase):
             self.refuse(Template, {word: [text % code for code in codes]
                                    for word, codes in table.items()})
         self.refuse(Template, {
-            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e', 'not closed': '{{a  {% if',
+            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e', 'not closed': '{{a  {% if  {# x',
             'no endif': '{{if a}}x', 'endif without if': '{{endif}}', 'else without': 'x{{else}}',
             'elif after else': '{{if a}}{{else}}{{elif b}}{{endif}}', 'NUL': 'a\0',
             'no expression': ['{{if}}{{endif}}', '{% for a in b %}'],

@@ -16,9 +16,10 @@ Sections, each using only what stands above it:
     RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
-    Torrents            fields of torrents, and lists of them
+    Fields and Filter   what is known of a torrent; conditions on it
+    Torrents            rows, lists in one round trip; metafiles
     Data                whose data it is; removals that are written down first
-    Filter and template conditions on torrents; text and commands with values put in
+    Template            text and commands with values put in
     Jobs                Job, and the built-in ones
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
@@ -1331,7 +1332,7 @@ DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?vi
                           r'execute[\w.]{0,99}')
 RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
                        r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
-COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|[^",;\n]+|.', re.S)
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
 
 
 def split_commands(text: str, marks: str) -> list[str]:
@@ -2521,9 +2522,10 @@ def order_test(kind: str, op: str, text: str) -> Callable:
         return functools.partial(is_in_order, order, parse_time(text))
     if age is None and text != '0':
         raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
+    test = is_in_order
     if kind == 'time':
-        return functools.partial(age_is_in_order, order, age)
-    return functools.partial(is_in_order, order, age or 0)
+        test = age_is_in_order
+    return functools.partial(test, order, age or 0)
 
 
 def is_ordered(kind: str, op: str, text: str) -> bool:
@@ -2817,7 +2819,8 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     One round trip, and one more for each second question. Raises RpcError, also when the list is
     shorter than the view: half a list must not pass for the whole.
     """
-    now, tested = time.time(), ()
+    now = time.time()
+    tested: tuple = ()
     if condition:
         tested = condition.fields
     fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
@@ -3571,22 +3574,343 @@ class PromisedSpace:
             self.text = text
 
 
-# --- Template -----------------------------------------------------------------------------------
-# X
+# --- Template --------------------------------------------------------------------------------
+# Text with {{expressions}} and {{if}} ... {{endif}} enters, and values by name; text leaves,
+# commands of rTorrent, or the arguments of a program. What an expression gives is data: the text
+# around it is split into arguments first, with a mark for each value. A mistake is found when the
+# template is made, and is shown with `<-- here` after its place. Pure functions, for any thread.
 
-TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
-BRANCH = re.compile(r'(if|elif|else|endif)\b\s*(.*?)\s*:?', re.S)
+# What is not closed goes on to the end, so that looking for tags takes linear time.
+TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
+BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
-MOST_EXPRESSION = 300
+MOST_EXPRESSION = 300                   # characters
 MARK = '\0'                             # stands for a value while the text around it is split
-COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
-ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
+COMPARE = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge}
+
+
+def show(value: Any) -> str:
+    """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
+    if value is None:
+        return ''
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(show, value))
+    return str(value)
+
+
+def part_of(value: Any, name: str, other: Any = None) -> Any:
+    """Return a named part of a mapping; whatever else it is has none."""
+    part = None
+    if isinstance(value, Mapping):
+        part = value.get(name)
+    if part is None:
+        return other
+    return part
+
+
+def stem_of(path: str) -> str:
+    """Return the name of a file without folder and extension."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def show_time(when: Any) -> str:
+    """Return local date and time of Unix seconds, nothing for an unknown time."""
+    if not when:
+        return ''
+    return time.strftime('%F %T', time.localtime(when))
+
+
+def value_or(value: Any, other: Any = '') -> Any:
+    """Return a value, or another where it is empty; 0 is not."""
+    if value or value == 0:
+        return value
+    return other
+
+
+TEXT_FILTERS: dict[str, Callable] = {
+    'lower': str.lower,
+    'upper': str.upper,
+    'title': str.title,
+    'replace': str.replace,
+    'basename': os.path.basename,
+    'dirname': os.path.dirname,
+    'stem': stem_of}
+VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
+    'size': show_size,
+    'duration': show_duration,
+    'date': show_time,
+    'default': value_or,
+    'get': part_of}
+FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
+FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+OLD_FILTERS = {                         # pyrocore's names
+    'pathbase': 'basename',
+    'pathdir': 'dirname',
+    'pathname': 'stem',
+    'sz': 'size',
+    'iso': 'date'}
+
+
+def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
+    """Tell whether a comparison holds; what cannot be compared does not."""
+    try:
+        if isinstance(op, (ast.In, ast.NotIn)):
+            return (one in other) is isinstance(op, ast.In)
+        return bool(COMPARE[type(op)](one, other))
+    except TypeError:
+        return isinstance(op, ast.NotIn)
+
+
+def apply_filter(node: Any, values: Mapping) -> Any:
+    """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
+    value, args, name = None, [], ''
+    call: Any = node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        value, call = node.left, node.right
+    if isinstance(call, ast.Call) and not call.keywords:
+        call, args = call.func, call.args
+        if isinstance(call, ast.Attribute) and value is None:
+            value = call.value
+    if isinstance(call, ast.Name):
+        name = call.id
+    elif isinstance(call, ast.Attribute):
+        name = call.attr
+    name = OLD_FILTERS.get(name, name)
+    if value is None or name not in FILTERS:
+        raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
+                        f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
+    if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
+        raise UserError(f'{name} does not take {len(args)} arguments')
+    operands = [evaluate(part, values) for part in [value, *args]]
+    if operands[0] is None and name not in ('default', 'get'):
+        return None
+    if name in TEXT_FILTERS:
+        return TEXT_FILTERS[name](*map(show, operands))
+    return VALUE_FILTERS[name](*operands)
+
+
+def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
+    """Return a.b: a named part of a mapping, or a value of the item, d or i."""
+    owner = ''
+    if isinstance(node.value, ast.Name):
+        owner = node.value.id
+    if owner in ('item', 'd', 'i'):
+        return values[node.attr]
+    if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
+        raise UserError(f'{node.attr} is a filter; write |{node.attr}')
+    return part_of(evaluate(node.value, values), node.attr)
+
+
+def evaluate(node: Any, values: Mapping) -> Any:
+    """Return what an expression gives; a name without a value is a KeyError.
+
+    Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
+    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python. All parts are
+    evaluated, so that one call with an empty defaultdict meets all mistakes and all names.
+    """
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return ast.literal_eval(node)
+    if isinstance(node, ast.Name):
+        return values[node.id]
+    if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
+        return attribute_of(node, values)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [evaluate(part, values) for part in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not evaluate(node.operand, values)
+    if isinstance(node, ast.BoolOp):
+        parts = [evaluate(part, values) for part in node.values]
+        for part in parts[:-1]:
+            if bool(part) is isinstance(node.op, ast.Or):
+                return part
+        return parts[-1]
+    if isinstance(node, ast.Compare) and not any(
+            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+        parts = [evaluate(part, values) for part in [node.left, *node.comparators]]
+        return all(map(compares, node.ops, parts, parts[1:]))
+    return apply_filter(node, values)
+
+
+class Template:
+    """Text with {{expression}}, {{if}} ... {{endif}} and {{# comment }}.
+
+    known: the names there will be, where that is known; others are refused. `names` are those
+    it needs: item.name is `name`.
+
+    >>> Template('{{if ratio > 1}}{{item.name|upper}}{{endif}}').render({'ratio': 2, 'name': 'a'})
+    'A'
+    """
+
+    def __init__(self, text: str, known: Any = None):
+        self.text, self.known = text, known
+        self.pieces = TAG.split(text)
+        self.next = 0                   # of the pieces
+        self.at = 0                     # end of the piece in hand
+        self.most_branches = 0          # of one if
+        self.seen: dict = collections.defaultdict(lambda: None)
+        try:
+            if MARK in text:
+                raise UserError('a NUL is not possible')
+            self.nodes, word, _ = self.block(0)
+            if word:
+                raise UserError(f'{word} without if')
+            for number in range(self.most_branches + 1):
+                self.divide(self.branch_text(self.nodes, number))
+        except UserError as error:
+            raise mistake('template', text, self.at, error) from None
+        self.names = tuple(self.seen)
+
+    def block(self, depth: int) -> tuple[list, str, str]:
+        """Return the nodes up to elif, else, endif or the end; that word; its condition.
+
+        A node is text, the ast of an expression, or of an if [(ast, nodes), ...].
+        """
+        nodes: list = []
+        while self.next < len(self.pieces):
+            piece = self.pieces[self.next]
+            self.next += 1
+            self.at += len(piece)
+            if not TAG.fullmatch(piece):
+                nodes.append(piece)
+                continue
+            if not piece.endswith({'{': '}}', '%': '%}', '#': '#}'}[piece[1]]):
+                raise UserError('a {{, {% or {# in this is not closed')
+            if '#' in piece[1:3]:
+                continue
+            code = piece[2:-2].strip()
+            if piece[1] == '%':
+                code = code.strip('- \t\r\n')
+            branch = BRANCH.fullmatch(code)
+            if branch and branch[1] == 'if':
+                nodes.append(self.branches(branch[2], depth + 1))
+            elif branch:
+                return nodes, branch[1], branch[2]
+            elif piece[1] == '%':
+                raise UserError(f'{quoted(piece, 60)} is no expression; allowed are if elif else '
+                                'endif')
+            else:
+                nodes.append(self.expression(code))
+        return nodes, '', ''
+
+    def branches(self, code: str, depth: int) -> list:
+        """Return [(ast, nodes), ...] of an if."""
+        if depth > MOST_DEPTH:
+            raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
+        branches, word = [], 'if'
+        while word != 'endif':
+            test: ast.AST = ELSE
+            if word != 'else':
+                test = self.expression(code.strip().rstrip(':'))
+            before = word
+            nodes, word, code = self.block(depth)
+            branches.append((test, nodes))
+            if not word:
+                raise UserError('an if has no endif')
+            if before == 'else' and word != 'endif':
+                raise UserError(f'{word} after else')
+            if word in ('else', 'endif') and code.strip(' \t\r\n:'):
+                raise UserError(f'{word} takes no condition; write elif')
+        self.most_branches = max(self.most_branches, len(branches))
+        return branches
+
+    def expression(self, code: str) -> ast.AST:
+        """Return the ast of an expression whose parts and names are allowed."""
+        try:
+            if len(code) > MOST_EXPRESSION:
+                raise ValueError('too long')
+            tree = ast.parse(code.strip(), mode='eval').body
+            evaluate(tree, self.seen)
+        except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
+                RecursionError, Warning):
+            raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
+                            "label|default('x'), 'TV' in flags and not is_private") from None
+        if self.known is not None:
+            for name in self.seen:
+                self.check_name(name)
+        return tree
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name that there will not be; of torrents, some fields are made as needed."""
+        made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
+        if name not in self.known and not made:
+            raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
+
+    def branch_text(self, nodes: list, number: int) -> str:
+        """Return the text, a mark for each value, where each if takes the branch of a number."""
+        text = ''
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+            elif isinstance(node, ast.AST):
+                text += MARK
+            elif number < len(node):
+                text += self.branch_text(node[number][1], number)
+        return text
+
+    def marked(self, nodes: list, values: Mapping, shown: list[str]) -> str:
+        """Return the text with a numbered mark for each value, which is added to `shown`."""
+        text = ''
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+            elif isinstance(node, ast.AST):
+                text += f'{MARK}{len(shown)}{MARK}'
+                shown.append(show(evaluate(node, values)))
+            else:
+                for test, body in node:
+                    if evaluate(test, values):
+                        text += self.marked(body, values, shown)
+                        break
+        return text
+
+    def parts(self, values: Mapping) -> tuple[list, list[str]]:
+        """Return what the text is divided into, with marks, and the values for them."""
+        shown: list[str] = []
+        try:
+            text = self.marked(self.nodes, values, shown)
+        except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
+            why = str(error)
+            if isinstance(error, KeyError):
+                why = f'there is no {error}'
+            raise LoggableError(f'template {quoted(self.text, 80)}: {why}') from None
+        return self.divide(text), shown
+
+    def divide(self, text: str) -> list:
+        """Return what the text is split into before the values are put in."""
+        return [text]
+
+    def render(self, values: Mapping) -> Any:
+        """Return the text, values put in; LoggableError where one is missing."""
+        (text,), shown = self.parts(values)
+        return filled(text, shown)
+
+
+def filled(text: str, shown: list[str]) -> str:
+    """Return a part of a template with values in the place of the marks."""
+    def value(mark: re.Match) -> str:
+        return shown[int(mark[1])]
+    return re.sub(f'{MARK}([0-9]{{1,9}}){MARK}', value, text)
+
+
+# What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
+# value decides first, then the flag before it, then the program.
 SAFE_WAY = """allowed is sh -c '... "$1"' sh {{name}}"""
-# A value beside one of these is a part of what some shell or the like would read.
 SHELL_TEXT = re.compile(r"""["'`;|&$()<>{}\\\r\n]""")
 TEXT_FLAG = '(?:-[A-Za-z0-9]{0,2}[ceErpS]|--(?:command|eval|exec|execute|expression|print|run))'
-TEXT_FOLLOWS = re.compile(TEXT_FLAG)            # what any program might run comes after it ...
-TEXT_ATTACHED = re.compile(rf'{TEXT_FLAG}(?:=?{MARK}|.*\s)', re.S)     # ... or stands in it
+TEXT_FOLLOWS = re.compile(TEXT_FLAG)
+TEXT_ATTACHED = re.compile(rf'{TEXT_FLAG}(?:=?{MARK}|.*\s)', re.S)
 # These give what they are told to a shell, joined by spaces: no value is safe.
 RUNS_ALL = frozenset('ssh rsh mosh su watch xargs tmux screen parallel at batch'.split())
 # These run the first word that is no flag, or what stands after a flag ...
@@ -3602,209 +3926,6 @@ SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
 
-def show(value: Any) -> str:
-    """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        ordered = value if isinstance(value, (list, tuple)) else sorted(value, key=str)
-        return ' '.join(map(show, ordered))
-    return '' if value is None else str(int(value) if isinstance(value, bool) else value)
-
-
-def part_of(value: Any, name: str, other: Any = None) -> Any:
-    """Return a named part of a mapping; whatever else it is has none."""
-    found = value.get(name) if isinstance(value, Mapping) else None
-    return other if found is None else found
-
-
-COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-           ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda part, whole: part in whole,
-           ast.NotIn: lambda part, whole: part not in whole}
-
-
-def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
-    """Tell whether a comparison holds; what cannot be compared does not."""
-    try:
-        return bool(COMPARE[type(op)](one, other))
-    except TypeError:
-        return isinstance(op, ast.NotIn)
-
-
-FILTERS: dict[str, Callable] = {
-    'lower': str.lower, 'upper': str.upper, 'title': str.title, 'replace': str.replace,
-    'basename': os.path.basename, 'dirname': os.path.dirname,
-    'stem': lambda text: os.path.splitext(os.path.basename(text))[0],
-    'size': show_size, 'duration': show_duration, 'get': part_of,
-    'date': lambda when: time.strftime('%F %T', time.localtime(when)) if when else '',
-    'default': lambda value, other='': value if value or value == 0 else other}
-UNTEXTED = ('size', 'duration', 'date', 'default', 'get')       # they take values as they are
-OLD_FILTERS = {'pathbase': 'basename', 'pathdir': 'dirname', 'pathname': 'stem', 'sz': 'size',
-               'iso': 'date'}           # pyrocore's names
-FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
-
-
-def filter_call(node: Any) -> tuple[str, list]:
-    """Return (filter, operands) of a|filter, a|filter(x), a|h.filter or a.filter(x)."""
-    piped = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
-    call = node.right if piped else node
-    callee = call.func if isinstance(call, ast.Call) else call if piped else None
-    name = getattr(callee, 'attr', getattr(callee, 'id', ''))
-    name = OLD_FILTERS.get(name, name)
-    value, args = node.left if piped else getattr(callee, 'value', None), getattr(call, 'args', [])
-    if not value or name not in FILTERS or getattr(call, 'keywords', None):
-        raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
-                        f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
-    if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
-        raise UserError(f'{name} does not take {len(args)} arguments')
-    return name, [value, *args]
-
-
-def evaluate(node: Any, values: Mapping) -> Any:
-    """Return what an expression gives. All of it is looked at, so that one call with an empty
-    defaultdict finds its mistakes and its names. A name without a value is a KeyError.
-
-    Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
-    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python.
-    """
-    def each(nodes: Iterable) -> list:
-        return [evaluate(part, values) for part in nodes]
-    if isinstance(node, ast.Constant) or isinstance(getattr(node, 'op', None), ast.USub):
-        return ast.literal_eval(node)
-    if isinstance(node, ast.Name):
-        return values[node.id]
-    if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
-        if getattr(node.value, 'id', '') in ('item', 'd', 'i'):
-            return values[node.attr]                    # the item is what the values are of
-        if node.attr in {*FILTERS, *OLD_FILTERS} and getattr(node.value, 'id', '') != 'traits':
-            raise UserError(f'{node.attr} is a filter; write |{node.attr}')
-        return part_of(evaluate(node.value, values), node.attr)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return each(node.elts)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return not evaluate(node.operand, values)
-    if isinstance(node, ast.BoolOp):
-        found, decides = each(node.values), isinstance(node.op, ast.Or)
-        return next((part for part in found[:-1] if bool(part) is decides), found[-1])
-    if isinstance(node, ast.Compare) and all(type(op) in COMPARE for op in node.ops):
-        found = each([node.left, *node.comparators])
-        return all(map(compares, node.ops, found, found[1:]))
-    name, operands = filter_call(node)
-    operands = each(operands)
-    if operands[0] is None and name not in ('default', 'get'):
-        return None
-    return FILTERS[name](*operands if name in UNTEXTED else map(show, operands))
-
-
-class Template:
-    """Text with {{expression}}, {{if}} ... {{endif}} and {{# comment }}.
-
-    known: the names there will be, where that is known; others are refused. `names` are those
-    it needs: item.name is `name`.
-
-    >>> Template('{{if ratio > 1}}{{item.name|upper}}{{endif}}').render({'ratio': 2, 'name': 'a'})
-    'A'
-    """
-
-    def __init__(self, text: str, known: Any = None):
-        self.text, self.known = text, known
-        self.at = self.widest = 0                       # end of the tag in hand; most branches
-        self.seen: dict = collections.defaultdict(lambda: None)
-        try:
-            self.nodes, word, _ = self.block(iter(TAG.split(text)), 0)
-            if word or MARK in text:
-                raise UserError(f'{word} without if' if word else 'a NUL is not possible')
-            for branch in range(self.widest + 1):       # what rendering would meet
-                self.divide(self.marked(self.seen, branch)[0])
-        except UserError as error:
-            raise mistake('template', text, self.at, error) from None
-        self.names = tuple(self.seen)
-
-    def block(self, parts: Iterator[str], depth: int) -> tuple[list, str, str]:
-        """Return the nodes up to elif, else, endif or the end; that word; its condition.
-        A node is text, an ast of an expression, or of an if [(ast, nodes), ...]."""
-        nodes: list = []
-        for part in parts:
-            self.at += len(part)
-            code = part[2:-2].strip('- \t\r\n' if part[1:2] == '%' else None)
-            branch = BRANCH.fullmatch(code)
-            if not TAG.fullmatch(part):
-                nodes.append(part)
-                if '{{' in part or '{%' in part:
-                    raise UserError('a {{ or {% in this is not closed')
-            elif part[1] == '#' or part[2] == '#':
-                continue
-            elif branch and branch[1] != 'if':
-                return nodes, branch[1], branch[2]
-            elif branch:
-                nodes.append(self.branches(branch[2], parts, depth + 1))
-            else:
-                nodes.append(self.expression(code if part[1] == '{' else part))
-        return nodes, '', ''
-
-    def branches(self, code: str, parts: Iterator[str], depth: int) -> list:
-        """Return [(ast, nodes), ...] of an if."""
-        if depth > MOST_DEPTH:
-            raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
-        branches, word = [], 'if'
-        while word != 'endif':
-            test = ELSE if word == 'else' else self.expression(code)
-            nodes, word, code = self.block(parts, depth)
-            branches.append((test, nodes))
-            if code and word in ('else', 'endif'):
-                raise UserError(f'{word} takes no condition; write elif')
-            if not word or test is ELSE and word != 'endif':
-                raise UserError(f'{word} after else' if word else 'an if has no endif')
-        self.widest = max(self.widest, len(branches))
-        return branches
-
-    def expression(self, code: str) -> ast.AST:
-        """Return the ast of an expression whose parts and names are allowed."""
-        try:
-            tree = ast.parse(code if len(code) <= MOST_EXPRESSION else '', mode='eval').body
-            evaluate(tree, self.seen)
-        except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
-                RecursionError, Warning):
-            raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
-                            "label|default('x'), 'TV' in flags and not is_private") from None
-        for name in self.seen:
-            made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
-            if self.known is not None and name not in self.known and not made:
-                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
-        return tree
-
-    def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Callable]:
-        """Return the text with a MARK for each value, and what puts the next values into a
-        part of it; with `branch`, that one of each if is taken."""
-        shown: list[str] = []
-
-        def pieces(nodes: list) -> Iterator[str]:
-            """Give the texts, and a MARK for each value."""
-            for node in nodes:
-                if isinstance(node, str):
-                    yield node
-                elif isinstance(node, list):
-                    bodies = [body for number, (test, body) in enumerate(node) if (
-                        evaluate(test, values) if branch is None else number == branch)]
-                    yield from pieces(bodies[0] if bodies else [])
-                else:
-                    shown.append(show(evaluate(node, values)))
-                    yield MARK
-        try:
-            text, left = ''.join(pieces(self.nodes)), iter(shown)
-            return text, lambda part: re.sub(MARK, lambda mark: next(left), part)
-        except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
-            why = 'there is no ' if isinstance(error, KeyError) else ''
-            raise LoggableError(f'template {quoted(self.text, 80)}: {why}{error}') from None
-
-    def divide(self, text: str) -> list:
-        """Return what the text is split into before the values are put in."""
-        return [text]
-
-    def render(self, values: Mapping) -> Any:
-        """Return the text, values put in; LoggableError where one is missing."""
-        text, fill = self.marked(values)
-        return fill(text)
-
-
 def program_name(word: str) -> str:
     """Return what a word is as the name of a program: no folder, no version."""
     return os.path.basename(word).rstrip('0123456789.-')
@@ -3812,20 +3933,23 @@ def program_name(word: str) -> str:
 
 def check_program(name: str, words: list[str]) -> None:
     """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
-    gives_text = SCRIPT_FLAG if name in INTERPRETERS - SHELLS else SHELL_FLAG
+    gives_text = SHELL_FLAG
+    if name in INTERPRETERS - SHELLS:
+        gives_text = SCRIPT_FLAG
     flag, given = '', False
     for word in words:
-        assigns = name == 'env' and '=' in word
-        if MARK in word and flag != '-v' and not assigns and (
-                not given or gives_text.fullmatch(flag)):
+        is_text = not given or gives_text.fullmatch(flag)
+        if name == 'env' and '=' in word:
+            continue
+        if MARK in word and is_text and flag != '-v':   # awk -v name={{name}} is data
             raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
-        if word[:1] in ('-', '+') or assigns:
+        if word.startswith(('-', '+')):
             flag = word
             continue
         if flag != '-v' and not FLAG_WITH_ARGUMENT.fullmatch(flag):
-            more = name in SHELLS or not gives_text.fullmatch(flag)
-            if more and name in INTERPRETERS and name != 'sed':
-                return                          # what follows are arguments of its program
+            more = name not in SHELLS and gives_text.fullmatch(flag)
+            if name in INTERPRETERS and name != 'sed' and not more:
+                return                  # what follows are arguments of its program
             given = True
         flag = ''
 
@@ -3854,7 +3978,23 @@ def check_words(words: list[str]) -> None:
 
 
 # Commands as they were called up to 0.8, in the configurations of that time.
-OLD_COMMAND = re.compile(r'\b([dfpt])\.([gs]et)_(?!(?:create|resize)_queued=)(\w+)=')
+OLD_GET = re.compile(r'\b([dfpt])\.get_(\w{1,99})=')
+OLD_SET = re.compile(r'\b([dfpt])\.set_(?!(?:create|resize)_queued=)(\w{1,99})=')
+QUOTED_ARGUMENT = re.compile(r'"((?:[^"\\]|\\.)*)"', re.S)
+
+
+def argument_text(word: str) -> str:
+    """Return what an argument of a command says, without its quotes."""
+    word = word.strip()
+    whole = QUOTED_ARGUMENT.fullmatch(word)
+    if whole:
+        word = whole[1]
+    elif '"' in word or word.startswith(('(', '{', '\\')):
+        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+    text = re.sub(r'\\(.)', r'\1', word)
+    if MARK in text and text.startswith('$'):
+        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+    return text
 
 
 class CommandTemplate(Template):
@@ -3864,14 +4004,14 @@ class CommandTemplate(Template):
     d.custom.set="dir","/done/x \"y\", z"
     """
 
-    def divide(self, text: str) -> list:
+    def divide(self, text: str) -> list[tuple[str, list[str]]]:
         """Return (text, nothing) or (`name=`, arguments) of each command, values still marks."""
-        return [self.command(part.strip()) for part in COMMAND.findall(text) if part.strip()]
+        commands = [part.strip() for part in split_commands(text, ';\n')]
+        return [self.command(part) for part in commands if part]
 
-    def command(self, text: str) -> tuple[str, list]:
+    def command(self, text: str) -> tuple[str, list[str]]:
         """Return one command, divided."""
-        text = OLD_COMMAND.sub(lambda old: f'{old[1]}.{old[3]}' + '.set' * (old[2] == 'set') + '=',
-                               text)
+        text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
         name, equals, rest = text.partition('=')
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
@@ -3881,22 +4021,22 @@ class CommandTemplate(Template):
                             'f.multicall=*.nfo,f.priority.set=2')
         if MARK not in rest:
             return text, []
-        matches = list(ARGUMENT.finditer(rest + ','))
-        words = [re.sub(r'\\(.)', r'\1', match[1] or (match[2] or '').strip()) for match in matches]
-        if not DATA_COMMAND.fullmatch(name.strip()):
+        name = name.strip()
+        if not DATA_COMMAND.fullmatch(name):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
-        if ''.join(match[0] for match in matches) != rest + ',' or any(
-                word[0] == '$' and MARK in word for word in words if word):
-            raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        words = [argument_text(word) for word in split_commands(rest, ',')]
         if name.startswith('execute'):
             check_words(words)
-        return name.strip() + '=', words
+        return name + '=', words
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        text, fill = self.marked(values)
-        return [name + ','.join(self.argument(word, fill(word)) for word in words)
-                for name, words in self.divide(text)]
+        divided, shown = self.parts(values)
+        commands = []
+        for name, words in divided:
+            arguments = [self.argument(word, filled(word, shown)) for word in words]
+            commands.append(name + ','.join(arguments))
+        return commands
 
     def render(self, values: Mapping) -> str:
         """Return the commands as one text, which load.* takes too."""
@@ -3904,10 +4044,15 @@ class CommandTemplate(Template):
 
     @staticmethod
     def argument(word: str, text: str) -> str:
-        """Return an argument quoted as a whole. rTorrent RUNS one that begins with $, quoted or
-        not; (cat,{"..."}) keeps it as it is (seen on 0.9.8 and 0.16.17)."""
+        """Return an argument quoted as a whole.
+
+        rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
+        on 0.9.8 and 0.16.17).
+        """
         plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
-        return f'(cat,{{{plain}}})' if MARK in word and text.startswith('$') else plain
+        if MARK in word and text.startswith('$'):
+            return f'(cat,{{{plain}}})'
+        return plain
 
 
 class ArgsTemplate(Template):
@@ -3928,10 +4073,10 @@ class ArgsTemplate(Template):
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        text, fill = self.marked(values)
+        words, shown = self.parts(values)
         args: list[str] = []
-        for word in self.divide(text):
-            args.append(fill(word))
+        for word in words:
+            args.append(filled(word, shown))
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
