@@ -1908,7 +1908,10 @@ class LiveRpcTest(RpcCase):
                              (proxy.system.multicall, inner),
                              (proxy.t.multicall, info_hash, '', 'f.path='),
                              (proxy.d.multicall2, '', 'main', 'd.hash=', 'f.path='),
-                             (proxy.d.multicall2, '', 'main', 'cat=$f.path=')):
+                             (proxy.d.multicall2, '', 'main', 'cat=$f.path='),
+                             (proxy.d.multicall.filtered, '', 'main', 'd.hash=', 'd.x=(f.path)'),
+                             (proxy.branch, info_hash, 'd.hash=', 'f.path='),
+                             (proxy.load.raw, '', b'x', 'd.start= ; print=$f.path=')):
                     self.value_or_error(*call)
                     self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
 
@@ -1974,6 +1977,9 @@ class FakeRTorrent:
     def open(self):
         return self
 
+    def ask(self, calls):
+        return self.batch(calls)
+
     def start(self, info_hash):
         self.asked.append(('d.start', info_hash))
         self.items[int(info_hash, 16)].update({'d.state': 1, 'd.is_open': 1, 'd.is_active': 1})
@@ -2016,11 +2022,17 @@ class TorrentsTest(Folder):
     def test_times_are_worked_out(self):
         self.check(torque.first_number, [(0, '', 0), ('0', 7, 7), ('12', 7, 12), ('x', '-3', 0)])
         self.check(torque.seed_time, [
-            ('R100P200R300', 150, 1, 400, 150), ('R100P200', 250, 0, 400, 0), ('', 0, 1, 9, None),
-            ('', 100, 1, 400, 300), ('', 100, 0, 400, None), ('P50R60P70', 1, 0, 99, 10)])
+            (*row[:2], 0, *row[2:]) for row in (
+                ('R100P200R300', 150, 1, 1, 400, 150), ('R100P200', 250, 1, 0, 400, 0),
+                ('', 0, 1, 1, 9, None), ('', 100, 1, 1, 400, 300), ('', 100, 1, 0, 400, None),
+                ('P50R60P70', 1, 1, 0, 99, 10), ('', 100, 0, 1, 400, None))])
         self.check(torque.leech_time, [
-            ('R100P200R300P350', 100, 320, 999, 120), ('', 100, 320, 999, 220),
-            ('', 100, 0, 150, 50), ('', 0, 320, 999, None), ('', 400, 320, 999, 0)])
+            ('R100P200R300P350', 100, 0, 320, 0, 999, 120), ('', '', 100, 0, 320, 999, 220),
+            ('', '100', 0, '', 0, 150, 50), ('', 0, 0, 320, 0, 999, None),
+            ('', 400, 0, 0, 320, 999, 0)])
+        self.check(torque.time_stopped, [
+            ('R1P25R3', 0, 9, '', 1, 25), ('R1P25R3P40', 1, 9, '', 1, 40), ('', 0, 9, '', 1, 9),
+            ('', 1, 9, '', 1, 0), ('', 0, 9, '', 0, 0), ('x', 0, '9', 7, 0, 9)])
 
     def test_files_tell_their_kind(self):
         rows = [['x/a.MKV', 70], ['b.nfo', 20], ['c.jpg', 10], ['README', 0]]
@@ -2573,6 +2585,53 @@ HOSTILE_VALUES = ('"; touch pwned; "', '$(id)', ',d.erase=', 'a\nb', '{{name}}',
            'x\\"', '{%if x%}', '', '`id`', '(cat,x)', 'a;b', '\0')
 
 
+# What may be written as args, one in a line, and what would run a value: two spaces apart.
+SAFE_ARGS = """
+    sh -c '... "$1"' sh {{a}}
+    bash -lc -- 'echo "$@"' bash -e {{a}}
+    env -u X sh -xc 'echo "$1"' python3 {{a}}
+    bash -o pipefail script.sh {{a}}
+    python3 script.py {{a}}
+    python3 -u -W ignore x.py --name {{a}}
+    python3 script.py -p {{a}}
+    perl -w x.pl {{a}}
+    perl -ne 'print $ARGV[0]' {{a}}
+    node -r dotenv/config x.js {{a}}
+    awk -v name={{a}} '{print name}' x{{a}}
+    sed -e 's/a/b/' -n {{a}}
+    flock /run/lock cp -r {{a}} /x/{{a}}
+    nice -n 5 cp -r {{a}} /x/{{a}}
+    env NAME={{a}} x --name={{a}}
+    notify-send "Done: {{a}}"
+    notify-send --title="It is done: {{a}}"
+    mkdir -p {{a}}
+    cp -r {{a}} /x/{{a}}
+    mv -- {{a}} "/old stuff/{{a}}"
+    find /srv -name "*{{a}}*b"
+    chmod +x {{a}}
+"""
+RUN_ARGS = """
+    sh -c {{a}}  sh {{a}}  sh -c "echo {{a}}"  env bash -xc {{a}}  sh -ce "x {{a}}"  rbash -c {{a}}
+    bash -c -- "x {{a}}"  bash -c -o pipefail "x {{a}}"  bash -c -o pipefail {{a}}  /bin/dash x{{a}}
+    mksh -c {{a}}  yash -c {{a}}  busybox sh -c {{a}}  bash -o posix {{a}}  bash --rcfile x {{a}}
+    ssh nas {{a}}  ssh h ls {{a}}  su -c "x {{a}}" root  su {{a}}  rsh h {{a}}  watch ls {{a}}
+    xargs -a {{a}} rm  tmux new {{a}}  screen -dm {{a}}  parallel {{a}}  at {{a}}  nice watch {{a}}
+    runuser -u me -c {{a}}  script -c {{a}} x  flock /x -c {{a}}  flock -c "x {{a}}"  sudo {{a}}
+    env -S "sh -c {{a}}"  env -S {{a}}  env {{a}}  nohup {{a}}  find . -exec sh -c {{a}}
+    python3 -c {{a}}  python3 {{a}}  python3.11 -Bc {{a}}  python3 -m {{a}}  python3 -W x {{a}}
+    perl {{a}}  perl -E {{a}}  perl -e{{a}}  perl5.36 -e {{a}}  perl -ne {{a}}  perl -e x -e {{a}}
+    perl -I lib -M{{a}} x.pl  ruby -e {{a}}  ruby -r {{a}} x  node -p {{a}}  node --eval {{a}}
+    node --eval={{a}}  node -r x -e {{a}}  php -r {{a}}  php8.2 -d x=1 -r {{a}}  lua5.4 -e {{a}}
+    tclsh8.6 {{a}}  awk {{a}}  gawk -f {{a}}  mawk x{{a}}  awk -v a=b {{a}}  sed {{a}}  sed -e {{a}}
+    sed s/a/b/ x -e {{a}}  sed -i -f {{a}} x  x -c "y {{a}}"  x -e "y {{a}}"  x -E "y {{a}}"
+    x -r "y {{a}}"  x -p "y {{a}}"  x --eval "y {{a}}"  x --command "y {{a}}"  x -lc "y {{a}}"
+    x -ne "y {{a}}"  x -e{{a}}  x -lc{{a}}  x --eval={{a}}  x --command="y {{a}}"  x "-ey {{a}}"
+"""
+SHELL_ARGS = ["""perl -E 'say "{{a}}"'""", """sh -c 'rm "{{a}}"'""", """x '"{{a}}"'""",
+              '''x "'{{a}}'"''', *(f"x 'y{mark} {{{{a}}}}'" for mark in ';|&$()<>{}`\\\n\r'),
+              """php -r 'echo "{{a}}";'""", "awk '{print {{a}}}'", """python3 -c 'f("{{a}}")'"""]
+
+
 def timed(test, text, run):
     """Return whether run() gave a result, not a UserError; any other error, or 50 ms, fails."""
     for _ in range(2):
@@ -2614,6 +2673,25 @@ class FilterTest(unittest.TestCase):
         message=""  label="a b"  label='a b'  "label=a b"  label=a\ b  //  name=\*iso  name==arch*
         custom_note=x=1  alias="it's" """, """
         arch  name!=*.mkv,*.iso  message!=""  message!=  label!="a b"  name=!*.iso  name<>arch*""")
+
+    def test_comma_in_quotes_is_text(self):
+        row = {'name': 'Crosby, Stills & Nash', 'tagged': ['a,b', 'c'], 'label': 'x,y'}
+        self.check(r"""
+        name="Crosby, Stills*"  name='Crosby, Stills*'  name=Crosby\,\ *  name=x,"Crosby, Stills*"
+        name=/^crosby, s/  name=x,/y, S/  name="/y, s/",z  name~s,|y,  tagged=a\,b  tagged=c,d
+        tagged="a,b"  label=x\,y  label=z,'x,y'  "label=x,y"  NOT name="Crosby, Still"
+        NOT name=a,"b, c"  label="x,?"  NOT label="x,z"  name=/o{1,2}s/""", r"""
+        NOT name="Crosby, Stills*"  name!="Crosby, Stills*"  name=Crosby,*Stills  label=x,y
+        NOT label=x\,y  tagged=a,b""", row)
+
+    def test_classes_of_characters_are_told(self):
+        self.check('name=[ab]rch*  name=[!x]rch-*  name=arch-2024.is[o]', 'name=[xy]rch*')
+        self.check('name=[TGx]film', 'name=[TGx]*', row={'name': '[TGx]film'})
+        self.check('name=[TGx]*', 'name=[TGx]film', {'name': 'Grand'})
+        text = 'ratio>1 [ name=[TGx]*,a OR NOT label=?[0-9] ] files="x[ab]"'
+        self.assertEqual(Filter(text).classes, ['name=[TGx]*', 'label=?[0-9]',
+                                                'files=x[ab]'])
+        self.assertEqual(Filter('name=[x name=/[ab]/ name=x] d_x=[]').classes, [])
 
     def test_regex_searches(self):
         self.check(r"""
@@ -2704,7 +2782,7 @@ class FilterTest(unittest.TestCase):
             'is not a length of time ... 8w': 'seedtime>8  seedtime>2024-03-15',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
             'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
-            'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long; allowed are 4000': ['x' * 5000],
+            'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
             'not a number; a': ['size>' + '9' * 99], 'too deep; allowed are 50': ['[ ' * 1000]})
 
     def tree(self, rng, depth=3):
@@ -2774,7 +2852,7 @@ class TemplateTest(unittest.TestCase):
                 '{{none|default}}': '', '{{0|default(1)}}': '0',
                 "{{name.replace('.', ' ').title()}}": 'A B', '{{-1}}': '-1',
                 '{{map.kind}}{{map.x}}{{name.kind}}': 'tv', "{{map.get('x', 'no')}}": 'no',
-                "{{none or 'x'}}": 'x', '{{# no }}{# no\n #}y': 'y', '}} {# }': '}} {# }'}.items():
+                "{{none or 'x'}}": 'x', '{{# no }}{# no\n #}y': 'y', '}} # }': '}} # }'}.items():
             with self.subTest(text):
                 self.assertEqual(Template(text).render(values), wanted)
 
@@ -2813,7 +2891,7 @@ class TemplateTest(unittest.TestCase):
             self.refuse(Template, {word: [text % code for code in codes]
                                    for word, codes in table.items()})
         self.refuse(Template, {
-            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e', 'not closed': '{{a  {% if',
+            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e', 'not closed': '{{a  {% if  {# x',
             'no endif': '{{if a}}x', 'endif without if': '{{endif}}', 'else without': 'x{{else}}',
             'elif after else': '{{if a}}{{else}}{{elif b}}{{endif}}', 'NUL': 'a\0',
             'no expression': ['{{if}}{{endif}}', '{% for a in b %}'],
@@ -2859,15 +2937,25 @@ class TemplateTest(unittest.TestCase):
             'might run the value ... d.custom.set': """branch=d.x=,{{a}}  f.multicall=*,f.x={{a}}
             d.multicall2=,main,{{a}}  schedule2=a,0,0,{{a}}  method.set={{a}}""",
             'a value beside ... words and "..."': """d.x=(cat,{{a}})  d.x=$d.y={{a}}  d.x="{{a}}
-            d.x={b,{{a}}  d.x="a"{{a}}""", 'script for a shell ... "$1"':
-            'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}'})
+            d.x={b,{{a}}  d.x="a"{{a}}""", 'would run; ... "$1"':
+            'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}',
+            'may be run; ... "$1"': 'execute=x,"y;{{a}}"',
+            'depends on a value': 'execute={{a}},x', 'makes rTorrent abort ... f.multicall':
+            '''f.path=  d.x=$f.path=  d.x=(f.path)  print="$f.path="  branch=d.x=,f.path=
+            branch=d.x=,f.multicall=*,f.path=  d.multicall2=main,"f.path="  t.multicall=,f.path=
+            d.y= ; f.path=  branch=d.x=,"branch=d.y=,\\"f.path=\\""  d.x=(cat,(f.path,x))
+            d.x=a,"$cat=$f.path="  schedule2=a,0,0,"f.path="  f.priority.set={{a}}'''})
+        for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'd.x=k,"f.path="', 'print=f.path',
+                     'd.x=k,"a,$f.path="', 'd.x=k,(cat,{"$f.path="})', 'cat=f.iso',
+                     'd.multicall2=main,"f.multicall=*,f.path="', 'load.normal=/x/f.iso'):
+            self.assertEqual(CommandTemplate(text).render({}), text)
 
     def test_hostile_text_stays_one_argument(self):
         old = CommandTemplate('d.set_custom=k,{{name}};f.multicall=*.jpg,f.set_priority=2;'
-                              'f.set_create_queued=0')
+                              'f.multicall=*,f.set_create_queued=0')
         self.assertEqual(old.commands({'name': 'd.set_custom='}), [
             'd.custom.set="k","d.set_custom="', 'f.multicall=*.jpg,f.priority.set=2',
-            'f.set_create_queued=0'])
+            'f.multicall=*,f.set_create_queued=0'])
         command = CommandTemplate('d.custom.set=k,{{name}}')
         inside = CommandTemplate('d.custom.set=k,/a/{{name}}/b;d.y="{{name}}"')
         args = ArgsTemplate('x "{{name}} b" -- {{name}}')
@@ -2889,11 +2977,16 @@ class TemplateTest(unittest.TestCase):
             ArgsTemplate("sh -c 'echo $1' sh {{a}}").render({'a': '-rf'})
         self.refuse(ArgsTemplate, {
             'the program is missing': [''], 'depends on a value': '{{a}} b  /x/{{a}}.sh',
-            'No closing ... words, "..."': 'x "a', 'script for a shell ... "$1"': [
-                'sh -c "echo {{a}}"', 'env bash -xc {{a}}', 'sh -ce "x {{a}}"', 'ssh h ls {{a}}',
-                'bash -c -- "x {{a}}"', 'bash -c -o pipefail "x {{a}}"', 'su -c "x {{a}}" root',
-                'env -S "sh -c {{a}}"', 'python3 -c "x({{a}})"', 'perl -e"{{a}}"']})
-        self.assertEqual(ArgsTemplate('python3 x.py --name {{a}}').render({'a': 'b'})[3], 'b')
+            'No closing ... words, "..."': 'x "a'})
+
+    def test_values_are_never_run(self):
+        for args in SAFE_ARGS.strip().splitlines():
+            with self.subTest(args):
+                self.assertIn('b', ArgsTemplate(args.strip()).render({'a': 'b'})[-1])
+        way = """allowed is sh -c '... "$1"' sh {{name}}"""
+        self.refuse(ArgsTemplate, {
+            'a value that a shell or the like would run; ' + way: RUN_ARGS.strip(),
+            'a value beside quotes ; | & $ ( < or the like may be run; ' + way: SHELL_ARGS})
 
     def test_random_templates_render_or_are_refused(self):
         rng, rendered, values = random.Random(5), 0, {'a': '$x"', 'b': {'c': 2}}
@@ -3345,7 +3438,7 @@ class MetafileTest(Folder):
             for last in (False, True):                          # a slow one gets a second try
                 began = time.process_time()
                 with contextlib.suppress(ValueError):
-                    torque.bdecode(bytes(content))
+                    list(torque.parse_metafile(bytes(content)).files())
                 if time.process_time() - began < .05:
                     break
                 self.assertFalse(last, content)
@@ -3380,8 +3473,7 @@ class LoadingDouble(torque.Engine):
                 if 'raw' not in method:
                     with open(params[0], 'rb') as stream:
                         content = stream.read()
-                import hashlib
-                info_hash = hashlib.sha1(torque.bdecode(content)[1]).hexdigest().upper()
+                info_hash = torque.parse_metafile(content).info_hash
                 self.items[info_hash] = '' if 'raw' in method else os.fsdecode(params[0])
         elif method == 'print':
             self.printed += params
@@ -4424,7 +4516,7 @@ class CommandTest(WithDouble):
         self.engine.add(self.path('data'), name='-rf', custom1='l\udcff\0')
         self.refused(torque.ItemCommand, {
             'args of a shell are no template': {'args': 'echo {{name}}', 'shell': 'yes'},
-            'run with it': {'args': 'sh -c "echo {{name}}"'},
+            'would run': {'args': 'sh -c "echo {{name}}"'},
             'is not set; for all': {'args': 'x', 'matcher': ''}})
         for words, args, message in (('would be an option', 'rm {{name}}', ''),
                                      ('surrogates', 'true', '\ud800'),

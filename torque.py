@@ -16,9 +16,10 @@ Sections, each using only what stands above it:
     RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
-    Torrents            fields of torrents, and lists of them
+    Fields and Filter   what is known of a torrent; conditions on it
+    Torrents            rows, lists in one round trip; metafiles
     Data                whose data it is; removals that are written down first
-    Filter and template conditions on torrents; text and commands with values put in
+    Template            text and commands with values put in
     Jobs                Job, and the built-in ones
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
@@ -109,23 +110,47 @@ class HashNotFound(RpcError):
 
 
 # --- Values ----------------------------------------------------------------------------------
-# Text from the ini becomes bool, seconds or bytes; numbers become text a person reads at a
-# glance. The parsers raise UserError naming the value and what is allowed.
+# Text of the ini enters: bool, seconds, bytes or a count leave. Numbers and hostile text enter:
+# text leaves that a person reads at a glance, and that stays one line of a log. What is not
+# understood is a UserError that names the value and what is allowed. Pure functions, for any
+# thread.
 
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
-NUMBER = r'([0-9]{1,15}(?:\.[0-9]{1,15})?)'
-DURATION_UNITS = {'w': 604800, 'd': 86400, 'h': 3600, 'm': 60, 's': 1}
-LONGEST = 10000 * DURATION_UNITS['w']   # seconds; dates and timeouts hold no more than centuries
-SIZE_UNITS = {'': 1, 'b': 1, 'k': 1 << 10, 'm': 1 << 20, 'g': 1 << 30, 't': 1 << 40}
+NUMBER = r'[0-9]{1,15}(?:\.[0-9]{1,15})?'
+DURATION = re.compile(rf'{NUMBER}|(?:{NUMBER}\s*[wdhms]\s*){{1,5}}')
+DURATION_PART = re.compile(rf'({NUMBER})\s*([wdhms]?)')
+DURATION_UNITS = {
+    'w': 604800,
+    'd': 86400,
+    'h': 3600,
+    'm': 60,
+    's': 1}
+# In seconds: dates and timeouts of the system hold no more than some centuries.
+LONGEST = 10000 * DURATION_UNITS['w']
+SIZE = re.compile(rf'({NUMBER})\s*([bkmgt]?)(?:i?b)?')
+SIZE_UNITS = {
+    '': 1,
+    'b': 1,
+    'k': 1 << 10,
+    'm': 1 << 20,
+    'g': 1 << 30,
+    't': 1 << 40}
+SHOWN_UNITS = (                         # and the digits behind the point
+    ('B', 0),
+    ('KiB', 0),
+    ('MiB', 1),
+    ('GiB', 1))
 
 
 def parse_bool(text: Any) -> bool:
     """Return the truth that a word stands for."""
     word = str(text).strip().lower()
-    if word not in TRUE and word not in FALSE:
-        raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
-    return word in TRUE
+    if word in TRUE:
+        return True
+    if word in FALSE:
+        return False
+    raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
 def parse_duration(text: Any) -> float:
@@ -134,12 +159,13 @@ def parse_duration(text: Any) -> float:
     >>> parse_duration('1h30m'), parse_duration('0.25'), parse_duration(15)
     (5400.0, 0.25, 15.0)
     """
-    part = NUMBER + r'\s*([wdhms]?)\s*'
-    words = re.findall(part, str(text).lower())
-    units = {unit for _, unit in words}
-    seconds = sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
-    if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(units) < len(words)
-            or '' in units and len(words) > 1 or seconds > LONGEST):
+    spelt = str(text).strip().lower()
+    seconds, units = 0.0, []
+    if DURATION.fullmatch(spelt):
+        for number, unit in DURATION_PART.findall(spelt):
+            seconds += float(number) * DURATION_UNITS[unit or 's']
+            units.append(unit)
+    if not units or len(set(units)) < len(units) or seconds > LONGEST:
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
                         'up to 10000w')
     return seconds
@@ -151,7 +177,7 @@ def parse_size(text: Any) -> int:
     >>> parse_size('1.5k'), parse_size('4G')
     (1536, 4294967296)
     """
-    match = re.fullmatch(NUMBER + r'\s*([bkmgt]?)(?:i?b)?', str(text).strip().lower())
+    match = SIZE.fullmatch(str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
     return int(float(match[1]) * SIZE_UNITS[match[2]])
@@ -159,7 +185,7 @@ def parse_size(text: Any) -> int:
 
 def parse_count(text: Any) -> int:
     """Return a whole number, zero or more."""
-    if not re.fullmatch(r'[0-9]{1,18}', str(text).strip()):
+    if not re.fullmatch('[0-9]{1,18}', str(text).strip()):
         raise UserError(f'{text!r} is not a whole number of 0 or more')
     return int(text)
 
@@ -188,15 +214,15 @@ def show_size(number: float) -> str:
     >>> show_size(1258291), show_size(512)
     ('1.2 MiB', '512 B')
     """
-    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    for unit, digits in SHOWN_UNITS:
         if abs(number) < 1024:
-            return f'{number:.0f} {unit}' if unit in ('B', 'KiB') else f'{number:.1f} {unit}'
+            return f'{number:.{digits}f} {unit}'
         number /= 1024
     return f'{number:.1f} TiB'
 
 
-CONTROL = {**{number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]},
-           0x2028: '\\u2028', 0x2029: '\\u2029'}
+CONTROL = {number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]}
+CONTROL.update({0x2028: '\\u2028', 0x2029: '\\u2029'})
 
 
 def one_line(text: str) -> str:
@@ -211,14 +237,17 @@ def quoted(text: Any, limit: int = 200) -> str:
     'a\\nb'
     """
     shown = repr(str(text))
-    return shown if len(shown) <= limit else shown[:limit - 3] + '...'
+    if len(shown) > limit:
+        shown = shown[:limit - 3] + '...'
+    return shown
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a misspelt word, or nothing."""
     import difflib
-    close = difflib.get_close_matches(word, known, 1)
-    return f'; did you mean {close[0]!r}?' if close else ''
+    for close in difflib.get_close_matches(word, known, 1):
+        return f'; did you mean {close!r}?'
+    return ''
 
 
 # --- Schedule --------------------------------------------------------------------------------
@@ -1187,7 +1216,7 @@ XML_AS_JSON = (
     ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
     ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
 XML_ANSWER = re.compile(
-    r'\s*(?:<\?xml[^>]*\?>)?\s*<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
+    r'\s*(?:<\?xml[^>]*\?>\s*)?<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
     r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
 XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
 XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
@@ -1260,7 +1289,7 @@ def only_reads(method: str, params: Iterable) -> bool:
     """Tell whether a call, and the commands in its parameters, change nothing."""
     words = [method]
     for param in params:
-        words += re.findall(r'[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
+        words += re.findall(r'(?<![\w.])[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
     return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
                and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
                for parts in (word.split('.') for word in words))
@@ -1298,13 +1327,59 @@ def json_reply(content: bytes, count: int) -> list:
             for item in items]
 
 
+# Commands that take arguments as data; others (multicall, branch ...) run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
+                          r'execute[\w.]{0,99}')
+RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
+                       r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+
+
+def split_commands(text: str, marks: str) -> list[str]:
+    """Return text split at marks that are outside of double quotes."""
+    parts = ['']
+    for piece in COMMAND_PIECE.findall(text):
+        if piece in marks:
+            parts.append('')
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def lacks_file(text: str, depth: int = 0) -> bool:
+    r"""Tell whether commands hold an f. command that is given no file: rTorrent 0.9.8 aborts.
+
+    >>> lacks_file('f.multicall=*,f.path='), lacks_file('branch=d.x=,"d.y=$f.path="')
+    (False, True)
+    """
+    if 'f.' not in text or depth > 20:
+        return depth > 20
+    for command in split_commands(text, ';\n'):
+        command = command.strip()
+        head = re.match(r'([$("\s]{0,9})([\w.]{0,99})', command)
+        opened, name = head.groups()            # type: ignore[union-attr]
+        rest = command[len(opened) + len(name):].lstrip()
+        if name.startswith('f.multicall'):
+            continue                            # the files are given by it
+        if name.startswith('f.') and (rest.startswith('=') or '(' in opened or '$' in opened):
+            return True
+        for word in split_commands(rest[1:], ','):
+            word = word.strip()
+            if word.startswith('"'):
+                word = re.sub(r'\\(.)', r'\1', word[1:].rstrip('"'))
+            is_text = DATA_COMMAND.fullmatch(name) and not word.startswith(('$', '('))
+            if not is_text and not word.startswith('{') and lacks_file(word, depth + 1):
+                return True
+    return False
+
+
 def refuse_deadly(method: str, params: list) -> None:
     """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
     if method == 'system.multicall':
         for entry in params[0] if params else ():
             refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = '.multicall' in method and not method.startswith('f.') and any(
-        re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
+    listing = RUNS_TEXT.match(method) and any(
+        isinstance(param, str) and lacks_file(param) for param in params)
     bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
     if listing or bare:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
@@ -1918,47 +1993,52 @@ def require_same_files(engine: Engine) -> None:
                             f'torque: {why}; where you know that they are, set same_files = yes')
 
 
-# --- Torrents --------------------------------------------------------------------------------
-# Names of fields enter, rows leave: a Torrent maps a field's name to its value. A field is
-# worked out from raw values: what a d. command answers, or a second question ("files",
-# "trackers") that is asked only for torrents which the cheap conditions have left over.
+# --- Fields and Filter -----------------------------------------------------------------------
+# A field is what conditions, templates and jobs know of a torrent: its kind, the raw values that
+# it needs, and what makes its value of them. A raw value is what a d. command answers, something
+# of the run or of the engine (now, aliases, session, cwd, seen), or the rows of a second question
+# ("files", "trackers"), which is asked only for torrents that the cheap conditions have left
+# over. A row is a mapping of field name to value. The text of a condition enters, a Filter leaves:
+# closures over a row and `now` in Unix seconds. What is not known is None and meets neither a
+# condition nor its opposite, so NOT is carried down to the single conditions. Pure functions, for
+# any thread, but for the fields that need `seen`: they look at the disk.
 
 SOURCES = {                             # second questions: command, and the columns of its rows
     'files': ('f.multicall', ('f.path=', 'f.size_bytes=')),
-    'trackers': ('t.multicall', ('t.url=', 't.is_enabled=', 't.scrape_complete=',
-                                 't.scrape_incomplete=', 't.failed_time_last=',
-                                 't.success_time_last='))}
-TV = re.compile(r'^(?P<show>.+?)[._ -]+(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|'
-                r'\d{1,2}x\d{2}|'
-                r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))(?:[._ -](?P<title>.*))?$', re.I)
-MOVIE = re.compile(r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
-KINDS = {kind: traits for traits, kinds in {
+    'trackers': ('t.multicall', (
+        't.url=',
+        't.is_enabled=',
+        't.scrape_complete=',
+        't.scrape_incomplete=',
+        't.failed_time_last=',
+        't.success_time_last='))}
+TV = re.compile(
+    r'^(?P<show>.+?)[._ -]+'
+    r'(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|\d{1,2}x\d{2}|'
+    r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))'
+    r'(?:[._ -](?P<title>.*))?$', re.I)
+MOVIE = re.compile(
+    r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
+TRAITS = {
     'audio': 'flac mp3 ogg opus m4a wav dts ac3 alac wma ape',
     'video': 'avi mkv m4v vob mp4 mpg mpeg m2ts ts ogv wmv webm mov',
     'img': 'jpg jpeg png gif tif bmp svg webp',
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
-    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}.items() for kind in kinds.split()}
-
-
-class Torrent(dict):
-    """One item: field name -> value; `hash` and `name` are always there."""
-
-    def __str__(self) -> str:
-        return f"{quoted(self['name'])} {self['hash']}"
+    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
+ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
+SECOND_LEVEL = ('co', 'com', 'net', 'org', 'ac', 'gov', 'edu')      # as in example.co.uk
 
 
 class TorrentField(NamedTuple):
-    """A field: the type that conditions see, and how its value comes from the raw ones."""
-    kind: str                           # text bool number size time duration tags files
-    needs: tuple                        # raw values: commands, SOURCES, now, aliases, session,
-                                        # cwd, seen (are rTorrent's files those of torque?)
+    """A field: the kind that conditions see, and how its value comes from the raw ones."""
+    kind: str                           # text bool number size time duration tags files any
+    needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
-    on_disk: bool = False               # needs a look at the disk
 
     @property
     def slow(self) -> bool:
         """Does it cost more than a column of the list?"""
-        return self.on_disk or bool(SOURCES.keys() & self.needs)
+        return not {*SOURCES, 'seen'}.isdisjoint(self.needs)
 
 
 def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
@@ -1976,28 +2056,95 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
 
 def first_number(*values: Any) -> int:
     """Return the first value that is a number above 0; 0 for a time that is not known."""
-    return next((int(value) for value in values if str(value).isdecimal() and int(value)), 0)
+    for value in values:
+        text = str(value)
+        if text.isdecimal() and len(text) < 19 and int(text):
+            return int(text)
+    return 0
 
 
-def time_started(activations: str, start: float, end: float,
-                 unmarked: float | None) -> float | None:
-    """Return the seconds between R(esumed) and P(aused) marks that lie within a window."""
-    spans = re.findall(r'R([0-9]+)[^RP]*(?:P([0-9]+)|$)', activations)
-    return sum(max(0.0, min(float(paused or end), end) - max(float(resumed), start))
-               for resumed, paused in spans) if spans else unmarked
+def time_started(marks: str, start: float, end: float) -> float | None:
+    """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
-
-def seed_time(activations: str, completed: float, active: int, now: float) -> float | None:
-    """Return for how long a complete item was seeded; None where that is not known."""
-    if not completed:
+    None where pyrocore has left no marks.
+    """
+    spans = ACTIVATION.findall(marks)
+    if not spans:
         return None
-    return time_started(activations, completed, now, now - completed if active else None)
+    seconds = 0.0
+    for resumed, paused in spans:
+        stop = min(float(paused or end), end)
+        seconds += max(0.0, stop - max(float(resumed), start))
+    return seconds
 
 
-def leech_time(activations: str, started: float, completed: float, now: float) -> float | None:
+def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, active: int,
+              now: float) -> float | None:
+    """Return for how long a complete item was seeded; None where that is not known."""
+    completed = first_number(tm_completed, finished)
+    if not complete or not completed:
+        return None
+    seconds = time_started(marks, completed, now)
+    if seconds is None and active:
+        return now - completed
+    return seconds
+
+
+def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finished: Any,
+               now: float) -> float | None:
     """Return for how long an item was downloaded; None where that is not known."""
-    end = completed or now
-    return time_started(activations, 0, end, max(end - started, 0) if started else None)
+    started = first_number(tm_started, began)
+    end = first_number(tm_completed, finished) or now
+    seconds = time_started(marks, 0, end)
+    if seconds is None and started:
+        return max(end - started, 0)
+    return seconds
+
+
+def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
+    """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
+    paused = first_number(marks.rpartition('P')[2].partition('R')[0])
+    if paused or state or not first_number(tm_started, began):
+        return paused
+    return first_number(changed)
+
+
+def time_active(last: Any, peers: int, now: float) -> int:
+    """Return when an item last had peers."""
+    if peers:
+        return int(now)
+    return first_number(last)
+
+
+def time_moved(last: Any, up: int, down: int, now: float) -> int:
+    """Return when data of an item was last transferred."""
+    return time_active(last, up + down, now)
+
+
+def session_file(folder: str, info_hash: str) -> str:
+    """Return the path of the metafile in rTorrent's session folder; nothing without one."""
+    if not folder:
+        return ''
+    return f'{folder}{info_hash}.torrent'
+
+
+def percent_done(completed: int, size: int) -> float:
+    """Return how much of an item is there."""
+    if not size:
+        return 0.0
+    return 100.0 * completed / size
+
+
+def domain_of(url: str) -> str:
+    """Return the registered domain of a tracker's host, or its number."""
+    host = re.sub(r'^\w{1,9}://', '', url).partition('/')[0].rpartition('@')[2]
+    host = re.sub(r':[0-9]{1,5}$', '', host).lower()
+    labels = host.split('.')
+    if labels[-1].isdigit() or ':' in host:
+        return host
+    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
+        return '.'.join(labels[-3:])
+    return '.'.join(labels[-2:])
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2006,24 +2153,48 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     >>> tracker_alias('https://tracker.example.co.uk:80/x/announce', {})
     'example.co.uk'
     """
-    server = re.match(r'(?:\w+://)?[^/]*', url)[0] + '/'        # type: ignore[index]
-    for fits in (url.startswith, lambda part: (part + '/').startswith(server)):
-        for alias, urls in aliases.items():
-            if any(map(fits, urls)):            # else with another passkey
-                return alias
-    host = re.sub(r'^\w+://(?:[^/@]*@)?', '', url).partition('/')[0]
-    host = re.sub(r':\d+$', '', host).lower()
-    labels = host.split('.')
-    if labels[-1].isdigit() or ':' in host:
-        return host
-    short = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in (
-        'co', 'com', 'net', 'org', 'ac', 'gov', 'edu')
-    return '.'.join(labels[-3 if short else -2:])
+    for alias, beginnings in aliases.items():
+        if url.startswith(tuple(beginnings)):
+            return alias
+    # else the same server with another passkey
+    server = '/'.join(url.split('/', 3)[:3]) + '/'
+    for alias, beginnings in aliases.items():
+        if any((part + '/').startswith(server) for part in beginnings):
+            return alias
+    return domain_of(url)
 
 
 def first_tracker(rows: list) -> str:
     """Return the first enabled announce URL."""
-    return next((row[0] for row in rows if row[1] and row[0] != 'dht://'), '')
+    for url, enabled, *_ in rows:
+        if enabled and url != 'dht://':
+            return url
+    return ''
+
+
+def alias_of(rows: list, aliases: dict[str, list[str]]) -> str:
+    """Return the name of the first enabled tracker."""
+    return tracker_alias(first_tracker(rows), aliases)
+
+
+def most_seeders(rows: list) -> int:
+    """Return the seeders that the best tracker knows."""
+    return max([row[2] for row in rows], default=0)
+
+
+def most_leechers(rows: list) -> int:
+    """Return the leechers that the best tracker knows."""
+    return max([row[3] for row in rows], default=0)
+
+
+def trackers_failed(rows: list) -> int:
+    """Return how many enabled trackers have failed since they last answered."""
+    return len([row for row in rows if row[1] and row[4] > row[5]])
+
+
+def file_names(rows: list) -> list[str]:
+    """Return the paths of an item's files."""
+    return [path for path, _ in rows]
 
 
 def file_kinds(rows: list, percent: int = 0) -> list[str]:
@@ -2033,26 +2204,35 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
     """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        sizes[re.sub(r'^r\d\d$', 'rar', os.path.splitext(path)[1].lstrip('.').lower())] += size
-    total = sum(sizes.values()) or 1
-    return sorted(kind for kind, size in sizes.items() if kind and size * 100 >= percent * total)
+        kind = os.path.splitext(path)[1].lstrip('.').lower()
+        if re.fullmatch('r[0-9][0-9]', kind):
+            kind = 'rar'
+        sizes[kind] += size
+    least = percent * sum(sizes.values())
+    return sorted(kind for kind, size in sizes.items() if kind and 100 * size >= least)
 
 
 def name_traits(name: str, kind: str) -> dict[str, str]:
     """Return what a name tells: kind (tv, movie, audio ...), and show, season, title, year."""
-    name, sort = name[:255], KINDS.get(kind, '')        # the patterns are quadratic
-    for trait, regex in (('tv', TV), ('movie', MOVIE)):
-        match = regex.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
-        if match and sort in ('', 'video', 'misc'):
-            return {'kind': trait, **match.groupdict('')}
-    return {'kind': sort}
+    name = name[:255]                   # the patterns are quadratic
+    if kind and name.endswith(kind):
+        name = os.path.splitext(name)[0]
+    sorts = [trait for trait, kinds in TRAITS.items() if kind in kinds.split()]
+    if not sorts or sorts[0] in ('video', 'misc'):
+        for trait, regex in (('tv', TV), ('movie', MOVIE)):
+            match = regex.match(name)
+            if match:
+                return {'kind': trait, **match.groupdict('')}
+    return {'kind': ''.join(sorts)}
 
 
 def guess_traits(name: str, rows: list) -> list[str]:
     """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
-    kind = (file_kinds(rows, 51) or [''])[0]
-    found = name_traits(name, kind)['kind']
-    return [found, kind or 'other'] if found else []
+    kind = ''.join(file_kinds(rows, 51))
+    sort = name_traits(name, kind)['kind']
+    if not sort:
+        return []
+    return [sort, kind or 'other']
 
 
 def has_no_data(seen: Any, *raw: Any) -> bool | None:
@@ -2087,152 +2267,751 @@ def space_at(seen: Any, *raw: Any) -> int | None:
     return disk_of(path)[1]
 
 
-def same_fields(kind: str, names: str, value: Callable | None = None) -> dict[str, TorrentField]:
-    """Return the fields of `name=command`, of the same kind; left out, the command is d.name."""
-    return {name: TorrentField(kind, (f'd.{command or name}',), value) for name, _, command in
-            (text.partition('=') for text in names.split())}
+# Fields that are what one d. command answers: field, or field=command where the names differ.
+PLAIN_FIELDS = {
+    'text': 'hash name message directory throttle=throttle_name metafile=tied_to_file '
+            'label=custom1',
+    'size': 'size=size_bytes uploaded=up.total downloaded=down.total left=left_bytes '
+            'up=up.rate down=down.rate',
+    'number': 'fno=size_files prio=priority peers=peers_connected',
+    'bool': 'is_open is_active is_complete=complete is_ignored=ignore_commands is_private '
+            'is_multi_file is_hashing=hashing',
+    'tags': 'views'}
+PATH = 'cwd d.base_path d.directory d.name d.is_multi_file d.is_open'
+STARTED = 'd.custom=tm_started d.timestamp.started'
+COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
+MARKS = 'd.custom=activations'
+# name: kind, raw values in the order that the function takes them, the function
+MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
+    'ratio': ('number', 'd.ratio', lambda ratio: ratio / 1000),
+    'tagged': ('tags', 'd.custom=tags', lambda tags: tags.lower().split()),
+    'path': ('text', PATH, data_path),
+    'realpath': ('text', 'seen ' + PATH, seen_path),
+    'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
+    'free': ('size', 'seen ' + PATH, space_at),
+    'sessionfile': ('text', 'session d.hash', session_file),
+    'done': ('number', 'd.completed_bytes d.size_bytes', percent_done),
+    'xfer': ('size', 'd.up.rate d.down.rate', operator.add),
+    'loaded': ('time', 'd.custom=tm_loaded d.load_date', first_number),
+    'started': ('time', STARTED, first_number),
+    'completed': ('time', COMPLETED, first_number),
+    'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
+    'active': ('time', 'd.custom=last_active d.peers_connected now', time_active),
+    'last_xfer': ('time', 'd.custom=last_xfer d.up.rate d.down.rate now', time_moved),
+    'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
+    'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
+    'tracker': ('text', 'trackers', first_tracker),
+    'alias': ('text', 'trackers aliases', alias_of),
+    'seeders': ('number', 'trackers', most_seeders),
+    'leechers': ('number', 'trackers', most_leechers),
+    'trackers_failed': ('number', 'trackers', trackers_failed),
+    'files': ('files', 'files', file_names),
+    'kind': ('tags', 'files', file_kinds),
+    'traits': ('tags', 'd.name files', guess_traits)}
 
 
-PATH = ('cwd', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file', 'd.is_open')
-STARTED = ('d.custom=tm_started', 'd.timestamp.started')
-COMPLETED = ('d.custom=tm_completed', 'd.timestamp.finished')
-TORRENT_FIELDS = {
-    **same_fields('text', 'hash name message directory throttle=throttle_name '
-                          'metafile=tied_to_file label=custom1'),
-    **same_fields('size', 'size=size_bytes uploaded=up.total downloaded=down.total '
-                          'left=left_bytes up=up.rate down=down.rate'),
-    **same_fields('number', 'fno=size_files prio=priority peers=peers_connected'),
-    **same_fields('number', 'ratio', lambda ratio: ratio / 1000),
-    **same_fields('bool', 'is_open is_active is_complete=complete is_ignored=ignore_commands '
-                          'is_private is_multi_file is_hashing=hashing', bool),
-    **same_fields('tags', 'views'),
-    **same_fields('tags', 'tagged=custom=tags', lambda tags: tags.lower().split()),
-    'path': TorrentField('text', PATH, data_path),
-    'realpath': TorrentField('text', ('seen', *PATH), seen_path, True),
-    'is_ghost': TorrentField('bool', ('seen', *PATH), has_no_data, True),
-    'free': TorrentField('size', ('seen', *PATH), space_at, True),
-    'sessionfile': TorrentField('text', ('session', 'd.hash'), lambda folder, info_hash:
-                                f'{folder}{info_hash}.torrent' if folder else ''),
-    'done': TorrentField('number', ('d.completed_bytes', 'd.size_bytes'), lambda done, size:
-                         100.0 * done / size if size else 0.0),
-    'xfer': TorrentField('size', ('d.up.rate', 'd.down.rate'), int.__add__),
-    'loaded': TorrentField('time', ('d.custom=tm_loaded', 'd.load_date'), first_number),
-    'started': TorrentField('time', STARTED, first_number),
-    'completed': TorrentField('time', COMPLETED, first_number),
-    'stopped': TorrentField(
-        'time', ('d.custom=activations', 'd.state', 'd.state_changed', *STARTED),
-        lambda marks, state, changed, *started: first_number(
-            *re.findall(r'P([0-9]+)', marks)[-1:],
-            0 if state or not first_number(*started) else changed)),
-    'active': TorrentField('time', ('d.custom=last_active', 'd.peers_connected', 'now'),
-                           lambda last, peers, now: int(now) if peers else first_number(last)),
-    'last_xfer': TorrentField(
-        'time', ('d.custom=last_xfer', 'd.up.rate', 'd.down.rate', 'now'),
-        lambda last, up, down, now: int(now) if up or down else first_number(last)),
-    'leechtime': TorrentField(
-        'duration', ('d.custom=activations', *STARTED, *COMPLETED, 'now'),
-        lambda marks, s1, s2, c1, c2, now:
-        leech_time(marks, first_number(s1, s2), first_number(c1, c2), now)),
-    'seedtime': TorrentField(
-        'duration', ('d.custom=activations', *COMPLETED, 'd.complete', 'd.is_active', 'now'),
-        lambda marks, c1, c2, complete, active, now:
-        seed_time(marks, first_number(c1, c2), active, now) if complete else None),
-    'tracker': TorrentField('text', ('trackers',), first_tracker),
-    'alias': TorrentField('text', ('trackers', 'aliases'), lambda rows, aliases:
-                          tracker_alias(first_tracker(rows), aliases)),
-    'seeders': TorrentField('number', ('trackers',), lambda rows:
-                            max([row[2] for row in rows], default=0)),
-    'leechers': TorrentField('number', ('trackers',), lambda rows:
-                             max([row[3] for row in rows], default=0)),
-    'trackers_failed': TorrentField('number', ('trackers',), lambda rows:
-                                    sum(1 for row in rows if row[1] and row[4] > row[5])),
-    'files': TorrentField('files', ('files',), lambda rows: [row[0] for row in rows]),
-    'kind': TorrentField('tags', ('files',), file_kinds),
-    'traits': TorrentField('tags', ('d.name', 'files'), guess_traits)}
+def all_fields() -> dict[str, TorrentField]:
+    """Return the table of fields by name."""
+    fields = {}
+    for kind, words in PLAIN_FIELDS.items():
+        for word in words.split():
+            name, _, command = word.partition('=')
+            fields[name] = TorrentField(kind, ('d.' + (command or name),))
+    for name, (kind, needs, value) in MADE_FIELDS.items():
+        fields[name] = TorrentField(kind, tuple(needs.split()), value)
+    return fields
+
+
+TORRENT_FIELDS = all_fields()
 
 
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
-    found = TORRENT_FIELDS.get(name)
-    if found:
-        return found
+    if name in TORRENT_FIELDS:
+        return TORRENT_FIELDS[name]
     stem, _, rest = name.partition('_')
+    if stem == 'custom' and rest in ('1', '2', '3', '4', '5'):
+        return TorrentField('text', (f'd.custom{rest}',))
     if stem == 'custom' and rest:
         key = rest.replace('\\', '\\\\').replace('"', '\\"')
-        return TorrentField('text', (f'd.custom{rest}' if rest in [*'12345'] else
-                                     f'd.custom="{key}"',))
-    if re.fullmatch('kind_([0-9]{1,2}|100)', name):
-        return TorrentField('tags', ('files',), lambda rows: file_kinds(rows, int(rest)))
-    if re.fullmatch(r'd_[a-z][\w.]*', name):
-        if not only_reads(f'd.{rest}', ()):     # as a column it would be done to every torrent
+        return TorrentField('text', (f'd.custom="{key}"',))
+    if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
+        return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
+    if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
+        # as a column, what changes something would be done to every torrent
+        if not only_reads(f'd.{rest}', ()):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
+AGE_UNITS = {
+    'y': 31536000,
+    'M': 2592000,
+    'w': 604800,
+    'd': 86400,
+    'h': 3600,
+    'i': 60,
+    's': 1}
+AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
+DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
+CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
+ORDER = {
+    '=': operator.eq,
+    '<': operator.lt,
+    '<=': operator.le,
+    '>': operator.gt,
+    '>=': operator.ge}
+PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
+MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
+# Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
+# held meanwhile, and a regex of the user may take quadratic time.
+MOST_MATCHED = 1000
+# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
+# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+QUOTED = (
+    r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
+    r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
+PIECE = re.compile(QUOTED, re.S)
+WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+COMMA = '\0'                            # stands for a comma that is text
+CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
+REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
+GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,500}\]|.', re.S)
+JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
+
+
+def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+    """Return the error that shows a text of the user with a mark at the place."""
+    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    if len(before) > 90:
+        before = '...' + before[-87:]
+    if len(after) > 40:
+        after = after[:37] + '...'
+    shown = f'{before} <-- here {after}'.strip()
+    return UserError(f'{what} {quoted(shown, 600)}: {why}')
+
+
+def glob_regex(glob: str) -> str:
+    """Return the regex of a glob, which takes linear time: the first match after a star counts.
+
+    fnmatch has done so from Python 3.9 on.
+    """
+    parts = ['']
+    for piece in GLOB_PIECE.findall(glob):
+        if piece.startswith('*'):
+            parts.append('')
+        else:
+            parts[-1] += fnmatch.translate(piece)[4:-3]         # without (?s: and )\Z
+    regex = parts[0]
+    for number, part in enumerate(parts[1:-1]):
+        regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
+    if len(parts) > 1:
+        regex += '.*' + parts[-1]
+    return regex
+
+
+def text_pattern(text: str) -> Callable[[str], Any]:
+    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
+    regex = re.fullmatch('/(.*)/i?', text, re.S)
+    if len(text) > MOST_IN_PATTERN or not regex and (
+            len(re.findall(r'\*+', text)) > MOST_STARS or '{{' in text):
+        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
+        # only the usual slip is caught
+        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
+                        'not (a+)+')
+    try:
+        if regex:
+            return re.compile(regex[1], re.I).search
+        return re.compile(glob_regex(text), re.I | re.S).fullmatch
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
+
+
+def has_class(text: str) -> bool:
+    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
+    start = text.find('[')
+    return start >= 0 and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/')
+
+
+def parse_age(text: str) -> int | None:
+    """Return the seconds in an age, None for what is written as something else.
+
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
+    (129600, 5400, None)
+    """
+    if not AGE.fullmatch(text):
+        return None
+    seconds, units = 0, ['']
+    for number, unit in re.findall('([0-9]{1,6})([A-Za-z])', text):
+        if unit == 'm' and units[-1] in ('w', 'd', 'h'):
+            unit = 'i'                  # after these it is no month
+        elif unit == 'm':
+            raise UserError('m is months to pyrocore and minutes to pyrosimple; '
+                            'allowed are M for months and i for minutes')
+        elif unit != 'M':
+            unit = unit.lower()
+        if unit not in AGE_UNITS or unit in units:
+            raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
+        seconds += int(number) * AGE_UNITS[unit]
+        units.append(unit)
+    return seconds
+
+
+def parse_time(text: str) -> float:
+    """Return the Unix seconds of a local date, or of Unix seconds.
+
+    A number below 10^8 (1973) is an age that lost its unit.
+    """
+    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+        return int(text)
+    spelt = text.upper().replace(' ', 'T')
+    for day in DATE_FORMS:
+        for clock in CLOCK_FORMS:
+            with contextlib.suppress(ValueError, OverflowError):
+                return time.mktime(time.strptime(spelt, day + clock))
+    raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
+                    '03/15/2024 15.03.2024T14:50, Unix seconds')
+
+
+# What a condition does with a value of a row, which comes last but one; `now` comes last.
+
+def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+    """Compare a value with the number in the condition."""
+    return order(value, limit)
+
+
+def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+    """Compare what may be a number."""
+    return PLAIN_NUMBER.fullmatch(str(value)[:40]) is not None and order(float(value), limit)
+
+
+def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
+    """Compare the age of a time."""
+    return order(now - value, age)
+
+
+def is_truth(wanted: bool, value: Any, now: float) -> bool:
+    """Tell whether a value is as true as it should be."""
+    return bool(value) is wanted
+
+
+def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
+    """Tell whether a text matches, or is what the condition says: [x] as it stands is meant, too."""
+    shown = str(value)[:MOST_MATCHED]
+    return matches(shown) is not None or shown.lower() == text
+
+
+def has_like(matches: Callable, text: str, value: list, now: float) -> bool:
+    """Tell whether one of several texts matches."""
+    return any(is_like(matches, text, part, now) for part in value)
+
+
+def has_only_like(matches: Callable, text: str, value: list, now: float) -> bool:
+    """Tell whether there are texts, and all of them match."""
+    return bool(value) and all(is_like(matches, text, part, now) for part in value)
+
+
+def is_empty(value: list, now: float) -> bool:
+    """Tell whether there are none of them."""
+    return not value
+
+
+def order_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of a number, size, time or duration: (value, now) -> bool."""
+    if op == '=' and text[:1] == '+':
+        op, text = '>', text[1:]
+    elif op == '=' and text[:1] == '-':
+        op, text = '<', text[1:]
+    order = ORDER[op]
+    if len(text) > 40 or kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text):
+        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
+    if kind == 'any':
+        return functools.partial(number_is_in_order, order, float(text))
+    if kind == 'number':
+        return functools.partial(is_in_order, order, float(text))
+    if kind == 'size':
+        return functools.partial(is_in_order, order, parse_size(text))
+    age = parse_age(text)
+    if op == '=' and not text.isdigit():
+        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
+    if age is None and kind == 'time':
+        return functools.partial(is_in_order, order, parse_time(text))
+    if age is None and text != '0':
+        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
+    test = is_in_order
+    if kind == 'time':
+        test = age_is_in_order
+    return functools.partial(test, order, age or 0)
+
+
+def is_ordered(kind: str, op: str, text: str) -> bool:
+    """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
+    if kind == 'any':
+        signed = text[:1] in ('+', '-') and PLAIN_NUMBER.fullmatch(text[1:])
+        return op != '=' or bool(signed)
+    return kind in ('number', 'size', 'time', 'duration')
+
+
+def value_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of one value of a condition: (value, now) -> bool."""
+    if is_ordered(kind, op, text):
+        return order_test(kind, op, text)
+    if op != '=':
+        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
+    if kind == 'bool':
+        return functools.partial(is_truth, parse_bool(text))
+    if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
+        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
+    test = is_like
+    if kind in ('tags', 'files') and text in ('', ':'):
+        return is_empty
+    if kind == 'tags' and text.startswith(':'):
+        test, text = has_only_like, text[1:]
+    elif kind in ('tags', 'files'):
+        test = has_like
+    return functools.partial(test, text_pattern(text), text.lower())
+
+
+class Node(NamedTuple):
+    """Conditions joined, and how many of them need a second question.
+
+    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
+    """
+    test: Callable
+    cost: int
+
+
+def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
+    """Return one condition: False for an unknown value, also when it is negated."""
+    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
+        negated, text = not negated, text[1:]
+    test = value_test(field.kind, op, text)
+    unknown: tuple = (None,)
+    if field.kind == 'time' and text.lstrip('+-') != '0':
+        unknown = (None, 0)
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        value = row.get(name)
+        if value in unknown:
+            return possible and name not in row
+        return test(value, now) is not negated
+    return Node(holds, int(field.slow))
+
+
+def joined(nodes: list[Node], every: bool) -> Node:
+    """Return the Node of all or any of some, the cheap ones first."""
+    if len(nodes) == 1:
+        return nodes[0]
+    nodes = sorted(nodes, key=operator.attrgetter('cost'))
+    tests = [node.test for node in nodes]
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        for test in tests:
+            if test(row, now, possible) is not every:
+                return not every
+        return every
+    return Node(holds, sum(node.cost for node in nodes))
+
+
+def unquoted(piece: re.Match) -> str:
+    """Return a piece of a word as what it stands for; a comma in it parts no values."""
+    regex, double, single, escaped = piece.groups()
+    text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
+    return text.replace(',', COMMA)
+
+
+def is_no_name(text: str) -> bool:
+    """Tell whether a word alone cannot be meant as the name of a torrent."""
+    if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
+        return True
+    return not text.startswith('/') and re.search('[=<>]', text) is not None
+
+
+class Filter:
+    """An rtcontrol condition, compiled; `fields` are the names it needs.
+
+    `classes` are the conditions that hold a class of characters, as name=[ab]*, which few people
+    mean who write it.
+
+    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
+    True
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.at = 0                     # end of the word in hand
+        self.key, self.word = '', ''    # the word in hand: a keyword, or a condition
+        self.needs: dict[str, TorrentField] = {}
+        self.classes: list[str] = []
+        try:
+            self.read_word()
+            self.root = self.expression(False, 0)
+        except UserError as error:
+            raise mistake('condition', text, self.at, error) from None
+        self.fields = tuple(self.needs)
+
+    def match(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row meets the condition; ages count back from `now`."""
+        if now is None:
+            now = time.time()
+        return self.root.test(row, now, False)
+
+    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row may meet the condition once it has the fields that it lacks."""
+        if now is None:
+            now = time.time()
+        return self.root.test(row, now, True)
+
+    def read_word(self) -> None:
+        """Take the next word in hand."""
+        if len(self.text) > MOST_CHARACTERS or COMMA in self.text:
+            raise UserError(f'this is too long, or holds a NUL; allowed are {MOST_CHARACTERS} '
+                            'characters')
+        self.key, self.word = 'END', ''
+        if not self.text[self.at:].strip():
+            return
+        word = WORD.match(self.text, self.at)
+        if not word:
+            raise UserError('after this, a quote has no other half')
+        self.at = word.end()
+        self.key = word[1] or ''
+        if word[2]:
+            self.key = 'NOT'
+        self.word = PIECE.sub(unquoted, word[3] or '')
+
+    def expression(self, negated: bool, depth: int) -> Node:
+        """expr ::= term ( 'OR' term )*"""
+        if depth > MOST_DEPTH:
+            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
+        terms = [self.term(negated, depth)]
+        while self.key == 'OR':
+            self.read_word()
+            terms.append(self.term(negated, depth))
+        if (self.key == ']') is not (depth > 0):
+            raise UserError('a bracket without its other half; [ and ] stand between spaces')
+        return joined(terms, negated)                   # neither a nor b: not a, and not b
+
+    def term(self, negated: bool, depth: int) -> Node:
+        """term ::= factor+"""
+        factors = [self.factor(negated, depth)]
+        while self.key not in ('OR', ']', 'END'):
+            factors.append(self.factor(negated, depth))
+        return joined(factors, not negated)
+
+    def factor(self, negated: bool, depth: int) -> Node:
+        """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
+        while self.key == 'NOT':
+            negated = not negated
+            self.read_word()
+        if self.key == '[':
+            self.read_word()
+            node = self.expression(negated, depth + 1)
+        elif self.key:
+            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+        else:
+            node = self.condition(negated)
+        self.read_word()
+        return node
+
+    def condition(self, negated: bool) -> Node:
+        """condition ::= field op value | value;  value may be several, with commas"""
+        name, op, value = 'name', '=', self.word
+        match = CONDITION.fullmatch(self.word)
+        if match:
+            name, op, value = match.groups()
+        elif is_no_name(self.word):
+            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
+                            'NOT, OR, [ ... ] between spaces; side by side means and')
+        field = self.needs[name] = torrent_field(name)
+        if op in ('!=', '<>'):
+            negated = not negated
+        if op == '~':                                   # as in pyrocore
+            value = f'/{value}/'.replace(',', COMMA)
+        elif op == '==' and field.kind == 'tags':       # this one and no other
+            value = ':' + value
+        if op in ('==', '!=', '<>', '~'):
+            op = '='
+        values = [value]
+        if op == '=':
+            values = value.split(',')
+        if '' in values and len(values) > 1:
+            raise UserError('a value is missing beside a comma')
+        nodes = []
+        for part in values:
+            part = part.replace(COMMA, ',')
+            if has_class(part):
+                self.classes.append(f'{name}{op}{part}')
+            nodes.append(leaf(name, field, op, part, negated))
+        return joined(nodes, negated)
+
+
+# --- Torrents --------------------------------------------------------------------------------
+# A view, names of fields and a Filter enter, rows leave: a Torrent maps a field's name to its
+# value. One round trip brings the columns of all torrents; one more each brings "files" and
+# "trackers" of those that are left. The bytes of a .torrent file enter, a Metafile leaves; they
+# are read where they lie, so that no metafile takes more than a few times its size. Any thread.
+
+class Torrent(dict):
+    """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f'the field {name!r} was not asked for') from None
+
+    def __str__(self) -> str:
+        return f"{quoted(self['name'])} {self['hash']}"
+
+
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
     """Return what d. commands answer for all torrents of a view: command -> values."""
-    columns = list(dict.fromkeys(needs))
-    rows, size = engine.open().batch([('d.multicall2', '', view, *(
-        need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
+    commands = list(dict.fromkeys(needs))
+    columns = []
+    for command in commands:
+        if '=' not in command:
+            command += '='
+        columns.append(command)
+    rows, size = engine.ask([('d.multicall2', '', view, *columns), ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
-    whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
-        and {*map(len, rows)} <= {len(columns)} else []
-    if len(whole) != size:
-        raise RpcError(f'{engine.address.where}: only {len(whole)} of the {size} items of view '
-                       f'{view!r} were listed')
-    return dict(zip(columns, zip(*whole) if whole else itertools.repeat(())))
+    if not isinstance(rows, list) or any(
+            not isinstance(row, list) or len(row) != len(columns) for row in rows):
+        rows = []
+    if len(rows) != size:
+        raise RpcError(f'{engine.address.where}: only {len(rows)} of the {size!r} items '
+                       f'of view {view!r} were listed')
+    return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-def add_fields(torrents: list[Torrent], raw: dict, fields: dict[str, TorrentField]) -> None:
-    """Work out fields of torrents from the raw values, one for each torrent."""
-    for name, field in fields.items():
-        columns = [raw[need] for need in field.needs]
-        for torrent, value in zip(torrents, map(field.value, *columns) if field.value else
-                                  columns[0]):
-            torrent[name] = value
+class Listing:
+    """Torrents in the making: rows, and the raw values of each, which are dropped together."""
+
+    def __init__(self, engine: Engine, columns: dict[str, list], now: float):
+        self.engine, self.raw = engine, columns
+        self.rows = [Torrent() for _ in columns['d.hash']]
+        self.constants = {
+            'now': now,
+            'aliases': engine.aliases,
+            'session': engine.session_path,
+            'cwd': engine.cwd}
+
+    def keep(self, wanted: list[bool]) -> None:
+        """Drop the others."""
+        self.rows = list(itertools.compress(self.rows, wanted))
+        for need, values in self.raw.items():
+            self.raw[need] = list(itertools.compress(values, wanted))
+
+    def ask(self, source: str) -> None:
+        """Ask the second question; torrents that have gone meanwhile are dropped."""
+        method, cells = SOURCES[source]
+        answers = self.engine.ask((method, item, '', *cells) for item in self.raw['d.hash'])
+        self.raw[source] = answers
+        self.keep([not isinstance(rows, HashNotFound) for rows in answers])
+        without_errors(self.raw[source])
+
+    def add(self, name: str, field: TorrentField) -> None:
+        """Work out a field of all rows."""
+        columns: list = []
+        for need in field.needs:
+            if need == 'seen' and need not in self.constants:
+                self.constants[need] = sees_same_files(self.engine)
+            if need in self.constants:
+                columns.append(itertools.repeat(self.constants[need]))
+            else:
+                columns.append(self.raw[need])
+        values = columns[0]
+        if field.value:
+            values = map(field.value, *columns)
+        for row, value in zip(self.rows, values):
+            row[name] = value
 
 
-def list_torrents(engine: Engine, view: str, fields: Iterable[str],
-                  condition: Any = None) -> list[Torrent]:
+def list_torrents(engine: Engine, view: str, names: Iterable[str],
+                  condition: Filter | None = None) -> list[Torrent]:
     """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
 
-    One round trip, and one more where slow fields are needed. Raises RpcError, also when the
-    list is shorter than the view: half a list must not pass for the whole.
+    One round trip, and one more for each second question. Raises RpcError, also when the list is
+    shorter than the view: half a list must not pass for the whole.
     """
-    now, proxy = time.time(), engine.open()
-    tested = condition.fields if condition else ()
-    left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
-    raw: dict = {'now': itertools.repeat(now), 'aliases': itertools.repeat(engine.aliases),
-                 'session': itertools.repeat(engine.session_path),
-                 'cwd': itertools.repeat(engine.cwd)}
-    if any('seen' in field.needs for field in left.values()):
-        raw['seen'] = itertools.repeat(sees_same_files(engine))
-    raw.update(fetch_columns(engine, view, [need for field in left.values() for need in field.needs
-                                            if need not in raw and need not in SOURCES]))
-    torrents = [Torrent() for _ in raw['d.hash']]
-
-    def keep(wanted: list) -> None:
-        torrents[:] = itertools.compress(torrents, wanted)
-        for need in raw:
-            raw[need] = list(itertools.compress(raw[need], wanted))
-
+    now = time.time()
+    tested: tuple = ()
     if condition:
-        add_fields(torrents, raw, {name: left.pop(name) for name in tested
-                                   if not left[name].slow})
-        keep([condition.cheap(torrent, now) for torrent in torrents])
-    for source, (method, cells) in SOURCES.items():
-        if any(source in field.needs for field in left.values()):
-            raw[source] = proxy.batch((method, item, '', *cells) for item in raw['d.hash'])
-            keep([not isinstance(rows, HashNotFound) for rows in raw[source]])
-            for rows in raw[source]:
-                if isinstance(rows, RpcError):
-                    raise rows
-    add_fields(torrents, raw, left)
-    return [torrent for torrent in torrents if condition.match(torrent, now)] \
-        if left.keys() & tested else torrents
+        tested = condition.fields
+    fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
+    needs = itertools.chain.from_iterable(field.needs for field in fields.values())
+    columns = fetch_columns(engine, view, [need for need in needs if need.startswith('d.')])
+    listing = Listing(engine, columns, now)
+    if condition:
+        for name in tested:
+            if not fields[name].slow:
+                listing.add(name, fields.pop(name))
+        listing.keep([condition.cheap(row, now) for row in listing.rows])
+    for source in SOURCES:
+        if any(source in field.needs for field in fields.values()):
+            listing.ask(source)
+    for name, field in fields.items():
+        listing.add(name, field)
+    if condition and not fields.keys().isdisjoint(tested):
+        return [row for row in listing.rows if condition.match(row, now)]
+    return listing.rows
+
+
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+METAFILE_LIMIT = 16 << 20               # bytes
+MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
+
+
+def bencoded_end(content: bytes, at: int) -> int:
+    """Return where the bencoded value that begins there ends; ValueError if it does not.
+
+    Nothing is built. What follows the value is ignored, as rTorrent ignores it.
+    """
+    inside = ['']                       # l in a list, k before a key of a dictionary, v after it
+    while True:
+        token, head = BENCODED.match(content, at), content[at:at + 1]
+        if token and (token[2] or inside[-1] != 'k'):
+            at = token.end() + int(token[2] or 0)
+        elif head == b'e' and inside[-1] in ('l', 'k'):
+            inside.pop()
+            at += 1
+        elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
+            inside.append({b'l': 'l', b'd': 'k'}[head])
+            at += 1
+            continue
+        else:
+            raise ValueError(f'not bencoded at byte {at}')
+        if at > len(content):
+            raise ValueError(f'not bencoded: it ends before byte {at}')
+        if len(inside) == 1:
+            return at
+        inside[-1] = {'k': 'v', 'v': 'k', 'l': 'l'}[inside[-1]]
+
+
+def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
+    """Give (start, end) of what is in a list, or of the keys and values of a dictionary."""
+    at += 1
+    while content[at:at + 1] != b'e':
+        end = bencoded_end(content, at)
+        yield at, end
+        at = end
+
+
+def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """Give (key, start, end) of each value of a dictionary."""
+    items = bencoded_items(content, at)
+    for key_start, _ in items:
+        start, end = next(items)
+        yield bdecode(content, key_start), start, end
+
+
+def bdecode(content: bytes, at: int = 0) -> Any:
+    """Return a value that bencoded_end() has gone over; text stays bytes.
+
+    >>> bdecode(b'd4:name1:ae')
+    {b'name': b'a'}
+    """
+    token = BENCODED.match(content, at)
+    if token and token[1]:
+        return int(token[1])
+    if token:
+        return content[token.end():token.end() + int(token[2])]
+    if content[at:at + 1] == b'l':
+        return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
+    return {key: bdecode(content, start) for key, start, _ in bencoded_members(content, at)}
+
+
+def scalar_at(content: bytes, at: int | None) -> Any:
+    """Return a text or a number; None where there is nothing, a list or a dictionary."""
+    if at is None or content[at:at + 1] in (b'l', b'd'):
+        return None
+    return bdecode(content, at)
+
+
+class Metafile(NamedTuple):
+    """What a .torrent file says."""
+    content: bytes
+    info_hash: str
+    name: str                           # bytes that are no UTF-8 are surrogates in it
+    tracker: str
+    files_at: int | None                # where the list of files begins; None: a single file
+
+    def files(self) -> Iterator[Any]:
+        """Give what it says of each file of several: b'path' and b'length', if it is in order."""
+        if self.files_at is not None:
+            for start, end in bencoded_items(self.content, self.files_at):
+                if end - start > MOST_IN_ENTRY:
+                    raise ValueError(f'a file that takes {end - start} bytes to describe')
+                yield bdecode(self.content, start)
+
+    @property
+    def main_file(self) -> str:
+        """Return the name of the largest file."""
+        largest, most = self.name, -1
+        for entry in self.files():
+            with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+                if entry[b'length'] > most:
+                    largest, most = text_of(entry[b'path'][-1]), entry[b'length']
+        return largest
+
+
+def text_of(content: Any) -> str:
+    """Return bytes as text; nothing for anything else."""
+    if not isinstance(content, bytes):
+        return ''
+    return content.decode('utf-8', 'surrogateescape')
+
+
+def parse_metafile(content: bytes) -> Metafile:
+    """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
+    import hashlib
+    bencoded_end(content, 0)
+    info_at, info_end, tracker = 0, 0, None
+    if content.startswith(b'd'):
+        for key, start, end in bencoded_members(content, 0):
+            if key == b'announce':
+                tracker = scalar_at(content, start)
+            elif key == b'info' and content[start:start + 1] == b'd':
+                info_at, info_end = start, end
+    if not info_at:
+        raise ValueError('no `info` in it')
+    info, last = {}, b''
+    for key, start, _ in bencoded_members(content, info_at):
+        if key < last:
+            raise ValueError('the keys of `info` are not in order')
+        if key in (b'name', b'files', b'length', b'pieces'):
+            info[key] = start
+        last = key
+    name, pieces = scalar_at(content, info.get(b'name')), scalar_at(content, info.get(b'pieces'))
+    files_at = info.get(b'files')
+    if files_at is not None and content[files_at:files_at + 1] != b'l':
+        files_at = None
+    single = isinstance(scalar_at(content, info.get(b'length')), int)
+    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        raise ValueError('no usable `name` in it')
+    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
+        raise ValueError('no pieces, or no length in it')
+    if files_at is None and not single:
+        raise ValueError('no pieces, or no length in it')
+    info_hash = hashlib.sha1(memoryview(content)[info_at:info_end]).hexdigest().upper()
+    return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
+
+
+def read_metafile(path: str) -> Metafile:
+    """Return a metafile; raises ValueError when it is none, not whole, or too large."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
+        raise ValueError('no regular file')
+    if not status.st_size:
+        raise ValueError('empty')
+    if status.st_size > METAFILE_LIMIT:
+        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}')
+    with open(path, 'rb') as stream:
+        return parse_metafile(stream.read(status.st_size))
 
 
 # --- Data ------------------------------------------------------------------------------------
@@ -2401,19 +3180,16 @@ def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
 
     Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
     """
-    import hashlib
     try:
-        with open(path, 'rb') as stream:
-            meta, info_bytes = bdecode(stream.read(METAFILE_LIMIT))
-        if hashlib.sha1(info_bytes).hexdigest().upper() != info_hash:
+        meta = read_metafile(path)
+        if meta.info_hash != info_hash:
             raise ValueError('it is that of another item')
-        info = meta[b'info']
-        paths = [entry[b'path'] for entry in info.get(b'files', ())]
-        for entry, parts in zip(info.get(b'files', ()), paths):
-            if entry.get(b'path.utf-8', parts) != parts:
+        paths = []
+        for entry in meta.files():
+            if entry.get(b'path.utf-8', entry[b'path']) != entry[b'path']:
                 raise ValueError('a file has two names in it')
-        name = os.fsdecode(info[b'name'])
-        return name, [os.fsdecode(b'/'.join(parts)) for parts in paths] or [name]
+            paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
+        return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoggableError('its name came through badly, and its metafile in the session '
                             f'folder does not tell the true one: {error_text(error)}') from None
@@ -2855,373 +3631,173 @@ class PromisedSpace:
             self.text = text
 
 
-# --- Filter and template ---------------------------------------------------------------------
-# Two small languages of the ini. A condition becomes closures over a row (a mapping of field
-# name to value) and `now` in Unix seconds; NOT is carried down to the single conditions, so
-# that a value which is not known matches neither a condition nor its opposite. A template is
-# text, expressions and branches; what an expression gives is data: the text around it is split
-# into arguments first. A mistake is shown with `<-- here` after its place.
+# --- Template --------------------------------------------------------------------------------
+# Text with {{expressions}} and {{if}} ... {{endif}} enters, and values by name; text leaves,
+# commands of rTorrent, or the arguments of a program. What an expression gives is data: the text
+# around it is split into arguments first, with a mark for each value. A mistake is found when the
+# template is made, and is shown with `<-- here` after its place. Pure functions, for any thread.
 
-AGE_UNITS = {'y': 31536000, 'M': 2592000, 'w': 604800, 'd': 86400, 'h': 3600, 'i': 60, 's': 1}
-ORDER = {'=': operator.eq, '<': operator.lt, '<=': operator.le, '>': operator.gt,
-         '>=': operator.ge}
-MOST_CHARACTERS, MOST_STARS, MOST_DEPTH = 4000, 6, 50
-PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
-# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
-# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
-QUOTED = (r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
-          r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
-PIECE = re.compile(QUOTED, re.S)
-WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
-CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
-ANY_OF = re.compile(r'(!?/(?:\\.|[^/\\])*/i?|[^,]*),', re.S)
-
-
-def mistake(what: str, text: str, at: int, why: Any) -> UserError:
-    """Return the error that shows a text of the user with a mark at the place."""
-    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
-    before = before if len(before) < 90 else '...' + before[-87:]
-    after = after if len(after) < 40 else after[:37] + '...'
-    return UserError(f'{what} {quoted(f"{before} <-- here {after}".strip(), 600)}: {why}')
-
-
-def pattern(text: str) -> Callable[[str], Any]:
-    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
-    regex = re.fullmatch('/(.*)/i?', text, re.S)
-    glob = '' if regex else re.sub(r'\*+', '*', text)
-    if len(text) > 500 or glob.count('*') > MOST_STARS or '{{' in glob:
-        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
-    bare = re.sub(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]', 'x', regex[1] if regex else '')
-    if re.search(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]', bare):
-        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
-                        'not (a+)+')                    # only the usual slip is caught
-    try:
-        found: Callable[[str], Any] = re.compile(regex[1], re.I).search if regex else \
-            re.compile(fnmatch.translate(glob), re.I).match
-        if regex or '[' not in glob:
-            return found                                # [x] as it stands is meant, too
-        return lambda value: found(value) or value.lower() == text.lower() or None
-    except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
-
-
-def parse_age(text: str) -> int | None:
-    """Return the seconds in an age, None for what is written as something else.
-
-    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
-    (129600, 5400, None)
-    """
-    text = re.sub(r'(?<=[wdhWDH])([0-9]+)m', r'\1i', text)      # after w d h it is no month
-    if not re.fullmatch('(?:[0-9]{1,6}[A-Za-z])+', text):
-        return None
-    parts = [(int(number), unit if unit in 'mM' else unit.lower())
-             for number, unit in re.findall('([0-9]+)([A-Za-z])', text)]
-    units = {unit for _, unit in parts}
-    if 'm' in units:
-        raise UserError('m is months to pyrocore and minutes to pyrosimple; '
-                        'allowed are M for months and i for minutes')
-    if not units <= AGE_UNITS.keys() or len(units) < len(parts):
-        raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-    return sum(number * AGE_UNITS[unit] for number, unit in parts)
-
-
-def parse_time(text: str) -> float:
-    """Return the Unix seconds of a local date, or of Unix seconds: a number below 10^8 (1973)
-    is an age that lost its unit."""
-    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
-        return int(text)
-    form = '%m/%d/%Y' if '/' in text else '%d.%m.%Y' if '.' in text else '%Y-%m-%d'
-    text = text.upper().replace(' ', 'T')
-    form += 'T%H:%M:%S'[:3 + 3 * text.count(':')] if 'T' in text else ''
-    try:
-        return time.mktime(time.strptime(text, form))
-    except (ValueError, OverflowError):
-        raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
-                        '03/15/2024 15.03.2024T14:50, Unix seconds') from None
-
-
-def compare_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of a number, size, time or duration: (found, now) -> bool."""
-    if op == '=' and text[:1] in ('+', '-'):
-        op, text = ('>' if text[0] == '+' else '<'), text[1:]
-    compare = ORDER[op]
-    if kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text) or len(text) > 40:
-        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
-    if kind == 'any':
-        return lambda found, now: (PLAIN_NUMBER.fullmatch(str(found)) is not None
-                                   and compare(float(found), float(text)))
-    if kind in ('number', 'size'):
-        limit = float(text) if kind == 'number' else parse_size(text)
-        return lambda found, now: compare(found, limit)
-    age = parse_age(text)
-    if op == '=' and not text.isdigit():
-        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if kind == 'time' and age is not None:
-        return lambda found, now: compare(now - found, age)
-    if kind == 'duration' and age is None and text != '0':
-        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    limit = parse_time(text) if age is None else age
-    return lambda found, now: compare(found, limit)
-
-
-def value_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of one value of a condition: (found, now) -> bool."""
-    if kind == 'any' and op == '=' and text.lower() in ('yes', 'no', 'true', 'false'):
-        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
-    if kind in ('number', 'size', 'time', 'duration') or kind == 'any' and (
-            op != '=' or PLAIN_NUMBER.fullmatch(text[1:]) and text[0] in '+-'):
-        return compare_test(kind, op, text)
-    if op != '=':
-        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'bool':
-        wanted = parse_bool(text)
-        return lambda found, now: bool(found) is wanted
-    alone = kind == 'tags' and text.startswith(':')
-    match = pattern(text[1:] if alone else text)
-    if kind not in ('tags', 'files'):
-        return lambda found, now: match(str(found)) is not None
-    if text in ('', ':'):
-        return lambda found, now: not found
-    if alone:
-        return lambda found, now: bool(found) and all(map(match, found))
-    return lambda found, now: any(map(match, found))
-
-
-class Node(NamedTuple):
-    """Conditions joined, and how many of them need a second question.
-
-    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
-    """
-    test: Callable
-    cost: int
-
-
-def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
-    """Return one condition: False for an unknown value, also when it is negated."""
-    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
-        negated, text = not negated, text[1:]
-    unknown = (None, 0) if field.kind == 'time' and text.lstrip('+-') != '0' else (None,)
-    test = value_test(field.kind, op, text)
-
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
-        found = row.get(name)
-        if found in unknown:
-            return possible and name not in row
-        return test(found, now) is not negated
-    return Node(holds, int(field.slow))
-
-
-def joined(nodes: list[Node], every: bool) -> Node:
-    """Return the Node of all or any of some, the cheap ones first."""
-    if len(nodes) == 1:
-        return nodes[0]
-    nodes = sorted(nodes, key=lambda node: node.cost)
-    tests = [node.test for node in nodes]
-
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
-        for test in tests:
-            if test(row, now, possible) is not every:
-                return not every
-        return every
-    return Node(holds, sum(node.cost for node in nodes))
-
-
-def unquoted(piece: re.Match) -> str:
-    """Return a piece of a word as what it stands for."""
-    regex, double, single, escaped = piece.groups()
-    return regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
-
-
-class Filter:
-    """An rtcontrol condition, compiled; `fields` are the names it needs, the slow ones are
-    looked at last.
-
-    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
-    True
-    """
-
-    def __init__(self, text: str):
-        self.text, self.at = text, 0                    # at: end of the word in hand
-        self.needs: dict[str, TorrentField] = {}
-        try:
-            self.root = self.parse(self.words(), False, 0)
-        except UserError as error:
-            raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(self.needs)
-
-    def match(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row meets the condition; ages count back from `now`."""
-        return self.root.test(row, time.time() if now is None else now, False)
-
-    def cheap(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        return self.root.test(row, time.time() if now is None else now, True)
-
-    def words(self) -> Iterator[tuple]:
-        """Give the words as (keyword or nothing, text without its quotes)."""
-        if len(self.text) > MOST_CHARACTERS:
-            raise UserError(f'this is too long; allowed are {MOST_CHARACTERS} characters')
-        while self.at < len(self.text.rstrip()):
-            word = WORD.match(self.text, self.at)
-            if not word:
-                raise UserError('after this, a quote has no other half')
-            self.at = word.end()
-            yield word[2] and 'NOT' or word[1], PIECE.sub(unquoted, word[3] or '')
-        yield 'END', ''
-
-    def parse(self, words: Iterator[tuple], negated: bool, depth: int) -> Node:
-        """expr ::= term ( 'OR' term )*;  term ::= factor+
-        factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
-        if depth > MOST_DEPTH:
-            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
-        terms: list[Node] = []
-        factors: list[Node] = []
-        flip, last = negated, ''
-        for key, text in words:
-            if key == 'NOT':
-                flip = not flip
-            elif key == '[' or not key:
-                factors.append(self.parse(words, flip, depth + 1) if key else
-                               self.condition(text, flip))
-                flip = negated
-            elif not factors or last == 'NOT':
-                raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
-            else:
-                terms.append(joined(factors, not negated))
-                factors = []
-                if key != 'OR':
-                    break
-            last = key
-        if (key == ']') is not (depth > 0):
-            raise UserError('a bracket without its other half; [ and ] stand between spaces')
-        return joined(terms, negated)                   # neither a nor b: not a, and not b
-
-    def condition(self, text: str, negated: bool) -> Node:
-        """condition ::= field op value | value;  value may be several, with commas"""
-        match = CONDITION.fullmatch(text)
-        if not match and (text in TORRENT_FIELDS or re.search(
-                r'^(?!/).*[=<>]|^(and|or|not|[&|]+|[][]|\]?(or|not|and)?\[|\](or|not|and))$',
-                text, re.S | re.I)):
-            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
-                            'NOT, OR, [ ... ] between spaces; side by side means and')
-        name, op, value = match.groups() if match else ('name', '=', text)
-        field = self.needs[name] = torrent_field(name)
-        negated = negated is not (op in ('!=', '<>'))
-        if op == '~':                                   # as in pyrocore
-            value = f'/{value}/'
-        elif op == '==' and field.kind == 'tags':       # this one and no other
-            value = ':' + value
-        op = '=' if op in ('==', '!=', '<>', '~') else op
-        parts = ANY_OF.findall(value + ',') if op == '=' else [value]
-        if '' in parts and len(parts) > 1:
-            raise UserError('a value is missing beside a comma')
-        return joined([leaf(name, field, op, part, negated) for part in parts], negated)
-
-
-TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
-BRANCH = re.compile(r'(if|elif|else|endif)\b\s*(.*?)\s*:?', re.S)
+# What is not closed goes on to the end, so that looking for tags takes linear time.
+TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
+BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
-MOST_EXPRESSION = 300
+MOST_EXPRESSION = 300                   # characters
 MARK = '\0'                             # stands for a value while the text around it is split
-COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
-ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
-# Commands that take arguments as data; others (multicall, branch ...) would run them.
-DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]+|view\.set_(not_)?visible|print|execute.*')
-INTERPRETER = re.compile(         # each runs text that it is given
-    r'((ba|da|a|z|k|fi|c|tc)?sh|su|runuser|sudo|doas|env|python[0-9.]*|perl|ruby|node|php|lua)')
-SCRIPT_FLAG = re.compile('-[A-Za-z]*[ceS]|--(command|eval|split-string)')
+COMPARE = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge}
 
 
 def show(value: Any) -> str:
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        ordered = value if isinstance(value, (list, tuple)) else sorted(value, key=str)
-        return ' '.join(map(show, ordered))
-    return '' if value is None else str(int(value) if isinstance(value, bool) else value)
+    if value is None:
+        return ''
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(show, value))
+    return str(value)
 
 
 def part_of(value: Any, name: str, other: Any = None) -> Any:
     """Return a named part of a mapping; whatever else it is has none."""
-    found = value.get(name) if isinstance(value, Mapping) else None
-    return other if found is None else found
+    part = None
+    if isinstance(value, Mapping):
+        part = value.get(name)
+    if part is None:
+        return other
+    return part
 
 
-COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-           ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda part, whole: part in whole,
-           ast.NotIn: lambda part, whole: part not in whole}
+def stem_of(path: str) -> str:
+    """Return the name of a file without folder and extension."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def show_time(when: Any) -> str:
+    """Return local date and time of Unix seconds, nothing for an unknown time."""
+    if not when:
+        return ''
+    return time.strftime('%F %T', time.localtime(when))
+
+
+def value_or(value: Any, other: Any = '') -> Any:
+    """Return a value, or another where it is empty; 0 is not."""
+    if value or value == 0:
+        return value
+    return other
+
+
+TEXT_FILTERS: dict[str, Callable] = {
+    'lower': str.lower,
+    'upper': str.upper,
+    'title': str.title,
+    'replace': str.replace,
+    'basename': os.path.basename,
+    'dirname': os.path.dirname,
+    'stem': stem_of}
+VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
+    'size': show_size,
+    'duration': show_duration,
+    'date': show_time,
+    'default': value_or,
+    'get': part_of}
+FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
+FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+OLD_FILTERS = {                         # pyrocore's names
+    'pathbase': 'basename',
+    'pathdir': 'dirname',
+    'pathname': 'stem',
+    'sz': 'size',
+    'iso': 'date'}
 
 
 def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
+        if isinstance(op, (ast.In, ast.NotIn)):
+            return (one in other) is isinstance(op, ast.In)
         return bool(COMPARE[type(op)](one, other))
     except TypeError:
         return isinstance(op, ast.NotIn)
 
 
-FILTERS: dict[str, Callable] = {
-    'lower': str.lower, 'upper': str.upper, 'title': str.title, 'replace': str.replace,
-    'basename': os.path.basename, 'dirname': os.path.dirname,
-    'stem': lambda text: os.path.splitext(os.path.basename(text))[0],
-    'size': show_size, 'duration': show_duration, 'get': part_of,
-    'date': lambda when: time.strftime('%F %T', time.localtime(when)) if when else '',
-    'default': lambda value, other='': value if value or value == 0 else other}
-UNTEXTED = ('size', 'duration', 'date', 'default', 'get')       # they take values as they are
-OLD_FILTERS = {'pathbase': 'basename', 'pathdir': 'dirname', 'pathname': 'stem', 'sz': 'size',
-               'iso': 'date'}           # pyrocore's names
-FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
-
-
-def filter_call(node: Any) -> tuple[str, list]:
-    """Return (filter, operands) of a|filter, a|filter(x), a|h.filter or a.filter(x)."""
-    piped = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
-    call = node.right if piped else node
-    callee = call.func if isinstance(call, ast.Call) else call if piped else None
-    name = getattr(callee, 'attr', getattr(callee, 'id', ''))
+def apply_filter(node: Any, values: Mapping) -> Any:
+    """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
+    value, args, name = None, [], ''
+    call: Any = node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        value, call = node.left, node.right
+    if isinstance(call, ast.Call) and not call.keywords:
+        call, args = call.func, call.args
+        if isinstance(call, ast.Attribute) and value is None:
+            value = call.value
+    if isinstance(call, ast.Name):
+        name = call.id
+    elif isinstance(call, ast.Attribute):
+        name = call.attr
     name = OLD_FILTERS.get(name, name)
-    value, args = node.left if piped else getattr(callee, 'value', None), getattr(call, 'args', [])
-    if not value or name not in FILTERS or getattr(call, 'keywords', None):
+    if value is None or name not in FILTERS:
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
     if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
         raise UserError(f'{name} does not take {len(args)} arguments')
-    return name, [value, *args]
+    operands = [evaluate(part, values) for part in [value, *args]]
+    if operands[0] is None and name not in ('default', 'get'):
+        return None
+    if name in TEXT_FILTERS:
+        return TEXT_FILTERS[name](*map(show, operands))
+    return VALUE_FILTERS[name](*operands)
+
+
+def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
+    """Return a.b: a named part of a mapping, or a value of the item, d or i."""
+    owner = ''
+    if isinstance(node.value, ast.Name):
+        owner = node.value.id
+    if owner in ('item', 'd', 'i'):
+        return values[node.attr]
+    if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
+        raise UserError(f'{node.attr} is a filter; write |{node.attr}')
+    return part_of(evaluate(node.value, values), node.attr)
 
 
 def evaluate(node: Any, values: Mapping) -> Any:
-    """Return what an expression gives. All of it is looked at, so that one call with an empty
-    defaultdict finds its mistakes and its names. A name without a value is a KeyError.
+    """Return what an expression gives; a name without a value is a KeyError.
 
     Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
-    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python.
+    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python. All parts are
+    evaluated, so that one call with an empty defaultdict meets all mistakes and all names.
     """
-    def each(nodes: Iterable) -> list:
-        return [evaluate(part, values) for part in nodes]
-    if isinstance(node, ast.Constant) or isinstance(getattr(node, 'op', None), ast.USub):
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return ast.literal_eval(node)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
-        if getattr(node.value, 'id', '') in ('item', 'd', 'i'):
-            return values[node.attr]                    # the item is what the values are of
-        if node.attr in {*FILTERS, *OLD_FILTERS} and getattr(node.value, 'id', '') != 'traits':
-            raise UserError(f'{node.attr} is a filter; write |{node.attr}')
-        return part_of(evaluate(node.value, values), node.attr)
+        return attribute_of(node, values)
     if isinstance(node, (ast.Tuple, ast.List)):
-        return each(node.elts)
+        return [evaluate(part, values) for part in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not evaluate(node.operand, values)
     if isinstance(node, ast.BoolOp):
-        found, decides = each(node.values), isinstance(node.op, ast.Or)
-        return next((part for part in found[:-1] if bool(part) is decides), found[-1])
-    if isinstance(node, ast.Compare) and all(type(op) in COMPARE for op in node.ops):
-        found = each([node.left, *node.comparators])
-        return all(map(compares, node.ops, found, found[1:]))
-    name, operands = filter_call(node)
-    operands = each(operands)
-    if operands[0] is None and name not in ('default', 'get'):
-        return None
-    return FILTERS[name](*operands if name in UNTEXTED else map(show, operands))
+        parts = [evaluate(part, values) for part in node.values]
+        for part in parts[:-1]:
+            if bool(part) is isinstance(node.op, ast.Or):
+                return part
+        return parts[-1]
+    if isinstance(node, ast.Compare) and not any(
+            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+        parts = [evaluate(part, values) for part in [node.left, *node.comparators]]
+        return all(map(compares, node.ops, parts, parts[1:]))
+    return apply_filter(node, values)
 
 
 class Template:
@@ -3236,94 +3812,137 @@ class Template:
 
     def __init__(self, text: str, known: Any = None):
         self.text, self.known = text, known
-        self.at = self.widest = 0                       # end of the tag in hand; most branches
+        self.pieces = TAG.split(text)
+        self.next = 0                   # of the pieces
+        self.at = 0                     # end of the piece in hand
+        self.most_branches = 0          # of one if
         self.seen: dict = collections.defaultdict(lambda: None)
         try:
-            self.nodes, word, _ = self.block(iter(TAG.split(text)), 0)
-            if word or MARK in text:
-                raise UserError(f'{word} without if' if word else 'a NUL is not possible')
-            for branch in range(self.widest + 1):       # what rendering would meet
-                self.divide(self.marked(self.seen, branch)[0])
+            if MARK in text:
+                raise UserError('a NUL is not possible')
+            self.nodes, word, _ = self.block(0)
+            if word:
+                raise UserError(f'{word} without if')
+            for number in range(self.most_branches + 1):
+                self.divide(self.branch_text(self.nodes, number))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
-    def block(self, parts: Iterator[str], depth: int) -> tuple[list, str, str]:
+    def block(self, depth: int) -> tuple[list, str, str]:
         """Return the nodes up to elif, else, endif or the end; that word; its condition.
-        A node is text, an ast of an expression, or of an if [(ast, nodes), ...]."""
+
+        A node is text, the ast of an expression, or of an if [(ast, nodes), ...].
+        """
         nodes: list = []
-        for part in parts:
-            self.at += len(part)
-            code = part[2:-2].strip('- \t\r\n' if part[1:2] == '%' else None)
-            branch = BRANCH.fullmatch(code)
-            if not TAG.fullmatch(part):
-                nodes.append(part)
-                if '{{' in part or '{%' in part:
-                    raise UserError('a {{ or {% in this is not closed')
-            elif part[1] == '#' or part[2] == '#':
+        while self.next < len(self.pieces):
+            piece = self.pieces[self.next]
+            self.next += 1
+            self.at += len(piece)
+            if not TAG.fullmatch(piece):
+                nodes.append(piece)
                 continue
-            elif branch and branch[1] != 'if':
-                return nodes, branch[1], branch[2]
+            if not piece.endswith({'{': '}}', '%': '%}', '#': '#}'}[piece[1]]):
+                raise UserError('a {{, {% or {# in this is not closed')
+            if '#' in piece[1:3]:
+                continue
+            code = piece[2:-2].strip()
+            if piece[1] == '%':
+                code = code.strip('- \t\r\n')
+            branch = BRANCH.fullmatch(code)
+            if branch and branch[1] == 'if':
+                nodes.append(self.branches(branch[2], depth + 1))
             elif branch:
-                nodes.append(self.branches(branch[2], parts, depth + 1))
+                return nodes, branch[1], branch[2]
+            elif piece[1] == '%':
+                raise UserError(f'{quoted(piece, 60)} is no expression; allowed are if elif else '
+                                'endif')
             else:
-                nodes.append(self.expression(code if part[1] == '{' else part))
+                nodes.append(self.expression(code))
         return nodes, '', ''
 
-    def branches(self, code: str, parts: Iterator[str], depth: int) -> list:
+    def branches(self, code: str, depth: int) -> list:
         """Return [(ast, nodes), ...] of an if."""
         if depth > MOST_DEPTH:
             raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
         branches, word = [], 'if'
         while word != 'endif':
-            test = ELSE if word == 'else' else self.expression(code)
-            nodes, word, code = self.block(parts, depth)
+            test: ast.AST = ELSE
+            if word != 'else':
+                test = self.expression(code.strip().rstrip(':'))
+            before = word
+            nodes, word, code = self.block(depth)
             branches.append((test, nodes))
-            if code and word in ('else', 'endif'):
+            if not word:
+                raise UserError('an if has no endif')
+            if before == 'else' and word != 'endif':
+                raise UserError(f'{word} after else')
+            if word in ('else', 'endif') and code.strip(' \t\r\n:'):
                 raise UserError(f'{word} takes no condition; write elif')
-            if not word or test is ELSE and word != 'endif':
-                raise UserError(f'{word} after else' if word else 'an if has no endif')
-        self.widest = max(self.widest, len(branches))
+        self.most_branches = max(self.most_branches, len(branches))
         return branches
 
     def expression(self, code: str) -> ast.AST:
         """Return the ast of an expression whose parts and names are allowed."""
         try:
-            tree = ast.parse(code if len(code) <= MOST_EXPRESSION else '', mode='eval').body
+            if len(code) > MOST_EXPRESSION:
+                raise ValueError('too long')
+            tree = ast.parse(code.strip(), mode='eval').body
             evaluate(tree, self.seen)
         except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
                 RecursionError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
-        for name in self.seen:
-            made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
-            if self.known is not None and name not in self.known and not made:
-                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
+        if self.known is not None:
+            for name in self.seen:
+                self.check_name(name)
         return tree
 
-    def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Callable]:
-        """Return the text with a MARK for each value, and what puts the next values into a
-        part of it; with `branch`, that one of each if is taken."""
-        shown: list[str] = []
+    def check_name(self, name: str) -> None:
+        """Refuse a name that there will not be; of torrents, some fields are made as needed."""
+        made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
+        if name not in self.known and not made:
+            raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
 
-        def pieces(nodes: list) -> Iterator[str]:
-            """Give the texts, and a MARK for each value."""
-            for node in nodes:
-                if isinstance(node, str):
-                    yield node
-                elif isinstance(node, list):
-                    bodies = [body for number, (test, body) in enumerate(node) if (
-                        evaluate(test, values) if branch is None else number == branch)]
-                    yield from pieces(bodies[0] if bodies else [])
-                else:
-                    shown.append(show(evaluate(node, values)))
-                    yield MARK
+    def branch_text(self, nodes: list, number: int) -> str:
+        """Return the text, a mark for each value, where each if takes the branch of a number."""
+        text = ''
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+            elif isinstance(node, ast.AST):
+                text += MARK
+            elif number < len(node):
+                text += self.branch_text(node[number][1], number)
+        return text
+
+    def marked(self, nodes: list, values: Mapping, shown: list[str]) -> str:
+        """Return the text with a numbered mark for each value, which is added to `shown`."""
+        text = ''
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+            elif isinstance(node, ast.AST):
+                text += f'{MARK}{len(shown)}{MARK}'
+                shown.append(show(evaluate(node, values)))
+            else:
+                for test, body in node:
+                    if evaluate(test, values):
+                        text += self.marked(body, values, shown)
+                        break
+        return text
+
+    def parts(self, values: Mapping) -> tuple[list, list[str]]:
+        """Return what the text is divided into, with marks, and the values for them."""
+        shown: list[str] = []
         try:
-            text, left = ''.join(pieces(self.nodes)), iter(shown)
-            return text, lambda part: re.sub(MARK, lambda mark: next(left), part)
+            text = self.marked(self.nodes, values, shown)
         except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
-            why = 'there is no ' if isinstance(error, KeyError) else ''
-            raise LoggableError(f'template {quoted(self.text, 80)}: {why}{error}') from None
+            why = str(error)
+            if isinstance(error, KeyError):
+                why = f'there is no {error}'
+            raise LoggableError(f'template {quoted(self.text, 80)}: {why}') from None
+        return self.divide(text), shown
 
     def divide(self, text: str) -> list:
         """Return what the text is split into before the values are put in."""
@@ -3331,23 +3950,108 @@ class Template:
 
     def render(self, values: Mapping) -> Any:
         """Return the text, values put in; LoggableError where one is missing."""
-        text, fill = self.marked(values)
-        return fill(text)
+        (text,), shown = self.parts(values)
+        return filled(text, shown)
+
+
+def filled(text: str, shown: list[str]) -> str:
+    """Return a part of a template with values in the place of the marks."""
+    def value(mark: re.Match) -> str:
+        return shown[int(mark[1])]
+    return re.sub(f'{MARK}([0-9]{{1,9}}){MARK}', value, text)
+
+
+# What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
+# value decides first, then the flag before it, then the program.
+SAFE_WAY = """allowed is sh -c '... "$1"' sh {{name}}"""
+SHELL_TEXT = re.compile(r"""["'`;|&$()<>{}\\\r\n]""")
+TEXT_FLAG = '(?:-[A-Za-z0-9]{0,2}[ceErpS]|--(?:command|eval|exec|execute|expression|print|run))'
+TEXT_FOLLOWS = re.compile(TEXT_FLAG)
+TEXT_ATTACHED = re.compile(rf'{TEXT_FLAG}(?:=?{MARK}|.*\s)', re.S)
+# These give what they are told to a shell, joined by spaces: no value is safe.
+RUNS_ALL = frozenset('ssh rsh mosh su watch xargs tmux screen parallel at batch'.split())
+# These run the first word that is no flag, or what stands after a flag ...
+RUNNERS = frozenset('env sudo doas nice ionice nohup timeout setsid busybox toybox chroot flock '
+                    'script runuser'.split())
+SHELLS = frozenset('sh bash dash ash zsh ksh mksh lksh pdksh yash posh fish csh tcsh pwsh xonsh '
+                   'rbash rksh rzsh'.split())
+# ... and these, as shells do, leave to that program what stands after it; sed does not.
+INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua luajit tclsh wish '
+                            'expect awk gawk mawk nawk guile Rscript julia groovy sed'.split())
+FLAG_WITH_ARGUMENT = re.compile('[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file')
+SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
+SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
+
+
+def program_name(word: str) -> str:
+    """Return what a word is as the name of a program: no folder, no version."""
+    return os.path.basename(word).rstrip('0123456789.-')
+
+
+def check_program(name: str, words: list[str]) -> None:
+    """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
+    gives_text = SHELL_FLAG
+    if name in INTERPRETERS - SHELLS:
+        gives_text = SCRIPT_FLAG
+    flag, given = '', False
+    for word in words:
+        is_text = not given or gives_text.fullmatch(flag)
+        if name == 'env' and '=' in word:
+            continue
+        if MARK in word and is_text and flag != '-v':   # awk -v name={{name}} is data
+            raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
+        if word.startswith(('-', '+')):
+            flag = word
+            continue
+        if flag != '-v' and not FLAG_WITH_ARGUMENT.fullmatch(flag):
+            more = name not in SHELLS and gives_text.fullmatch(flag)
+            if name in INTERPRETERS and name != 'sed' and not more:
+                return                  # what follows are arguments of its program
+            given = True
+        flag = ''
 
 
 def check_words(words: list[str]) -> None:
-    """Refuse a value inside what a shell or the like would run: no quoting is safe there."""
-    names = [os.path.basename(word) for word in words]
-    script = any(map(INTERPRETER.fullmatch, names)) and any(
-        SCRIPT_FLAG.match(flag) and (MARK in flag + word or word[:1] in '-+')
-        for flag, word in zip(words, [*words[1:], 'x']))
-    if MARK in ''.join(words) and (script or 'ssh' in names):
-        raise UserError('a value in a script for a shell or the like is run with it; allowed is '
-                        """sh -c '... "$1"' sh {{name}}""")
+    """Refuse a value inside what a program would run: no quoting is safe there.
+
+    A value stands in a word of its own, or beside plain text.
+    """
+    if MARK in words[0]:
+        raise UserError('the program is missing, or depends on a value')
+    names = [program_name(word) for word in words]
+    for flag, word in zip(['', *words], words):
+        if MARK not in word:
+            continue
+        if SHELL_TEXT.search(word):
+            raise UserError(f'a value beside quotes ; | & $ ( < or the like may be run; {SAFE_WAY}')
+        follows = TEXT_FOLLOWS.fullmatch(flag) and re.search(r'\s', word)
+        if follows or TEXT_ATTACHED.match(word) or not RUNS_ALL.isdisjoint(names):
+            raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
+    for number, name in enumerate(names, 1):
+        if name in RUNNERS or name in INTERPRETERS:
+            check_program(name, words[number:])
+        if name in INTERPRETERS:
+            break
 
 
 # Commands as they were called up to 0.8, in the configurations of that time.
-OLD_COMMAND = re.compile(r'\b([dfpt])\.([gs]et)_(?!(?:create|resize)_queued=)(\w+)=')
+OLD_GET = re.compile(r'\b([dfpt])\.get_(\w{1,99})=')
+OLD_SET = re.compile(r'\b([dfpt])\.set_(?!(?:create|resize)_queued=)(\w{1,99})=')
+QUOTED_ARGUMENT = re.compile(r'"((?:[^"\\]|\\.)*)"', re.S)
+
+
+def argument_text(word: str) -> str:
+    """Return what an argument of a command says, without its quotes."""
+    word = word.strip()
+    whole = QUOTED_ARGUMENT.fullmatch(word)
+    if whole:
+        word = whole[1]
+    elif '"' in word or word.startswith(('(', '{', '\\')):
+        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+    text = re.sub(r'\\(.)', r'\1', word)
+    if MARK in text and text.startswith('$'):
+        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+    return text
 
 
 class CommandTemplate(Template):
@@ -3357,36 +4061,39 @@ class CommandTemplate(Template):
     d.custom.set="dir","/done/x \"y\", z"
     """
 
-    def divide(self, text: str) -> list:
+    def divide(self, text: str) -> list[tuple[str, list[str]]]:
         """Return (text, nothing) or (`name=`, arguments) of each command, values still marks."""
-        return [self.command(part.strip()) for part in COMMAND.findall(text) if part.strip()]
+        commands = [part.strip() for part in split_commands(text, ';\n')]
+        return [self.command(part) for part in commands if part]
 
-    def command(self, text: str) -> tuple[str, list]:
+    def command(self, text: str) -> tuple[str, list[str]]:
         """Return one command, divided."""
-        text = OLD_COMMAND.sub(lambda old: f'{old[1]}.{old[3]}' + '.set' * (old[2] == 'set') + '=',
-                               text)
+        text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
         name, equals, rest = text.partition('=')
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
+        if lacks_file(text):
+            raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
+                            'f.multicall=*.nfo,f.priority.set=2')
         if MARK not in rest:
             return text, []
-        matches = list(ARGUMENT.finditer(rest + ','))
-        words = [re.sub(r'\\(.)', r'\1', match[1] or (match[2] or '').strip()) for match in matches]
-        if not DATA_COMMAND.fullmatch(name.strip()):
+        name = name.strip()
+        if not DATA_COMMAND.fullmatch(name):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
-        if ''.join(match[0] for match in matches) != rest + ',' or any(
-                word[0] == '$' and MARK in word for word in words if word):
-            raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        words = [argument_text(word) for word in split_commands(rest, ',')]
         if name.startswith('execute'):
             check_words(words)
-        return name.strip() + '=', words
+        return name + '=', words
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        text, fill = self.marked(values)
-        return [name + ','.join(self.argument(word, fill(word)) for word in words)
-                for name, words in self.divide(text)]
+        divided, shown = self.parts(values)
+        commands = []
+        for name, words in divided:
+            arguments = [self.argument(word, filled(word, shown)) for word in words]
+            commands.append(name + ','.join(arguments))
+        return commands
 
     def render(self, values: Mapping) -> str:
         """Return the commands as one text, which load.* takes too."""
@@ -3394,10 +4101,15 @@ class CommandTemplate(Template):
 
     @staticmethod
     def argument(word: str, text: str) -> str:
-        """Return an argument quoted as a whole. rTorrent RUNS one that begins with $, quoted or
-        not; (cat,{"..."}) keeps it as it is (seen on 0.9.8 and 0.16.17)."""
+        """Return an argument quoted as a whole.
+
+        rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
+        on 0.9.8 and 0.16.17).
+        """
         plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
-        return f'(cat,{{{plain}}})' if MARK in word and text.startswith('$') else plain
+        if MARK in word and text.startswith('$'):
+            return f'(cat,{{{plain}}})'
+        return plain
 
 
 class ArgsTemplate(Template):
@@ -3413,17 +4125,15 @@ class ArgsTemplate(Template):
             words = shlex.split(text)
         except ValueError as error:
             raise UserError(f'{error}; allowed are words, "..." and \'...\'') from None
-        if not words or MARK in words[0]:
-            raise UserError('the program is missing, or depends on a value')
-        check_words(words)
+        check_words(words or [MARK])
         return words
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        text, fill = self.marked(values)
+        words, shown = self.parts(values)
         args: list[str] = []
-        for word in self.divide(text):
-            args.append(fill(word))
+        for word in words:
+            args.append(filled(word, shown))
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
@@ -3550,22 +4260,23 @@ def parse_pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def parse_form(form: str, what: str, text: str) -> str:
+def parse_form(form: re.Pattern, what: str, text: str) -> str:
     """Return the first group of a regex that text has to match; what: what it should have been."""
-    found = re.fullmatch(form, text)
+    found = form.fullmatch(text)
     if not found:
         raise UserError(f'{redacted(text)!r} is no {what}')
     return found[1]
 
 
 parse_web_url = functools.partial(
-    parse_form, r'(https?://[^/@\s]+(?:/\S*?)?)/*', 'web address; allowed is http(s)://host:port, '
-    'with user and password as settings')
+    parse_form, re.compile(r'(https?://[^/@\s]+(?:/\S*[^\s/])?)/*'),
+    'web address; allowed is http(s)://host:port, with user and password as settings')
 parse_ping_url = functools.partial(
-    parse_form, r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)',
+    parse_form, re.compile(
+        r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)'),
     'web address; allowed is http(s)://host/..., without user and password')
 parse_api = functools.partial(
-    parse_form, '([123]?)', 'version of the interface; allowed are 1, 2, 3')
+    parse_form, re.compile('([123]?)'), 'version of the interface; allowed are 1, 2, 3')
 
 
 def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
@@ -3597,7 +4308,7 @@ def host_figures() -> dict:
     with contextlib.suppress(OSError):  # not Linux: what could be had
         figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
         with open('/proc/meminfo', encoding='ascii') as stream:
-            memory = dict(re.findall(r'(\w+): +(\d+) kB', stream.read()))
+            memory = dict(re.findall(r'(?m)^(\w+): +(\d+) kB', stream.read()))
         figures.update((name, int(memory[key]) * 1024) for name, key in (
             ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
             ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
@@ -3658,7 +4369,7 @@ class InfluxDB(Job):
         try:
             with open(self.file or os.devnull, encoding='utf-8', errors='replace') as stream:
                 return [line for line in stream.read().split('\n')
-                        if re.fullmatch(r'\S.* \S.* \d+', line)]
+                        if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -4175,7 +4886,7 @@ class Action(Choice):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
-            args = re.sub(r'\s*=\s*', '=', args, count=1)
+            args = '='.join(part.strip() for part in args.split('=', 1))
         if config.until_free and action != 'cull':
             raise UserError('is for the action cull: nothing else frees anything',
                             option='until_free')
@@ -4718,88 +5429,6 @@ class Move(Choice):
                 self.undo(item, removal)
             raise
         self.finish(item, removal)
-
-
-BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
-
-
-def bdecode(content: bytes) -> tuple[Any, bytes]:
-    """Return the value of bencoded bytes, and the bytes of its `info`, of which comes the hash.
-
-    Raises ValueError for anything else. Text stays bytes; what follows the value is ignored,
-    as rTorrent ignores it.
-
-    >>> bdecode(b'd4:infod4:name1:aee')
-    ({b'info': {b'name': b'a'}}, b'd4:name1:ae')
-    """
-    info = b''
-
-    def value(at: int, depth: int) -> tuple[Any, int]:
-        """Return the value that begins there, and where it ends."""
-        nonlocal info
-        token = BENCODED.match(content, at)
-        if token:
-            end = token.end() + int(token[2] or 0)
-            if end <= len(content):
-                return int(token[1]) if token[1] else content[token.end():end], end
-        elif content[at:at + 1] in (b'l', b'd') and depth < 50:
-            items: list = []
-            is_list, at = content[at:at + 1] == b'l', at + 1
-            while content[at:at + 1] != b'e':
-                item, end = value(at, depth + 1)
-                if depth == 0 and len(items) % 2 and items[-1] == b'info':
-                    info = content[at:end]
-                items.append(item)
-                at = end
-            if is_list:
-                return items, at + 1
-            if len(items) % 2 == 0 and all(isinstance(key, bytes) for key in items[::2]):
-                return dict(zip(items[::2], items[1::2])), at + 1
-        raise ValueError(f'not bencoded at byte {at}')
-
-    return value(0, 0)[0], info
-
-
-METAFILE_LIMIT = 64 << 20               # bytes
-
-
-class Metafile(NamedTuple):
-    """What a .torrent file says."""
-    content: bytes
-    info_hash: str
-    name: str                           # bytes that are no UTF-8 are surrogates in it
-    tracker: str
-    main_file: str                      # name of the largest file
-
-
-def read_metafile(path: str) -> Metafile:
-    """Return a metafile; raises ValueError when it is none, or not whole."""
-    import hashlib
-    import stat
-    if not stat.S_ISREG(os.stat(path).st_mode):         # a named pipe would block for ever
-        raise ValueError('no regular file')
-    with open(path, 'rb') as stream:
-        content = stream.read(METAFILE_LIMIT + 1)
-    if not content or len(content) > METAFILE_LIMIT:
-        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}' if content else 'empty')
-    meta, info_bytes = bdecode(content)
-    info = meta.get(b'info') if isinstance(meta, dict) else None
-    if not isinstance(info, dict):
-        raise ValueError('no `info` in it')
-    name, files, pieces = info.get(b'name'), info.get(b'files'), info.get(b'pieces')
-    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
-        raise ValueError('no usable `name` in it')
-    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20 or not (
-            isinstance(files, list) or isinstance(info.get(b'length'), int)):
-        raise ValueError('no pieces, or no length in it')
-    if list(info) != sorted(info):
-        raise ValueError('the keys of `info` are not in order')
-    largest = name
-    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-        largest = max(files or [], key=lambda entry: entry[b'length'])[b'path'][-1]
-    return Metafile(content, hashlib.sha1(info_bytes).hexdigest().upper(), *(
-        text.decode('utf-8', 'surrogateescape') if isinstance(text, bytes) else ''
-        for text in (name, meta.get(b'announce'), largest)))
 
 
 class Inotify:
@@ -5971,7 +6600,11 @@ def scrubbed(text: str) -> str:
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
     'at http://me:***@host/RPC2: refused'
     """
-    return re.sub(r'(\w://[^\s:/@]*):\S*@', r'\1:***@', text)
+    def hidden(word: re.Match) -> str:
+        secret, _, host = word[0].rpartition('@')
+        start = re.search(r'\w://[^\s:/@]*:', secret)
+        return f'{secret[:start.end()]}***@{host}' if start else word[0]
+    return re.sub(r'\S+', hidden, text)
 
 
 def end_process(status: int, at_once: bool = False) -> None:
