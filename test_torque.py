@@ -1962,6 +1962,7 @@ def make_queue(handler, engine, folder=None, dry_run=False, **settings):
 class FakeRTorrent:
     """A double of Engine and Proxy: items are dicts of what d. commands answer."""
     session_path, aliases = '/s/', {'T': ['http://t/']}
+    ask = property(lambda self: self.batch)
     address = types.SimpleNamespace(where='fake')
 
     def __init__(self, items, views=(), broken=()):
@@ -1973,9 +1974,13 @@ class FakeRTorrent:
     def open(self):
         return self
 
-    def start(self, info_hash):
-        self.asked.append(('d.start', info_hash))
-        self.items[int(info_hash, 16)].update({'d.state': 1, 'd.is_open': 1, 'd.is_active': 1})
+    def tell(self, calls):
+        self.asked += calls
+        for method, target, *_ in calls:
+            if method == 'd.start' and target not in self.broken:
+                self.items[int(target, 16)].update(
+                    {'d.state': 1, 'd.is_open': 1, 'd.is_active': 1})
+        return [self.broken.get(target, 0) for _, target, *_ in calls]
 
     def call(self, *words):
         self.asked.append(words)
@@ -2397,11 +2402,46 @@ class QueueTest(Folder):
 
         def slow(torrents, keys):
             for number in (0, 1):
-                self.fake.start(f'{number:040X}')       # by hand, while the queue makes its list
+                self.fake.tell([('d.start', f'{number:040X}')])     # by hand, while the queue makes its list
             return listing(torrents, keys)
         with mock.patch.object(torque, 'in_order', slow):
             job.run()
         self.assertEqual([call[0] for call in self.fake.asked].count('d.start'), 2)
+
+    def test_queues_of_one_rtorrent_take_turns(self):
+        jobs = [self.queue([{} for _ in range(9)], downloading_max=4, start_at_once=4)]
+        jobs.append(make_queue(torque.QueueManager, self.fake, self.folder, downloading_max=4,
+                               start_at_once=4))
+        listing, both = torque.in_order, threading.Barrier(2)
+
+        def slow(torrents, keys):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(.3)                           # neither has started anything yet
+            return listing(torrents, keys)
+        with mock.patch.object(torque, 'in_order', slow):
+            threads = [threading.Thread(target=job.run) for job in jobs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(len(self.logged('INFO queue: starting')), 4)
+
+    def test_item_that_fails_costs_its_turn(self):
+        job = self.queue([{}, {}, {}], sort='name')
+        self.fake.broken[f'{0:040X}'] = torque.RpcError('bad state')
+        with self.assertRaisesRegex(torque.LoggableError, "'n0' 0+ was not started: bad state"):
+            job.run()
+        self.assertEqual(self.started(job), [2])        # n1 was started instead; n0 waits
+        with self.assertRaises(torque.LoggableError):
+            job.run()
+        del self.fake.broken[f'{0:040X}']
+        self.assertEqual(self.started(job), [0])
+
+    def test_places_taken_by_closed_items_are_told(self):
+        job = self.queue([{'d.state': 1, 'd.message': 'File name too long'}, {}],
+                         downloading_max=1)
+        self.assertEqual(self.started(job) + self.started(job), [])
+        self.assertEqual(len(self.logged('WARNING', "'n0'", 'did not open it', 'too long')), 1)
 
     def test_intermission_survives_restart(self):
         with mock.patch('time.time', return_value=1000.0) as clock:
@@ -3959,6 +3999,11 @@ class Double:
             raise value
         return value
 
+    def ask(self, calls):
+        return self.batch(calls)
+
+    tell = ask
+
     def batch(self, calls):
         self.step()
         return [self.before(method, target) or self.answer(method, target, *params)
@@ -4332,6 +4377,22 @@ class CommandTest(WithDouble):
             self.run_command('sleep 300')
         self.assertEqual(waits[0].returncode, -signal.SIGTERM)
 
+    def test_output_is_bounded(self):
+        kept, keep_end = [], torque.keep_end
+
+        def keep(stream, end):
+            kept.append(end)
+            keep_end(stream, end)
+        with mock.patch.object(torque, 'keep_end', keep):
+            self.run_command('seq 1 3000000')
+        self.assertEqual((len(kept[0]), len(self.logged('INFO t: '))), (50000, 100))
+        self.assertTrue(self.logged('INFO t: 3000000'))
+        self.run_command('(until test -e go; do sleep .01; done; echo late && touch alive) & '
+                         'echo said', shell='yes')
+        self.assertTrue(self.logged('said'))
+        self.write('go', '')                        # what it left behind can still say something
+        wait_for(lambda: os.path.exists(self.path('alive')))
+
     def test_templates_keep_out_of_shells(self):
         self.engine.add(self.path('data'), name='-rf', custom1='l\udcff\0')
         self.refused(torque.ItemCommand, {
@@ -4355,6 +4416,12 @@ class CommandTest(WithDouble):
             self.fails('1 torrents failed', lambda: self.run_command(
                 args, torque.ItemCommand, shell='yes', matcher='*', once='yes'))
             self.assertEqual(tree(self.folder)['ran'].decode().split(), ran.split())
+        for name, ran in (('\xe9', 3), ('\xe8', 3), ('\xe9', 0), ('a_b', 3), ('a b', 3)):
+            with self.subTest(name):
+                del self.lines[:]
+                self.run_command('echo did', torque.ItemCommand, matcher='*', once='yes',
+                                 job_name=name)
+                self.assertEqual(len(self.logged('INFO', ': did')), ran)
 
 
 class MoveTest(WithDouble):

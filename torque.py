@@ -3048,65 +3048,120 @@ class QueueManager(Job):
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
+        self.turn = self.turns.setdefault(self.engine.address.where, threading.Lock())
         self.running = parse_condition(self.RUNNING)
-        self.startable = parse_condition(' '.join(f'[ {condition.text} ]' for condition in (
-            config.queue_startable_base, config.startable) if condition))
-        self.needs = ('left', 'path') if config.room else ()
+        conditions = [config.queue_startable_base, config.startable]
+        self.startable = parse_condition(' '.join(
+            f'[ {condition.text} ]' for condition in conditions if condition))
+        self.order_fields = [name for name, _ in config.sort_fields]
+        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'message', 'down']
+        if config.downloading:
+            self.running_fields += config.downloading.fields
+        if config.room:
+            self.order_fields += ['left', 'path']
+            self.running_fields += ['left', 'path']
+        self.failed: set[str] = set()           # hashes of what did not start
+        self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
         self.last_start = 0.0
-        with contextlib.suppress(OSError, ValueError), open(self.file, encoding='ascii') as stream:
-            self.last_start = float(stream.read())
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.file, encoding='ascii') as stream:
+                self.last_start = float(stream.read())
 
     def run(self) -> None:
         """Start what there is a place for, in order, unless the intermission goes on."""
-        config, now = self.config, time.time()
+        now = time.time()
         self.last_start = min(self.last_start, now)     # the clock may have been set back
-        if now < self.last_start + config.intermission:
+        if now < self.last_start + self.config.intermission:
             self.LOG.debug('no start: the intermission is not over')
             return
-        if not self.places(self.list_running()):
-            return
-        view = config.viewname or ('pyrotorque' if self.engine.has_view('pyrotorque') else 'main')
-        startable = in_order(list_torrents(self.engine, view, [
-            *self.needs, *(name for name, _ in config.sort_fields)], self.startable),
-            config.sort_fields)
-        if not startable:
-            self.LOG.debug('no start: nothing is startable')
-            return
-        running = self.list_running()           # again: listing took time, and a view may be stale
-        hashes = {torrent['hash'] for torrent in running}
-        ready: Iterable[Torrent] = [torrent for torrent in startable
-                                    if torrent['hash'] not in hashes]
-        if config.room:
-            ready = self.fitting(ready, running)
-        for torrent in itertools.islice(ready, self.places(running)):
-            self.start(torrent, now)
+        with self.turn:
+            if not self.places(self.list_running()):
+                return
+            startable = self.list_startable()
+            if not startable:
+                self.LOG.debug('no start: nothing is startable')
+                return
+            # Again: listing took time, and a view may be stale.
+            running = self.list_running()
+            self.start_some(startable, running)
 
     def list_running(self) -> list[Torrent]:
         """Return all that is started and not complete: hashing, paused or failing, too."""
-        config = self.config
-        return list_torrents(self.engine, 'default', [
-            'is_active', 'down', *self.needs,
-            *(config.downloading.fields if config.downloading else ())], self.running)
+        return list_torrents(self.engine, 'default', self.running_fields, self.running)
+
+    def list_startable(self) -> list[Torrent]:
+        """Return what may be started, in order; what did not start the last time comes last."""
+        view = self.config.viewname
+        if not view:
+            view = 'main'
+            if self.engine.has_view('pyrotorque'):
+                view = 'pyrotorque'
+        torrents = in_order(list_torrents(
+            self.engine, view, self.order_fields, self.startable), self.config.sort_fields)
+        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config, now = self.config, time.time()
-        downloading = [torrent for torrent in running if not torrent['is_active']
-                       or not config.downloading or config.downloading.match(torrent, now)]
-        count, traffic = len(downloading), sum(torrent['down'] for torrent in downloading)
+        config = self.config
+        downloading = [torrent for torrent in running if self.is_downloading(torrent)]
+        count = len(downloading)
+        traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
         self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
-        return max(min(max(config.start_at_once, config.downloading_min - count),
-                       config.downloading_max - count), 0)
+        free = config.downloading_max - count
+        if free <= 0:
+            self.tell_of_closed(downloading)
+        most = max(config.start_at_once, config.downloading_min - count)
+        return max(min(most, free), 0)
 
-    def fitting(self, torrents: Iterable[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
+    def is_downloading(self, torrent: Torrent) -> bool:
+        """Tell whether a running item takes a place."""
+        condition = self.config.downloading
+        if not torrent['is_active'] or not condition:
+            return True
+        return condition.match(torrent, time.time())
+
+    def tell_of_closed(self, torrents: list[Torrent]) -> None:
+        """Say once of an item that it takes a place although rTorrent could not open it."""
+        for torrent in torrents:
+            is_closed = not torrent['is_open'] and not torrent['is_hashing']
+            if is_closed and torrent['hash'] not in self.told:
+                self.told.add(torrent['hash'])
+                self.LOG.warning('%s is started, but rTorrent did not open it; it takes a place '
+                                 'of the queue: %s', torrent, quoted(torrent['message']))
+
+    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
+        """Start items while there are places; one that fails leaves its place to the next."""
+        places = self.places(running)
+        hashes = {torrent['hash'] for torrent in running}
+        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+        errors = []
+        for torrent in self.fitting(waiting, running):
+            if places == 0:
+                break
+            try:
+                self.start(torrent)
+                places -= 1
+            except Unreachable:
+                raise
+            except RpcError as error:
+                self.failed.add(torrent['hash'])
+                errors.append(f'{torrent} was not started: {error}')
+        if errors:
+            raise LoggableError('; '.join(errors[:3]))
+
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
         """Give the items that their disk has room for, beside what is still coming to it."""
+        if not self.config.room:
+            yield from torrents
+            return
         coming: dict = collections.Counter()
         for torrent in running:
             coming[disk_of(torrent['path'])[0]] += torrent['left']
@@ -3114,23 +3169,25 @@ class QueueManager(Job):
             device, free = disk_of(torrent['path'])
             if free is None or free - coming[device] - torrent['left'] < self.config.room:
                 self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent,
-                               *map(show_size, (torrent['left'], free or 0, coming[device])))
+                               show_size(torrent['left']), show_size(free or 0),
+                               show_size(coming[device]))
                 continue
             coming[device] += torrent['left']
             yield torrent
 
-    def start(self, torrent: Torrent, now: float) -> None:
-        """Start an item, having noted when."""
+    def start(self, torrent: Torrent) -> None:
+        """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
             return
-        if self.config.intermission and self.last_start != now:
-            replace_file(self.file, f'{now}\n')
-        self.last_start = now
-        proxy = self.engine.open()
-        proxy.d.start(torrent['hash'])
+        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
+        self.failed.discard(torrent['hash'])
+        self.last_start = time.time()
+        if self.config.intermission:
+            replace_file(self.file, f'{self.last_start}\n')
         if self.config.log_to_client and not self.config.quiet:
+            text = f"torque: started {quoted(torrent['name'])}"
             with contextlib.suppress(RpcError):         # older ones take no emoji, for example
-                proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
+                self.engine.tell([('print', '', text)])
 
 
 def erase(args: str, item: Torrent) -> list:
@@ -3420,6 +3477,23 @@ class Action(Choice):
         return True
 
 
+OUTPUT_KEPT = 50000                     # bytes of what a program says
+
+
+def keep_end(stream: Any, kept: bytearray) -> None:
+    """Read all that a program says, and keep the end of it; a thread.
+
+    It goes on while any process has the other end, so that none is ended by a closed pipe.
+    """
+    with stream:
+        while True:
+            content = stream.read1(1 << 16)
+            if not content:
+                return
+            kept += content
+            del kept[:-OUTPUT_KEPT]
+
+
 class Command(Job):
     """Run a program."""
     children: set = set()               # pids of programs that run
@@ -3435,10 +3509,12 @@ class Command(Job):
         super().__init__(config)
         if not config.args:
             raise UserError('is not set', option='args')
-        try:
-            self.words = config.args if config.shell else shlex.split(config.args)
-        except ValueError as error:
-            raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
+        self.words: Any = config.args           # the shell's line, or a list
+        if not config.shell:
+            try:
+                self.words = shlex.split(config.args)
+            except ValueError as error:
+                raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
 
     def run(self) -> None:
         self.execute(self.words, {})
@@ -3450,46 +3526,80 @@ class Command(Job):
             with contextlib.suppress(OSError):
                 os.killpg(pid, 15)              # SIGTERM
 
-    def execute(self, words: str | list[str], environment: dict) -> None:
+    def execute(self, words: Any, environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
-        import signal
-        import subprocess
-        import tempfile
         config = self.config
-        shown = quoted(words if isinstance(words, str) else ' '.join(map(shlex.quote, words)))
+        line, program = words, words[0]
+        if config.shell:
+            program = words.split()[0]
+        else:
+            line = ' '.join(map(shlex.quote, words))
         if self.dry_run:
-            self.announce('running', shown)
+            self.announce('running', quoted(line))
             return
-        self.LOG.debug('running %s', shown)     # further on without args: they may hold a password
-        program = quoted(words.split()[0] if isinstance(words, str) else words[0])
-        with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
-            try:
-                process = subprocess.Popen(
-                    words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
-                    env={**os.environ, **environment, **config.env}, start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            except (OSError, ValueError) as error:
-                raise LoggableError(f'{program}: {error}') from None
-            self.children.add(process.pid)
-            try:
-                status = f'status {process.wait(config.timeout or None)}'
-            except BaseException as error:              # KeyboardInterrupt, too
-                for number in (signal.SIGTERM, signal.SIGKILL):
-                    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                        os.killpg(process.pid, number)
-                        process.wait(3)
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                status = f'force after {config.timeout:g} s'
-            finally:
-                self.children.discard(process.pid)
-            output.seek(max(output.seek(0, os.SEEK_END) - 50000, 0))
-            for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
-                self.LOG.info('%s', line[:500])
-        if status != 'status 0':
-            if config.check or 'force' in status:
-                raise LoggableError(f'{program} ended with {status}')
-            self.LOG.info('%s ended with %s', program, status)
+        # From here on without arguments: they may hold a password.
+        self.LOG.debug('running %s', quoted(line))
+        try:
+            process = self.start(words, environment)
+        except (OSError, ValueError) as error:
+            raise LoggableError(f'{quoted(program)}: {error}') from None
+        kept = bytearray()
+        in_time = self.wait(process, kept)
+        for text in kept.decode('utf-8', 'replace').splitlines()[-100:]:
+            self.LOG.info('%s', text[:500])
+        if not in_time:
+            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
+        if process.returncode != 0:
+            text = f'{quoted(program)} ended with status {process.returncode}'
+            if config.check:
+                raise LoggableError(text)
+            self.LOG.info('%s', text)
+
+    def start(self, words: Any, environment: dict) -> Any:
+        """Start the program in a process group of its own."""
+        import subprocess
+        config = self.config
+        return subprocess.Popen(
+            words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
+            env={**os.environ, **environment, **config.env}, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def wait(self, process: Any, kept: bytearray) -> bool:
+        """Wait for the program, and keep the end of its output; tell whether it was in time."""
+        import subprocess
+        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
+        self.children.add(process.pid)
+        try:
+            reader.start()
+            process.wait(self.config.timeout or None)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if process.returncode is None:      # also when torque is interrupted
+                self.end(process)
+            self.children.discard(process.pid)
+            # A process that it left behind may hold the output open for ever.
+            if reader.ident:
+                reader.join(0.5)
+
+    @staticmethod
+    def end(process: Any) -> None:
+        """End the program and its children, gently first."""
+        import subprocess
+        for number in (15, 9):                  # SIGTERM, SIGKILL
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(3)
+
+
+def once_mark(job_name: str) -> str:
+    """Return the custom value that marks an item for a job, another one for each name."""
+    plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
+    if plain == job_name:
+        return f'torque_{plain}'
+    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+    return f'torque_{plain}_{number:08x}'
 
 
 class ItemCommand(Choice, Command):
@@ -3507,7 +3617,7 @@ class ItemCommand(Choice, Command):
         elif '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
+        self.mark = once_mark(config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
 
@@ -3516,13 +3626,16 @@ class ItemCommand(Choice, Command):
 
     def for_torrent(self, torrent: Torrent) -> None:
         """Run the program for one torrent."""
-        words = self.words if self.config.shell else self.template.render(torrent)
-        self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
-                             for name in self.ENVIRONMENT})
+        words = self.words
+        if not self.config.shell:
+            words = self.template.render(torrent)
+        environment = {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
+                       for name in self.ENVIRONMENT}
+        self.execute(words, environment)
         if self.config.once and not self.dry_run:
-            proxy = self.engine.open()
-            proxy.d.custom.set(torrent['hash'], self.mark, '1')
-            proxy.d.save_full_session(torrent['hash'])
+            answers = self.engine.tell([('d.custom.set', torrent['hash'], self.mark, '1'),
+                                        ('d.save_full_session', torrent['hash'])])
+            without_errors(answers)
 
 
 def same_file(path: str, copy: str) -> bool:
