@@ -3904,70 +3904,151 @@ def read_metafile(path: str) -> Metafile:
 
 
 class Inotify:
-    """Changes in folders, told by Linux; raises OSError where that does not work."""
-    ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
-    MOVE_SELF, OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x800, 0x4000, 0x8000, 0x1000000, 0x40000000
+    """Wakes who waits for changes in folders, as Linux tells of them.
+
+    Raises OSError where that does not work.
+    """
+    # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
+    # the last one is ONLYDIR.
+    MASK = 0x4 | 0x8 | 0x80 | 0x100 | 0x400 | 0x800 | 0x1000000
 
     def __init__(self) -> None:
         import ctypes
-        self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
-        self.folders: dict[int, str] = {}       # by the number of the watch
-        self.stream = open(self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC), 'rb', 0)
+        self.get_errno = ctypes.get_errno
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.watches: set[int] = set()
+        self.added: set[int] = set()            # since the last drop_others()
+        handle = self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC)
+        self.events = open(handle, 'rb', 0)
+        # A disk mounted over a folder is no event of the folder; this file tells of it.
+        self.mounts = open('/proc/self/mountinfo', 'rb', 0)
+        wakes, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.wakes = open(wakes, 'rb', 0)
+        self.waker = open(waker, 'wb', 0)
+        self.poll = select.poll()
+        self.poll.register(self.events, select.POLLIN)
+        self.poll.register(self.mounts, select.POLLPRI)
+        self.poll.register(self.wakes, select.POLLIN)
 
     def call(self, name: str, *args: Any) -> int:
         """Return what a system call gives."""
         result = getattr(self.libc, name)(*args)
         if result < 0:
-            raise OSError(self.ctypes.get_errno(), os.strerror(self.ctypes.get_errno()))
+            number = self.get_errno()
+            raise OSError(number, os.strerror(number))
         return result
 
     def add(self, folder: str) -> None:
-        """Watch one folder; one that is watched already by another name goes by this one."""
-        mask = (self.ATTRIB | self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE
-                | self.MOVE_SELF | self.ONLYDIR)        # ATTRIB: it may be readable now
-        self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
-                               mask)] = folder
+        """Watch a folder; one that is watched already stays so."""
+        path = os.fsencode(folder)
+        self.added.add(self.call('inotify_add_watch', self.events.fileno(), path, self.MASK))
 
-    def forget(self, folder: str) -> None:
-        """Watch a folder and what is below it no longer; this wakes who waits for events."""
-        for watch, path in list(self.folders.items()):
-            if os.path.join(path, '').startswith(os.path.join(folder, '')):
-                self.libc.inotify_rm_watch(self.stream.fileno(), watch)
-                self.folders.pop(watch, None)
+    def drop_others(self) -> None:
+        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
+        for watch in self.watches - self.added:
+            self.libc.inotify_rm_watch(self.events.fileno(), watch)
+        self.watches, self.added = self.added, set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; tell whether something changed, or wake() was called."""
+        # One millisecond more, so that what is due then is due when this returns.
+        return bool(self.poll.poll(max(seconds * 1000, 0) + 1))
+
+    def forget(self) -> None:
+        """Take what happened so far for seen."""
+        self.wakes.read(1 << 16)
+        self.events.read(1 << 16)
+
+    def wake(self) -> None:
+        """Have wait() return, unless its thread has ended."""
+        with contextlib.suppress(OSError, ValueError):
+            self.waker.write(b'.')
 
     def close(self) -> None:
         """Watch nothing any more."""
-        self.folders.clear()
-        self.stream.close()
+        for stream in (self.events, self.mounts, self.wakes, self.waker):
+            stream.close()
 
-    def events(self) -> Iterator[tuple[int, str]]:
-        """Give (mask, path) of what happened; the path of an overflow is empty.
 
-        IGNORED: a folder that was watched is gone.
-        """
-        content, at = self.stream.read(1 << 16) or b'', 0
-        while at < len(content):
-            watch, mask, _, length = struct.unpack_from('iIII', content, at)
-            name = content[at + 16:at + 16 + length].rstrip(b'\0')
-            at += 16 + length
-            folder = self.folders.pop(watch, '') if mask & self.IGNORED else \
-                self.folders.get(watch, '')
-            if folder or mask & self.OVERFLOW:
-                yield mask, os.path.join(folder, os.fsdecode(name)) if name else folder
+def as_sent(text: str) -> str | bytes:
+    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
+    if re.fullmatch('[ -\ud7ff]*', text):
+        return text
+    return text.encode('utf-8', 'surrogateescape')
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from another, and from itself before it was changed."""
+    device: int
+    inode: int
+    size: int
+    changed: int                        # Unix nanoseconds, as nobody can set them
+    modified: float                     # Unix seconds
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """Return the stamp of a file."""
+    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+                     status.st_mtime)
+
+
+def identity_of(path: str) -> tuple[int, int] | None:
+    """Return what tells a file or folder from others, whatever its path; None: not there."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return None
+
+
+# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
+NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
+
+
+def is_tied(tied: str, path: str) -> bool:
+    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
+    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samefile(tied, path)
+    return False
 
 
 def parse_mode(text: str) -> str:
     """Return how new items are loaded: normal or start."""
-    if text.lower() not in ('', 'normal', 'load', 'start', 'started'):
+    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
+             'started': 'start'}
+    mode = modes.get(text.lower())
+    if mode is None:
         raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return 'start' if text.lower().startswith('start') else 'normal'
+    return mode
+
+
+class Handled(NamedTuple):
+    """A file that was handled: in which state, and when again although it stays like that."""
+    stamp: FileStamp
+    due: float = float('inf')           # monotonic seconds
+    pause: float = 0.0                  # seconds from one try to the next
+
+
+class LoadPlan(NamedTuple):
+    """What becomes of a metafile."""
+    how: str                            # started, queued, or nothing
+    commands: list[str]                 # for the new item
+    values: dict[str, Any]              # what templates know of it
+
+    @property
+    def suffix(self) -> str:
+        """What follows in the log."""
+        if not self.how:
+            return ''
+        return f' [{self.how}]'
 
 
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
-    What a look through the trees or an event finds goes into `waiting`, as does a root that is
-    not there; work() handles it.
+    A look through the trees decides what is new; an event of inotify only means `look again`.
+    A thread waits for events, and for files that are to be tried again.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -3982,319 +4063,455 @@ class TreeWatch(Job):
                                                          'before, and is not tied to it'),
         Option('check_unhandled', parse_bool, 'yes', 'has no effect: files are never missed'),
         Option('preload_fields', str, '', 'has no effect: what is needed is known'),
-        Option('trace_inotify', parse_bool, 'no', 'log every event'),
+        Option('trace_inotify', parse_bool, 'no', 'log when inotify tells of changes'),
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    ENDINGS = ('.torrent', '.load', '.start', '.queue')
-    RETRY = 5                           # seconds between looks at files that wait
+    FLAGS = ('start', 'load', 'queue')
+    # Trash and caches of file servers and file systems; so are all that begin with a dot.
+    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
+                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
+                         'lost+found'))
+    TELL = CommandTemplate('print={{told}}', ('told',))
+    SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    RETRY = 5.0                         # seconds until what did not work is tried again
+    MOST = 3600.0                       # seconds, to which that grows
+    REST = 9                            # times as long as it looked it does not look again
     NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                       'filetype label traits flags'.split())
 
     @staticmethod
     def folders(config: Any) -> list[str]:
         """Return the folders that a configuration names."""
-        return [os.path.abspath(os.path.expanduser(path.strip()))
-                for path in config.path.split(os.pathsep) if path.strip()]
+        paths = [path.strip() for path in config.path.split(os.pathsep)]
+        return [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
             raise UserError('is not set', option='path')
-        for root in self.roots:
-            if not os.path.isdir(root):
-                raise UserError(f'{root!r} is not a folder', option='path')
         self.commands = []
-        for key in sorted(key for key in config if key.startswith(self.families)):
-            with reading(key):
-                self.commands.append(CommandTemplate(config[key], self.NAMES))
+        for key in sorted(config):
+            if key.startswith(self.families):
+                with reading(key):
+                    self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
-        self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
-        self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
-        self.by_path = None if self.engine.address.is_local() else False    # None: not known
-        self.use_inotify = config.inotify and not config.alone
+        self.handled: dict[str, Handled] = {}
+        self.untied_file = self.state_file('untied')
+        self.untied = self.read_untied()        # path -> [hash of its item, when it was modified]
+        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.trouble: dict[str, str] = {}       # what the last look could not read, and why
+        self.next_look = 0.0                    # monotonic seconds, though nothing changes
+        self.rested = 0.0                       # no look before that, whatever changes
+        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
+        if not self.engine.address.is_local():
+            self.by_path = False
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
-        self.ended = False
+        self.ended = threading.Event()
+
+    def risks(self) -> list[str]:
+        """Return what lets others load items: folders that every user may write."""
+        texts = []
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if os.stat(root).st_mode & 0o002:
+                    texts.append(f'{root}, which is watched, can be written by every user')
+        return texts
 
     def run(self) -> None:
         """Look through the trees, and see to it that changes are watched."""
         with self.lock:
-            if self.use_inotify and (not self.inotify or self.inotify.stream.closed):
-                try:
-                    self.inotify = Inotify()
-                    self.thread = threading.Thread(target=self.watch, args=(self.inotify,),
-                                                   daemon=True)
-                    self.thread.start()
-                except (ImportError, AttributeError, OSError, RuntimeError) as error:
-                    self.LOG.warning('no inotify, files are found on schedule only: %s', error)
-                    if self.inotify:
-                        self.inotify.close()
-                    self.use_inotify, self.inotify = False, None
-            trouble = self.look()
-            self.work()
-        if trouble:
-            raise LoggableError(trouble)
+            reason = self.start_watching()
+            try:
+                self.look()
+            finally:
+                if self.inotify:
+                    self.inotify.wake()         # the thread may have to wait less long now
+        if reason or self.trouble:
+            raise LoggableError(reason or self.trouble_text())
 
     def cleanup(self) -> None:
         """End the watching thread."""
-        self.ended = True
-        if self.inotify and self.thread:
-            if self.lock.acquire(timeout=5):    # else it is in a call, and will see `ended`
-                self.inotify.forget(os.sep)
-                self.lock.release()
+        self.ended.set()
+        if self.thread and self.thread.is_alive() and self.inotify:
+            self.inotify.wake()
             self.thread.join(5)
 
+    # Watching.
+
+    def start_watching(self) -> str:
+        """Have a thread look at once when something changes; return why that is not possible."""
+        if not self.config.inotify or self.config.alone:
+            return ''
+        if self.thread and self.thread.is_alive():
+            return ''
+        self.inotify = None
+        try:
+            self.inotify = Inotify()
+            self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
+            self.thread.start()
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            if self.inotify:
+                self.inotify.close()
+            self.inotify = None
+            return (f'no inotify, files are found on schedule only: {error}; where that is how '
+                    'it should be, write inotify = no')
+        return ''
+
     def watch(self, inotify: Inotify) -> None:
-        """Handle files as they appear, and those that wait; a thread, while there are watches."""
-        poll = select.poll()
-        poll.register(inotify.stream.fileno(), select.POLLIN)
-        timeout: float | None = 0.0
-        while not inotify.stream.closed:
-            poll.poll(timeout)
-            with self.lock, contextlib.ExitStack() as close_unless_all_went_well:
-                close_unless_all_went_well.callback(inotify.close)
-                for mask, path in inotify.events():
-                    self.see(inotify, mask, path)
-                with contextlib.suppress(RpcError):             # the engine has told it
-                    self.work()
-                due = min(self.waiting.values(), default=None)
-                timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
-                if (inotify.folders or self.waiting) and not self.ended:
-                    close_unless_all_went_well.pop_all()
+        """Look again whenever something changes; a thread, until cleanup()."""
+        with contextlib.closing(inotify):
+            while not self.ended.is_set():
+                with self.lock:                 # run() may be looking
+                    seconds = self.next_look - time.monotonic()
+                if inotify.wait(seconds) and self.config.trace_inotify:
+                    self.LOG.info('inotify: something changed')
+                self.ended.wait(self.rested - time.monotonic())
+                inotify.forget()
+                with self.lock:
+                    self.look_again()
 
-    def see(self, inotify: Inotify, mask: int, path: str) -> None:
-        """Note what one event of inotify tells."""
-        if self.config.trace_inotify:
-            self.LOG.info('inotify %#x %s', mask, quoted(path))
-        trouble = ''
-        if mask & Inotify.OVERFLOW:
-            self.LOG.info('too many changes at once for inotify: looking through everything')
-            trouble = self.look()
-        elif mask & (Inotify.IGNORED | Inotify.MOVE_SELF):
-            if path in self.roots and path not in self.waiting:
-                inotify.forget(path)            # it is a folder elsewhere now, or none
-                self.waiting[path] = time.monotonic() + self.RETRY
-                trouble = f'{quoted(path)} is gone; it is watched again when it is back'
-        elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
-            inotify.forget(path)
-        elif mask & Inotify.ISDIR:
-            trouble = self.scan([path])
-        elif not mask & Inotify.MOVED_FROM:
-            self.note(path)
-        if trouble:
-            self.LOG.warning('%s', trouble)
+    def look_again(self) -> None:
+        """Look, and say in the log what run() would raise."""
+        before = self.trouble
+        try:
+            self.look()
+        except Unreachable:                     # the engine has told it
+            return
+        except LoggableError as error:
+            self.trouble = {'': str(error)}
+        if self.trouble and self.trouble != before:
+            self.LOG.warning('%s', self.trouble_text())
+        elif before and not self.trouble:
+            self.LOG.info('all folders are watched again')
 
-    def look(self) -> str:
-        """Note all files of the trees, watch all folders anew; return what cannot be read."""
-        if self.inotify:
-            self.inotify.forget(os.sep)         # also what was moved away unseen
-        self.waiting.clear()
-        trouble = self.scan(self.roots)
-        self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
-        return trouble
+    def trouble_text(self) -> str:
+        """Return in one line what the last look could not read."""
+        return '; '.join(self.trouble.values())
 
-    def scan(self, folders: list[str]) -> str:
-        """Note the files below folders, which are watched from before they are read."""
-        left = folders[:]
-        trouble: dict[str, str] = {}            # one folder for each reason is enough
+    # Looking.
 
-        def failed(error: OSError) -> None:
-            """Note why a folder cannot be watched or read."""
-            why = 'too many inotify watches' if error.errno == errno.ENOSPC else \
-                str(error.strerror)
-            if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                trouble.setdefault(why, f'{quoted(folder)} cannot be watched or read: {why}')
-            if folder in self.roots and not os.path.isdir(folder):
-                self.waiting[folder] = time.monotonic() + self.RETRY
+    def look(self) -> None:
+        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        began = time.monotonic()
+        self.next_look = began + self.RETRY     # if this fails
+        files = self.scan()
+        now = time.monotonic()
+        self.rested = now + self.REST * (now - began)
+        self.handled = {path: done for path, done in self.handled.items() if path in files}
+        try:
+            for path in sorted(files):
+                done = self.handled.get(path)
+                if self.ended.is_set():
+                    break
+                if done is None or done.stamp != files[path] or done.due <= now:
+                    self.handled[path] = self.handle(path, files[path], done)
+        finally:
+            self.keep_untied(files)
+        self.next_look = min([now + self.MOST, *(done.due for done in self.handled.values())])
+        if not all(map(os.path.isdir, self.roots)):
+            self.next_look = min(self.next_look, now + self.RETRY)
 
-        for folder in left:                     # it grows meanwhile
+    def scan(self) -> dict[str, FileStamp]:
+        """Return the metafiles below the roots; have the folders watched before they are read."""
+        files: dict[str, FileStamp] = {}
+        session = self.session_folder()
+        visited = {session}
+        left = collections.deque(self.roots)
+        self.trouble = {}
+        while left:
+            folder = left.popleft()
+            identity = identity_of(folder)
+            if identity and identity in visited:
+                if identity == session:
+                    self.is_session(folder)
+                continue
+            visited.add(identity)
             try:
                 if self.inotify:
                     self.inotify.add(folder)
             except OSError as error:            # the schedule finds its files
-                failed(error)
+                self.failed(folder, error)
             try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            left.append(entry.path)
-                        else:
-                            self.note(entry.path)
+                self.read_folder(folder, left, files)
             except OSError as error:
-                failed(error)
-        return '; '.join(trouble.values())
+                self.failed(folder, error)
+        if self.inotify:
+            self.inotify.drop_others()
+        return files
 
-    def note(self, path: str) -> None:
-        """Let work() handle a file, if its name is one of a metafile."""
-        if path.lower().endswith(self.ENDINGS):
-            self.waiting[path] = 0.0
-
-    def work(self) -> None:
-        """Handle the files that are due; raises Unreachable when rTorrent is away."""
-        now = time.monotonic()
-        for path in sorted(path for path, due in self.waiting.items() if due <= now):
-            if self.ended:
-                return
-            del self.waiting[path]
-            try:
-                if path not in self.roots:
-                    self.handle(path)
-                elif os.path.isdir(path):
-                    self.LOG.info('%s is there again', quoted(path))
-                    self.scan([path])
-                else:
-                    self.waiting[path] = time.monotonic() + self.RETRY
-            except Unreachable:
-                self.waiting = dict.fromkeys([path, *self.waiting], time.monotonic() + self.RETRY)
-                raise
-
-    def handle(self, path: str) -> None:
-        """Load a file if it is a new metafile; one that may be half-written waits."""
-        stamp: Any = None
-        try:
-            found = os.stat(path)
-            stamp = found.st_ino, found.st_ctime_ns, found.st_size
-            if self.done.get(path) != stamp:
-                self.load(path, read_metafile(path))
-        except (FileNotFoundError, NotADirectoryError):
-            self.done.pop(path, None)
+    def read_folder(self, folder: str, left: collections.deque, files: dict) -> None:
+        """Add the metafiles in a folder to `files`, the folders to `left`."""
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+        if any(entry.name == self.SESSION_LOCK for entry in entries):
+            self.is_session(folder)
             return
+        for entry in entries:
+            try:
+                if not entry.is_dir():
+                    if self.is_metafile(entry.name):
+                        files[entry.path] = file_stamp(entry.stat())
+                elif entry.name.startswith('.') or entry.name in self.SKIPPED:
+                    continue
+                elif entry.is_symlink():
+                    left.append(entry.path)     # last, so that a folder goes by its own name
+                else:
+                    left.appendleft(entry.path)
+            except OSError as error:
+                self.failed(entry.path, error)
+
+    def is_session(self, folder: str) -> None:
+        """Note that a root is not looked into."""
+        if folder in self.roots:
+            self.trouble[folder] = (f'{quoted(folder)} is a session folder of rTorrent, which is '
+                                    'not looked into')
+
+    def is_metafile(self, name: str) -> bool:
+        """Tell whether a file's name is one of a metafile; flags are lower case."""
+        return name.lower().endswith('.torrent') or name.endswith(('.load', '.start', '.queue'))
+
+    def failed(self, path: str, error: OSError) -> None:
+        """Note what cannot be watched or read; one for each reason is enough."""
+        why = str(error.strerror)
+        if error.errno == errno.ENOSPC:
+            why = 'too many inotify watches'
+        text = f'{quoted(path)} cannot be watched or read: {why}'
+        if path in self.roots:
+            self.trouble[path] = text
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):      # else it is gone again
+            self.trouble.setdefault(why, text)
+
+    def session_folder(self) -> tuple[int, int] | None:
+        """Return the identity of rTorrent's session folder; None as long as it is not known.
+
+        What lies there is rTorrent's own: it is not loaded, and never removed.
+        """
+        path = self.engine.session_path
+        if path and not os.path.isabs(path):
+            answers = self.engine.ask([('system.cwd', '')])
+            path = os.path.join(*without_errors(answers), path)
+        return identity_of(path)
+
+    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
+    # their item. An item that was erased must not come back from them, as long as they stay.
+
+    def read_untied(self) -> dict[str, list]:
+        """Return what the file in the state folder says."""
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.untied_file, encoding='ascii') as stream:
+                return dict(json.load(stream))
+        return {}
+
+    def keep_untied(self, files: Iterable[str]) -> None:
+        """Keep that for the next start, without files that are gone."""
+        if not self.trouble:
+            self.untied = {path: known for path, known in self.untied.items() if path in files}
+        if self.untied != self.kept and not self.dry_run:
+            replace_file(self.untied_file, json.dumps(self.untied))
+            self.kept = self.untied.copy()
+
+    # Loading.
+
+    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
+        """Load a new metafile; what goes wrong for now is tried again, after growing pauses."""
+        again = before is not None and before.stamp == stamp and before.pause > 0
+        pause = self.RETRY
+        if before and again:
+            pause = min(before.pause * 2, self.MOST)
+        level = logging.WARNING
+        if again:
+            level = logging.DEBUG               # it was said
+        try:
+            self.load(path, stamp, read_metafile(path))
+            return Handled(stamp)
+        except (FileNotFoundError, NotADirectoryError):
+            return Handled(stamp)
         except OSError as error:
-            stamp = stamp or error.errno
-            if self.done.get(path) != stamp:
-                self.LOG.warning('%s: %s', quoted(path), error.strerror)
+            self.LOG.log(level, '%s: %s', quoted(path), error.strerror)
         except ValueError as error:
-            if abs(time.time() - found.st_mtime) < 2 * self.RETRY and not self.config.alone:
-                self.waiting[path] = time.monotonic() + self.RETRY
-                return
+            if self.may_be_growing(stamp):
+                return Handled(stamp, time.monotonic() + self.RETRY)
             self.LOG.warning('%s is no metafile: %s', quoted(path), error)
+            return Handled(stamp)
         except Unreachable:
             raise
         except LoggableError as error:
-            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
+            self.LOG.log(level, '%s is not loaded: %s', quoted(path), error)
         except Exception:
-            self.LOG.exception('%s is not loaded', quoted(path))
-        self.done[path] = stamp
+            if not again:
+                self.LOG.exception('%s is not loaded', quoted(path))
+        return Handled(stamp, time.monotonic() + pause, pause)
+
+    def may_be_growing(self, stamp: FileStamp) -> bool:
+        """Tell whether somebody may be writing a file just now."""
+        return not self.config.alone and abs(time.time() - stamp.modified) < 2 * self.RETRY
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
-        root = max((root for root in self.roots if lies_in(path, root)), key=len, default=folder)
-        relative = os.path.relpath(folder, root)
+        roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
+        root = max(roots, key=len, default=folder)
+        parts = folder[len(root):].strip(os.sep).split(os.sep)
+        while parts and parts[-1] in self.FLAGS:        # they are no part of a label
+            parts.pop()
+        relative = os.sep.join(parts)
         kind = os.path.splitext(meta.main_file)[1]
         traits = name_traits(meta.name, kind[1:].lower())
+        label = traits['kind']
+        if label:
+            label = f'{label}/{kind[1:]}'.strip('/')
         return {
-            'pathname': path, 'watch_path': root, 'rel_path': relative,
-            'relpath': '' if relative == '.' else relative,
+            'pathname': path, 'watch_path': root, 'rel_path': relative or '.',
+            'relpath': relative,
             'info_hash': meta.info_hash, 'info_name': meta.name, 'filetype': kind,
             'tracker_alias': meta.tracker and tracker_alias(meta.tracker, self.engine.aliases),
-            'flags': {*path.split(os.sep), *base.split('.')} - {''}, 'traits': traits,
-            'label': traits['kind'] and f"{traits['kind']}/{kind[1:]}".strip('/')}
+            'flags': {*path.split(os.sep), *base.split('.')} - {''},
+            'traits': traits, 'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict]:
-        """Return for a file: queued, started or nothing; commands; the template's values."""
+    def plan(self, path: str, meta: Metafile) -> LoadPlan:
+        """Return what is to become of a file; flags in its path count more than options."""
         values, config = self.values(path, meta), self.config
-        flags = set(map(str.lower, values['flags']))
-        start = 'start' in flags or 'load' not in flags and (
-            config.started or config.load_mode == 'start')
-        commands = [command for template in self.commands
-                    for command in template.commands(values)]
-        if not config.queued and 'queue' not in flags:
-            return 'started' if start else '', commands, values
-        return 'queued', commands + ['d.priority.set=0'] * (not start), values
+        flags = values['flags']
+        commands = []
+        for template in self.commands:
+            commands += template.commands(values)
+        start = 'start' in flags
+        if not start and 'load' not in flags:
+            start = config.started or config.load_mode == 'start'
+        if config.queued or 'queue' in flags:
+            if not start:
+                commands.append('d.priority.set=0')
+            return LoadPlan('queued', commands, values)
+        if start:
+            return LoadPlan('started', commands, values)
+        return LoadPlan('', commands, values)
 
-    def load(self, path: str, meta: Metafile) -> None:
+    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
         """Load a metafile unless its item is there, and wait for that."""
-        proxy, name = self.engine.open(), quoted(meta.name)
-        how, commands, _ = self.plan(path, meta)
-        with contextlib.suppress(HashNotFound):
-            file = os.path.expanduser(proxy.d.tied_to_file(meta.info_hash))
-            tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
-                          for text in (file, path))
-            if tied != ours and os.path.realpath(file) != os.path.realpath(path):
-                self.LOG.info('%s: %s is loaded already', quoted(path), name)
-                gone = file and not os.path.exists(file)
-                if self.config.remove_already_added and not gone and (  # else this may be the last
-                        self.announce('removing', quoted(path))):
-                    os.remove(path)
+        tied = self.engine.ask([('d.tied_to_file', meta.info_hash)])[0]
+        # The first answer of a new rTorrent may be the first that tells of its session.
+        if identity_of(os.path.dirname(path)) == self.session_folder():
             return
-        shown = f' [{how}]' if how else ''
+        if not isinstance(tied, HashNotFound):
+            without_errors([tied])
+            self.skip(path, stamp, meta, os.path.expanduser(tied))
+            return
+        if self.untied.get(path) == [meta.info_hash, stamp.modified]:
+            self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
+            return
+        plan = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
         if self.dry_run:
-            self.announce('loading', name, 'from', quoted(path) + shown)
+            self.announce('loading', shown)
             return
-        self.send(proxy, path, meta, how == 'started', commands)
-        self.LOG.info('loaded %s from %s%s', name, quoted(path), shown)
-        message = proxy.d.message(meta.info_hash) if commands else ''
-        if 'creation failed' in message:        # a command was wrong; the item is there
-            self.LOG.warning('%s: %s', name, quoted(message))
+        if not self.send(path, meta, plan):
+            self.untied[path] = [meta.info_hash, stamp.modified]
+        self.LOG.info('loaded %s', shown)
+        if plan.commands:
+            message = self.engine.ask([('d.message', meta.info_hash)])[0]
+            if 'creation failed' in str(message):       # the item is there all the same
+                self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
+
+    def skip(self, path: str, stamp: FileStamp, meta: Metafile, tied: str) -> None:
+        """Leave a metafile whose item is there, or remove it if that is wanted."""
+        if is_tied(tied, path):
+            self.untied.pop(path, None)
+            return
+        self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
+        self.untied[path] = [meta.info_hash, stamp.modified]
+        # Where the item's own metafile is gone, this one may be the last.
+        if not self.config.remove_already_added or (tied and not os.path.exists(tied)):
+            return
+        # A link, and a file that was changed since it was read, have another stamp.
+        if file_stamp(os.lstat(path)) == stamp and self.announce('removing', quoted(path)):
+            os.remove(path)
+
+    def send(self, path: str, meta: Metafile, plan: LoadPlan) -> bool:
+        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
+        by_path, by_content = 'load.normal', 'load.raw'
+        if plan.how == 'started':
+            by_path, by_content = 'load.start', 'load.raw_start'
+        commands = plan.commands
         if self.config.print_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):
-                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{shown}')
-
-    def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
-        """Load by path where rTorrent sees the file, else by content; wait for the item."""
-        if not all(re.fullmatch('[ -\ud7ff]*', text) for text in (path, *texts)):
-            path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
-            proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
-        patience = 1 + len(meta.content) / 5e6
-        pattern = re.search(r'[*?[]', os.fsdecode(path))        # rTorrent would look for others
-        by_path = self.by_path is not False and not pattern
-        if by_path:
-            (proxy.load.start if start else proxy.load.normal)('', path, *texts)
-            if self.appears(proxy, meta.info_hash, patience):
+            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
+            commands = self.TELL.commands({'told': told}) + commands
+        texts = [as_sent(text) for text in (path, *commands)]
+        is_pattern = re.search(r'[*?[]', path)          # rTorrent would look for other files
+        if self.by_path is not False and not is_pattern:
+            without_errors(self.engine.tell([(by_path, '', *texts)]))
+            if self.appears(meta):
                 self.by_path = True
-                return
-        try:
-            (proxy.load.raw_start if start else proxy.load.raw)('', meta.content, *texts)
-        except Unreachable:
-            if len(meta.content) > 100000:
-                proxy.system.pid('')            # is it away, or was this too much for it?
-                raise LoggableError(f'{show_size(len(meta.content))} are more than rTorrent takes '
-                                    'in one request') from None
-            raise
-        if not self.appears(proxy, meta.info_hash, patience):
-            raise LoggableError('rTorrent did not take it, and does not say why'
-                                + ('' if meta.tracker else '; it has no tracker: is DHT off?'))
-        if by_path and self.by_path is None:
-            self.by_path = False                # it sees other files than torque does
-        if pattern and self.by_path:            # so that it goes with its item, as others do
-            proxy.d.tied_to_file.set(meta.info_hash, path)
-            proxy.d.save_full_session(meta.info_hash)
+                return True
+        self.send_content((by_content, '', meta.content, *texts[1:]))
+        if not self.appears(meta):
+            why = 'rTorrent did not take it, and does not say why'
+            if not meta.tracker:
+                why += '; it has no tracker: is DHT off?'
+            raise LoggableError(why)
+        if not is_pattern:
+            self.by_path = bool(self.by_path)           # it sees other files than torque does
+            return False
+        return self.tie(path, meta.info_hash)
 
-    @staticmethod
-    def appears(proxy: Proxy, item: str, seconds: float) -> bool:
-        """Tell whether an item comes up in time."""
-        end, pause = time.monotonic() + seconds, 0.0002
+    def send_content(self, call: tuple) -> None:
+        """Load by content; what is too large for one request is no sign that rTorrent is away."""
+        try:
+            without_errors(self.engine.tell([call]))
+        except Unreachable:
+            size = len(call[2])
+            if size <= 100000:
+                raise
+            self.engine.ask([('system.pid', '')])
+            raise LoggableError(f'{show_size(size)} are more than rTorrent takes in one request'
+                                ) from None
+
+    def appears(self, meta: Metafile) -> bool:
+        """Tell whether a new item comes up in time: load commands never say what went wrong."""
+        end = time.monotonic() + 1 + len(meta.content) / 5e6
+        pause = 0.0002
         while True:
-            with contextlib.suppress(HashNotFound):
-                proxy.d.hash(item)
+            answer = self.engine.ask([('d.hash', meta.info_hash)])[0]
+            if not isinstance(answer, HashNotFound):
+                without_errors([answer])
                 return True
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
+    def tie(self, path: str, info_hash: str) -> bool:
+        """Tie an item to its file if rTorrent sees that; they go together then."""
+        file, status = as_sent(path), os.stat(path)
+        told = self.engine.tell([('execute.capture', '', 'stat', '-Lc', '%d %i', file)])[0]
+        if told != f'{status.st_dev} {status.st_ino}\n':
+            return False
+        without_errors(self.engine.tell([('d.tied_to_file.set', info_hash, file),
+                                         ('d.save_full_session', info_hash)]))
+        return True
+
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not path.lower().endswith(self.ENDINGS):
-                raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
+            if not self.is_metafile(os.path.basename(path)):
+                raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            how, commands, values = self.plan(path, meta)
+            plan = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        place = '' if values['watch_path'] in self.roots else ' (if it lay below path)'
-        there = ''
+        first = f"{path}: {plan.how or 'loaded, not started'}"
+        if plan.values['watch_path'] not in self.roots:
+            first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
-            self.engine.open().d.hash(meta.info_hash)
-            there = '; but it is loaded already'
-        values['flags'] = sorted(values['flags'])
-        return [f"{path}: {how or 'loaded, not started'}{place}{there}",
+            without_errors(self.engine.ask([('d.hash', meta.info_hash)]))
+            first += '; but it is loaded already'
+        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
+        return [first,
                 *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
-                *(f'  command {command}' for command in commands)]
+                *(f'  command {command}' for command in plan.commands)]
 
 
 # --- Config ----------------------------------------------------------------------------------
