@@ -3445,7 +3445,7 @@ class WatchTest(Folder):
         super().setUp()
         self.engine, self.root = LoadingDouble(), os.path.join(self.folder, 'w')
         os.mkdir(self.root)
-        for name, value in (('RETRY', .1), ('MOST', .3)):
+        for name, value in (('RETRY', .1), ('MOST', .3), ('LONGEST', .05)):
             patch = mock.patch.object(torque.TreeWatch, name, value)
             patch.start()
             self.addCleanup(patch.stop)
@@ -3648,9 +3648,6 @@ class WatchTest(Folder):
                 self.look(remove_already_added=True)
                 self.assertTrue(os.path.exists(self.root + '/rt/session/x.torrent'))
         self.assertEqual(self.logged('loaded'), [])
-        self.engine.session_path = self.root
-        with self.assertRaisesRegex(torque.LoggableError, "w' is a session folder of rTorrent"):
-            self.look()
         self.engine.session_path = self.folder
         self.look(remove_already_added=True)                    # x is no part of that session
         self.assertFalse(os.path.exists(self.root + '/rt/session/x.torrent'))
@@ -3807,12 +3804,14 @@ class WatchTest(Folder):
         for _ in range(3):                                      # a thread that dies is replaced
             with mock.patch.object(job, 'look_again', side_effect=SystemExit):
                 job.run()
+                self.drop('a.txt', b'')
                 job.thread.join(20)
             self.assertFalse(job.thread.is_alive())
             self.assertEqual(os.listdir('/proc/self/fd'), before)
         job.run()
         self.wait_loaded(self.drop('b.torrent'))
         job.cleanup()
+        job.thread.join(20)
         self.assertFalse(job.thread.is_alive())
         self.assertEqual(os.listdir('/proc/self/fd'), before)
 

@@ -3052,11 +3052,14 @@ class QueueManager(Job):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        self.turn = self.turns.setdefault(self.engine.address.where, threading.Lock())
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
         self.running = parse_condition(self.RUNNING)
-        conditions = [config.queue_startable_base, config.startable]
-        self.startable = parse_condition(' '.join(
-            f'[ {condition.text} ]' for condition in conditions if condition))
+        texts = []
+        for condition in (config.queue_startable_base, config.startable):
+            if condition:
+                texts.append(f'[ {condition.text} ]')
+        self.startable = parse_condition(' '.join(texts))
         self.order_fields = [name for name, _ in config.sort_fields]
         self.running_fields = ['is_active', 'is_open', 'is_hashing', 'message', 'down']
         if config.downloading:
@@ -3101,8 +3104,8 @@ class QueueManager(Job):
             view = 'main'
             if self.engine.has_view('pyrotorque'):
                 view = 'pyrotorque'
-        torrents = in_order(list_torrents(
-            self.engine, view, self.order_fields, self.startable), self.config.sort_fields)
+        torrents = list_torrents(self.engine, view, self.order_fields, self.startable)
+        torrents = in_order(torrents, self.config.sort_fields)
         return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
 
     def places(self, running: list[Torrent]) -> int:
@@ -3131,11 +3134,13 @@ class QueueManager(Job):
     def tell_of_closed(self, torrents: list[Torrent]) -> None:
         """Say once of an item that it takes a place although rTorrent could not open it."""
         for torrent in torrents:
-            is_closed = not torrent['is_open'] and not torrent['is_hashing']
-            if is_closed and torrent['hash'] not in self.told:
+            if torrent['is_open'] or torrent['is_hashing']:
+                continue
+            if torrent['hash'] not in self.told:
                 self.told.add(torrent['hash'])
-                self.LOG.warning('%s is started, but rTorrent did not open it; it takes a place '
-                                 'of the queue: %s', torrent, quoted(torrent['message']))
+                self.LOG.warning('%s is started, but rTorrent did not open it; '
+                                 'it takes a place of the queue: %s',
+                                 torrent, quoted(torrent['message']))
 
     def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
         """Start items while there are places; one that fails leaves its place to the next."""
@@ -3168,9 +3173,9 @@ class QueueManager(Job):
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
             if free is None or free - coming[device] - torrent['left'] < self.config.room:
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent,
-                               show_size(torrent['left']), show_size(free or 0),
-                               show_size(coming[device]))
+                sizes = torrent['left'], free or 0, coming[device]
+                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
+                               torrent, *map(show_size, sizes))
                 continue
             coming[device] += torrent['left']
             yield torrent
@@ -3560,9 +3565,14 @@ class Command(Job):
         import subprocess
         config = self.config
         return subprocess.Popen(
-            words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
-            env={**os.environ, **environment, **config.env}, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            words,
+            shell=config.shell,
+            cwd=os.path.expanduser(config.cwd) or None,
+            env={**os.environ, **environment, **config.env},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
 
     def wait(self, process: Any, kept: bytearray) -> bool:
         """Wait for the program, and keep the end of its output; tell whether it was in time."""
@@ -3629,13 +3639,16 @@ class ItemCommand(Choice, Command):
         words = self.words
         if not self.config.shell:
             words = self.template.render(torrent)
-        environment = {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
-                       for name in self.ENVIRONMENT}
+        environment = {}
+        for name in self.ENVIRONMENT:
+            value = show(torrent[name])
+            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
         self.execute(words, environment)
         if self.config.once and not self.dry_run:
-            answers = self.engine.tell([('d.custom.set', torrent['hash'], self.mark, '1'),
-                                        ('d.save_full_session', torrent['hash'])])
-            without_errors(answers)
+            item = torrent['hash']
+            without_errors(self.engine.tell([
+                ('d.custom.set', item, self.mark, '1'),
+                ('d.save_full_session', item)]))
 
 
 def same_file(path: str, copy: str) -> bool:
@@ -3922,13 +3935,9 @@ class Inotify:
         self.events = open(handle, 'rb', 0)
         # A disk mounted over a folder is no event of the folder; this file tells of it.
         self.mounts = open('/proc/self/mountinfo', 'rb', 0)
-        wakes, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.wakes = open(wakes, 'rb', 0)
-        self.waker = open(waker, 'wb', 0)
         self.poll = select.poll()
         self.poll.register(self.events, select.POLLIN)
         self.poll.register(self.mounts, select.POLLPRI)
-        self.poll.register(self.wakes, select.POLLIN)
 
     def call(self, name: str, *args: Any) -> int:
         """Return what a system call gives."""
@@ -3940,34 +3949,30 @@ class Inotify:
 
     def add(self, folder: str) -> None:
         """Watch a folder; one that is watched already stays so."""
-        path = os.fsencode(folder)
-        self.added.add(self.call('inotify_add_watch', self.events.fileno(), path, self.MASK))
+        handle, path = self.events.fileno(), os.fsencode(folder)
+        watch = self.call('inotify_add_watch', handle, path, self.MASK)
+        self.added.add(watch)
 
     def drop_others(self) -> None:
         """Watch only what was added since the last call: the rest is gone, or elsewhere."""
         for watch in self.watches - self.added:
             self.libc.inotify_rm_watch(self.events.fileno(), watch)
-        self.watches, self.added = self.added, set()
+        self.watches = self.added
+        self.added = set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at most; tell whether something changed, or wake() was called."""
-        # One millisecond more, so that what is due then is due when this returns.
-        return bool(self.poll.poll(max(seconds * 1000, 0) + 1))
+        """Wait so long at most; tell whether something changed."""
+        ready = self.poll.poll(max(seconds, 0) * 1000)
+        return len(ready) > 0
 
     def forget(self) -> None:
         """Take what happened so far for seen."""
-        self.wakes.read(1 << 16)
         self.events.read(1 << 16)
-
-    def wake(self) -> None:
-        """Have wait() return, unless its thread has ended."""
-        with contextlib.suppress(OSError, ValueError):
-            self.waker.write(b'.')
 
     def close(self) -> None:
         """Watch nothing any more."""
-        for stream in (self.events, self.mounts, self.wakes, self.waker):
-            stream.close()
+        self.events.close()
+        self.mounts.close()
 
 
 def as_sent(text: str) -> str | bytes:
@@ -4023,10 +4028,13 @@ def parse_mode(text: str) -> str:
     return mode
 
 
+NEVER = float('inf')
+
+
 class Handled(NamedTuple):
     """A file that was handled: in which state, and when again although it stays like that."""
     stamp: FileStamp
-    due: float = float('inf')           # monotonic seconds
+    due: float = NEVER                  # monotonic seconds
     pause: float = 0.0                  # seconds from one try to the next
 
 
@@ -4077,14 +4085,19 @@ class TreeWatch(Job):
     RETRY = 5.0                         # seconds until what did not work is tried again
     MOST = 3600.0                       # seconds, to which that grows
     REST = 9                            # times as long as it looked it does not look again
+    LONGEST = 60.0                      # seconds until a thread sees that it is to end
     NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                       'filetype label traits flags'.split())
 
     @staticmethod
     def folders(config: Any) -> list[str]:
         """Return the folders that a configuration names."""
-        paths = [path.strip() for path in config.path.split(os.pathsep)]
-        return [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
+        folders = []
+        for path in config.path.split(os.pathsep):
+            if path.strip():
+                path = os.path.expanduser(path.strip())
+                folders.append(os.path.abspath(path))
+        return folders
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -4099,7 +4112,8 @@ class TreeWatch(Job):
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
         self.untied_file = self.state_file('untied')
-        self.untied = self.read_untied()        # path -> [hash of its item, when it was modified]
+        # path -> [hash of its item, which is not tied to it; when the file was modified]
+        self.untied = self.read_untied()
         self.kept = self.untied.copy()          # what the file in the state folder says
         self.trouble: dict[str, str] = {}       # what the last look could not read, and why
         self.next_look = 0.0                    # monotonic seconds, though nothing changes
@@ -4124,20 +4138,15 @@ class TreeWatch(Job):
         """Look through the trees, and see to it that changes are watched."""
         with self.lock:
             reason = self.start_watching()
-            try:
-                self.look()
-            finally:
-                if self.inotify:
-                    self.inotify.wake()         # the thread may have to wait less long now
+            self.look()
         if reason or self.trouble:
             raise LoggableError(reason or self.trouble_text())
 
     def cleanup(self) -> None:
-        """End the watching thread."""
+        """Load nothing any more; a file in progress has a while to end."""
         self.ended.set()
-        if self.thread and self.thread.is_alive() and self.inotify:
-            self.inotify.wake()
-            self.thread.join(5)
+        if self.lock.acquire(timeout=5):
+            self.lock.release()
 
     # Watching.
 
@@ -4163,12 +4172,15 @@ class TreeWatch(Job):
     def watch(self, inotify: Inotify) -> None:
         """Look again whenever something changes; a thread, until cleanup()."""
         with contextlib.closing(inotify):
-            while not self.ended.is_set():
-                with self.lock:                 # run() may be looking
-                    seconds = self.next_look - time.monotonic()
-                if inotify.wait(seconds) and self.config.trace_inotify:
+            while True:
+                left = self.next_look - time.monotonic()
+                changed = inotify.wait(min(left, self.LONGEST))
+                if self.ended.wait(self.rested - time.monotonic()):
+                    return
+                if not changed and left > self.LONGEST:
+                    continue
+                if changed and self.config.trace_inotify:
                     self.LOG.info('inotify: something changed')
-                self.ended.wait(self.rested - time.monotonic())
                 inotify.forget()
                 with self.lock:
                     self.look_again()
@@ -4202,76 +4214,91 @@ class TreeWatch(Job):
         self.rested = now + self.REST * (now - began)
         self.handled = {path: done for path, done in self.handled.items() if path in files}
         try:
-            for path in sorted(files):
-                done = self.handled.get(path)
-                if self.ended.is_set():
-                    break
-                if done is None or done.stamp != files[path] or done.due <= now:
-                    self.handled[path] = self.handle(path, files[path], done)
+            self.handle_new(files)
         finally:
             self.keep_untied(files)
-        self.next_look = min([now + self.MOST, *(done.due for done in self.handled.values())])
+        dues = [done.due for done in self.handled.values()]
         if not all(map(os.path.isdir, self.roots)):
-            self.next_look = min(self.next_look, now + self.RETRY)
+            dues.append(now + self.RETRY)
+        self.next_look = min(dues, default=NEVER)
+
+    def handle_new(self, files: dict[str, FileStamp]) -> None:
+        """Handle the files that are new, were changed, or are to be tried again."""
+        now = time.monotonic()
+        for path in sorted(files):
+            if self.ended.is_set():
+                return
+            stamp, done = files[path], self.handled.get(path)
+            if done is None or done.stamp != stamp or done.due <= now:
+                self.handled[path] = self.handle(path, stamp, done)
 
     def scan(self) -> dict[str, FileStamp]:
-        """Return the metafiles below the roots; have the folders watched before they are read."""
+        """Return the metafiles below the roots; have their folders watched."""
         files: dict[str, FileStamp] = {}
+        self.trouble = {}
         session = self.session_folder()
         visited = {session}
         left = collections.deque(self.roots)
-        self.trouble = {}
         while left:
             folder = left.popleft()
-            identity = identity_of(folder)
-            if identity and identity in visited:
-                if identity == session:
-                    self.is_session(folder)
-                continue
-            visited.add(identity)
             try:
-                if self.inotify:
-                    self.inotify.add(folder)
-            except OSError as error:            # the schedule finds its files
-                self.failed(folder, error)
-            try:
-                self.read_folder(folder, left, files)
+                self.scan_folder(folder, visited, left, files)
             except OSError as error:
                 self.failed(folder, error)
+        for root in self.roots:
+            if session and identity_of(root) == session:
+                self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
         if self.inotify:
             self.inotify.drop_others()
         return files
 
-    def read_folder(self, folder: str, left: collections.deque, files: dict) -> None:
-        """Add the metafiles in a folder to `files`, the folders to `left`."""
+    def scan_folder(self, folder: str, visited: set, left: collections.deque,
+                    files: dict) -> None:
+        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
+        identity = identity_of(folder)
+        if identity in visited and identity:
+            return
+        visited.add(identity)
+        # Watched before it is read: what comes in between is in both.
+        self.watch_folder(folder)
         with os.scandir(folder) as listing:
             entries = list(listing)
         if any(entry.name == self.SESSION_LOCK for entry in entries):
-            self.is_session(folder)
             return
         for entry in entries:
             try:
-                if not entry.is_dir():
-                    if self.is_metafile(entry.name):
-                        files[entry.path] = file_stamp(entry.stat())
-                elif entry.name.startswith('.') or entry.name in self.SKIPPED:
-                    continue
-                elif entry.is_symlink():
-                    left.append(entry.path)     # last, so that a folder goes by its own name
-                else:
-                    left.appendleft(entry.path)
+                self.scan_entry(entry, left, files)
             except OSError as error:
                 self.failed(entry.path, error)
 
-    def is_session(self, folder: str) -> None:
-        """Note that a root is not looked into."""
-        if folder in self.roots:
-            self.trouble[folder] = (f'{quoted(folder)} is a session folder of rTorrent, which is '
-                                    'not looked into')
+    def watch_folder(self, folder: str) -> None:
+        """Have changes in a folder told; where that fails, the schedule finds its files."""
+        if not self.inotify:
+            return
+        try:
+            self.inotify.add(folder)
+        except OSError as error:
+            self.failed(folder, error)
+
+    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
+        """Add a metafile to `files`, or a folder to `left`."""
+        name = entry.name
+        if not entry.is_dir():
+            if self.is_metafile(name):
+                files[entry.path] = file_stamp(entry.stat())
+        elif name.startswith('.') or name in self.SKIPPED:
+            return
+        elif entry.is_symlink():
+            # Last, so that a folder goes by its own name where it has one in the trees.
+            left.append(entry.path)
+        else:
+            left.appendleft(entry.path)
 
     def is_metafile(self, name: str) -> bool:
         """Tell whether a file's name is one of a metafile; flags are lower case."""
-        return name.lower().endswith('.torrent') or name.endswith(('.load', '.start', '.queue'))
+        if name.endswith(('.load', '.start', '.queue')):
+            return True
+        return name.lower().endswith('.torrent')
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
@@ -4291,8 +4318,8 @@ class TreeWatch(Job):
         """
         path = self.engine.session_path
         if path and not os.path.isabs(path):
-            answers = self.engine.ask([('system.cwd', '')])
-            path = os.path.join(*without_errors(answers), path)
+            folder, = without_errors(self.engine.ask([('system.cwd', '')]))
+            path = os.path.join(folder, path)
         return identity_of(path)
 
     # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
@@ -4305,10 +4332,12 @@ class TreeWatch(Job):
                 return dict(json.load(stream))
         return {}
 
-    def keep_untied(self, files: Iterable[str]) -> None:
+    def keep_untied(self, files: dict[str, FileStamp]) -> None:
         """Keep that for the next start, without files that are gone."""
         if not self.trouble:
-            self.untied = {path: known for path, known in self.untied.items() if path in files}
+            gone = self.untied.keys() - files.keys()
+            for path in gone:
+                del self.untied[path]
         if self.untied != self.kept and not self.dry_run:
             replace_file(self.untied_file, json.dumps(self.untied))
             self.kept = self.untied.copy()
@@ -4316,38 +4345,41 @@ class TreeWatch(Job):
     # Loading.
 
     def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
-        """Load a new metafile; what goes wrong for now is tried again, after growing pauses."""
-        again = before is not None and before.stamp == stamp and before.pause > 0
-        pause = self.RETRY
-        if before and again:
-            pause = min(before.pause * 2, self.MOST)
-        level = logging.WARNING
-        if again:
-            level = logging.DEBUG               # it was said
+        """Load a new metafile; return when it is to be handled again."""
         try:
             self.load(path, stamp, read_metafile(path))
             return Handled(stamp)
-        except (FileNotFoundError, NotADirectoryError):
+        except Unreachable:
+            raise
+        except FileNotFoundError:
             return Handled(stamp)
-        except OSError as error:
-            self.LOG.log(level, '%s: %s', quoted(path), error.strerror)
         except ValueError as error:
             if self.may_be_growing(stamp):
                 return Handled(stamp, time.monotonic() + self.RETRY)
             self.LOG.warning('%s is no metafile: %s', quoted(path), error)
             return Handled(stamp)
-        except Unreachable:
-            raise
-        except LoggableError as error:
-            self.LOG.log(level, '%s is not loaded: %s', quoted(path), error)
-        except Exception:
-            if not again:
-                self.LOG.exception('%s is not loaded', quoted(path))
-        return Handled(stamp, time.monotonic() + pause, pause)
+        except Exception as error:
+            return self.try_later(path, stamp, before, error)
 
     def may_be_growing(self, stamp: FileStamp) -> bool:
         """Tell whether somebody may be writing a file just now."""
-        return not self.config.alone and abs(time.time() - stamp.modified) < 2 * self.RETRY
+        if self.config.alone:
+            return False
+        age = time.time() - stamp.modified
+        return abs(age) < 2 * self.RETRY        # the clock of a file server may be ahead
+
+    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
+                  error: Exception) -> Handled:
+        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
+        pause = self.RETRY
+        if before and before.stamp == stamp and before.pause:
+            pause = min(2 * before.pause, self.MOST)
+            self.LOG.debug('%s is not loaded: %s', quoted(path), error)
+        elif isinstance(error, (OSError, LoggableError)):
+            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
+        else:
+            self.LOG.error('%s is not loaded', quoted(path), exc_info=error)
+        return Handled(stamp, time.monotonic() + pause, pause)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
@@ -4358,18 +4390,28 @@ class TreeWatch(Job):
         while parts and parts[-1] in self.FLAGS:        # they are no part of a label
             parts.pop()
         relative = os.sep.join(parts)
-        kind = os.path.splitext(meta.main_file)[1]
-        traits = name_traits(meta.name, kind[1:].lower())
+        ending = os.path.splitext(meta.main_file)[1]
+        kind = ending[1:]
+        traits = name_traits(meta.name, kind.lower())
         label = traits['kind']
-        if label:
-            label = f'{label}/{kind[1:]}'.strip('/')
+        if label and kind:
+            label += f'/{kind}'
+        alias = meta.tracker
+        if alias:
+            alias = tracker_alias(alias, self.engine.aliases)
+        flags = {*path.split(os.sep), *base.split('.')}
         return {
-            'pathname': path, 'watch_path': root, 'rel_path': relative or '.',
+            'pathname': path,
+            'watch_path': root,
+            'rel_path': relative or '.',
             'relpath': relative,
-            'info_hash': meta.info_hash, 'info_name': meta.name, 'filetype': kind,
-            'tracker_alias': meta.tracker and tracker_alias(meta.tracker, self.engine.aliases),
-            'flags': {*path.split(os.sep), *base.split('.')} - {''},
-            'traits': traits, 'label': label}
+            'info_hash': meta.info_hash,
+            'info_name': meta.name,
+            'filetype': ending,
+            'tracker_alias': alias,
+            'flags': flags - {''},
+            'traits': traits,
+            'label': label}
 
     def plan(self, path: str, meta: Metafile) -> LoadPlan:
         """Return what is to become of a file; flags in its path count more than options."""
