@@ -3061,12 +3061,13 @@ class QueueManager(Job):
                 texts.append(f'[ {condition.text} ]')
         self.startable = parse_condition(' '.join(texts))
         self.order_fields = [name for name, _ in config.sort_fields]
-        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'message', 'down']
+        self.running_fields = 'is_active is_open is_hashing message down'.split()
         if config.downloading:
             self.running_fields += config.downloading.fields
         if config.room:
-            self.order_fields += ['left', 'path']
-            self.running_fields += ['left', 'path']
+            needs = ['left', 'path']
+            self.order_fields += needs
+            self.running_fields += needs
         self.failed: set[str] = set()           # hashes of what did not start
         self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
@@ -3095,7 +3096,8 @@ class QueueManager(Job):
 
     def list_running(self) -> list[Torrent]:
         """Return all that is started and not complete: hashing, paused or failing, too."""
-        return list_torrents(self.engine, 'default', self.running_fields, self.running)
+        fields = self.running_fields
+        return list_torrents(self.engine, 'default', fields, self.running)
 
     def list_startable(self) -> list[Torrent]:
         """Return what may be started, in order; what did not start the last time comes last."""
@@ -3104,25 +3106,27 @@ class QueueManager(Job):
             view = 'main'
             if self.engine.has_view('pyrotorque'):
                 view = 'pyrotorque'
-        torrents = list_torrents(self.engine, view, self.order_fields, self.startable)
+        fields = self.order_fields
+        torrents = list_torrents(self.engine, view, fields, self.startable)
         torrents = in_order(torrents, self.config.sort_fields)
         return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
         config = self.config
-        downloading = [torrent for torrent in running if self.is_downloading(torrent)]
+        downloading = list(filter(self.is_downloading, running))
         count = len(downloading)
         traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
-        self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
-        free = config.downloading_max - count
-        if free <= 0:
+        most = config.downloading_max
+        self.LOG.debug('%d of at most %d are downloading', count, most)
+        if count >= most:
             self.tell_of_closed(downloading)
-        most = max(config.start_at_once, config.downloading_min - count)
-        return max(min(most, free), 0)
+            return 0
+        wanted = max(config.start_at_once, config.downloading_min - count)
+        return min(wanted, most - count)
 
     def is_downloading(self, torrent: Torrent) -> bool:
         """Tell whether a running item takes a place."""
@@ -3169,27 +3173,31 @@ class QueueManager(Job):
             return
         coming: dict = collections.Counter()
         for torrent in running:
-            coming[disk_of(torrent['path'])[0]] += torrent['left']
+            device, _ = disk_of(torrent['path'])
+            coming[device] += torrent['left']
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
-            if free is None or free - coming[device] - torrent['left'] < self.config.room:
-                sizes = torrent['left'], free or 0, coming[device]
+            left = torrent['left']
+            rest = (free or 0) - coming[device] - left
+            if free is None or rest < self.config.room:
+                sizes = left, free or 0, coming[device]
                 self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
                                torrent, *map(show_size, sizes))
                 continue
-            coming[device] += torrent['left']
+            coming[device] += left
             yield torrent
 
     def start(self, torrent: Torrent) -> None:
         """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
             return
+        config = self.config
         without_errors(self.engine.tell([('d.start', torrent['hash'])]))
         self.failed.discard(torrent['hash'])
         self.last_start = time.time()
-        if self.config.intermission:
+        if config.intermission:
             replace_file(self.file, f'{self.last_start}\n')
-        if self.config.log_to_client and not self.config.quiet:
+        if config.log_to_client and not config.quiet:
             text = f"torque: started {quoted(torrent['name'])}"
             with contextlib.suppress(RpcError):         # older ones take no emoji, for example
                 self.engine.tell([('print', '', text)])
@@ -3646,9 +3654,10 @@ class ItemCommand(Choice, Command):
         self.execute(words, environment)
         if self.config.once and not self.dry_run:
             item = torrent['hash']
-            without_errors(self.engine.tell([
+            answers = self.engine.tell([
                 ('d.custom.set', item, self.mark, '1'),
-                ('d.save_full_session', item)]))
+                ('d.save_full_session', item)])
+            without_errors(answers)
 
 
 def same_file(path: str, copy: str) -> bool:
@@ -3929,9 +3938,10 @@ class Inotify:
         import ctypes
         self.get_errno = ctypes.get_errno
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.watches: set[int] = set()
-        self.added: set[int] = set()            # since the last drop_others()
-        handle = self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC)
+        self.watches: set = set()               # numbers
+        self.added: set = set()                 # those since the last drop_others()
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        handle = self.call('inotify_init1', flags)
         self.events = open(handle, 'rb', 0)
         # A disk mounted over a folder is no event of the folder; this file tells of it.
         self.mounts = open('/proc/self/mountinfo', 'rb', 0)
@@ -3949,21 +3959,23 @@ class Inotify:
 
     def add(self, folder: str) -> None:
         """Watch a folder; one that is watched already stays so."""
-        handle, path = self.events.fileno(), os.fsencode(folder)
+        handle = self.events.fileno()
+        path = os.fsencode(folder)
         watch = self.call('inotify_add_watch', handle, path, self.MASK)
         self.added.add(watch)
 
     def drop_others(self) -> None:
         """Watch only what was added since the last call: the rest is gone, or elsewhere."""
+        handle = self.events.fileno()
         for watch in self.watches - self.added:
-            self.libc.inotify_rm_watch(self.events.fileno(), watch)
+            self.libc.inotify_rm_watch(handle, watch)
         self.watches = self.added
         self.added = set()
 
     def wait(self, seconds: float) -> bool:
         """Wait so long at most; tell whether something changed."""
-        ready = self.poll.poll(max(seconds, 0) * 1000)
-        return len(ready) > 0
+        milliseconds = max(seconds, 0) * 1000
+        return bool(self.poll.poll(milliseconds))
 
     def forget(self) -> None:
         """Take what happened so far for seen."""
@@ -4211,15 +4223,18 @@ class TreeWatch(Job):
         self.next_look = began + self.RETRY     # if this fails
         files = self.scan()
         now = time.monotonic()
-        self.rested = now + self.REST * (now - began)
-        self.handled = {path: done for path, done in self.handled.items() if path in files}
+        took = now - began
+        self.rested = now + self.REST * took
+        for path in self.handled.keys() - files.keys():
+            del self.handled[path]
         try:
             self.handle_new(files)
         finally:
             self.keep_untied(files)
         dues = [done.due for done in self.handled.values()]
-        if not all(map(os.path.isdir, self.roots)):
-            dues.append(now + self.RETRY)
+        for root in self.roots:
+            if not os.path.isdir(root):
+                dues.append(now + self.RETRY)
         self.next_look = min(dues, default=NEVER)
 
     def handle_new(self, files: dict[str, FileStamp]) -> None:
@@ -4228,7 +4243,8 @@ class TreeWatch(Job):
         for path in sorted(files):
             if self.ended.is_set():
                 return
-            stamp, done = files[path], self.handled.get(path)
+            stamp = files[path]
+            done = self.handled.get(path)
             if done is None or done.stamp != stamp or done.due <= now:
                 self.handled[path] = self.handle(path, stamp, done)
 
@@ -4318,7 +4334,8 @@ class TreeWatch(Job):
         """
         path = self.engine.session_path
         if path and not os.path.isabs(path):
-            folder, = without_errors(self.engine.ask([('system.cwd', '')]))
+            folder = self.ask('system.cwd', '')
+            without_errors([folder])
             path = os.path.join(folder, path)
         return identity_of(path)
 
@@ -4335,12 +4352,13 @@ class TreeWatch(Job):
     def keep_untied(self, files: dict[str, FileStamp]) -> None:
         """Keep that for the next start, without files that are gone."""
         if not self.trouble:
-            gone = self.untied.keys() - files.keys()
-            for path in gone:
+            for path in self.untied.keys() - files.keys():
                 del self.untied[path]
-        if self.untied != self.kept and not self.dry_run:
-            replace_file(self.untied_file, json.dumps(self.untied))
-            self.kept = self.untied.copy()
+        if self.untied == self.kept or self.dry_run:
+            return
+        text = json.dumps(self.untied)
+        replace_file(self.untied_file, text)
+        self.kept = self.untied.copy()
 
     # Loading.
 
@@ -4371,15 +4389,17 @@ class TreeWatch(Job):
     def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
                   error: Exception) -> Handled:
         """Say why a file was not loaded, once; it may do later, so that pauses grow."""
+        name = quoted(path)
         pause = self.RETRY
         if before and before.stamp == stamp and before.pause:
             pause = min(2 * before.pause, self.MOST)
-            self.LOG.debug('%s is not loaded: %s', quoted(path), error)
+            self.LOG.debug('%s is not loaded: %s', name, error)
         elif isinstance(error, (OSError, LoggableError)):
-            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
+            self.LOG.warning('%s is not loaded: %s', name, error)
         else:
-            self.LOG.error('%s is not loaded', quoted(path), exc_info=error)
-        return Handled(stamp, time.monotonic() + pause, pause)
+            self.LOG.error('%s is not loaded', name, exc_info=error)
+        due = time.monotonic() + pause
+        return Handled(stamp, due, pause)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
@@ -4431,72 +4451,86 @@ class TreeWatch(Job):
             return LoadPlan('started', commands, values)
         return LoadPlan('', commands, values)
 
+    def ask(self, *call: str) -> Any:
+        """Return the answer to one question, an RpcError where it failed."""
+        return self.engine.ask([call])[0]
+
     def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, and wait for that."""
-        tied = self.engine.ask([('d.tied_to_file', meta.info_hash)])[0]
+        """Load a metafile unless its item is there, or was erased."""
+        tied = self.ask('d.tied_to_file', meta.info_hash)
         # The first answer of a new rTorrent may be the first that tells of its session.
         if identity_of(os.path.dirname(path)) == self.session_folder():
             return
+        known = [meta.info_hash, stamp.modified]
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
-            self.skip(path, stamp, meta, os.path.expanduser(tied))
-            return
-        if self.untied.get(path) == [meta.info_hash, stamp.modified]:
+            tied = os.path.expanduser(tied)
+            if is_tied(tied, path):
+                self.untied.pop(path, None)
+                return
+            self.untied[path] = known
+            self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
+            if self.config.remove_already_added:
+                self.remove(path, stamp, tied)
+        elif self.untied.get(path) == known:
             self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
+        elif not self.load_new(path, meta):
+            self.untied[path] = known
+
+    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+        """Remove a file that was read, unless it may be the last metafile of the item."""
+        if tied and not os.path.exists(tied):
             return
+        # A link, and a file that was changed since it was read, have another stamp.
+        if file_stamp(os.lstat(path)) != stamp:
+            return
+        if self.announce('removing', quoted(path)):
+            os.remove(path)
+
+    def load_new(self, path: str, meta: Metafile) -> bool:
+        """Load a metafile and wait for its item; tell whether that is tied to the file."""
         plan = self.plan(path, meta)
         shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
         if self.dry_run:
             self.announce('loading', shown)
-            return
-        if not self.send(path, meta, plan):
-            self.untied[path] = [meta.info_hash, stamp.modified]
-        self.LOG.info('loaded %s', shown)
-        if plan.commands:
-            message = self.engine.ask([('d.message', meta.info_hash)])[0]
-            if 'creation failed' in str(message):       # the item is there all the same
-                self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
-
-    def skip(self, path: str, stamp: FileStamp, meta: Metafile, tied: str) -> None:
-        """Leave a metafile whose item is there, or remove it if that is wanted."""
-        if is_tied(tied, path):
-            self.untied.pop(path, None)
-            return
-        self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
-        self.untied[path] = [meta.info_hash, stamp.modified]
-        # Where the item's own metafile is gone, this one may be the last.
-        if not self.config.remove_already_added or (tied and not os.path.exists(tied)):
-            return
-        # A link, and a file that was changed since it was read, have another stamp.
-        if file_stamp(os.lstat(path)) == stamp and self.announce('removing', quoted(path)):
-            os.remove(path)
-
-    def send(self, path: str, meta: Metafile, plan: LoadPlan) -> bool:
-        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
-        by_path, by_content = 'load.normal', 'load.raw'
-        if plan.how == 'started':
-            by_path, by_content = 'load.start', 'load.raw_start'
+            return True
         commands = plan.commands
         if self.config.print_to_client and not self.config.quiet:
             told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
             commands = self.TELL.commands({'told': told}) + commands
-        texts = [as_sent(text) for text in (path, *commands)]
+        start = plan.how == 'started'
+        tied = self.send(path, meta, start, commands)
+        self.LOG.info('loaded %s', shown)
+        if plan.commands:
+            message = str(self.ask('d.message', meta.info_hash))
+            if 'creation failed' in message:            # the item is there all the same
+                self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
+        return tied
+
+    def send(self, path: str, meta: Metafile, start: bool, commands: list[str]) -> bool:
+        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
+        by_path, by_content = 'load.normal', 'load.raw'
+        if start:
+            by_path, by_content = 'load.start', 'load.raw_start'
+        file = as_sent(path)
+        texts = [as_sent(text) for text in commands]
         is_pattern = re.search(r'[*?[]', path)          # rTorrent would look for other files
         if self.by_path is not False and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', *texts)]))
+            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
             if self.appears(meta):
                 self.by_path = True
                 return True
-        self.send_content((by_content, '', meta.content, *texts[1:]))
+        self.send_content((by_content, '', meta.content, *texts))
         if not self.appears(meta):
             why = 'rTorrent did not take it, and does not say why'
             if not meta.tracker:
                 why += '; it has no tracker: is DHT off?'
             raise LoggableError(why)
-        if not is_pattern:
-            self.by_path = bool(self.by_path)           # it sees other files than torque does
-            return False
-        return self.tie(path, meta.info_hash)
+        if is_pattern:
+            return self.tie(meta.info_hash, path)
+        if self.by_path is None:                        # it sees other files than torque does
+            self.by_path = False
+        return False
 
     def send_content(self, call: tuple) -> None:
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
@@ -4506,7 +4540,7 @@ class TreeWatch(Job):
             size = len(call[2])
             if size <= 100000:
                 raise
-            self.engine.ask([('system.pid', '')])
+            self.ask('system.pid', '')
             raise LoggableError(f'{show_size(size)} are more than rTorrent takes in one request'
                                 ) from None
 
@@ -4515,7 +4549,7 @@ class TreeWatch(Job):
         end = time.monotonic() + 1 + len(meta.content) / 5e6
         pause = 0.0002
         while True:
-            answer = self.engine.ask([('d.hash', meta.info_hash)])[0]
+            answer = self.ask('d.hash', meta.info_hash)
             if not isinstance(answer, HashNotFound):
                 without_errors([answer])
                 return True
@@ -4524,15 +4558,18 @@ class TreeWatch(Job):
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
-    def tie(self, path: str, info_hash: str) -> bool:
-        """Tie an item to its file if rTorrent sees that; they go together then."""
-        file, status = as_sent(path), os.stat(path)
-        told = self.engine.tell([('execute.capture', '', 'stat', '-Lc', '%d %i', file)])[0]
-        if told != f'{status.st_dev} {status.st_ino}\n':
+    def tie(self, info_hash: str, path: str) -> bool:
+        """Tie an item to its file if rTorrent sees that very file; they go together then."""
+        status = os.stat(path)
+        file = as_sent(path)
+        ask_identity = 'execute.capture', '', 'stat', '-Lc', '%d %i', file
+        answers = self.engine.tell([ask_identity])
+        if answers != [f'{status.st_dev} {status.st_ino}\n']:
             return False
-        without_errors(self.engine.tell([('d.tied_to_file.set', info_hash, file),
-                                         ('d.save_full_session', info_hash)]))
-        return True
+        answers = self.engine.tell([
+            ('d.tied_to_file.set', info_hash, file),
+            ('d.save_full_session', info_hash)])
+        return not isinstance(answers[0], RpcError)
 
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
@@ -4544,16 +4581,20 @@ class TreeWatch(Job):
             plan = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        first = f"{path}: {plan.how or 'loaded, not started'}"
+        how = plan.how or 'loaded, not started'
+        first = f'{path}: {how}'
         if plan.values['watch_path'] not in self.roots:
             first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
-            without_errors(self.engine.ask([('d.hash', meta.info_hash)]))
+            without_errors([self.ask('d.hash', meta.info_hash)])
             first += '; but it is loaded already'
+        lines = [first]
         values = {**plan.values, 'flags': sorted(plan.values['flags'])}
-        return [first,
-                *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
-                *(f'  command {command}' for command in plan.commands)]
+        for name, value in sorted(values.items()):
+            lines.append(f'  {name} = {value!r}')
+        for command in plan.commands:
+            lines.append(f'  command {command}')
+        return lines
 
 
 # --- Config ----------------------------------------------------------------------------------
