@@ -3079,7 +3079,8 @@ class QueueManager(Job):
     def run(self) -> None:
         """Start what there is a place for, in order, unless the intermission goes on."""
         now = time.time()
-        self.last_start = min(self.last_start, now)     # the clock may have been set back
+        # The clock may have been set back.
+        self.last_start = min(self.last_start, now)
         if now < self.last_start + self.config.intermission:
             self.LOG.debug('no start: the intermission is not over')
             return
@@ -3199,7 +3200,8 @@ class QueueManager(Job):
             replace_file(self.file, f'{self.last_start}\n')
         if config.log_to_client and not config.quiet:
             text = f"torque: started {quoted(torrent['name'])}"
-            with contextlib.suppress(RpcError):         # older ones take no emoji, for example
+            # Older ones take no emoji, for example.
+            with contextlib.suppress(RpcError):
                 self.engine.tell([('print', '', text)])
 
 
@@ -4050,6 +4052,10 @@ class Handled(NamedTuple):
     pause: float = 0.0                  # seconds from one try to the next
 
 
+class Refused(LoggableError):
+    """rTorrent does not take a metafile, and will not take it later either."""
+
+
 class LoadPlan(NamedTuple):
     """What becomes of a metafile."""
     how: str                            # started, queued, or nothing
@@ -4124,7 +4130,7 @@ class TreeWatch(Job):
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
         self.untied_file = self.state_file('untied')
-        # path -> [hash of its item, which is not tied to it; when the file was modified]
+        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
         self.untied = self.read_untied()
         self.kept = self.untied.copy()          # what the file in the state folder says
         self.trouble: dict[str, str] = {}       # what the last look could not read, and why
@@ -4202,8 +4208,9 @@ class TreeWatch(Job):
         before = self.trouble
         try:
             self.look()
-        except Unreachable:                     # the engine has told it
-            return
+        except Unreachable:
+            # The engine has told it; what else was found is told by the next look.
+            self.trouble = before
         except LoggableError as error:
             self.trouble = {'': str(error)}
         if self.trouble and self.trouble != before:
@@ -4220,7 +4227,8 @@ class TreeWatch(Job):
     def look(self) -> None:
         """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
         began = time.monotonic()
-        self.next_look = began + self.RETRY     # if this fails
+        # Unless it gets to its end.
+        self.next_look = began + self.RETRY
         files = self.scan()
         now = time.monotonic()
         took = now - began
@@ -4324,7 +4332,8 @@ class TreeWatch(Job):
         text = f'{quoted(path)} cannot be watched or read: {why}'
         if path in self.roots:
             self.trouble[path] = text
-        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):      # else it is gone again
+        # Else it is gone again.
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
             self.trouble.setdefault(why, text)
 
     def session_folder(self) -> tuple[int, int] | None:
@@ -4353,7 +4362,10 @@ class TreeWatch(Job):
         """Keep that for the next start, without files that are gone."""
         if not self.trouble:
             for path in self.untied.keys() - files.keys():
-                del self.untied[path]
+                # On another device the disk of the file is not mounted now.
+                folder = identity_of(os.path.dirname(path))
+                if folder and folder[0] == self.untied[path][2]:
+                    del self.untied[path]
         if self.untied == self.kept or self.dry_run:
             return
         text = json.dumps(self.untied)
@@ -4374,17 +4386,21 @@ class TreeWatch(Job):
         except ValueError as error:
             if self.may_be_growing(stamp):
                 return Handled(stamp, time.monotonic() + self.RETRY)
-            self.LOG.warning('%s is no metafile: %s', quoted(path), error)
-            return Handled(stamp)
+            why = f'is no metafile: {error}'
+        except Refused as error:
+            why = f'is not loaded: {error}'
         except Exception as error:
             return self.try_later(path, stamp, before, error)
+        self.LOG.warning('%s %s', quoted(path), why)
+        return Handled(stamp)
 
     def may_be_growing(self, stamp: FileStamp) -> bool:
         """Tell whether somebody may be writing a file just now."""
         if self.config.alone:
             return False
         age = time.time() - stamp.modified
-        return abs(age) < 2 * self.RETRY        # the clock of a file server may be ahead
+        # The clock of a file server may be ahead.
+        return abs(age) < 2 * self.RETRY
 
     def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
                   error: Exception) -> Handled:
@@ -4407,7 +4423,8 @@ class TreeWatch(Job):
         roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
         root = max(roots, key=len, default=folder)
         parts = folder[len(root):].strip(os.sep).split(os.sep)
-        while parts and parts[-1] in self.FLAGS:        # they are no part of a label
+        # Flags at its end are no part of a label.
+        while parts and parts[-1] in self.FLAGS:
             parts.pop()
         relative = os.sep.join(parts)
         ending = os.path.splitext(meta.main_file)[1]
@@ -4461,7 +4478,7 @@ class TreeWatch(Job):
         # The first answer of a new rTorrent may be the first that tells of its session.
         if identity_of(os.path.dirname(path)) == self.session_folder():
             return
-        known = [meta.info_hash, stamp.modified]
+        known = [meta.info_hash, stamp.modified, stamp.device]
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
@@ -4472,7 +4489,7 @@ class TreeWatch(Job):
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
                 self.remove(path, stamp, tied)
-        elif self.untied.get(path) == known:
+        elif self.untied.get(path, [])[:2] == known[:2]:
             self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
         elif not self.load_new(path, meta):
             self.untied[path] = known
@@ -4503,7 +4520,8 @@ class TreeWatch(Job):
         self.LOG.info('loaded %s', shown)
         if plan.commands:
             message = str(self.ask('d.message', meta.info_hash))
-            if 'creation failed' in message:            # the item is there all the same
+            # Of a command that failed; the item is there all the same.
+            if 'creation failed' in message:
                 self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
         return tied
 
@@ -4514,7 +4532,8 @@ class TreeWatch(Job):
             by_path, by_content = 'load.start', 'load.raw_start'
         file = as_sent(path)
         texts = [as_sent(text) for text in commands]
-        is_pattern = re.search(r'[*?[]', path)          # rTorrent would look for other files
+        # The path of load.normal is a pattern: rTorrent would look for other files.
+        is_pattern = re.search(r'[*?[]', path)
         if self.by_path is not False and not is_pattern:
             without_errors(self.engine.tell([(by_path, '', file, *texts)]))
             if self.appears(meta):
@@ -4525,10 +4544,11 @@ class TreeWatch(Job):
             why = 'rTorrent did not take it, and does not say why'
             if not meta.tracker:
                 why += '; it has no tracker: is DHT off?'
-            raise LoggableError(why)
+            raise Refused(why)
         if is_pattern:
             return self.tie(meta.info_hash, path)
-        if self.by_path is None:                        # it sees other files than torque does
+        # It took the content and not the path: it sees other files than torque does.
+        if self.by_path is None:
             self.by_path = False
         return False
 
@@ -4541,8 +4561,8 @@ class TreeWatch(Job):
             if size <= 100000:
                 raise
             self.ask('system.pid', '')
-            raise LoggableError(f'{show_size(size)} are more than rTorrent takes in one request'
-                                ) from None
+            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
+                          ) from None
 
     def appears(self, meta: Metafile) -> bool:
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
