@@ -2439,10 +2439,12 @@ class QueueTest(Folder):
         self.assertEqual(self.started(job), [0])
 
     def test_places_taken_by_closed_items_are_told(self):
-        job = self.queue([{'d.state': 1, 'd.message': 'File name too long'}, {}],
-                         downloading_max=1)
+        job = self.queue([
+            {'d.state': 1, 'd.message': 'File name too long'},
+            {'d.state': 1, 'd.hashing': 1}, {'d.state': 1, 'd.is_open': 1}], downloading_max=3)
         self.assertEqual(self.started(job) + self.started(job), [])
-        self.assertEqual(len(self.logged('WARNING', "'n0'", 'did not open it', 'too long')), 1)
+        self.assertEqual(len(self.logged('WARNING')), 1)
+        self.assertTrue(self.logged("'n0'", 'could not be opened', 'File name too long'))
 
     def test_intermission_survives_restart(self):
         with mock.patch('time.time', return_value=1000.0) as clock:
@@ -2588,6 +2590,15 @@ class LiveQueueTest(Folder):
         self.assertEqual(seen - {'nothing'}, {
             'finish', 'fail', 'hand', 'stop', 'erase', 'open', 'restart'})
         self.assertGreater(min(started, full), self.runs // 10)
+
+
+    def test_places_taken_by_closed_items_are_told(self):
+        item = min(self.names)
+        self.engine.tell([('d.directory.set', item, '/dev/null/x')])
+        job = make_queue(torque.QueueManager, self.engine, self.folder, downloading_max=1,
+                         startable='hash=' + item)
+        job.run()
+        wait_for(lambda: job.run() or self.logged('WARNING', item, 'could not be opened'))
 
 
 class LiveQueueNewTest(LiveQueueTest):

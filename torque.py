@@ -3061,7 +3061,8 @@ class QueueManager(Job):
                 texts.append(f'[ {condition.text} ]')
         self.startable = parse_condition(' '.join(texts))
         self.order_fields = [name for name, _ in config.sort_fields]
-        self.running_fields = 'is_active is_open is_hashing message down'.split()
+        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
+                               'message', 'down']
         if config.downloading:
             self.running_fields += config.downloading.fields
         if config.room:
@@ -3139,13 +3140,14 @@ class QueueManager(Job):
     def tell_of_closed(self, torrents: list[Torrent]) -> None:
         """Say once of an item that it takes a place although rTorrent could not open it."""
         for torrent in torrents:
-            if torrent['is_open'] or torrent['is_hashing']:
+            # What waits for its turn to be checked is closed, too.
+            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
+            if torrent['is_open'] or waits or torrent['hash'] in self.told:
                 continue
-            if torrent['hash'] not in self.told:
-                self.told.add(torrent['hash'])
-                self.LOG.warning('%s is started, but rTorrent did not open it; '
-                                 'it takes a place of the queue: %s',
-                                 torrent, quoted(torrent['message']))
+            self.told.add(torrent['hash'])
+            why = torrent['message'] or 'rTorrent does not say why'
+            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
+                             torrent, quoted(why))
 
     def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
         """Start items while there are places; one that fails leaves its place to the next."""
