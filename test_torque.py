@@ -5376,7 +5376,7 @@ class HandlerTest(ConfigCase):
                 ('Move', 'sort = name\ntarget = /x/{{nme}}', 8, 'job.a.target: ', "'name'"),
                 ('TreeWatch', f'path = {self.folder}\ncmd.b = 1', 8, "'1' is no"),
                 ('TreeWatch', f'path = {self.folder}\ncmd.b = {{{{if x', 8, 'job.a.cmd.b: '),
-                ('TreeWatch', 'path = /no/folder', 7, 'job.a.path: ', 'not a folder')):
+                ('TreeWatch', 'path = :', 7, 'job.a.path: ', 'is not set')):
             matcher = f"job.a.matcher = {'*' if handler not in ('Command', 'TreeWatch') else ''}\n"
             self.assert_refused(
                 HEAD + f'job.a.handler = torque:{handler}\njob.a.schedule = 1h\n'
