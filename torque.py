@@ -4458,7 +4458,8 @@ class Command(Job):
             raise LoggableError(f'{quoted(program)}: {error}') from None
         kept = bytearray()
         in_time = self.wait(process, kept)
-        for text in kept.decode('utf-8', 'replace').splitlines()[-100:]:
+        output = bytes(kept).decode('utf-8', 'replace')
+        for text in output.splitlines()[-100:]:
             self.LOG.info('%s', text[:500])
         if not in_time:
             raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
@@ -4497,9 +4498,9 @@ class Command(Job):
             if process.returncode is None:      # also when torque is interrupted
                 self.end(process)
             self.children.discard(process.pid)
-            # A process that it left behind may hold the output open for ever.
+            # The end of the output, which a process that is left behind may hold open for ever.
             if reader.ident:
-                reader.join(0.5)
+                reader.join(1)
 
     @staticmethod
     def end(process: Any) -> None:
@@ -4968,8 +4969,8 @@ def is_tied(tied: str, path: str) -> bool:
     """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
     if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
         return True
-    with contextlib.suppress(OSError, ValueError):
-        return os.path.samefile(tied, path)
+    with contextlib.suppress(OSError):
+        return identity(tied) == identity(path)
     return False
 
 
@@ -5181,9 +5182,9 @@ class TreeWatch(Job):
         finally:
             self.keep_untied(files)
         dues = [done.due for done in self.handled.values()]
-        for root in self.roots:
-            if not os.path.isdir(root):
-                dues.append(now + self.RETRY)
+        # A root that is not watched, or not there: no event will tell of it.
+        if not self.trouble.keys().isdisjoint(self.roots):
+            dues.append(now + self.RETRY)
         self.next_look = min(dues, default=NEVER)
 
     def handle_new(self, files: dict[str, FileStamp]) -> None:
