@@ -4665,89 +4665,163 @@ class QueueManager(Job):
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
         self.running = parse_condition(self.RUNNING)
-        self.startable = parse_condition(' '.join(f'[ {condition.text} ]' for condition in (
-            config.queue_startable_base, config.startable) if condition))
-        self.needs = ('left', 'path') if config.room else ()
+        texts = []
+        for condition in (config.queue_startable_base, config.startable):
+            if condition:
+                texts.append(f'[ {condition.text} ]')
+        self.startable = parse_condition(' '.join(texts))
+        self.order_fields = [name for name, _ in config.sort_fields]
+        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
+                               'message', 'down']
+        if config.downloading:
+            self.running_fields += config.downloading.fields
+        if config.room:
+            needs = ['left', 'path']
+            self.order_fields += needs
+            self.running_fields += needs
+        self.failed: set[str] = set()           # hashes of what did not start
+        self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
         self.last_start = 0.0
-        with contextlib.suppress(OSError, ValueError), open(self.file, encoding='ascii') as stream:
-            self.last_start = float(stream.read())
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.file, encoding='ascii') as stream:
+                self.last_start = float(stream.read())
 
     def run(self) -> None:
         """Start what there is a place for, in order, unless the intermission goes on."""
-        config, now = self.config, time.time()
-        self.last_start = min(self.last_start, now)     # the clock may have been set back
-        if now < self.last_start + config.intermission:
+        now = time.time()
+        # The clock may have been set back.
+        self.last_start = min(self.last_start, now)
+        if now < self.last_start + self.config.intermission:
             self.LOG.debug('no start: the intermission is not over')
             return
-        if not self.places(self.list_running()):
-            return
-        view = config.viewname or ('pyrotorque' if self.engine.has_view('pyrotorque') else 'main')
-        startable = in_order(list_torrents(self.engine, view, [
-            *self.needs, *(name for name, _ in config.sort_fields)], self.startable),
-            config.sort_fields)
-        if not startable:
-            self.LOG.debug('no start: nothing is startable')
-            return
-        running = self.list_running()           # again: listing took time, and a view may be stale
-        hashes = {torrent['hash'] for torrent in running}
-        ready: Iterable[Torrent] = [torrent for torrent in startable
-                                    if torrent['hash'] not in hashes]
-        if config.room:
-            ready = self.fitting(ready, running)
-        for torrent in itertools.islice(ready, self.places(running)):
-            self.start(torrent, now)
+        with self.turn:
+            if not self.places(self.list_running()):
+                return
+            startable = self.list_startable()
+            if not startable:
+                self.LOG.debug('no start: nothing is startable')
+                return
+            # Again: listing took time, and a view may be stale.
+            running = self.list_running()
+            self.start_some(startable, running)
 
     def list_running(self) -> list[Torrent]:
         """Return all that is started and not complete: hashing, paused or failing, too."""
-        config = self.config
-        return list_torrents(self.engine, 'default', [
-            'is_active', 'down', *self.needs,
-            *(config.downloading.fields if config.downloading else ())], self.running)
+        fields = self.running_fields
+        return list_torrents(self.engine, 'default', fields, self.running)
+
+    def list_startable(self) -> list[Torrent]:
+        """Return what may be started, in order; what did not start the last time comes last."""
+        view = self.config.viewname
+        if not view:
+            view = 'main'
+            if self.engine.has_view('pyrotorque'):
+                view = 'pyrotorque'
+        fields = self.order_fields
+        torrents = list_torrents(self.engine, view, fields, self.startable)
+        torrents = in_order(torrents, self.config.sort_fields)
+        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config, now = self.config, time.time()
-        downloading = [torrent for torrent in running if not torrent['is_active']
-                       or not config.downloading or config.downloading.match(torrent, now)]
-        count, traffic = len(downloading), sum(torrent['down'] for torrent in downloading)
+        config = self.config
+        downloading = list(filter(self.is_downloading, running))
+        count = len(downloading)
+        traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
-        self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
-        return max(min(max(config.start_at_once, config.downloading_min - count),
-                       config.downloading_max - count), 0)
+        most = config.downloading_max
+        self.LOG.debug('%d of at most %d are downloading', count, most)
+        if count >= most:
+            self.tell_of_closed(downloading)
+            return 0
+        wanted = max(config.start_at_once, config.downloading_min - count)
+        return min(wanted, most - count)
 
-    def fitting(self, torrents: Iterable[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
+    def is_downloading(self, torrent: Torrent) -> bool:
+        """Tell whether a running item takes a place."""
+        condition = self.config.downloading
+        if not torrent['is_active'] or not condition:
+            return True
+        return condition.match(torrent, time.time())
+
+    def tell_of_closed(self, torrents: list[Torrent]) -> None:
+        """Say once of an item that it takes a place although rTorrent could not open it."""
+        for torrent in torrents:
+            # What waits for its turn to be checked is closed, too.
+            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
+            if torrent['is_open'] or waits or torrent['hash'] in self.told:
+                continue
+            self.told.add(torrent['hash'])
+            why = torrent['message'] or 'rTorrent does not say why'
+            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
+                             torrent, quoted(why))
+
+    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
+        """Start items while there are places; one that fails leaves its place to the next."""
+        places = self.places(running)
+        hashes = {torrent['hash'] for torrent in running}
+        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+        errors = []
+        for torrent in self.fitting(waiting, running):
+            if places == 0:
+                break
+            try:
+                self.start(torrent)
+                places -= 1
+            except Unreachable:
+                raise
+            except RpcError as error:
+                self.failed.add(torrent['hash'])
+                errors.append(f'{torrent} was not started: {error}')
+        if errors:
+            raise LoggableError('; '.join(errors[:3]))
+
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
         """Give the items that their disk has room for, beside what is still coming to it."""
+        if not self.config.room:
+            yield from torrents
+            return
         coming: dict = collections.Counter()
         for torrent in running:
-            coming[disk_of(torrent['path'])[0]] += torrent['left']
+            device, _ = disk_of(torrent['path'])
+            coming[device] += torrent['left']
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
-            if free is None or free - coming[device] - torrent['left'] < self.config.room:
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent,
-                               *map(show_size, (torrent['left'], free or 0, coming[device])))
+            left = torrent['left']
+            rest = (free or 0) - coming[device] - left
+            if free is None or rest < self.config.room:
+                sizes = left, free or 0, coming[device]
+                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
+                               torrent, *map(show_size, sizes))
                 continue
-            coming[device] += torrent['left']
+            coming[device] += left
             yield torrent
 
-    def start(self, torrent: Torrent, now: float) -> None:
-        """Start an item, having noted when."""
+    def start(self, torrent: Torrent) -> None:
+        """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
             return
-        if self.config.intermission and self.last_start != now:
-            replace_file(self.file, f'{now}\n')
-        self.last_start = now
-        proxy = self.engine.open()
-        proxy.d.start(torrent['hash'])
-        if self.config.log_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):         # older ones take no emoji, for example
-                proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
+        config = self.config
+        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
+        self.failed.discard(torrent['hash'])
+        self.last_start = time.time()
+        if config.intermission:
+            replace_file(self.file, f'{self.last_start}\n')
+        if config.log_to_client and not config.quiet:
+            text = f"torque: started {quoted(torrent['name'])}"
+            # Older ones take no emoji, for example.
+            with contextlib.suppress(RpcError):
+                self.engine.tell([('print', '', text)])
 
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5092,6 +5166,23 @@ class Action(Choice):
             self.promised.add(device, free, freed, time.time())
 
 
+OUTPUT_KEPT = 50000                     # bytes of what a program says
+
+
+def keep_end(stream: Any, kept: bytearray) -> None:
+    """Read all that a program says, and keep the end of it; a thread.
+
+    It goes on while any process has the other end, so that none is ended by a closed pipe.
+    """
+    with stream:
+        while True:
+            content = stream.read1(1 << 16)
+            if not content:
+                return
+            kept += content
+            del kept[:-OUTPUT_KEPT]
+
+
 class Command(Job):
     """Run a program."""
     children: set = set()               # pids of programs that run
@@ -5107,10 +5198,12 @@ class Command(Job):
         super().__init__(config)
         if not config.args:
             raise UserError('is not set', option='args')
-        try:
-            self.words = config.args if config.shell else shlex.split(config.args)
-        except ValueError as error:
-            raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
+        self.words: Any = config.args           # the shell's line, or a list
+        if not config.shell:
+            try:
+                self.words = shlex.split(config.args)
+            except ValueError as error:
+                raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
 
     def run(self) -> None:
         self.execute(self.words, {})
@@ -5122,46 +5215,86 @@ class Command(Job):
             with contextlib.suppress(OSError):
                 os.killpg(pid, 15)              # SIGTERM
 
-    def execute(self, words: str | list[str], environment: dict) -> None:
+    def execute(self, words: Any, environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
-        import signal
-        import subprocess
-        import tempfile
         config = self.config
-        shown = quoted(words if isinstance(words, str) else ' '.join(map(shlex.quote, words)))
+        line, program = words, words[0]
+        if config.shell:
+            program = words.split()[0]
+        else:
+            line = ' '.join(map(shlex.quote, words))
         if self.dry_run:
-            self.announce('running', shown)
+            self.announce('running', quoted(line))
             return
-        self.LOG.debug('running %s', shown)     # further on without args: they may hold a password
-        program = quoted(words.split()[0] if isinstance(words, str) else words[0])
-        with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
-            try:
-                process = subprocess.Popen(
-                    words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
-                    env={**os.environ, **environment, **config.env}, start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            except (OSError, ValueError) as error:
-                raise LoggableError(f'{program}: {error}') from None
-            self.children.add(process.pid)
-            try:
-                status = f'status {process.wait(config.timeout or None)}'
-            except BaseException as error:              # KeyboardInterrupt, too
-                for number in (signal.SIGTERM, signal.SIGKILL):
-                    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                        os.killpg(process.pid, number)
-                        process.wait(3)
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                status = f'force after {config.timeout:g} s'
-            finally:
-                self.children.discard(process.pid)
-            output.seek(max(output.seek(0, os.SEEK_END) - 50000, 0))
-            for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
-                self.LOG.info('%s', line[:500])
-        if status != 'status 0':
-            if config.check or 'force' in status:
-                raise LoggableError(f'{program} ended with {status}')
-            self.LOG.info('%s ended with %s', program, status)
+        # From here on without arguments: they may hold a password.
+        self.LOG.debug('running %s', quoted(line))
+        try:
+            process = self.start(words, environment)
+        except (OSError, ValueError) as error:
+            raise LoggableError(f'{quoted(program)}: {error}') from None
+        kept = bytearray()
+        in_time = self.wait(process, kept)
+        output = bytes(kept).decode('utf-8', 'replace')
+        for text in output.splitlines()[-100:]:
+            self.LOG.info('%s', text[:500])
+        if not in_time:
+            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
+        if process.returncode != 0:
+            text = f'{quoted(program)} ended with status {process.returncode}'
+            if config.check:
+                raise LoggableError(text)
+            self.LOG.info('%s', text)
+
+    def start(self, words: Any, environment: dict) -> Any:
+        """Start the program in a process group of its own."""
+        import subprocess
+        config = self.config
+        return subprocess.Popen(
+            words,
+            shell=config.shell,
+            cwd=os.path.expanduser(config.cwd) or None,
+            env={**os.environ, **environment, **config.env},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+
+    def wait(self, process: Any, kept: bytearray) -> bool:
+        """Wait for the program, and keep the end of its output; tell whether it was in time."""
+        import subprocess
+        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
+        self.children.add(process.pid)
+        try:
+            reader.start()
+            process.wait(self.config.timeout or None)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if process.returncode is None:      # also when torque is interrupted
+                self.end(process)
+            self.children.discard(process.pid)
+            # The end of the output, which a process that is left behind may hold open for ever.
+            if reader.ident:
+                reader.join(1)
+
+    @staticmethod
+    def end(process: Any) -> None:
+        """End the program and its children, gently first."""
+        import subprocess
+        for number in (15, 9):                  # SIGTERM, SIGKILL
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(3)
+
+
+def once_mark(job_name: str) -> str:
+    """Return the custom value that marks an item for a job, another one for each name."""
+    plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
+    if plain == job_name:
+        return f'torque_{plain}'
+    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+    return f'torque_{plain}_{number:08x}'
 
 
 class ItemCommand(Choice, Command):
@@ -5179,22 +5312,30 @@ class ItemCommand(Choice, Command):
         elif '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
+        self.mark = once_mark(config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
 
     def run(self) -> None:
         self.each(self.chosen(), self.for_torrent)
 
-    def for_torrent(self, torrent: Torrent) -> None:
-        """Run the program for one torrent."""
-        words = self.words if self.config.shell else self.template.render(torrent)
-        self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
-                             for name in self.ENVIRONMENT})
+    def for_torrent(self, torrent: Torrent) -> bool:
+        """Run the program for one torrent, which counts as a change."""
+        words = self.words
+        if not self.config.shell:
+            words = self.template.render(torrent)
+        environment = {}
+        for name in self.ENVIRONMENT:
+            value = show(torrent[name])
+            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
+        self.execute(words, environment)
         if self.config.once and not self.dry_run:
-            proxy = self.engine.open()
-            proxy.d.custom.set(torrent['hash'], self.mark, '1')
-            proxy.d.save_full_session(torrent['hash'])
+            item = torrent['hash']
+            answers = self.engine.tell([
+                ('d.custom.set', item, self.mark, '1'),
+                ('d.save_full_session', item)])
+            without_errors(answers)
+        return True
 
 
 class Move(Choice):
@@ -5432,70 +5573,145 @@ class Move(Choice):
 
 
 class Inotify:
-    """Changes in folders, told by Linux; raises OSError where that does not work."""
-    ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
-    MOVE_SELF, OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x800, 0x4000, 0x8000, 0x1000000, 0x40000000
+    """Wakes who waits for changes in folders, as Linux tells of them.
+
+    Raises OSError where that does not work.
+    """
+    # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
+    # the last one is ONLYDIR.
+    MASK = 0x4 | 0x8 | 0x80 | 0x100 | 0x400 | 0x800 | 0x1000000
 
     def __init__(self) -> None:
         import ctypes
-        self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
-        self.folders: dict[int, str] = {}       # by the number of the watch
-        self.stream = open(self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC), 'rb', 0)
+        self.get_errno = ctypes.get_errno
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.watches: set = set()               # numbers
+        self.added: set = set()                 # those since the last drop_others()
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        handle = self.call('inotify_init1', flags)
+        self.events = open(handle, 'rb', 0)
+        # A disk mounted over a folder is no event of the folder; this file tells of it.
+        self.mounts = open('/proc/self/mountinfo', 'rb', 0)
+        self.poll = select.poll()
+        self.poll.register(self.events, select.POLLIN)
+        self.poll.register(self.mounts, select.POLLPRI)
 
     def call(self, name: str, *args: Any) -> int:
         """Return what a system call gives."""
         result = getattr(self.libc, name)(*args)
         if result < 0:
-            raise OSError(self.ctypes.get_errno(), os.strerror(self.ctypes.get_errno()))
+            number = self.get_errno()
+            raise OSError(number, os.strerror(number))
         return result
 
     def add(self, folder: str) -> None:
-        """Watch one folder; one that is watched already by another name goes by this one."""
-        mask = (self.ATTRIB | self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE
-                | self.MOVE_SELF | self.ONLYDIR)        # ATTRIB: it may be readable now
-        self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
-                               mask)] = folder
+        """Watch a folder; one that is watched already stays so."""
+        handle = self.events.fileno()
+        path = os.fsencode(folder)
+        watch = self.call('inotify_add_watch', handle, path, self.MASK)
+        self.added.add(watch)
 
-    def forget(self, folder: str) -> None:
-        """Watch a folder and what is below it no longer; this wakes who waits for events."""
-        for watch, path in list(self.folders.items()):
-            if os.path.join(path, '').startswith(os.path.join(folder, '')):
-                self.libc.inotify_rm_watch(self.stream.fileno(), watch)
-                self.folders.pop(watch, None)
+    def drop_others(self) -> None:
+        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
+        handle = self.events.fileno()
+        for watch in self.watches - self.added:
+            self.libc.inotify_rm_watch(handle, watch)
+        self.watches = self.added
+        self.added = set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; tell whether something changed."""
+        milliseconds = max(seconds, 0) * 1000
+        return bool(self.poll.poll(milliseconds))
+
+    def forget(self) -> None:
+        """Take what happened so far for seen."""
+        self.events.read(1 << 16)
 
     def close(self) -> None:
         """Watch nothing any more."""
-        self.folders.clear()
-        self.stream.close()
+        self.events.close()
+        self.mounts.close()
 
-    def events(self) -> Iterator[tuple[int, str]]:
-        """Give (mask, path) of what happened; the path of an overflow is empty.
 
-        IGNORED: a folder that was watched is gone.
-        """
-        content, at = self.stream.read(1 << 16) or b'', 0
-        while at < len(content):
-            watch, mask, _, length = struct.unpack_from('iIII', content, at)
-            name = content[at + 16:at + 16 + length].rstrip(b'\0')
-            at += 16 + length
-            folder = self.folders.pop(watch, '') if mask & self.IGNORED else \
-                self.folders.get(watch, '')
-            if folder or mask & self.OVERFLOW:
-                yield mask, os.path.join(folder, os.fsdecode(name)) if name else folder
+def as_sent(text: str) -> str | bytes:
+    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
+    if re.fullmatch('[ -\ud7ff]*', text):
+        return text
+    return text.encode('utf-8', 'surrogateescape')
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from another, and from itself before it was changed."""
+    device: int
+    inode: int
+    size: int
+    changed: int                        # Unix nanoseconds, as nobody can set them
+    modified: float                     # Unix seconds
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """Return the stamp of a file."""
+    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+                     status.st_mtime)
+
+
+# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
+NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
+
+
+def is_tied(tied: str, path: str) -> bool:
+    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
+    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
+        return True
+    with contextlib.suppress(OSError):
+        return identity(tied) == identity(path)
+    return False
 
 
 def parse_mode(text: str) -> str:
     """Return how new items are loaded: normal or start."""
-    if text.lower() not in ('', 'normal', 'load', 'start', 'started'):
+    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
+             'started': 'start'}
+    mode = modes.get(text.lower())
+    if mode is None:
         raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return 'start' if text.lower().startswith('start') else 'normal'
+    return mode
+
+
+NEVER = float('inf')
+
+
+class Handled(NamedTuple):
+    """A file that was handled: in which state, and when again although it stays like that."""
+    stamp: FileStamp
+    due: float = NEVER                  # monotonic seconds
+    pause: float = 0.0                  # seconds from one try to the next
+
+
+class Refused(LoggableError):
+    """rTorrent does not take a metafile, and will not take it later either."""
+
+
+class LoadPlan(NamedTuple):
+    """What becomes of a metafile."""
+    how: str                            # started, queued, or nothing
+    commands: list[str]                 # for the new item
+    values: dict[str, Any]              # what templates know of it
+
+    @property
+    def suffix(self) -> str:
+        """What follows in the log."""
+        if not self.how:
+            return ''
+        return f' [{self.how}]'
 
 
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
-    What a look through the trees or an event finds goes into `waiting`, as does a root that is
-    not there; work() handles it.
+    A look through the trees decides what is new; an event of inotify only means `look again`.
+    A thread waits for events, and for files that are to be tried again.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -5510,319 +5726,529 @@ class TreeWatch(Job):
                                                          'before, and is not tied to it'),
         Option('check_unhandled', parse_bool, 'yes', 'has no effect: files are never missed'),
         Option('preload_fields', str, '', 'has no effect: what is needed is known'),
-        Option('trace_inotify', parse_bool, 'no', 'log every event'),
+        Option('trace_inotify', parse_bool, 'no', 'log when inotify tells of changes'),
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    ENDINGS = ('.torrent', '.load', '.start', '.queue')
-    RETRY = 5                           # seconds between looks at files that wait
+    FLAGS = ('start', 'load', 'queue')
+    # Trash and caches of file servers and file systems; so are all that begin with a dot.
+    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
+                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
+                         'lost+found'))
+    TELL = CommandTemplate('print={{told}}', ('told',))
+    SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    RETRY = 5.0                         # seconds until what did not work is tried again
+    MOST = 3600.0                       # seconds, to which that grows
+    REST = 9                            # times as long as it looked it does not look again
+    LONGEST = 60.0                      # seconds until a thread sees that it is to end
     NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                       'filetype label traits flags'.split())
 
     @staticmethod
     def folders(config: Any) -> list[str]:
         """Return the folders that a configuration names."""
-        return [os.path.abspath(os.path.expanduser(path.strip()))
-                for path in config.path.split(os.pathsep) if path.strip()]
+        folders = []
+        for path in config.path.split(os.pathsep):
+            if path.strip():
+                path = os.path.expanduser(path.strip())
+                folders.append(os.path.abspath(path))
+        return folders
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
             raise UserError('is not set', option='path')
-        for root in self.roots:
-            if not os.path.isdir(root):
-                raise UserError(f'{root!r} is not a folder', option='path')
         self.commands = []
-        for key in sorted(key for key in config if key.startswith(self.families)):
-            with reading(key):
-                self.commands.append(CommandTemplate(config[key], self.NAMES))
+        for key in sorted(config):
+            if key.startswith(self.families):
+                with reading(key):
+                    self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
-        self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
-        self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
-        self.by_path = None if self.engine.address.is_local() else False    # None: not known
-        self.use_inotify = config.inotify and not config.alone
+        self.handled: dict[str, Handled] = {}
+        self.untied_file = self.state_file('untied')
+        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
+        self.untied = self.read_untied()
+        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.trouble: dict[str, str] = {}       # what the last look could not read, and why
+        self.next_look = 0.0                    # monotonic seconds, though nothing changes
+        self.rested = 0.0                       # no look before that, whatever changes
+        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
+        if not self.engine.address.is_local():
+            self.by_path = False
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
-        self.ended = False
+        self.ended = threading.Event()
+
+    def risks(self) -> list[str]:
+        """Return what lets others load items: folders that every user may write."""
+        texts = []
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if os.stat(root).st_mode & 0o002:
+                    texts.append(f'{root}, which is watched, can be written by every user')
+        return texts
 
     def run(self) -> None:
         """Look through the trees, and see to it that changes are watched."""
         with self.lock:
-            if self.use_inotify and (not self.inotify or self.inotify.stream.closed):
-                try:
-                    self.inotify = Inotify()
-                    self.thread = threading.Thread(target=self.watch, args=(self.inotify,),
-                                                   daemon=True)
-                    self.thread.start()
-                except (ImportError, AttributeError, OSError, RuntimeError) as error:
-                    self.LOG.warning('no inotify, files are found on schedule only: %s', error)
-                    if self.inotify:
-                        self.inotify.close()
-                    self.use_inotify, self.inotify = False, None
-            trouble = self.look()
-            self.work()
-        if trouble:
-            raise LoggableError(trouble)
+            reason = self.start_watching()
+            self.look()
+        if reason or self.trouble:
+            raise LoggableError(reason or self.trouble_text())
 
     def cleanup(self) -> None:
-        """End the watching thread."""
-        self.ended = True
-        if self.inotify and self.thread:
-            if self.lock.acquire(timeout=5):    # else it is in a call, and will see `ended`
-                self.inotify.forget(os.sep)
-                self.lock.release()
-            self.thread.join(5)
+        """Load nothing any more; a file in progress has a while to end."""
+        self.ended.set()
+        if self.lock.acquire(timeout=5):
+            self.lock.release()
+
+    # Watching.
+
+    def start_watching(self) -> str:
+        """Have a thread look at once when something changes; return why that is not possible."""
+        if not self.config.inotify or self.config.alone:
+            return ''
+        if self.thread and self.thread.is_alive():
+            return ''
+        self.inotify = None
+        try:
+            self.inotify = Inotify()
+            self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
+            self.thread.start()
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            if self.inotify:
+                self.inotify.close()
+            self.inotify = None
+            return (f'no inotify, files are found on schedule only: {error}; where that is how '
+                    'it should be, write inotify = no')
+        return ''
 
     def watch(self, inotify: Inotify) -> None:
-        """Handle files as they appear, and those that wait; a thread, while there are watches."""
-        poll = select.poll()
-        poll.register(inotify.stream.fileno(), select.POLLIN)
-        timeout: float | None = 0.0
-        while not inotify.stream.closed:
-            poll.poll(timeout)
-            with self.lock, contextlib.ExitStack() as close_unless_all_went_well:
-                close_unless_all_went_well.callback(inotify.close)
-                for mask, path in inotify.events():
-                    self.see(inotify, mask, path)
-                with contextlib.suppress(RpcError):             # the engine has told it
-                    self.work()
-                due = min(self.waiting.values(), default=None)
-                timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
-                if (inotify.folders or self.waiting) and not self.ended:
-                    close_unless_all_went_well.pop_all()
+        """Look again whenever something changes; a thread, until cleanup()."""
+        with contextlib.closing(inotify):
+            while True:
+                left = self.next_look - time.monotonic()
+                changed = inotify.wait(min(left, self.LONGEST))
+                if self.ended.wait(self.rested - time.monotonic()):
+                    return
+                if not changed and left > self.LONGEST:
+                    continue
+                if changed and self.config.trace_inotify:
+                    self.LOG.info('inotify: something changed')
+                inotify.forget()
+                with self.lock:
+                    self.look_again()
 
-    def see(self, inotify: Inotify, mask: int, path: str) -> None:
-        """Note what one event of inotify tells."""
-        if self.config.trace_inotify:
-            self.LOG.info('inotify %#x %s', mask, quoted(path))
-        trouble = ''
-        if mask & Inotify.OVERFLOW:
-            self.LOG.info('too many changes at once for inotify: looking through everything')
-            trouble = self.look()
-        elif mask & (Inotify.IGNORED | Inotify.MOVE_SELF):
-            if path in self.roots and path not in self.waiting:
-                inotify.forget(path)            # it is a folder elsewhere now, or none
-                self.waiting[path] = time.monotonic() + self.RETRY
-                trouble = f'{quoted(path)} is gone; it is watched again when it is back'
-        elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
-            inotify.forget(path)
-        elif mask & Inotify.ISDIR:
-            trouble = self.scan([path])
-        elif not mask & Inotify.MOVED_FROM:
-            self.note(path)
-        if trouble:
-            self.LOG.warning('%s', trouble)
-
-    def look(self) -> str:
-        """Note all files of the trees, watch all folders anew; return what cannot be read."""
-        if self.inotify:
-            self.inotify.forget(os.sep)         # also what was moved away unseen
-        self.waiting.clear()
-        trouble = self.scan(self.roots)
-        self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
-        return trouble
-
-    def scan(self, folders: list[str]) -> str:
-        """Note the files below folders, which are watched from before they are read."""
-        left = folders[:]
-        trouble: dict[str, str] = {}            # one folder for each reason is enough
-
-        def failed(error: OSError) -> None:
-            """Note why a folder cannot be watched or read."""
-            why = 'too many inotify watches' if error.errno == errno.ENOSPC else \
-                str(error.strerror)
-            if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                trouble.setdefault(why, f'{quoted(folder)} cannot be watched or read: {why}')
-            if folder in self.roots and not os.path.isdir(folder):
-                self.waiting[folder] = time.monotonic() + self.RETRY
-
-        for folder in left:                     # it grows meanwhile
-            try:
-                if self.inotify:
-                    self.inotify.add(folder)
-            except OSError as error:            # the schedule finds its files
-                failed(error)
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            left.append(entry.path)
-                        else:
-                            self.note(entry.path)
-            except OSError as error:
-                failed(error)
-        return '; '.join(trouble.values())
-
-    def note(self, path: str) -> None:
-        """Let work() handle a file, if its name is one of a metafile."""
-        if path.lower().endswith(self.ENDINGS):
-            self.waiting[path] = 0.0
-
-    def work(self) -> None:
-        """Handle the files that are due; raises Unreachable when rTorrent is away."""
-        now = time.monotonic()
-        for path in sorted(path for path, due in self.waiting.items() if due <= now):
-            if self.ended:
-                return
-            del self.waiting[path]
-            try:
-                if path not in self.roots:
-                    self.handle(path)
-                elif os.path.isdir(path):
-                    self.LOG.info('%s is there again', quoted(path))
-                    self.scan([path])
-                else:
-                    self.waiting[path] = time.monotonic() + self.RETRY
-            except Unreachable:
-                self.waiting = dict.fromkeys([path, *self.waiting], time.monotonic() + self.RETRY)
-                raise
-
-    def handle(self, path: str) -> None:
-        """Load a file if it is a new metafile; one that may be half-written waits."""
-        stamp: Any = None
+    def look_again(self) -> None:
+        """Look, and say in the log what run() would raise."""
+        before = self.trouble
         try:
-            found = os.stat(path)
-            stamp = found.st_ino, found.st_ctime_ns, found.st_size
-            if self.done.get(path) != stamp:
-                self.load(path, read_metafile(path))
-        except (FileNotFoundError, NotADirectoryError):
-            self.done.pop(path, None)
-            return
-        except OSError as error:
-            stamp = stamp or error.errno
-            if self.done.get(path) != stamp:
-                self.LOG.warning('%s: %s', quoted(path), error.strerror)
-        except ValueError as error:
-            if abs(time.time() - found.st_mtime) < 2 * self.RETRY and not self.config.alone:
-                self.waiting[path] = time.monotonic() + self.RETRY
+            self.look()
+        except Unreachable:
+            # The engine has told it; what else was found is told by the next look.
+            self.trouble = before
+        except LoggableError as error:
+            self.trouble = {'': str(error)}
+        if self.trouble and self.trouble != before:
+            self.LOG.warning('%s', self.trouble_text())
+        elif before and not self.trouble:
+            self.LOG.info('all folders are watched again')
+
+    def trouble_text(self) -> str:
+        """Return in one line what the last look could not read."""
+        return '; '.join(self.trouble.values())
+
+    # Looking.
+
+    def look(self) -> None:
+        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        began = time.monotonic()
+        # Unless it gets to its end.
+        self.next_look = began + self.RETRY
+        files = self.scan()
+        now = time.monotonic()
+        took = now - began
+        self.rested = now + self.REST * took
+        for path in self.handled.keys() - files.keys():
+            del self.handled[path]
+        try:
+            self.handle_new(files)
+        finally:
+            self.keep_untied(files)
+        dues = [done.due for done in self.handled.values()]
+        # A root that is not watched, or not there: no event will tell of it.
+        if not self.trouble.keys().isdisjoint(self.roots):
+            dues.append(now + self.RETRY)
+        self.next_look = min(dues, default=NEVER)
+
+    def handle_new(self, files: dict[str, FileStamp]) -> None:
+        """Handle the files that are new, were changed, or are to be tried again."""
+        now = time.monotonic()
+        for path in sorted(files):
+            if self.ended.is_set():
                 return
-            self.LOG.warning('%s is no metafile: %s', quoted(path), error)
+            stamp = files[path]
+            done = self.handled.get(path)
+            if done is None or done.stamp != stamp or done.due <= now:
+                self.handled[path] = self.handle(path, stamp, done)
+
+    def scan(self) -> dict[str, FileStamp]:
+        """Return the metafiles below the roots; have their folders watched."""
+        files: dict[str, FileStamp] = {}
+        self.trouble = {}
+        session = self.session_folder()
+        visited = {session}
+        left = collections.deque(self.roots)
+        while left:
+            folder = left.popleft()
+            try:
+                self.scan_folder(folder, visited, left, files)
+            except OSError as error:
+                self.failed(folder, error)
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if session and identity(root) == session:
+                    self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
+        if self.inotify:
+            self.inotify.drop_others()
+        return files
+
+    def scan_folder(self, folder: str, visited: set, left: collections.deque,
+                    files: dict) -> None:
+        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
+        known = identity(folder)
+        if known and known in visited:
+            return
+        visited.add(known)
+        # Watched before it is read: what comes in between is in both.
+        self.watch_folder(folder)
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+        if any(entry.name == self.SESSION_LOCK for entry in entries):
+            return
+        for entry in entries:
+            try:
+                self.scan_entry(entry, left, files)
+            except OSError as error:
+                self.failed(entry.path, error)
+
+    def watch_folder(self, folder: str) -> None:
+        """Have changes in a folder told; where that fails, the schedule finds its files."""
+        if not self.inotify:
+            return
+        try:
+            self.inotify.add(folder)
+        except OSError as error:
+            self.failed(folder, error)
+
+    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
+        """Add a metafile to `files`, or a folder to `left`."""
+        name = entry.name
+        if not entry.is_dir():
+            if self.is_metafile(name):
+                files[entry.path] = file_stamp(entry.stat())
+        elif name.startswith('.') or name in self.SKIPPED:
+            return
+        elif entry.is_symlink():
+            # Last, so that a folder goes by its own name where it has one in the trees.
+            left.append(entry.path)
+        else:
+            left.appendleft(entry.path)
+
+    def is_metafile(self, name: str) -> bool:
+        """Tell whether a file's name is one of a metafile; flags are lower case."""
+        if name.endswith(('.load', '.start', '.queue')):
+            return True
+        return name.lower().endswith('.torrent')
+
+    def failed(self, path: str, error: OSError) -> None:
+        """Note what cannot be watched or read; one for each reason is enough."""
+        why = str(error.strerror)
+        if error.errno == errno.ENOSPC:
+            why = 'too many inotify watches'
+        text = f'{quoted(path)} cannot be watched or read: {why}'
+        if path in self.roots:
+            self.trouble[path] = text
+        # Else it is gone again.
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            self.trouble.setdefault(why, text)
+
+    def session_folder(self) -> Identity | None:
+        """Return the identity of rTorrent's session folder; None as long as it is not known.
+
+        What lies there is rTorrent's own: it is not loaded, and never removed.
+        """
+        engine = self.engine
+        if engine.session_path:
+            # One that may not be looked at cannot be reached from a watched folder either.
+            with contextlib.suppress(OSError):
+                return identity(os.path.join(engine.cwd, engine.session_path))
+        return None
+
+    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
+    # their item. An item that was erased must not come back from them, as long as they stay.
+
+    def read_untied(self) -> dict[str, list]:
+        """Return what the file in the state folder says."""
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.untied_file, encoding='ascii') as stream:
+                return dict(json.load(stream))
+        return {}
+
+    def keep_untied(self, files: dict[str, FileStamp]) -> None:
+        """Keep that for the next start, without files that are gone."""
+        if not self.trouble:
+            for path in self.untied.keys() - files.keys():
+                # On another device the disk of the file is not mounted now.
+                folder = identity(os.path.dirname(path))
+                if folder and folder[0] == self.untied[path][2]:
+                    del self.untied[path]
+        if self.untied == self.kept or self.dry_run:
+            return
+        text = json.dumps(self.untied)
+        replace_file(self.untied_file, text)
+        self.kept = self.untied.copy()
+
+    # Loading.
+
+    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
+        """Load a new metafile; return when it is to be handled again."""
+        try:
+            self.load(path, stamp, read_metafile(path))
+            return Handled(stamp)
         except Unreachable:
             raise
-        except LoggableError as error:
-            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
-        except Exception:
-            self.LOG.exception('%s is not loaded', quoted(path))
-        self.done[path] = stamp
+        except FileNotFoundError:
+            return Handled(stamp)
+        except ValueError as error:
+            if self.may_be_growing(stamp):
+                return Handled(stamp, time.monotonic() + self.RETRY)
+            why = f'is no metafile: {error}'
+        except Refused as error:
+            why = f'is not loaded: {error}'
+        except Exception as error:
+            return self.try_later(path, stamp, before, error)
+        self.LOG.warning('%s %s', quoted(path), why)
+        return Handled(stamp)
+
+    def may_be_growing(self, stamp: FileStamp) -> bool:
+        """Tell whether somebody may be writing a file just now."""
+        if self.config.alone:
+            return False
+        age = time.time() - stamp.modified
+        # The clock of a file server may be ahead.
+        return abs(age) < 2 * self.RETRY
+
+    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
+                  error: Exception) -> Handled:
+        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
+        name = quoted(path)
+        pause = self.RETRY
+        if before and before.stamp == stamp and before.pause:
+            pause = min(2 * before.pause, self.MOST)
+            self.LOG.debug('%s is not loaded: %s', name, error)
+        elif isinstance(error, (OSError, LoggableError)):
+            self.LOG.warning('%s is not loaded: %s', name, error)
+        else:
+            self.LOG.error('%s is not loaded', name, exc_info=error)
+        due = time.monotonic() + pause
+        return Handled(stamp, due, pause)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
-        root = max((root for root in self.roots if lies_in(path, root)), key=len, default=folder)
-        relative = os.path.relpath(folder, root)
-        kind = os.path.splitext(meta.main_file)[1]
-        traits = name_traits(meta.name, kind[1:].lower())
+        roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
+        root = max(roots, key=len, default=folder)
+        parts = folder[len(root):].strip(os.sep).split(os.sep)
+        # Flags at its end are no part of a label.
+        while parts and parts[-1] in self.FLAGS:
+            parts.pop()
+        relative = os.sep.join(parts)
+        ending = os.path.splitext(meta.main_file)[1]
+        kind = ending[1:]
+        traits = name_traits(meta.name, kind.lower())
+        label = traits['kind']
+        if label and kind:
+            label += f'/{kind}'
+        alias = meta.tracker
+        if alias:
+            alias = tracker_alias(alias, self.engine.aliases)
+        flags = {*path.split(os.sep), *base.split('.')}
         return {
-            'pathname': path, 'watch_path': root, 'rel_path': relative,
-            'relpath': '' if relative == '.' else relative,
-            'info_hash': meta.info_hash, 'info_name': meta.name, 'filetype': kind,
-            'tracker_alias': meta.tracker and tracker_alias(meta.tracker, self.engine.aliases),
-            'flags': {*path.split(os.sep), *base.split('.')} - {''}, 'traits': traits,
-            'label': traits['kind'] and f"{traits['kind']}/{kind[1:]}".strip('/')}
+            'pathname': path,
+            'watch_path': root,
+            'rel_path': relative or '.',
+            'relpath': relative,
+            'info_hash': meta.info_hash,
+            'info_name': meta.name,
+            'filetype': ending,
+            'tracker_alias': alias,
+            'flags': flags - {''},
+            'traits': traits,
+            'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict]:
-        """Return for a file: queued, started or nothing; commands; the template's values."""
+    def plan(self, path: str, meta: Metafile) -> LoadPlan:
+        """Return what is to become of a file; flags in its path count more than options."""
         values, config = self.values(path, meta), self.config
-        flags = set(map(str.lower, values['flags']))
-        start = 'start' in flags or 'load' not in flags and (
-            config.started or config.load_mode == 'start')
-        commands = [command for template in self.commands
-                    for command in template.commands(values)]
-        if not config.queued and 'queue' not in flags:
-            return 'started' if start else '', commands, values
-        return 'queued', commands + ['d.priority.set=0'] * (not start), values
+        flags = values['flags']
+        commands = []
+        for template in self.commands:
+            commands += template.commands(values)
+        start = 'start' in flags
+        if not start and 'load' not in flags:
+            start = config.started or config.load_mode == 'start'
+        if config.queued or 'queue' in flags:
+            if not start:
+                commands.append('d.priority.set=0')
+            return LoadPlan('queued', commands, values)
+        if start:
+            return LoadPlan('started', commands, values)
+        return LoadPlan('', commands, values)
 
-    def load(self, path: str, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, and wait for that."""
-        proxy, name = self.engine.open(), quoted(meta.name)
-        how, commands, _ = self.plan(path, meta)
-        with contextlib.suppress(HashNotFound):
-            file = os.path.expanduser(proxy.d.tied_to_file(meta.info_hash))
-            tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
-                          for text in (file, path))
-            if tied != ours and os.path.realpath(file) != os.path.realpath(path):
-                self.LOG.info('%s: %s is loaded already', quoted(path), name)
-                gone = file and not os.path.exists(file)
-                if self.config.remove_already_added and not gone and (  # else this may be the last
-                        self.announce('removing', quoted(path))):
-                    os.remove(path)
-            return
-        shown = f' [{how}]' if how else ''
-        if self.dry_run:
-            self.announce('loading', name, 'from', quoted(path) + shown)
-            return
-        self.send(proxy, path, meta, how == 'started', commands)
-        self.LOG.info('loaded %s from %s%s', name, quoted(path), shown)
-        message = proxy.d.message(meta.info_hash) if commands else ''
-        if 'creation failed' in message:        # a command was wrong; the item is there
-            self.LOG.warning('%s: %s', name, quoted(message))
-        if self.config.print_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):
-                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{shown}')
+    def ask(self, *call: str) -> Any:
+        """Return the answer to one question, an RpcError where it failed."""
+        return self.engine.ask([call])[0]
 
-    def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
-        """Load by path where rTorrent sees the file, else by content; wait for the item."""
-        if not all(re.fullmatch('[ -\ud7ff]*', text) for text in (path, *texts)):
-            path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
-            proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
-        patience = 1 + len(meta.content) / 5e6
-        pattern = re.search(r'[*?[]', os.fsdecode(path))        # rTorrent would look for others
-        by_path = self.by_path is not False and not pattern
-        if by_path:
-            (proxy.load.start if start else proxy.load.normal)('', path, *texts)
-            if self.appears(proxy, meta.info_hash, patience):
-                self.by_path = True
+    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
+        """Load a metafile unless its item is there, or was erased."""
+        tied = self.ask('d.tied_to_file', meta.info_hash)
+        # The first answer of a new rTorrent may be the first that tells of its session.
+        if identity(os.path.dirname(path)) == self.session_folder():
+            return
+        known = [meta.info_hash, stamp.modified, stamp.device]
+        if not isinstance(tied, HashNotFound):
+            without_errors([tied])
+            tied = os.path.expanduser(tied)
+            if is_tied(tied, path):
+                self.untied.pop(path, None)
                 return
-        try:
-            (proxy.load.raw_start if start else proxy.load.raw)('', meta.content, *texts)
-        except Unreachable:
-            if len(meta.content) > 100000:
-                proxy.system.pid('')            # is it away, or was this too much for it?
-                raise LoggableError(f'{show_size(len(meta.content))} are more than rTorrent takes '
-                                    'in one request') from None
-            raise
-        if not self.appears(proxy, meta.info_hash, patience):
-            raise LoggableError('rTorrent did not take it, and does not say why'
-                                + ('' if meta.tracker else '; it has no tracker: is DHT off?'))
-        if by_path and self.by_path is None:
-            self.by_path = False                # it sees other files than torque does
-        if pattern and self.by_path:            # so that it goes with its item, as others do
-            proxy.d.tied_to_file.set(meta.info_hash, path)
-            proxy.d.save_full_session(meta.info_hash)
+            self.untied[path] = known
+            self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
+            if self.config.remove_already_added:
+                self.remove(path, stamp, tied)
+        elif self.untied.get(path, [])[:2] == known[:2]:
+            self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
+        elif not self.load_new(path, meta):
+            self.untied[path] = known
 
-    @staticmethod
-    def appears(proxy: Proxy, item: str, seconds: float) -> bool:
-        """Tell whether an item comes up in time."""
-        end, pause = time.monotonic() + seconds, 0.0002
+    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+        """Remove a file that was read, unless it may be the last metafile of the item."""
+        if tied and not os.path.exists(tied):
+            return
+        # A link, and a file that was changed since it was read, have another stamp.
+        if file_stamp(os.lstat(path)) != stamp:
+            return
+        if self.announce('removing', quoted(path)):
+            os.remove(path)
+
+    def load_new(self, path: str, meta: Metafile) -> bool:
+        """Load a metafile and wait for its item; tell whether that is tied to the file."""
+        plan = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
+        if self.dry_run:
+            self.announce('loading', shown)
+            return True
+        commands = plan.commands
+        if self.config.print_to_client and not self.config.quiet:
+            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
+            commands = self.TELL.commands({'told': told}) + commands
+        start = plan.how == 'started'
+        tied = self.send(path, meta, start, commands)
+        self.LOG.info('loaded %s', shown)
+        if plan.commands:
+            message = str(self.ask('d.message', meta.info_hash))
+            # Of a command that failed; the item is there all the same.
+            if 'creation failed' in message:
+                self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
+        return tied
+
+    def send(self, path: str, meta: Metafile, start: bool, commands: list[str]) -> bool:
+        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
+        by_path, by_content = 'load.normal', 'load.raw'
+        if start:
+            by_path, by_content = 'load.start', 'load.raw_start'
+        file = as_sent(path)
+        texts = [as_sent(text) for text in commands]
+        # The path of load.normal is a pattern: rTorrent would look for other files.
+        is_pattern = re.search(r'[*?[]', path)
+        if self.by_path is not False and not is_pattern:
+            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+            if self.appears(meta):
+                self.by_path = True
+                return True
+        self.send_content((by_content, '', meta.content, *texts))
+        if not self.appears(meta):
+            why = 'rTorrent did not take it, and does not say why'
+            if not meta.tracker:
+                why += '; it has no tracker: is DHT off?'
+            raise Refused(why)
+        if is_pattern:
+            return self.tie(meta.info_hash, path)
+        # It took the content and not the path: it sees other files than torque does.
+        if self.by_path is None:
+            self.by_path = False
+        return False
+
+    def send_content(self, call: tuple) -> None:
+        """Load by content; what is too large for one request is no sign that rTorrent is away."""
+        try:
+            without_errors(self.engine.tell([call]))
+        except Unreachable:
+            size = len(call[2])
+            if size <= 100000:
+                raise
+            self.ask('system.pid', '')
+            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
+                          ) from None
+
+    def appears(self, meta: Metafile) -> bool:
+        """Tell whether a new item comes up in time: load commands never say what went wrong."""
+        end = time.monotonic() + 1 + len(meta.content) / 5e6
+        pause = 0.0002
         while True:
-            with contextlib.suppress(HashNotFound):
-                proxy.d.hash(item)
+            answer = self.ask('d.hash', meta.info_hash)
+            if not isinstance(answer, HashNotFound):
+                without_errors([answer])
                 return True
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
+    def tie(self, info_hash: str, path: str) -> bool:
+        """Tie an item to its file if rTorrent sees that; they go together then."""
+        if why_unseen(self.engine):
+            return False
+        answers = self.engine.tell([
+            ('d.tied_to_file.set', info_hash, as_sent(path)),
+            ('d.save_full_session', info_hash)])
+        return not isinstance(answers[0], RpcError)
+
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not path.lower().endswith(self.ENDINGS):
-                raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
+            if not self.is_metafile(os.path.basename(path)):
+                raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            how, commands, values = self.plan(path, meta)
+            plan = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        place = '' if values['watch_path'] in self.roots else ' (if it lay below path)'
-        there = ''
+        how = plan.how or 'loaded, not started'
+        first = f'{path}: {how}'
+        if plan.values['watch_path'] not in self.roots:
+            first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
-            self.engine.open().d.hash(meta.info_hash)
-            there = '; but it is loaded already'
-        values['flags'] = sorted(values['flags'])
-        return [f"{path}: {how or 'loaded, not started'}{place}{there}",
-                *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
-                *(f'  command {command}' for command in commands)]
+            without_errors([self.ask('d.hash', meta.info_hash)])
+            first += '; but it is loaded already'
+        lines = [first]
+        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
+        for name, value in sorted(values.items()):
+            lines.append(f'  {name} = {value!r}')
+        for command in plan.commands:
+            lines.append(f'  command {command}')
+        return lines
 
 
 # --- Config ----------------------------------------------------------------------------------
