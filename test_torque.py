@@ -4827,20 +4827,22 @@ class ConfigCase(Folder):
 
 
 class IniTest(ConfigCase):
-    def test_pyrocore_rules_hold(self):
+    def test_rules_hold(self):
         plain = f'{HEAD}[S]\na = 1\n  ü\nb = 2\n'.encode()
         for text, expected in (
                 ('Key = 1\nkEY = 2', {'Key': '1', 'kEY': '2'}), ('b c.d-e=ü', {'b c.d-e': 'ü'}),
                 ('a: 1\nb : x=y\nc = x:y\nd=1=2', {'a': '1', 'b': 'x=y', 'c': 'x:y', 'd': '1=2'}),
                 ('a = 100%% % %(x', {'a': '100% % %(x'}), ('a = %%(x)s', {'a': '%(x)s'}),
                 ('a = 1 ; note', {'a': '1'}), ('a = 1\t;note', {'a': '1'}),
-                ('a = ; note', {'a': ''}), ('a = 1;2 # 3', {'a': '1;2 # 3'}),
-                ('a = x ; note\n  y ; z\n  # w\n  ;v%%', {'a': 'x\ny ; z\n# w\n;v%'}),
+                ('a = ; note', {'a': ''}), ('a =;x', {'a': ';x'}),
+                ('a = 1;2 # 3', {'a': '1;2 # 3'}),
+                ('a = x ; note\n  y ; z\n  # w\n  ;v%%\n  u', {'a': 'x\ny ; z\nu'}),
                 ('# c\n;c\na = #1\n#b = 2\n;b = 3', {'a': '#1'}),
                 ('a = x\n\n# c\n;d = 5\n   \n\ty\nb = z', {'a': 'x\ny', 'b': 'z'}),
                 ('a =\n  x\nb =', {'a': '\nx', 'b': ''}), ('a = ""\nb="x"', {'a': '', 'b': '"x"'}),
                 ('a = 1\n  2\na = 3\n  4', {'a': '3\n4'}),
                 ('a = 1\n[T]\nb = 2\n[S] ; again [1]\nc = 3', {'a': '1', 'c': '3'}),
+                ('a = x\n  [T]\n  b = 1', {'a': 'x\n[T]\nb = 1'}),
                 ('[DEFAULT]\nb = 1\n[S]\na = 2', {'a': '2'}),
                 *((content, {'a': '1\nü', 'b': '2'}) for content in (   # as editors leave it
                     plain.rstrip(), plain.replace(b'\n', b'\r\n'), b'\xef\xbb\xbf' + plain))):
@@ -4849,22 +4851,35 @@ class IniTest(ConfigCase):
                 self.assertEqual(torque.config_ini.s, expected)
 
     def test_surprises_are_warned_of(self):
+        unpack = '[TORQUE]\njob.unpack.active = no\njob.unpack.handler = torque:ItemCommand\n'
         for text, line, *words in (
                 ('a = 1 ; b = 2', 5, 'comment', "'b = 2'"), ('a = x=1 ; y=2\n  z', 5, "'y=2'"),
                 ('a = 1\n  job.b.c = 2', 6, 'belongs to the value above', "'job.b.c = 2'"),
                 ('a = 1\n\n# c\n\tgrace=5', 8, 'above', "'grace=5'"),
                 ('a = 1\n  job.my-job.c = 2', 6, 'above'), ('a = 1\n  job.b.c: 2', 6, 'above'),
-                ('[TORQUE]\nscgi_ulr = x', 6, "did you mean 'scgi_url'"),
-                ('[TORQUE]\njobs.b.active = no', 6, "did you mean 'job"),
-                ('[TORQUE]\nJob.b.active = no', 6, "did you mean 'job"),
-                ('[TORQ]\njob.b.active = no', 6, 'TORQ', 'did you mean', 'TORQUE'),
                 ('a = 1\nb = 2\na = 3', 7, 'a stands here again', 't.ini:5'),
+                (unpack + 'job.unpack.args = a ; b', 8, 'cut off', "'b'", 'without a blank'),
+                ('[TORQUE]\njob.treewatch.cmd.x = d.a= ; d.b=', 6, 'cut off', "'d.b='"),
+                ('[TORQUE]\nscgi_ulr = x', 6, "did you mean 'scgi_url'"),
+                ('[TORQUE]\njobs.b.active = no', 6, "did you mean 'job.b.active'"),
+                ('[TORQUE]\nJob.b.active = no', 6, "did you mean 'job.b.active'"),
+                ('[TORQUE]\nqueue.active = no', 6, "did you mean 'job.queue.active'"),
+                ('[TORQUE]\ndownloading_max = 3', 6, 'write job.queue.downloading_max'),
+                ('[TORQUE]\nschedule = 3s', 6, 'write job.NAME.schedule'),
+                ('[TORQUE]\nurl = http://x', 6, 'under [INFLUXDB]', 'job.fluxstats.url'),
+                ('[TORQUE]\nQq = x', 6, 'Qq means nothing', 'job.NAME.Qq'),
+                ('[INFLUXDB]\njob.b.c = 1', 6, 'job.b.c', 'INFLUXDB', 'belongs under [TORQUE]'),
+                ('[INFLUXDB]\ngrace = 1', 6, 'grace', 'belongs under [TORQUE]'),
+                ('[TORQ]\njob.b.active = no', 6, 'TORQ', 'did you mean', 'TORQUE'),
+                ('[Mine]\na = 1', 6, '[MINE] means nothing'),
+                ('[TORQUE]\njob.queu.active = no', 6, 'no handler', "did you mean 'queue'"),
                 ('[TORQUE]\njob.queue.actve = yes', 6, 'inactive job', "did you mean 'active'"),
+                (unpack + 'job.unpack.args = a\njob.mine.active = no\njob.mine.action = b', 0),
                 ('a = 1 ; note', 0), (';a = 1 ; b = 2', 0), ('a = 1;b=2', 0),
                 ('a = x=1\n   [ y=2 OR [ NOT z=3 ] ] ; w=4', 0),
                 ('a = {{# x\n  }}d.custom.set=dir,/srv/{{label}}', 0)):
             with self.subTest(text=text):
-                told = self.check(f'{HEAD}[S]\n{text}\n')[3]
+                told = self.check(f'{HEAD}[ANNOUNCE]\n{text}\n')[3]
                 self.assertEqual(len(told), bool(line), told)
                 for word in (f't.ini:{line}: ', *words) * len(told):
                     self.assertIn(word, told[0])
@@ -4875,6 +4890,64 @@ class IniTest(ConfigCase):
                 status, _, err, told = self.check(f'{first}  scgi_url = /nowhere\n  grace = 5\n')
                 self.assertIn('/nowhere: ' if status == 0 else f't.ini:{line}: ', err)
                 self.assertEqual(told, [])
+
+    def test_config_ini_beside_is_read_first(self):
+        self.write('config.ini', """\
+            [GLOBAL]
+            scgi_url = scgi://common:1
+            rtorrent_rc = /rc
+            other = %(x)s
+            [INFLUXDB]
+            url = http://common
+            user = me
+            [ANNOUNCE]
+            PBT = http://a/
+            no setting
+            """)
+        config = torque.config_ini
+        self.load('[INFLUXDB]\nurl = http://own\n')
+        self.assertEqual((config.engine.address.host, config.torque.rtorrent_rc), ('common', '/rc'))
+        self.assertNotIn('other', config.torque)
+        self.assertEqual((config.influxdb, config.announce),
+                         ({'url': 'http://own', 'user': 'me'}, {'PBT': 'http://a/'}))
+        self.assertRegex(config.notes[0], '/config.ini is read first, .* rtorrent_rc scgi_url')
+        self.load(HEAD)
+        self.assertEqual((config.engine.address.path, config.warnings), ('/nowhere', []))
+        self.write('config.ini', b'\xff')
+        self.load(HEAD)
+        self.assertIn('config.ini: not UTF-8', config.warnings[0])
+
+    def test_only_modest_files_are_read(self):
+        pipe = os.path.join(self.folder, 'pipe')
+        os.mkfifo(pipe)
+        for path, word in ((pipe, 'no regular file'), ('/dev/zero', 'no regular file'),
+                           (self.folder, 'no regular file'), (pipe + 's', 'No such file'),
+                           (self.write('large', '#' * 1048577), 'larger than 1.0 MiB')):
+            with self.subTest(path=path), self.assertRaisesRegex(torque.Mistakes, word):
+                torque.config_ini.load(path)
+
+    def test_secrets_stay_out_of_messages(self):
+        for text in ('token = hunter1\nhunter2', 'scgi_url = http://me:hun\nhunter2@host',
+                     'job.a.ping_url = https://me:hunter2@h/', 'password = hunter2 %(x)s',
+                     'token = a\n  grace=1 token hunter2', 'job.b.args = ls ; curl -u me:hunter2@h',
+                     'scgi_url =\n  http://me:hunter2@h\n  ftp:/',
+                     'job.b.handler = torque:Command\njob.b.schedule = 1h\njob.b.args = ls\n'
+                     'job.b.env = PW=x,hunter2'):
+            with self.subTest(text=text):
+                status, out, err, _ = self.check(f'{HEAD}{text}\n')
+                self.assertNotIn('hunter2', out + err)
+                self.assertRegex(err, r't\.ini:\d')
+
+    def test_many_jobs_are_quick(self):
+        compared = []
+
+        def compare(word, known, number):
+            compared.extend(known)
+            return []
+        text = ''.join(f'job.x{number}.active = yes\n' for number in range(800))
+        with mock.patch('difflib.get_close_matches', compare), self.assertRaises(torque.Mistakes):
+            self.load(HEAD + text)
+        self.assertLess(len(compared), 9000)
 
 
 class ConfigTest(ConfigCase):
@@ -4912,10 +4985,9 @@ class ConfigTest(ConfigCase):
         self.assertEqual(list(self.load('', url)), ['connstats'])
         self.assertEqual(self.load('[TORQUE]\njob.connstats.active = False', url), {})
         for name, handler in (('fluxstats', 'InfluxDB'), ('queue', 'QueueManager')):
-            if f'torque:{handler}' in torque.BUILT_IN:      # all of them, one day
-                jobs = self.load(f'[TORQUE]\njob.{name}.active = True', url)
-                self.assertEqual({name: type(job).__name__ for name, job in jobs.items()},
-                                 {'connstats': 'EngineStats', name: handler})
+            jobs = self.load(f'[TORQUE]\njob.{name}.active = True', url)
+            self.assertEqual({name: type(job).__name__ for name, job in jobs.items()},
+                             {'connstats': 'EngineStats', name: handler})
 
     def test_job_sees_its_settings(self):
         text = GOOD_INI + (
@@ -4993,12 +5065,12 @@ class ConfigTest(ConfigCase):
             shown.setdefault((section, key), []).append(value)
         names = [('EngineStats', 'connstats'), ('InfluxDB', 'fluxstats'), ('QueueManager', 'queue'),
                  ('TreeWatch', 'treewatch')]    # class, job
-        names += [(torque.HANDLERS.get(value, value).rpartition(':')[2], key.split('.')[1])
+        names += [(torque.handler_name(value).rpartition(':')[2], key.split('.')[1])
                   for (_, key), values in shown.items() if key.endswith('.handler')
                   for value in values]
         wanted = [('TORQUE', [''], option) for option in torque.TORQUE_OPTIONS]
-        wanted += [(job.section, [f'job.{name}.' for known, name in names if known == handler[7:]],
-                    option) for handler, job in torque.BUILT_IN.items() for option in job.options]
+        wanted += [(job.section, [f'job.{name}.' for known, name in names if known == job.__name__],
+                    option) for job in torque.BUILT_IN for option in job.options]
         names = {f'job.{key.split(".")[1]}.' for _, key in shown if key.startswith('job.')}
         wanted += [('', names, option) for option in torque.CORE_OPTIONS]
         for section, prefixes, option in wanted:
@@ -5046,8 +5118,8 @@ class BrokenIniTest(ConfigCase):
         ('[S]\nb = 1\n  -%(home)s-', '[78]', 'b: ', 'interpolated'))
     FLUX = (                                # settings of fluxstats or [INFLUXDB], the words told
         ('dbnam = x', "no such option; did you mean 'dbname'?"), ('buffer = many', "'many'", '0'),
-        ('gzip = perhaps', "'perhaps'"), ('timeout = x', "'x'", '15s'), ('tags = x', "'x'", '='),
-        ('api = 4', "'4'", '1, 2, 3'), ('url = http://me:hunter2@x/', 'http://me:***@x/'))
+        ('gzip = perhaps', "'perhaps'"), ('timeout = x', "'x'", '15s'),
+        ('tags = x', 'part 1 is', '='), ('api = 4', "'4'", '1, 2, 3'), ('url = http://me:hunter2@x/', 'http://me:***@x/'))
     FILES = (                               # whole files, the line, the words told
         ('x = 1\n' + HEAD, 1, "'x = 1' stands before any [SECTION]", '[TORQUE]'),
         ('\n# c\n[TORQUE\nscgi_url = /nowhere\n', 3, "'[TORQUE'"), (b'\xff\xfe[\0T\0', '', 'UTF-8'),
@@ -5089,7 +5161,7 @@ class HandlerTest(ConfigCase):
                 ('TreeWatch', three.replace('%s', 'watch')), ('Action', 'pyrosimple.job.action'),
                 ('Command', 'pyrosimple.job.action'), ('ItemCommand', 'pyrosimple.job.action'),
                 ('Move', 'pyrosimple.job.move_path:PathMover')):
-            for name in ['torque', *names.split()] * (f'torque:{ours}' in torque.BUILT_IN):
+            for name in ['torque', *names.split()]:
                 for colon in ':', '::':
                     name = (name if ':' in name else f'{name}:{ours}').replace(':', colon)
                     with self.subTest(name=name), self.assertRaisesRegex(
@@ -5129,13 +5201,17 @@ class HandlerTest(ConfigCase):
                 ('Starts', 'raise torque.UserError("odd", 5)', "job.a: ('odd', 5)"),
                 ('Starts', 'raise type("E", (torque.UserError,), {"__init__": lambda *_: None})(7)',
                  'job.a: 7'),
-                ('Starts', 'torque.config_ini.engine.has("d.name")', 'no such socket'),
                 ('Starts', 'raise torque.LoggableError("no luck")', 'no luck'),
                 ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
                 ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),
                 ('Starts', 'raise ValueError("a\\nb\\x1b")', f'good.py:{line}: ValueError: a')):
             self.assert_refused(f'{GOOD_INI}job.a.handler = good:{handler}\njob.a.code = {code}\n',
                                 6, 'job.a', word)
+
+    def test_absent_rtorrent_is_no_mistake(self):
+        with self.assertRaisesRegex(torque.Unreachable, 'no such socket'):
+            self.load(f'{GOOD_INI}job.a.handler = good:Starts\n'
+                      'job.a.code = torque.config_ini.engine.has("d.name")\n')
 
     def test_mistakes_found_late_name_their_line(self):
         for handler, settings, line, *words in (
@@ -5190,14 +5266,14 @@ class CommandLineTest(ConfigCase):
     def test_every_answer_helps(self):
         self.ini(GOOD_INI)
         options = [*torque.CORE_OPTIONS, *torque.TORQUE_OPTIONS, *(
-            option for job in torque.BUILT_IN.values() for option in job.options)]
+            option for job in torque.BUILT_IN for option in job.options)]
         for words, expected, *texts in (
                 (['--version'], 0, 'torque '), (['--help'], 0, '--run-once JOB', '78 config'),
-                (['--list-jobs'], 0, *torque.BUILT_IN, *(
+                (['--list-jobs'], 0, *(f'torque:{job.__name__}' for job in torque.BUILT_IN), *(
                     str(text) for option in options for text in (option[0], *option[2:]))),
                 (['-x'], 2, 'usage: ', '-x'), (['t.ini'], 2, 't.ini'), (['-D'], 2, '-D'),
                 ([*RUN[:3], 'b'], 2, "no job 'b'", ' a', ' connstats'),
-                (['-c', 'none.ini'], 78, 'none.ini: No such file'), (['-c', '.'], 78, '.: Is a '),
+                (['-c', 'none.ini'], 78, 'none.ini: No such file'), (['-c', '.'], 78, '.: is no '),
                 (['-c', 't.ini', '--log-file', '/nowhere/x'], 78, '/nowhere/x: No such file'),
                 (['-c', 't.ini', '-D', 'grace=x'], 78, "grace: 'x'")):
             with self.subTest(words=words):

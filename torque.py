@@ -36,6 +36,8 @@ import ast
 import binascii
 import bisect
 import collections
+import collections.abc
+import configparser
 import contextlib
 import errno
 import fnmatch
@@ -2524,36 +2526,65 @@ class ArgsTemplate(Template):
 # --- Jobs ------------------------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
 # its engine and to nothing above: files, threads and signals are other sections' business.
-# Built-in jobs list their options in a table that checks the ini and prints the help.
+# Built-in jobs list their options in a table that checks the ini and prints the help. A job is
+# made and cleaned up in the main thread; run() is called in a thread of its own, never twice
+# at once.
 
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
-class Settings(dict):
+class Settings(collections.abc.MutableMapping):
     """Settings by name: config.path or config['path']; as an attribute, None when missing."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return self.get(name)
+    def __init__(self, settings: Any = ()):
+        self.settings: dict[str, Any] = dict(settings)
 
-    __setattr__ = dict.__setitem__
+    def __getitem__(self, name: str) -> Any:
+        return self.settings[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.settings[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.settings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.settings)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what is no attribute. Python looks for __names__ that mean something.
+        if name.startswith('__') or name == 'settings':
+            raise AttributeError(name)
+        return self.settings.get(name)
 
     def __repr__(self) -> str:
-        return repr({name: '***' if re.search(SECRET + '$', name) and value else
-                     redacted(value) if isinstance(value, str) else value
-                     for name, value in self.items()})
+        shown = {}
+        for name, value in self.settings.items():
+            shown[name] = value
+            if re.search(SECRET + '$', name) and value:
+                shown[name] = '***'
+            elif isinstance(value, str):
+                shown[name] = redacted(value)
+        return repr(shown)
 
 
 class JobConfig(Settings):
-    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active.
+    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active ...
 
-    engine is the job's rTorrent. state_dir is where it may keep a file.
+    engine is the job's rTorrent, engines are those of all jobs. state_dir is where it may keep
+    files. alone: this is a single run, perhaps beside the daemon.
     """
-    engine: Any
-    state_dir: str
-    alone: bool                         # a single run, beside the daemon perhaps
-    __setattr__ = object.__setattr__
+
+    def __init__(self, settings: Any = (), engine: Any = None, engines: Any = (),
+                 state_dir: str = '', alone: bool = False):
+        super().__init__(settings)
+        self.engine = engine
+        self.engines = engines
+        self.state_dir = state_dir
+        self.alone = alone
 
 
 class Option(NamedTuple):
@@ -2574,8 +2605,11 @@ class Option(NamedTuple):
 
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
+    name = type(job).__name__
     config = getattr(job, 'config', None)
-    return logging.getLogger(f"torque.{getattr(config, 'job_name', None) or type(job).__name__}")
+    if config is not None:
+        name = getattr(config, 'job_name', None) or name
+    return logging.getLogger('torque.' + name)
 
 
 class Job:
@@ -2591,6 +2625,31 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
+    @classmethod
+    def takes(cls, setting: str) -> bool:
+        """Tell whether a setting is one of the options."""
+        for option in cls.options or ():
+            if setting in (option.name, option.alias):
+                return True
+        return setting.startswith(cls.families)
+
+    def risks(self) -> list[str]:
+        """Return what lets others harm the user by this job, a text each, to be warned of."""
+        return []
+
+    def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
+        """Return the torrents of a view that meet a condition, with the fields it names.
+
+        fields: `size uploaded`, or a list of names. A row reads as torrent.size and as
+        torrent['size']; hash and name are always there.
+        """
+        if isinstance(fields, str):
+            fields = fields.replace(',', ' ').split()
+        matcher = None
+        if condition.strip():
+            matcher = Filter(condition)
+        return list_torrents(self.engine, view, fields, matcher)
+
     def state_file(self, ending: str) -> str:
         """Return the path of a file that the job may keep."""
         name = f'{self.config.job_name}.{ending}'.replace('/', '_')
@@ -2598,8 +2657,10 @@ class Job:
 
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
-        self.LOG.info('%s%s', 'dry run, not done: ' if self.dry_run else '',
-                      ' '.join(str(word) for word in words if word))
+        text = ' '.join(str(word) for word in words if word)
+        if self.dry_run:
+            text = 'dry run, not done: ' + text
+        self.LOG.info('%s', text)
         return not self.dry_run
 
     def act(self, method: str, *params: Any) -> Any:
@@ -2607,7 +2668,8 @@ class Job:
         if self.dry_run:
             self.announce(method, *map(quoted, params))
             return None
-        return self.engine.open().call(method, *params)
+        answer, = without_errors(self.engine.tell([(method, *params)]))
+        return answer
 
 
 class EngineStats(Job):
@@ -2666,10 +2728,14 @@ def replace_file(path: str, text: str) -> None:
 
 def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
-    pairs = {part.partition('=')[0].strip(): part.partition('=')[2].strip()
-            for part in text.split(',') if part.strip()}
-    if not all(name and value for name, value in pairs.items()):
-        raise UserError(f'{text!r} is not understood; allowed is name=value, name=value')
+    pairs = {}
+    for number, part in enumerate(text.split(','), 1):
+        name, _, value = part.partition('=')
+        name, value = name.strip(), value.strip()
+        if name and value:
+            pairs[name] = value
+        elif part.strip():              # not shown: it may be the end of a password
+            raise UserError(f'part {number} is not understood; allowed is name=value, name=value')
     return pairs
 
 
@@ -4185,40 +4251,55 @@ class TreeWatch(Job):
 
 
 # --- Config ----------------------------------------------------------------------------------
-# torque.ini becomes entries (value and place), entries become settings, settings become jobs.
-# Every mistake is collected as one line `file:line: setting: what is wrong; what is allowed`;
-# only when there is none does anything start. config_ini is the configuration as jobs see it.
+# torque.ini becomes entries (a value and its place), entries become settings, settings become
+# planned jobs, and those become the objects that run. Mistakes are collected as (file, line,
+# text), so that all are told at once, each as `file:line: setting: what is wrong; what is
+# allowed`; only where there is none does anything start. What has no effect is a warning.
+# config_ini is the configuration as jobs see it. All of this runs in the main thread.
 
-DEFAULTS = {                            # jobs under those of the ini: handler, schedule, active
-    'connstats': ('torque:EngineStats', 'minute=*', 'yes'),
-    'fluxstats': ('torque:InfluxDB', 'second=*/15', 'no'),
-    'queue': ('torque:QueueManager', 'second=*/15', 'no'),
-    'treewatch': ('torque:TreeWatch', 'hour=*', 'no')}
-HANDLERS = {                            # names that pyrocore and pyrosimple have for our jobs
-    f'{package}.{name}': f'torque:{ours}'
-    for package in ('pyrocore.torrent', 'pyrocore.job', 'pyrosimple.torrent', 'pyrosimple.job')
-    for name, ours in {
-        'jobs:EngineStats': 'EngineStats', 'metrics:EngineStats': 'EngineStats',
-        'jobs:InfluxDBStats': 'InfluxDB', 'jobs:InfluxDB': 'InfluxDB',
-        'queue:QueueManager': 'QueueManager', 'watch:QueueManager': 'QueueManager',
-        'watch:TreeWatch': 'TreeWatch',
-        'action:Action': 'Action', 'action:Command': 'Command',
-        'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}
-BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
-            if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
+INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+DEFAULTS = """[TORQUE]
+job.connstats.handler = torque:EngineStats
+job.connstats.schedule = minute=*
+job.connstats.active = yes
+job.fluxstats.handler = torque:InfluxDB
+job.fluxstats.schedule = second=*/15
+job.fluxstats.active = no
+job.queue.handler = torque:QueueManager
+job.queue.schedule = second=*/15
+job.queue.active = no
+job.treewatch.handler = torque:TreeWatch
+job.treewatch.schedule = hour=*
+job.treewatch.active = no
+"""
+DEFAULT_JOBS = ('connstats', 'fluxstats', 'queue', 'treewatch')
+BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
+# Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
+OLD_HANDLERS = {
+    'jobs:EngineStats': 'EngineStats',
+    'metrics:EngineStats': 'EngineStats',
+    'jobs:InfluxDBStats': 'InfluxDB',
+    'jobs:InfluxDB': 'InfluxDB',
+    'queue:QueueManager': 'QueueManager',
+    'watch:QueueManager': 'QueueManager',
+    'watch:TreeWatch': 'TreeWatch',
+    'action:Action': 'Action',
+    'action:Command': 'Command',
+    'action:ItemCommand': 'ItemCommand',
+    'move_path:PathMover': 'Move'}
 
 
 def origin(error: BaseException) -> str:
     """Return one line that says what was raised and in which line of which file."""
+    if isinstance(error, SyntaxError):
+        return f'{error.filename}:{error.lineno}: {error.msg}'
     place, trace = '', error.__traceback__
     while trace:
         file = trace.tb_frame.f_code.co_filename
         if not file.startswith('<') and file != __file__:
             place = f'{file}:{trace.tb_lineno}: '
         trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        return f'{error.filename}:{error.lineno}: {error.msg}'
     return f'{place}{type(error).__name__}: {error}'
 
 
@@ -4229,27 +4310,58 @@ def required(text: str) -> str:
     return text
 
 
-def import_handler(text: str) -> Any:
-    """Return the class that `module.path:ClassName` names."""
-    text = required(text).replace('::', ':')
-    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
-        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
-    module, name = HANDLERS.get(text, text).split(':')
+def handler_name(text: str) -> str:
+    """Return the `module:Class` of a handler, of ours for those of pyrocore and pyrosimple.
+
+    >>> handler_name('pyrocore.torrent.jobs::InfluxDBStats'), handler_name('my.jobs:Space')
+    ('torque:InfluxDB', 'my.jobs:Space')
+    """
+    text = text.replace('::', ':')
+    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.(\S+)', text)
+    if old and old[1] in OLD_HANDLERS:
+        return 'torque:' + OLD_HANDLERS[old[1]]
+    return text
+
+
+def built_in(text: str) -> Any:
+    """Return the built-in class that a handler names, None where it is another's."""
+    name = handler_name(text)
+    for job in BUILT_IN:
+        if name == f'torque:{job.__name__}':
+            return job
+    return None
+
+
+def import_module(module: str, name: str) -> Any:
+    """Return a module that has the class `name`; raises UserError whatever goes wrong."""
     import importlib
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if module != missing and not module.startswith(missing + '.'):
+            raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
+        hint = nearest(f'torque:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
+        if module.endswith('.py'):
+            hint = f'; write {module[:-3]}:{name}'
+        raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
+                        f'Python does){hint}') from None
     except (Exception, SystemExit) as error:    # whatever the module does when imported
-        if isinstance(error, ModuleNotFoundError) and error.name and (
-                module == error.name or module.startswith(error.name + '.')):
-            hint = f'; write {module[:-3]}:{name}' if module.endswith('.py') else \
-                nearest(text, BUILT_IN)
-            raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
-                            f'Python does){hint}') from None
         raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-    if not callable(getattr(found, name, None)):
-        classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
-        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, classes)}')
-    return getattr(found, name)
+
+
+def import_handler(text: str) -> Any:
+    """Return the class that `module.path:ClassName` names."""
+    handler = handler_name(required(text))
+    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
+        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
+    path, name = handler.split(':')
+    module = import_module(path, name)
+    handler_class = getattr(module, name, None)
+    if not callable(handler_class):
+        classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
+        raise UserError(f'module {path!r} has no class {name!r}{nearest(name, classes)}')
+    return handler_class
 
 
 def parse_due(text: str) -> Schedule:
@@ -4273,6 +4385,7 @@ CORE_OPTIONS = (                        # what any job has
     Option('active', parse_bool, 'yes', 'no: the job is ignored'),
     Option('dry_run', parse_bool, 'no', 'only say what would be done'),
     Option('scgi_url', str, '', 'rTorrent of this job; left out, that of [TORQUE]'),
+    Option('same_files', parse_bool, '', 'as in [TORQUE], for this job'),
     Option('log_level', parse_level, '', 'DEBUG, INFO, WARNING or ERROR'),
     Option('max_runtime', parse_duration, '', 'a run is called overdue after this time'),
     Option('catch_up', parse_bool, 'no', 'make up at the start for a run missed before'),
@@ -4283,6 +4396,9 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('rtorrent_rc', str, '', "rTorrent's configuration"),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
     Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
+    Option('same_files', parse_bool, 'no', 'paths of rTorrent mean files of this machine, '
+                                           'though torque cannot prove it'),
+    Option('dry_run', parse_bool, 'no', 'all jobs only say what would be done'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
     Option('pid_file', str, '', 'left out, torque.pid in state_dir'),
@@ -4290,13 +4406,32 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
+CORE_NAMES = [option.name for option in CORE_OPTIONS]
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
+class Place(NamedTuple):
+    """Where a setting stands: a file or `-D`, and the line, 0 where there is none."""
+    file: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        if self.line:
+            return f'{self.file}:{self.line}'
+        return self.file
+
+
 class Entry(NamedTuple):
-    """A value in the ini, and where it stands, as file:line."""
+    """A value of the configuration, and where it stands."""
     value: str
-    place: str
+    place: Place
+
+
+class Mistake(NamedTuple):
+    """What is wrong, and in which line (0: none) of which file."""
+    file: str
+    line: int
+    text: str
 
 
 class UnknownJob(UserError):
@@ -4304,111 +4439,210 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration, a line each."""
+    """All that is wrong with a configuration; `lines` has a line for each, in order."""
 
-    def __init__(self, lines: list[str]):
-        def number(line: str) -> list[int]:
-            return [int(digits) for digits in re.findall(r'^[^:]*:(\d+): ', line)]
-        self.lines = [one_line(line) for line in sorted(dict.fromkeys(lines), key=number)]
+    def __init__(self, mistakes: Iterable[Mistake]):
+        self.mistakes = list(dict.fromkeys(mistakes))
+        self.lines = []
+        for file, line, text in sorted(self.mistakes, key=operator.itemgetter(0, 1)):
+            self.lines.append(one_line(f'{Place(file, line)}: {text}'))
         super().__init__('\n'.join(self.lines))
 
 
+class NumberedParser(configparser.RawConfigParser):
+    """Puts before each key the number of its line, and leaves the delimiter behind it.
+
+    optionxform() is called while the line of the key is in hand. Keys with numbers are all
+    different, so none is lost when it is given twice.
+    """
+    SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
+    # Matches any line, so that none ends the reading; is_key() tells what was no key.
+    OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
+
+    def __init__(self) -> None:
+        super().__init__(strict=False, default_section='', interpolation=None)
+        self.number = 0
+
+    def counted(self, lines: Iterable[str]) -> Iterator[str]:
+        """Give a header for what stands before the first one, then the lines."""
+        yield '[ ]'
+        for self.number, line in enumerate(lines, 1):
+            yield line
+
+    def optionxform(self, optionstr: str) -> str:
+        return f'{self.number} {optionstr}'
+
+    def rows(self) -> list[tuple[int, str, str, str]]:
+        """Return (line, section, key with delimiter, value) of all that was read, in order."""
+        rows = []
+        for section in self.sections():
+            for numbered, value in self.items(section):
+                number, _, key = numbered.partition(' ')
+                rows.append((int(number), section.strip().upper(), key, value))
+        return sorted(rows)
+
+
+def is_key(text: str) -> bool:
+    """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
+    return text[-1] in '=:' and text[0] not in '=:[' and not re.search(r'\s;', text)
+
+
+def excerpt(text: str, line: str) -> str:
+    """Return part of a line as a message may show it; line: what tells of secrets in it."""
+    if re.search(SECRET + '|url', line):
+        return '***'
+    return quoted(redacted(text.strip()), 60)
+
+
 class Ini:
-    """The entries of configuration files by section and key, mistakes, and warnings."""
+    """The entries of configuration files by section and key; mistakes, warnings, notes."""
 
     def __init__(self) -> None:
         self.sections: dict[str, dict[str, Entry]] = {'TORQUE': {}}
-        self.mistakes: list[str] = []
+        self.mistakes: list[Mistake] = []
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
-    @staticmethod
-    def excerpt(text: str, line: str) -> str:
-        """Return part of a line as a message may show it."""
-        return '***' if re.search(SECRET, line) else quoted(redacted(text.strip()), 60)
+    def refuse(self, place: Place, text: str) -> None:
+        """Add a mistake."""
+        self.mistakes.append(Mistake(*place, text))
 
-    def read(self, lines: Iterable[str], name: str) -> None:
-        """Add the entries of one file, by the rules of pyrocore's parser.
+    def warn(self, place: Place, text: str) -> None:
+        """Add a warning of what has no effect, or another one than it seems."""
+        self.warnings.append(one_line(f'{place}: {text}'))
 
-        configparser knows no lines, and cuts comments from the wrong ones.
-        """
-        section = key = ''
-        indent: int | None = None               # of the last key: what stands deeper goes on it
-        found: dict = {}                        # (section, key) -> [value, place]
+    def read(self, text: str, file: str) -> None:
+        """Add the entries of one file."""
+        lines = [line.rstrip() for line in text.split('\n')]
+        parser = NumberedParser()
+        parser.read_file(parser.counted(lines), file)
+        rows = parser.rows()
+        self.warn_of_glued(lines, file, {row[0] for row in rows})
+        seen: dict[tuple, Place] = {}
+        before = ''
+        for number, section, key, value in rows:
+            place, line = Place(file, number), lines[number - 1]
+            shown = excerpt(line, before + line)
+            before = name = key[:-1].rstrip()
+            if not is_key(key):
+                self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
+            elif not section and number == rows[0][0]:
+                self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
+                                   'under [TORQUE]')
+            elif section:
+                if (section, name) in seen:
+                    self.warn(place, f'{name} stands here again, and this one counts, not that '
+                                     f'of {seen[section, name]}')
+                seen[section, name] = place
+                self.add(section, name, self.without_comment(name, value, line, place), place)
+
+    def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
+        """Warn of lines that look like settings, and go on a value because they are indented."""
         for number, line in enumerate(lines, 1):
-            line, place = line.replace('\ufeff', '').rstrip(), f'{name}:{number}'
-            text, depth = line.lstrip(), len(line) - len(line.lstrip())
-            deeper = indent is not None and depth > indent
-            if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
-                continue
-            if deeper:
-                if key:                         # else it goes on a line that was refused
-                    found[section, key][0] += '\n' + text
-                    if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
-                        self.warnings.append(f'{place}: an indented line belongs to the value '
-                                             f'above it: {self.excerpt(text, line)}')
-                continue
-            cut = re.search(r'\s;', text)
-            header = re.match(r'\[([^]]+)\]', text)
-            entry = re.match(r'([^=:[][^=:]*)[=:](.*)', text[:cut.start()] if cut else text)
-            if header:
-                section, key, indent = header[1].upper(), '', None
-            elif not section or not entry:
-                self.mistakes.append(f'{place}: {self.excerpt(text, line)} ' + (
-                    'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
-                    else 'stands before any [SECTION]; settings belong under [TORQUE]'))
-                section, key, indent = section or '?', '', depth
-            else:
-                if cut and '=' in text[cut.end():]:
-                    self.warnings.append(f'{place}: text after `;` is a comment: '
-                                         f'{self.excerpt(text[cut.end():], line)}')
-                key, indent = entry[1].strip(), depth
-                if (section, key) in found:
-                    self.warnings.append(f'{place}: {key} stands here again, and this one counts, '
-                                         f'not that of {found[section, key][1]}')
-                found[section, key] = [entry[2].strip(), place]
-        for (section, key), (value, place) in found.items():
-            self.add(section, key, '' if value == '""' else value, place)
+            if number not in keys and re.match(
+                    rf"\s+(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", line):
+                self.warn(Place(file, number), 'an indented line belongs to the value above it: '
+                                               + excerpt(line, line))
 
-    def add(self, section: str, key: str, value: str, place: str) -> None:
+    def without_comment(self, key: str, value: str, line: str, place: Place) -> str:
+        """Return a value without the `; note` that ends its first line, and without empty lines."""
+        first, *more = value.split('\n')
+        comment = re.search(r'\s;', line)
+        if comment:
+            first = first[:comment.start() - len(line)].rstrip()
+            said = line[comment.end():]
+            if re.search(r'\.(args$|cmd[._])', key):
+                self.warn(place, f'{key}: cut off from the command, as text after ` ;` is a '
+                                 f'comment: {excerpt(said, line)}; a ; without a blank before '
+                                 'it belongs to the value')
+            elif '=' in said:
+                self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
+        if first == '""':
+            first = ''
+        return '\n'.join([first, *filter(None, more)])
+
+    def add(self, section: str, key: str, value: str, place: Place) -> None:
         """Add one entry; a later one replaces an earlier one."""
-        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.mistakes.append(f'{place}: {key}: {self.excerpt(value, key)}: nothing is '
-                                 'interpolated; write the value itself, and %% for %')
-        self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
+        if not key.isprintable():
+            self.refuse(place, f'{quoted(key)}: a name has no control characters')
+        elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
+                               'the value itself, and %% for %')
+        else:
+            self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
 
-    def warn_if_near(self, word: str, known: Iterable[str], place: str, text: str) -> None:
-        """Warn of something without an effect where it looks like a slip."""
-        close = nearest(word, known)
-        if close:
-            self.warnings.append(f'{place}: {text}{close}')
+    def override(self, text: str) -> None:
+        """Add what -D says: KEY=VALUE or section.KEY=VALUE."""
+        place, shown = Place('-D'), excerpt(text, text)
+        key, equals, value = text.partition('=')
+        key, value = key.strip(), value.strip()
+        section, dot, rest = key.partition('.')
+        if not equals or not key:
+            self.refuse(place, f'{shown}: allowed is KEY=VALUE or section.KEY=VALUE')
+        elif dot and section.upper() in {*self.sections, *SECTIONS}:
+            self.add(section.upper(), rest, value, place)
+        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
+            self.refuse(place, f'{shown}: there is no section [{section.upper()}]')
+        else:
+            self.add('TORQUE', key, value, place)
 
 
-def convert(text: str) -> Any:
-    """Return a value as pyrocore's jobs expect it: digits as int, words of truth as bool.
+def read_text(path: str) -> str:
+    """Return the text of a configuration file; raises Mistakes where there is none."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):   # a pipe would block, a device
+            wrong = 'is no regular file'                        # might never end
+        elif os.path.getsize(path) > INI_LIMIT:
+            wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
+        else:
+            with open(path, encoding='utf-8-sig') as stream:
+                return stream.read()
+    except UnicodeDecodeError as error:
+        wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
+    except OSError as error:
+        wrong = str(error.strerror)
+    raise Mistakes([Mistake(path, 0, wrong)])
 
-    >>> convert('12'), convert('No'), convert('text')
-    (12, False, 'text')
-    """
-    if re.fullmatch('[0-9]{1,4000}', text):     # Python refuses to convert more
-        return int(text)
-    return parse_bool(text) if text.lower() in 'true yes on false no off'.split() else text
+
+def read_common(ini: Ini, path: str) -> None:
+    """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
+    file = beside(path, 'config.ini')
+    if not os.path.isfile(file) or os.path.realpath(path) == file:
+        return
+    common = Ini()
+    try:
+        common.read(read_text(file), file)
+    except Mistakes as error:
+        ini.warnings.append(str(error))
+    used = set()
+    for section, entries in common.sections.items():
+        for key, entry in entries.items():
+            if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
+                ini.sections['TORQUE'][key] = entry
+                used.add(key)
+            elif section in ('INFLUXDB', 'ANNOUNCE'):
+                ini.sections.setdefault(section, {})[key] = entry
+                used.add(f'[{section}]')
+    if used:
+        ini.notes.append(f"{file} is read first, for its {' '.join(sorted(used))}")
 
 
-class PlannedJob(NamedTuple):
-    """A job that can be made; place is where the user's file speaks of it."""
-    name: str
-    make: Callable[[JobConfig], Any]
-    config: JobConfig
-    schedule: Schedule
-    places: dict[str, str]              # of its settings, and '' of the first
-    source: dict[str, str]              # all texts it is made of: the same, and so is the job
+def read_files(path: str, overrides: Iterable[str]) -> Ini:
+    """Return the entries of the defaults, of the user's files over them, and of -D over all."""
+    ini = Ini()
+    ini.read(DEFAULTS, '<defaults>')
+    read_common(ini, path)
+    ini.read(read_text(path), path)
+    for text in overrides:
+        ini.override(text)
+    return ini
 
 
 def beside(path: str, name: str | None) -> str:
     """Return where a file named in a configuration is: a relative name is beside it."""
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.join(folder, os.path.expanduser(name)) if name else ''
+    if not name:
+        return ''
+    return os.path.join(os.path.dirname(os.path.realpath(path)), os.path.expanduser(name))
 
 
 def default_state_dir(path: str) -> str:
@@ -4420,96 +4654,115 @@ def default_state_dir(path: str) -> str:
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
 
-def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's file over them, and of -D over both."""
-    ini = Ini()
-    for name, values in DEFAULTS.items():
-        for key, value in zip(('handler', 'schedule', 'active'), values):
-            ini.add('TORQUE', f'job.{name}.{key}', value, '<defaults>')
-    try:
-        with open(path, encoding='utf-8') as stream:
-            ini.read(stream, path)
-    except UnicodeDecodeError as error:
-        raise Mistakes([f'{path}: not UTF-8 text: {error.reason} at byte {error.start}']) from None
-    except OSError as error:
-        raise Mistakes([f'{path}: {error.strerror}']) from None
-    for text in overrides:
-        key, equals, value = text.partition('=')
-        shown = ini.excerpt(text, text)
-        section, dot, rest = key.strip().partition('.')
-        if not equals or not key.strip():
-            ini.mistakes.append(f'-D {shown}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif dot and section.upper() in {*ini.sections, *SECTIONS}:
-            ini.add(section.upper(), rest, value.strip(), '-D')
-        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
-            ini.mistakes.append(f'-D {shown}: there is no section [{section.upper()}]')
-        else:
-            ini.add('TORQUE', key.strip(), value.strip(), '-D')
-    return ini
+def convert(text: str) -> Any:
+    """Return a value as pyrocore's jobs expect it: digits as int, words of truth as bool.
+
+    >>> convert('12'), convert('No'), convert('text')
+    (12, False, 'text')
+    """
+    if re.fullmatch('[0-9]{1,4000}', text):     # Python refuses to convert more
+        return int(text)
+    if text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
+        return parse_bool(text)
+    return text
 
 
-def first_place(entries: dict[str, Entry]) -> str:
+def first_place(entries: dict[str, Entry]) -> Place:
     """Return where the user's file begins to speak of something."""
-    return next((entry.place for entry in entries.values() if entry.place != '<defaults>'),
-                '<defaults>')
+    for entry in entries.values():
+        if entry.place.file != '<defaults>':
+            return entry.place
+    return Place('<defaults>')
 
 
 def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
     """Return the entries of each job by name; tell of those that torque has no use for."""
     groups: dict[str, dict[str, Entry]] = {}
-    ignored = set()
+    unknown, ignored = {}, set()
     for key, entry in ini.sections['TORQUE'].items():
         stem, _, rest = key.partition('.')
         name, _, param = rest.partition('.')
         if stem == 'job' and name and param:
             groups.setdefault(name, {})[param] = entry
         elif stem == 'job':
-            ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
+            ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
         elif stem in ('apscheduler', 'httpd'):
             ignored.add(f'{stem}.*')
-        elif stem not in TORQUE_NAMES:
-            ini.warn_if_near(stem.lower(), [*TORQUE_NAMES, 'job'], entry.place,
-                             f'{key} means nothing to torque')
-    for section, entries in ini.sections.items():
-        if section not in SECTIONS:
-            ini.warn_if_near(section, SECTIONS, first_place(entries),
-                             f'section [{section}] means nothing to torque')
+        elif key not in TORQUE_NAMES:
+            unknown[key] = entry.place
+    for key, place in unknown.items():
+        ini.warn(place, f'{key} means nothing to torque{where_it_belongs(key, groups)}')
     for name, entries in groups.items():
-        if 'handler' not in entries:
-            ini.warn_if_near(name, groups.keys() - {name}, first_place(entries),
-                             f'job.{name} has no handler')
+        hint = nearest(name, DEFAULT_JOBS)
+        if hint and 'handler' not in entries:
+            ini.warn(first_place(entries), f'job.{name} has no handler{hint}')
     if ignored:
         ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
     return groups
 
 
+def where_it_belongs(key: str, groups: dict[str, dict[str, Entry]]) -> str:
+    """Return what to write instead of a key of [TORQUE] that has no effect there."""
+    stem, _, rest = key.partition('.')
+    if rest and stem.lower() in ('job', 'jobs'):
+        return f'; did you mean {"job." + rest!r}?'
+    if rest and stem in groups:
+        return f'; did you mean {"job." + key!r}?'
+    if key in CORE_NAMES:
+        return f'; write job.NAME.{key}, for each job'
+    for name, entries in groups.items():
+        job = 'handler' in entries and built_in(entries['handler'].value)
+        if job and job.takes(key):
+            if job.section == 'INFLUXDB':
+                return f'; it belongs under [INFLUXDB], or write job.{name}.{key}'
+            return f'; write job.{name}.{key}'
+    return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
+
+
+def warn_of_sections(ini: Ini) -> None:
+    """Warn of sections, and of settings in them, that have no effect."""
+    for section, entries in ini.sections.items():
+        if section not in SECTIONS:
+            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+            ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
+        elif section != 'TORQUE':
+            for key, entry in entries.items():
+                if key.startswith('job.') or key in TORQUE_NAMES:
+                    ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs '
+                                          'under [TORQUE]')
+
+
 def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
-            mistakes: list[str]) -> Settings:
-    """Return the values of options, noting the mistakes in them."""
+            mistakes: list[Mistake]) -> Settings:
+    """Return the values of options, adding the mistakes in them to `mistakes`."""
     values = Settings()
     for option in options:
         entry = entries.get(option.name) or entries.get(option.alias)
         typed = option.kind != 'text'           # empty is as if it were left out
-        text = entry.value if entry and (entry.value or not typed) else option.default
+        text = option.default
+        if entry and (entry.value or not typed):
+            text = entry.value
+        values[option.name] = None
+        if typed and text == '':
+            continue
         try:
-            values[option.name] = None if typed and text == '' else option.parse(text)
+            values[option.name] = option.parse(text)
         except UserError as error:
-            place = entry.place if entry else first_place(entries)
-            mistakes.append(f'{place}: {prefix}{option.name}: {error}')
-            values[option.name] = None
+            place = first_place(entries)
+            if entry:
+                place = entry.place
+            mistakes.append(Mistake(*place, f'{prefix}{option.name}: {error}'))
     return values
 
 
-def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dict[str, Entry],
-                   mistakes: list[str]) -> None:
-    """Note what a built-in job, or the section for its like, has that is none of its options."""
-    known = [name for option in (*CORE_OPTIONS, *job.options)
-             for name in (option.name, option.alias) if name]
-    groups = {prefix: entries, '': {} if job.section == 'TORQUE' else shared}
-    mistakes += [f'{entry.place}: {before}{key}: {job.__name__} has no such option'
-                 f"{nearest(key, known) or '; see --list-jobs'}"
-                 for before, group in groups.items() for key, entry in group.items()
-                 if key not in known and not key.startswith(job.families)]
+def unknown_options(job: Any, prefix: str, entries: dict[str, Entry]) -> list[Mistake]:
+    """Return what a built-in job, or the section for its like, has that is none of its options."""
+    known = list(CORE_NAMES)
+    for option in job.options:
+        known += filter(None, (option.name, option.alias))
+    return [Mistake(*entry.place, f'{prefix}{key}: {job.__name__} has no such option'
+                                  f"{nearest(key, known) or '; see --list-jobs'}")
+            for key, entry in entries.items() if key not in CORE_NAMES and not job.takes(key)]
 
 
 def is_off(entries: dict[str, Entry]) -> bool:
@@ -4521,39 +4774,40 @@ def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
     """Tell whether a job is active; warn of a slip that may be what keeps it from that."""
     if not is_off(entries):
         return True
-    names = [option.name for option in CORE_OPTIONS]
-    for key, entry in entries.items():
-        if key not in names and key[:3] != 'cmd':
-            ini.warn_if_near(key, names, entry.place, f'job.{name}.{key} of an inactive job')
+    job = 'handler' in entries and built_in(entries['handler'].value)
+    if job:
+        for file, line, text in unknown_options(job, f'job.{name}.', entries):
+            ini.warn(Place(file, line), f'{text} (of an inactive job)')
     return False
 
 
-def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> PlannedJob:
-    """Return a job ready to be made, if there are no mistakes."""
-    prefix, places = f'job.{name}.', {key: entry.place for key, entry in entries.items()}
-    core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-    make, schedule = core.pop('handler'), core.pop('schedule')
-    config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
-                        convert(entry.value)) for key, entry in entries.items())
-    for key in entries.keys() & {*JobConfig.__annotations__, *dir(dict)}:
-        ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
-                            f'the job finds it as config[{key!r}]')
-    if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-        shared = ini.sections.get(make.section, {})
-        refuse_unknown(make, prefix, entries, shared, ini.mistakes)
-        for option in make.options:
-            if option.name in entries and option.alias in entries:
-                ini.warnings.append(f'{entries[option.alias].place}: {prefix}{option.alias} is '
-                                    f'another name of {option.name}, and that counts')
-        entries = {**entries, **{
-            option.name: shared[option.name] for option in make.options
-            if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
-        config.update({key: entry.value for key, entry in entries.items()
-                       if key.startswith(make.families)},
-                      **checked(make.options, entries, prefix, ini.mistakes))
-    config.update(core, job_name=name, dry_run=core.dry_run or dry_run)
-    return PlannedJob(name, make, config, schedule, {**places, '': first_place(entries)},
-                      {key: entry.value for key, entry in entries.items()})
+class PlannedJob(NamedTuple):
+    """A job that can be made."""
+    name: str
+    make: Callable[[JobConfig], Any]
+    config: JobConfig
+    schedule: Schedule
+    places: dict[str, Place]            # of its settings, and '' of the first
+    source: dict[str, str]              # all texts it is made of: the same, and so is the job
+
+
+def with_shared(job: Any, prefix: str, entries: dict[str, Entry], ini: Ini) -> dict[str, Entry]:
+    """Return a built-in job's entries with those that its section gives to all of its kind.
+
+    What is none of its options is a mistake.
+    """
+    shared, merged = ini.sections.get(job.section, {}), dict(entries)
+    ini.mistakes += unknown_options(job, prefix, entries)
+    if job.section != 'TORQUE':
+        own = {key: entry for key, entry in shared.items() if not key.startswith('job.')}
+        ini.mistakes += unknown_options(job, '', own)
+    for option in job.options:
+        if option.name in entries and option.alias in entries:
+            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
+                                                  f'{option.name}, and that counts')
+        elif option.name in shared and option.name not in entries and option.alias not in entries:
+            merged[option.name] = shared[option.name]
+    return merged
 
 
 class Config(Settings):
@@ -4561,68 +4815,103 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    __setattr__ = object.__setattr__
     former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
-        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], '', ini.mistakes)
+        self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
+        warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
-        self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
-        self.clear()
-        for section, entries in ini.sections.items():
-            self[section.lower()] = Settings((key, entry.value) for key, entry in entries.items())
-        self['torque'] = Settings((key, convert(text)) for key, text in self['torque'].items())
-        self['torque'].update(options)
-        self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
-        self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
-        self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
-        self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
-        folder = os.path.dirname(os.path.realpath(path))
-        if folder not in sys.path:
-            sys.path.append(folder)
-        for entries in groups.values():         # modules first: they may add fields of torrents
-            if 'handler' in entries and not is_off(entries):
-                with contextlib.suppress(UserError):
-                    import_handler(entries['handler'].value)
+        self.fill(ini, dry_run)
+        import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
         for name, entries in groups.items():
             if name == only or only is None and is_active(name, entries, ini):
-                planned = plan_job(name, entries, ini, dry_run)
-                planned.config.engine = self.find_engine(entries, f'job.{name}.', ini) \
-                    if planned.config.scgi_url else self.engine
-                planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
-                self.jobs.append(planned)
+                self.jobs.append(self.plan(name, entries, ini, bool(only)))
+        for planned in self.jobs:
+            planned.config.engines = list(self.engines.values())
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
+
+    def fill(self, ini: Ini, dry_run: bool) -> None:
+        """Replace the sections by those of the files, and work out what all jobs share."""
+        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], '', ini.mistakes)
+        self.clear()
+        for section, entries in ini.sections.items():
+            self[section.lower()] = Settings({key: entry.value for key, entry in entries.items()})
+        for key, entry in ini.sections['TORQUE'].items():
+            self.torque[key] = convert(entry.value)
+        self.torque.update(options)
+        self.torque['dry_run'] = bool(options.dry_run or dry_run)
+        self.state_dir = beside(self.path, options.state_dir) or default_state_dir(self.path)
+        self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
+        self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
+        self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
+
+    def plan(self, name: str, entries: dict[str, Entry], ini: Ini, alone: bool) -> PlannedJob:
+        """Return a job ready to be made, if there are no mistakes."""
+        prefix = f'job.{name}.'
+        core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
+        make, schedule = core.pop('handler'), core.pop('schedule')
+        config = JobConfig({key: convert(entry.value) for key, entry in entries.items()})
+        if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
+            entries = with_shared(make, prefix, entries, ini)
+            config.update(checked(make.options, entries, prefix, ini.mistakes))
+            families = [key for key in entries if key.startswith(make.families)]
+            config.update((key, entries[key].value) for key in families)
+        source = {key: entry.value for key, entry in entries.items()}
+        config.update(core, job_name=name, handler=source.get('handler'),
+                      schedule=source.get('schedule'))
+        if self.torque.dry_run:
+            config['dry_run'] = True
+        if core.same_files is None:
+            config['same_files'] = self.torque.same_files
+        config.engine = self.engine
+        if core.scgi_url:
+            config.engine = self.find_engine(entries, prefix, ini)
+        config.state_dir, config.alone = self.state_dir, alone
+        for key in entries:
+            if key in dir(JobConfig) or key in vars(config):
+                ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
+                                             f'the job finds it as config[{key!r}]')
+        places = {key: entry.place for key, entry in entries.items()}
+        places[''] = first_place(entries)
+        return PlannedJob(name, make, config, schedule, places, source)
 
     def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
         """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
         entry, key = entries.get('scgi_url'), prefix + 'scgi_url'
-        url = entry.value if entry else ''
         try:
-            if not url and ini.mistakes:        # it may be among what was not understood
+            if entry and entry.value:
+                return self.engine_at(entry.value)
+            if ini.mistakes:                    # it may be among what was not understood
                 return None
-            if not url:
-                url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
-            made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT,
-                       self.torque.rpc_limit or RPC_LIMIT)
-            if made_of not in self.engines:
-                engine = self.former.get(made_of)
-                if not engine:
-                    engine = Engine(*made_of)
-                    engine.aliases = self.aliases
-                self.engines[made_of] = engine
-            return self.engines[made_of]
-        except UserError as error:
             entry = entry or entries.get('rtorrent_rc')
-            ini.mistakes.append(f'{entry.place if entry else self.path}: {key}: {error}')
+            url = find_url(self.torque.rtorrent_rc)
+            key = 'rtorrent_rc'
+            return self.engine_at(url)
+        except UserError as error:
+            place = Place(self.path)
+            if entry:
+                place = entry.place
+            ini.refuse(place, f'{key}: {error}')
             return None
+
+    def engine_at(self, url: str) -> Engine:
+        """Return the Engine at an address: one for all jobs that name the same."""
+        made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT, self.torque.rpc_limit or RPC_LIMIT)
+        if made_of not in self.engines:
+            engine = self.former.get(made_of)
+            if not engine:
+                engine = Engine(*made_of)
+                engine.aliases = self.aliases
+            self.engines[made_of] = engine
+        return self.engines[made_of]
 
     def snapshot(self) -> list:
         """Return what restore() takes to go back to this configuration."""
@@ -4637,32 +4926,57 @@ class Config(Settings):
         vars(self).update(attributes)
 
 
+def import_modules(path: str, groups: dict[str, dict[str, Entry]]) -> None:
+    """Import the modules of all active jobs: each may add fields that others' conditions name."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    for entries in groups.values():
+        if 'handler' in entries and not is_off(entries):
+            with contextlib.suppress(UserError):
+                import_handler(entries['handler'].value)
+
+
 def clean_up(name: str, job: Any) -> None:
-    """Call a job's cleanup(), whatever comes of it."""
+    """Call a job's cleanup(), if it has one, whatever comes of it."""
     try:
-        getattr(job, 'cleanup', lambda: None)()
+        if hasattr(job, 'cleanup'):
+            job.cleanup()
     except BaseException as error:
         logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
+
+
+def make_job(planned: PlannedJob) -> Any:
+    """Return the object of a job; raises Mistakes."""
+    place, name = planned.places[''], f'job.{planned.name}'
+    try:
+        job = planned.make(planned.config)
+        if callable(getattr(job, 'run', None)):
+            return job
+        text = f'{name}: the class has no run()'
+    except Unreachable:                         # no mistake: it may be there the next time
+        raise
+    except UserError as error:
+        place = planned.places.get(error.option, place)
+        text = f'{name}: {error}'
+        if error.option:
+            text = f'{name}.{error.option}: {error}'
+    except (Exception, SystemExit) as error:
+        text = f'{name} cannot be made: {origin(error)}'
+    raise Mistakes([Mistake(*place, text)])
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
-    mistakes = []
+    mistakes: list[Mistake] = []
     Engine.making.jobs = True
     try:
         for planned in plans:
             try:
-                job = made[planned.name] = planned.make(planned.config)
-                if not callable(getattr(job, 'run', None)):
-                    raise UserError('the class has no run()')
-            except UserError as error:
-                place = planned.places.get(error.option) or planned.places['']
-                option = '.'[:bool(error.option)] + error.option
-                mistakes.append(f'{place}: job.{planned.name}{option}: {error}')
-            except (Exception, SystemExit) as error:
-                mistakes.append(f"{planned.places['']}: job.{planned.name} cannot be made: "
-                                f'{origin(error)}')
+                made[planned.name] = make_job(planned)
+            except Mistakes as error:
+                mistakes += error.mistakes
         if mistakes:
             raise Mistakes(mistakes)
     except BaseException:                       # KeyboardInterrupt: torque is to end
@@ -5484,7 +5798,7 @@ def check(config: Config) -> int:
                 logging.getLogger('torque.engine').warning('%s', error)
     for planned in config.jobs:
         view, engine = planned.config.view or planned.config.viewname, planned.config.engine
-        if planned.make in BUILT_IN.values() and view and engine.views and view not in engine.views:
+        if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
     warn_of_risks(config, {AS_ROOT})
@@ -5503,8 +5817,8 @@ def explain(config: Config, path: str) -> int:
 
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
-    tables = {f"{name}\n    {(job.__doc__ or '').splitlines()[0]}": job.options or ()
-              for name, job in BUILT_IN.items()}
+    tables: dict = {f"torque:{job.__name__}\n    {(job.__doc__ or '').splitlines()[0]}":
+                    job.options for job in BUILT_IN}
     for title, options in {**tables, 'any job': CORE_OPTIONS, '[TORQUE]': TORQUE_OPTIONS}.items():
         print(title)
         for option in options:
