@@ -2908,12 +2908,11 @@ class TemplateTest(unittest.TestCase):
 def job_config(folder, **settings):
     """Return the settings of a job as Config hands them over; engine and state_dir apart."""
     engine, state = settings.pop('engine', None), settings.pop('state_dir', folder)
-    job = settings.pop('job', torque.InfluxDB)
-    config = torque.JobConfig({option.name: option.parse(settings.pop(option.name, option.default))
-                               for option in job.options})
-    config.update({'job_name': 'test', 'dry_run': False, 'active': True, **settings})
-    config.engine, config.state_dir = engine, state
-    return config
+    job, alone = settings.pop('job', torque.InfluxDB), settings.pop('alone', False)
+    values = {option.name: option.parse(settings.pop(option.name, option.default))
+              for option in job.options}
+    values.update({'job_name': 'test', 'dry_run': False, 'active': True, **settings})
+    return torque.JobConfig(values, engine, [engine], state, alone)
 
 
 class EngineStatsTest(Folder):
@@ -2969,8 +2968,9 @@ class LineProtocolTest(unittest.TestCase):
 
     def test_tags_are_parsed(self):
         self.assertEqual(torque.parse_pairs('dc=home, rack=a 1'), {'dc': 'home', 'rack': 'a 1'})
-        for text in ('dc', 'dc=', '=x', 'a=b,c'):
-            with self.assertRaisesRegex(torque.UserError, 'is not understood'):
+        for text in ('dc', 'dc=', '=x', 'c,a=b', ', ,x'):
+            with self.subTest(text=text), self.assertRaisesRegex(
+                    torque.UserError, r'^part \d is not understood; allowed is name=value'):
                 torque.parse_pairs(text)
 
 
@@ -3035,89 +3035,96 @@ class InfluxDBTest(Folder):
                     r'open_sockets=7i,max_open_sockets=8i,max_open_files=9i,rpc_time=0.001,'
                     r'uptime=5i \d{13}$'))
 
+    def fails(self, job, *words):
+        """Run a job that fails, and return what it says."""
+        with self.assertRaises(torque.LoggableError) as caught:
+            job.run()
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+        return str(caught.exception)
+
+    def sent(self, number=-1):
+        """Return the lines of a request."""
+        return self.server.requests[number][2].decode().splitlines()
+
     def test_points_wait_for_the_server(self):
         job = self.job((503, '', 'busy'), (401, '', 'who?'), (404, '', 'database not found'),
                        series_host='')
         for number, word in enumerate(('503', '401', '404'), 1):
-            with self.assertRaisesRegex(torque.LoggableError, f'{word}.*{number * 2} points are '
-                                                              'kept'):
-                job.run()
+            self.fails(job, word, f'{number * 2} points are kept')
             with self.assertRaisesRegex(torque.LoggableError, word):
-                job.deliver()                   # within the pause nothing is sent
+                job.deliver(job.points)         # within the pause nothing is sent
             self.assertEqual(len(self.server.requests), number)
             job.retry_at = 0
         job.run()
-        sent = self.server.requests[-1][2].decode().splitlines()
-        times = [int(line.rsplit(' ', 1)[1]) for line in sent]
-        self.assertEqual((len(sent), times), (8, sorted(times)))
+        times = [int(line.rsplit(' ', 1)[1]) for line in self.sent()]
+        self.assertEqual((len(times), times), (8, sorted(times)))
         self.assertFalse(job.points)
 
     def test_pause_grows_and_obeys_retry_after(self):
-        job, pauses = self.job(*[(500, '', '')] * 9, (429, 'Retry-After: 1234\r\n', '')), []
-        for _ in range(10):
-            with self.assertRaises(torque.LoggableError):
-                job.run()
+        after = ['1234', '9999', '\xb2', '-1', 'Fri, 31 Dec 1999 23:59:59 GMT']
+        job, pauses = self.job(*[(500, '', '')] * 8, *(
+            (429, f'Retry-After: {text}\r\n', '') for text in after)), []
+        for _ in range(8 + len(after)):
+            self.fails(job, 'HTTP')
             pauses.append(round(job.retry_at - torque.elapsed_time()))
             job.retry_at = 0
-        self.assertEqual(pauses, [5, 10, 20, 40, 80, 160, 300, 300, 300, 1234])
+        self.assertEqual(pauses, [5, 10, 20, 40, 80, 160, 300, 300, 1234, 3600, 300, 300, 300])
 
     def test_refused_points_block_nothing(self):
         def picky(body):
             return (400, '', '{"error":"field type conflict"}') if b'host,' in body else \
                 (204, '', '')
         job = self.job(*[picky] * 20)
-        job.run()
+        self.fails(job, 'points of host were refused and dropped', 'field type conflict')
         self.assertFalse(job.points)
         written = [line for line, _, body in self.server.requests if b'host,' not in body]
         self.assertEqual(len(written), 2)           # rtorrent and rtorrent_views on their own
-        warned = self.logged('WARNING', 'points of host were refused and dropped',
-                             'field type conflict')
-        self.assertEqual(len(warned), 1)
 
     def test_too_large_is_split(self):
         def small(body):
             return (413, '', 'too large') if body.count(b'\n') >= 3 else (204, '', '')
-        job = self.job(*[small] * 50, series_host='')
-        job.points.extend(f's v={number}i {number}' for number in range(20))
-        job.run()
+        lines = [f's v={number}i {number}' for number in range(20)]
+        self.write('test.points', '\n'.join(lines))
+        self.job(*[small] * 50, series_host='').run()
         sent = [row for _, _, body in self.server.requests if body.count(b'\n') < 3
                 for row in body.decode().splitlines()]
-        self.assertEqual([row for row in sent if row[0] == 's'],
-                         [f's v={number}i {number}' for number in range(20)])
+        self.assertEqual([row for row in sent if row[0] == 's'], lines)
+
+    def test_nothing_is_small_enough(self):
+        self.write('test.points', ''.join(f's v={number}i {number}\n' for number in range(9000)))
+        job = self.job(*[(413, '', '\x1b[31mno')] * 50, series='')
+        said = self.fails(job, "HTTP 413 Said '\\x1b[31mno'", 'points are kept')
+        self.assertEqual((said.count('413'), self.lines), (1, []))
+        self.assertLess(len(self.server.requests), 20)
+        self.assertGreater(len(job.points), 9000)
 
     def test_buffer_is_bounded(self):
         job = self.job(*[(500, '', '')] * 9, buffer='3', series_host='')
-        for _ in range(3):
-            with self.assertRaises(torque.LoggableError) as caught:
-                job.run()
-        self.assertIn('3 points are kept, the oldest 2 dropped', str(caught.exception))
+        for _ in range(2):
+            self.fails(job)
+        self.fails(job, '3 points are kept, the oldest 2 dropped')
 
     def test_backlog_survives_restart(self):
         job = self.job((500, '', ''), series_host='')
-        with self.assertRaises(torque.LoggableError):
-            job.run()
+        self.fails(job)
         job.cleanup()
         self.assertEqual(os.stat(os.path.join(self.folder, 'test.points')).st_mode & 0o777, 0o600)
         kept = list(job.points)
-        again = self.job(series_host='')
-        self.assertEqual(again.load(), kept)
-        again.run()
-        self.assertEqual(self.server.requests[0][2].decode().splitlines()[:2], kept)
+        self.job(dry_run=True).run()
+        self.job(alone=True, series_host='').run()      # neither touches what another keeps
+        self.assertEqual(len(self.sent()), 2)
+        self.job(series_host='').run()
+        self.assertEqual(self.sent()[:2], kept)
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_backlog_is_saved_within_a_minute(self):
         job = self.job((500, '', ''), (500, '', ''), (500, '', ''), series_host='')
-        with self.assertRaises(torque.LoggableError):
-            job.run()
-        with open(job.file, encoding='utf-8') as stream:
-            self.assertEqual(len(stream.readlines()), 2)
-        with self.assertRaises(torque.LoggableError):
-            job.run()
-        job.saved_at -= 60
-        with self.assertRaises(torque.LoggableError):
-            job.run()
-        with open(job.file, encoding='utf-8') as stream:
-            self.assertEqual(len(stream.readlines()), 6)
+        for passed, expected in (0, 2), (0, 2), (60, 6):
+            job.saved_at -= passed
+            self.fails(job)
+            with open(job.file, encoding='utf-8') as stream:
+                self.assertEqual(len(stream.readlines()), expected)
 
     def test_damaged_backlog_costs_its_line(self):
         self.write('test.points', b'good v=1i 1\n\xff\xfe\x00\nbroken v=\ngood v=2i 2\n')
@@ -3131,29 +3138,28 @@ class InfluxDBTest(Folder):
     def test_host_is_pushed_without_rtorrent(self):
         def gone():
             raise torque.Unreachable('gone')
-        job = self.job(engine=types.SimpleNamespace(stats=gone), disk_path=self.folder)
-        with self.assertRaisesRegex(torque.Unreachable, 'gone'):
-            job.run()
-        lines = self.server.requests[0][2].decode().splitlines()
-        self.assertEqual(len(lines), 2)
-        self.assertRegex(lines[0], r'^host,host=\S+ load1=[\d.]+,.*memory_total=\d+i,.*net_sent=')
-        self.assertRegex(lines[1], rf'^host,disk={self.folder},host=\S+ disk_total=\d+i,disk_free=')
+        job = self.job(engine=types.SimpleNamespace(stats=gone),
+                       disk_path=f'/no/where:{self.folder}')
+        self.fails(job, 'gone')
+        host, disk = self.sent()
+        self.assertRegex(host, r'^host,host=\S+ load1=[\d.]+,.*memory_total=\d+i,.*net_sent=')
+        self.assertRegex(disk, rf'^host,disk={self.folder},host=\S+ disk_total=\d+i,disk_free=')
 
     def test_wrong_settings_are_refused(self):
         for settings, words in (({'series': '', 'series_host': ''}, 'nothing to push'),
                                 ({'url': 'ftp://x'}, 'no web address'),
                                 ({'url': 'http://me:pw@x'}, 'as settings'),
-                                ({'api': '4'}, 'allowed are 1, 2, 3')):
+                                ({'api': '4'}, 'allowed are 1, 2, 3'),
+                                ({'token': 'a\nsesame'}, '^holds a blank, a line break')):
             with self.subTest(settings=settings), self.assertRaisesRegex(torque.UserError, words):
                 self.job(**settings)
-        with self.assertRaisesRegex(torque.LoggableError, 'No such file'):
-            self.job(token_file='/nowhere/token').run()
+        self.fails(self.job(token_file='/nowhere/token'), 'No such file')
+        self.fails(self.job(token_file=self.write('token', 'a sesame')), 'holds a blank')
+        self.fails(self.job(disk_path='/no/where', series=''), "disk_path '/no/where': No such")
 
     def test_secrets_stay_out_of_messages(self):
         job = self.job((401, '', 'unauthorized'), user='me', password='sesame')
-        with self.assertRaises(torque.LoggableError) as caught:
-            job.run()
-        self.assertNotIn('sesame', f'{caught.exception} {job.config!r} {self.lines}')
+        self.assertNotIn('sesame', f'{self.fails(job)} {job.config!r} {self.lines}')
 
 
 class InfluxServer(Program):
@@ -3215,7 +3221,7 @@ class LiveInfluxDBTest(Folder):
         for gzip in ('no', 'yes'):
             job = self.job(engine=daemon.engine, gzip=gzip)
             sent = []
-            job.post = lambda lines, post=job.post, sent=sent: (sent.extend(lines), post(lines))
+            job.post = lambda lines, post=job.post, sent=sent: sent.extend(lines) or post(lines)
             job.run()
             stamp = int(sent[0].rsplit(' ', 1)[1])
             row, = self.server.query(f'SELECT * FROM rtorrent WHERE time = {stamp}ms')
@@ -3261,11 +3267,9 @@ class LiveInfluxDBTest(Folder):
 
     def test_servers_own_words_are_logged(self):
         job = self.job(engine=None, series='', disk_path='')
-        job.points.append('host v="text" 1')
-        job.points.append('host v=1i 2')
-        job.points.append('other v=1i 3')
-        job.run()
-        self.assertEqual(len(self.logged('WARNING', 'host', 'field type conflict')), 1)
+        job.points = ['host v="text" 1', 'host v=1i 2', 'other v=1i 3']
+        with self.assertRaisesRegex(torque.LoggableError, 'points of host .* field type conflict'):
+            job.run()
         self.assertEqual(len(self.server.query('SELECT * FROM other')), 1)
         self.server.query('DROP DATABASE torque')
         with self.assertRaisesRegex(torque.LoggableError, '404.*database not found.*are kept'):
@@ -3275,7 +3279,7 @@ class LiveInfluxDBTest(Folder):
         self.server.stop()
         self.server = InfluxServer(self.server.folder, self.server.port, max_body=2000)
         job = self.job(engine=None, series='', disk_path='')
-        job.points.extend(f'big v={number}i {number}' for number in range(1, 501))
+        job.points = [f'big v={number}i {number}' for number in range(1, 501)]
         job.run()
         self.assertEqual(len(self.server.query('SELECT v FROM big')), 500)
 
@@ -5119,7 +5123,8 @@ class BrokenIniTest(ConfigCase):
     FLUX = (                                # settings of fluxstats or [INFLUXDB], the words told
         ('dbnam = x', "no such option; did you mean 'dbname'?"), ('buffer = many', "'many'", '0'),
         ('gzip = perhaps', "'perhaps'"), ('timeout = x', "'x'", '15s'),
-        ('tags = x', 'part 1 is', '='), ('api = 4', "'4'", '1, 2, 3'), ('url = http://me:hunter2@x/', 'http://me:***@x/'))
+        ('tags = x', 'part 1 is', '='), ('api = 4', "'4'", '1, 2, 3'),
+        ('url = http://me:hunter2@x/', 'http://me:***@x/'))
     FILES = (                               # whole files, the line, the words told
         ('x = 1\n' + HEAD, 1, "'x = 1' stands before any [SECTION]", '[TORQUE]'),
         ('\n# c\n[TORQUE\nscgi_url = /nowhere\n', 3, "'[TORQUE'"), (b'\xff\xfe[\0T\0', '', 'UTF-8'),

@@ -36,7 +36,6 @@ import ast
 import binascii
 import bisect
 import collections
-import collections.abc
 import configparser
 import contextlib
 import errno
@@ -2533,37 +2532,18 @@ class ArgsTemplate(Template):
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
-class Settings(collections.abc.MutableMapping):
+class Settings(dict):
     """Settings by name: config.path or config['path']; as an attribute, None when missing."""
 
-    def __init__(self, settings: Any = ()):
-        self.settings: dict[str, Any] = dict(settings)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.settings[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.settings[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self.settings[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.settings)
-
-    def __len__(self) -> int:
-        return len(self.settings)
-
     def __getattr__(self, name: str) -> Any:
-        # Asked only for what is no attribute. Python looks for __names__ that mean something.
-        if name.startswith('__') or name == 'settings':
+        # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
+        if name.startswith('__'):
             raise AttributeError(name)
-        return self.settings.get(name)
+        return self.get(name)
 
     def __repr__(self) -> str:
-        shown = {}
-        for name, value in self.settings.items():
-            shown[name] = value
+        shown = dict(self)
+        for name, value in shown.items():
             if re.search(SECRET + '$', name) and value:
                 shown[name] = '***'
             elif isinstance(value, str):
@@ -2672,6 +2652,27 @@ class Job:
         return answer
 
 
+def count_text(number: int | None) -> str:
+    """Return a number, or `?` where it is not known."""
+    if number is None:
+        return '?'
+    return str(number)
+
+
+def rate_text(way: str, rate: int | None, limit: int | None) -> str:
+    """Return a rate and its limit in bytes a second; a limit of 0 is none.
+
+    >>> rate_text('up', 1258291, 2097152), rate_text('down', None, 0)
+    ('up 1.2 MiB/s of 2.0 MiB', 'down ?')
+    """
+    text = f'{way} ?'
+    if rate is not None:
+        text = f'{way} {show_size(rate)}/s'
+    if limit:
+        text += f' of {show_size(limit)}'
+    return text
+
+
 class EngineStats(Job):
     """Log a line on rTorrent's state: version, torrents, traffic, speed of its answer."""
     options = ()
@@ -2680,20 +2681,19 @@ class EngineStats(Job):
     def run(self) -> None:
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
-        started = '' if stats.uptime is None else f' up {show_duration(stats.uptime)}'
-        rates = [f'{way} ' + ('?' if rate is None else f'{show_size(rate)}/s')
-                 + (f' of {show_size(limit)}' if limit else '') for way, rate, limit in (
-                     ('up', stats.up_rate, stats.up_limit),
-                     ('down', stats.down_rate, stats.down_limit))]
-        torrents, active = ('?' if stats.views[view] is None else stats.views[view]
-                            for view in ('main', 'active'))
-        self.LOG.info('%s rTorrent %s%s; %s torrents, %s active; %s; rpc %.1f ms',
-                      stats.engine_id, stats.version, started, torrents, active,
-                      ', '.join(rates), stats.rpc_time * 1000)
+        started = ''
+        if stats.uptime is not None:
+            started = f' up {show_duration(stats.uptime)}'
+        self.LOG.info(
+            '%s rTorrent %s%s; %s torrents, %s active; %s, %s; rpc %.1f ms',
+            stats.engine_id, stats.version, started,
+            count_text(stats.views['main']), count_text(stats.views['active']),
+            rate_text('up', stats.up_rate, stats.up_limit),
+            rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
 
 
 def sync(path: str) -> None:
-    """Have a file or folder on the disk."""
+    """Have what was written to a file or folder reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -2703,18 +2703,22 @@ def sync(path: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Let what goes wrong in here be one line that names the file."""
+    """Turn what goes wrong while a file is written into one line that names it."""
     try:
         yield
     except OSError as error:
         raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
 
 
+def private_opener(path: str, flags: int) -> int:
+    """Open a file that only the user may read."""
+    return os.open(path, flags, 0o600)
+
+
 def open_private(path: str) -> Any:
     """Open a file of the user's own to be written, in a folder of his own, made if need be."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    return open(path, 'w', encoding='utf-8',
-                opener=lambda path, flags: os.open(path, flags, 0o600))
+    return open(path, 'w', encoding='utf-8', opener=private_opener)
 
 
 def replace_file(path: str, text: str) -> None:
@@ -2739,22 +2743,50 @@ def parse_pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def parse_form(form: str, what: str, text: str) -> str:
-    """Return the first group of a regex that text has to match; what: what it should have been."""
-    found = re.fullmatch(form, text)
-    if not found:
-        raise UserError(f'{redacted(text)!r} is no {what}')
-    return found[1]
+def parse_web_url(text: str) -> str:
+    """Return the base URL of a web server, without the slash at its end."""
+    if not re.fullmatch(r'https?://[^/@\s]+(?:/\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
+                        'with user and password as settings')
+    return text.rstrip('/')
 
 
-parse_web_url = functools.partial(
-    parse_form, r'(https?://[^/@\s]+(?:/\S*?)?)/*', 'web address; allowed is http(s)://host:port, '
-    'with user and password as settings')
-parse_ping_url = functools.partial(
-    parse_form, r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)',
-    'web address; allowed is http(s)://host/..., without user and password')
-parse_api = functools.partial(
-    parse_form, '([123]?)', 'version of the interface; allowed are 1, 2, 3')
+def parse_ping_url(text: str) -> str:
+    """Return the URL of a monitor, or nothing."""
+    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
+    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
+                        'without user and password')
+    return text
+
+
+def parse_api(text: str) -> str:
+    """Return a version of InfluxDB's interface, or nothing."""
+    if text not in ('', '1', '2', '3'):
+        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
+    return text
+
+
+def parse_token(text: str) -> str:
+    """Return a token that can stand in a header; what is wrong with it is not shown."""
+    if not re.fullmatch('[!-~]*', text):
+        raise UserError('holds a blank, a line break or another character that no token has')
+    return text
+
+
+def escape_key(text: Any) -> str:
+    """Return the name of a series or field, or a tag, for line protocol."""
+    return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
+
+
+def field_text(value: Any) -> str:
+    """Return the value of a field as its type is written in line protocol."""
+    if isinstance(value, (bool, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f'{value}i'
+    text = re.sub(r'[\x00-\x1f]', ' ', str(value))
+    return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
 
 
 def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
@@ -2763,47 +2795,74 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
     >>> influx_line('s', {'a b': 'c,d'}, {'n': 1, 'x': 0.5, 't': 'y"', 'z': None}, 2)
     's,a\\\\ b=c\\\\,d n=1i,x=0.5,t="y\\\\"" 2000'
     """
-    def escape(text: Any) -> str:
-        return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
+    head = escape_key(series)
+    for name, tag in sorted(tags.items()):
+        head += f',{escape_key(name)}={escape_key(tag)}'
+    values = ','.join(f'{escape_key(name)}={field_text(value)}' for name, value in fields.items()
+                      if value is not None)
+    return f'{head} {values} {int(when * 1000)}'
 
-    def value(item: Any) -> str:
-        """Return a field's value as its type is written."""
-        if isinstance(item, (bool, float)):
-            return str(item)
-        if isinstance(item, int):
-            return f'{item}i'
-        return '"%s"' % re.sub(r'(["\\])', r'\\\1', re.sub(r'[\x00-\x1f]', ' ', str(item)))
 
-    names = ''.join(f',{escape(name)}={escape(tag)}' for name, tag in sorted(tags.items()))
-    values = ','.join(f'{escape(name)}={value(item)}' for name, item in fields.items()
-                      if item is not None)
-    return f'{escape(series)}{names} {values} {int(when * 1000)}'
+def series_of(line: str) -> str:
+    """Return the series of a line in line protocol, escaped as it is there."""
+    return re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
+
+
+def by_series(lines: list[str]) -> list[list[str]]:
+    """Return lines in groups of the same series."""
+    groups = collections.defaultdict(list)
+    for line in lines:
+        groups[series_of(line)].append(line)
+    return list(groups.values())
+
+
+def proc_rows(name: str) -> dict[str, list[str]]:
+    """Return the words behind each `name:` of a file of /proc; none where it is not there."""
+    rows = {}
+    with contextlib.suppress(OSError), open(f'/proc/{name}', encoding='ascii') as stream:
+        for line in stream:
+            key, _, words = line.partition(':')
+            rows[key.strip()] = words.split()
+    return rows
 
 
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
     figures: dict = {}
-    with contextlib.suppress(OSError):  # not Linux: what could be had
-        figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
-        with open('/proc/meminfo', encoding='ascii') as stream:
-            memory = dict(re.findall(r'(\w+): +(\d+) kB', stream.read()))
-        figures.update((name, int(memory[key]) * 1024) for name, key in (
-            ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
-            ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
-        with open('/proc/net/dev', encoding='ascii') as stream:
-            rows = re.findall(r'^ *(?!lo:)\S+:(.+)', stream.read(), re.M)
-        for name, column in (('net_received', 0), ('net_sent', 8)):
-            figures[name] = sum(int(row.split()[column]) for row in rows)
+    with contextlib.suppress(OSError):
+        figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
+    memory = proc_rows('meminfo')
+    for name, key in (('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
+                      ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')):
+        if key in memory:
+            figures[name] = int(memory[key][0]) * 1024          # they are in kB
+    devices = proc_rows('net/dev')
+    counters = [words for device, words in devices.items() if device != 'lo' and len(words) > 8]
+    if devices:
+        figures['net_received'] = sum(int(words[0]) for words in counters)
+        figures['net_sent'] = sum(int(words[8]) for words in counters)
     return figures
 
 
 def read_secret(path: str) -> str:
     """Return the first line of a file that holds a password or token; '' for no file."""
+    if not path:
+        return ''
     try:
-        with open(os.path.expanduser(path or os.devnull), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path), encoding='utf-8') as stream:
             return stream.readline().strip()
-    except (OSError, ValueError) as error:
-        raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
+    except OSError as error:
+        raise LoggableError(f'{path}: {error.strerror}') from None
+    except ValueError:
+        raise LoggableError(f'{path}: not UTF-8 text') from None
+
+
+def retry_after(answer: HttpAnswer) -> float:
+    """Return the seconds that a server wants to be left alone, 0 where it does not say."""
+    said = answer.headers.get('retry-after', '')
+    if not re.fullmatch('[0-9]{1,9}', said):    # it may be a date as well
+        return 0
+    return min(int(said), 3600)
 
 
 class InfluxDB(Job):
@@ -2814,7 +2873,7 @@ class InfluxDB(Job):
         Option('user', str, '', 'account (1.x)'),
         Option('password', str, '', 'password of that account'),
         Option('password_file', str, '', 'file that holds the password'),
-        Option('token', str, '', 'API token (2.x, 3.x)'),
+        Option('token', parse_token, '', 'API token (2.x, 3.x)'),
         Option('token_file', str, '', 'file that holds the token'),
         Option('org', str, '', 'organization (2.x)'),
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
@@ -2829,34 +2888,38 @@ class InfluxDB(Job):
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
     LONGEST_PAUSE = 300                 # seconds between tries
+    SAVE_EVERY = 60                     # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
-        self.api = config.api or ('2' if config.org or config.bucket else '1')
-        self.pause = self.retry_at = self.saved_at = 0.0
+        self.pause = 0.0                # before the next try
+        self.asked_pause = 0.0          # the same, as the server wants it
+        self.retry_at = self.saved_at = 0.0
         self.problem = ''
-        self.file = '' if config.alone else self.state_file('points')
-        self.points: list[str] = []
-        self.load()                             # a file that cannot be read stops the start
-        self.loaded = False
+        self.points: list[str] | None = None    # those of an earlier process are not read yet
+        self.file = ''
+        if not config.alone and not self.dry_run:
+            self.file = self.state_file('points')
 
     def load(self) -> list[str]:
         """Return the points that an earlier process could not deliver."""
+        if not self.file:
+            return []
         try:
-            with open(self.file or os.devnull, encoding='utf-8', errors='replace') as stream:
-                return [line for line in stream.read().split('\n')
-                        if re.fullmatch(r'\S.* \S.* \d+', line)]
+            with open(self.file, encoding='utf-8', errors='replace') as stream:
+                lines = stream.read().split('\n')
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f'{self.file}: {error.strerror}') from None
+            raise LoggableError(f'{self.file}: {error.strerror}') from None
+        return [line for line in lines if re.fullmatch(r'\S[^ ]* .*\S \d+', line)]
 
     def save(self) -> None:
         """Keep undelivered points for the next process, or remove what was kept."""
         self.saved_at = elapsed_time()
-        if not self.file or not self.loaded:
+        if not self.file or self.points is None:
             return
         try:
             if self.points:
@@ -2866,128 +2929,160 @@ class InfluxDB(Job):
         except (LoggableError, OSError) as error:
             self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
 
-    cleanup = save
+    def cleanup(self) -> None:
+        """Save what is not delivered."""
+        self.save()
 
     def run(self) -> None:
-        """Measure, and deliver all that waits; LoggableError for what has to wait on."""
-        lines, problems = self.measure()
+        """Measure, and deliver all that waits; raises what kept points from being had or sent."""
+        lines, problems = self.measure(time.time())
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
-            if not self.loaded:                 # not before a job that this one replaces has saved
-                self.points.extend(self.load())
-                self.loaded = True
-            self.points.extend(lines)
+            if self.points is None:
+                self.points = self.load()
+            self.points += lines
             try:
-                self.deliver()
+                self.deliver(self.points)
             finally:
-                if elapsed_time() - self.saved_at >= 60 or not self.points:
+                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
                     self.save()
         if problems:
             raise problems[0]
 
-    def measure(self) -> tuple[list[str], list[LoggableError]]:
+    def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
-        import shutil
-        config, now = self.config, time.time()
+        config, sources = self.config, []
         lines: list[str] = []
         problems: list[LoggableError] = []
-
-        def add(series: str, figures: dict, **tags: str) -> None:
-            if any(figure is not None for figure in figures.values()):
-                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
-
         if config.series:
-            try:
-                stats = self.engine.stats()._asdict()
-                views, uptime = stats.pop('views'), stats.pop('uptime')
-                stats['uptime'] = None if uptime is None else int(uptime)
-                name = stats['engine_id'].partition(':')[0]
-                add(config.series, stats, host=name)
-                add(config.series + '_views', views, host=name)
-            except RpcError as error:
-                problems.append(error)
+            sources.append(self.engine_rows)
         if config.series_host:
-            name = socket.gethostname()
-            add(config.series_host, host_figures(), host=name)
+            sources.append(self.host_rows)
             for path in filter(None, config.disk_path.split(os.pathsep)):
-                try:
-                    disk = shutil.disk_usage(os.path.expanduser(path))
-                    add(config.series_host, {'disk_total': disk.total, 'disk_free': disk.free},
-                        disk=path, host=name)
-                except OSError as error:
-                    problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+                sources.append(functools.partial(self.disk_rows, path))
+        for source in sources:
+            try:
+                for series, tags, figures in source():
+                    if set(figures.values()) != {None}:
+                        lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
+            except LoggableError as error:
+                problems.append(error)
         return lines, problems
 
-    def deliver(self) -> None:
-        """Send all points, oldest first; raises LoggableError when some have to wait."""
-        while self.points and elapsed_time() >= self.retry_at:
-            lines = self.points[:self.BATCH]
+    def engine_rows(self) -> list[tuple]:
+        """Return (series, tags, figures) of rTorrent and of its views."""
+        figures = self.engine.stats()._asdict()
+        views, uptime = figures.pop('views'), figures.pop('uptime')
+        if uptime is not None:
+            figures['uptime'] = int(uptime)
+        tags = {'host': figures['engine_id'].partition(':')[0]}
+        series = self.config.series
+        return [(series, tags, figures), (series + '_views', tags, views)]
+
+    def host_rows(self) -> list[tuple]:
+        """Return (series, tags, figures) of this machine."""
+        return [(self.config.series_host, {'host': socket.gethostname()}, host_figures())]
+
+    def disk_rows(self, path: str) -> list[tuple]:
+        """Return (series, tags, figures) of the disk that a path is on."""
+        import shutil
+        try:
+            disk = shutil.disk_usage(os.path.expanduser(path))
+        except OSError as error:
+            raise LoggableError(f'disk_path {path!r}: {error.strerror}') from None
+        return [(self.config.series_host, {'disk': path, 'host': socket.gethostname()},
+                 {'disk_total': disk.total, 'disk_free': disk.free})]
+
+    def deliver(self, points: list[str]) -> None:
+        """Send points, oldest first, and take them out of the list.
+
+        Raises LoggableError when some have to wait, or were refused for good.
+        """
+        refused: list[str] = []
+        while points and elapsed_time() >= self.retry_at:
+            batch = points[:self.BATCH]
             try:
-                self.post(lines)
+                refused += self.post(batch)
+                del points[:len(batch)]
                 self.pause = 0.0
-                del self.points[:len(lines)]
             except LoggableError as error:
                 self.problem = f'{self.config.url}: {error}'
                 self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
-                self.retry_at = elapsed_time() + (error.pause or self.pause)
-        if self.points:
-            lost = max(len(self.points) - self.config.buffer, 0)
-            del self.points[:lost]
-            kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
-            dropped = f', the oldest {lost} dropped' if lost else ''
-            raise LoggableError(f'{self.problem}; {kept}{dropped}')
+                self.retry_at = elapsed_time() + (self.asked_pause or self.pause)
+        if points:
+            refused.append(f'{self.problem}; {self.keep(points)}')
+        if refused:
+            raise LoggableError('; '.join(refused))
 
-    def post(self, lines: list[str]) -> None:
-        """Write points, in parts where the server wants that; drop what it calls malformed.
+    def keep(self, points: list[str]) -> str:
+        """Drop the oldest points that are too many, and return what becomes of the others."""
+        lost = len(points) - self.config.buffer
+        text = f'{min(len(points), self.config.buffer)} points are kept'
+        if not self.file:
+            text = 'nothing is kept'
+        if lost > 0:
+            del points[:lost]
+            text += f', the oldest {lost} dropped'
+        return text
+
+    def post(self, lines: list[str]) -> list[str]:
+        """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
         """
+        self.asked_pause = 0.0
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
-            return
-        said = f'HTTP {answer.status} {answer.reason} {quoted(beginning(answer.body))}'
+            return []
+        said = one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(beginning(answer.body))
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
-            self.post(lines[:half])
-            self.post(lines[half:])
-        elif answer.status in (400, 413, 422):
-            parts = collections.defaultdict(list)
-            for line in lines:
-                parts[re.split(r'(?<!\\)[, ]', line)[0]].append(line)
-            if len(parts) == 1:
-                self.LOG.warning('%s: %d points of %s were refused and dropped: %s',
-                                 self.config.url, len(lines), *parts, said)
-                return
-            for part in parts.values():         # one bad series must not cost the others
-                self.post(part)
-        else:
-            refused = LoggableError(said)
-            after = answer.headers.get('retry-after', '')
-            refused.pause = min(int(after), 3600) if after.isdigit() else None
-            raise refused
+            parts = [lines[:half], lines[half:]]
+        elif answer.status in (400, 422):
+            parts = by_series(lines)    # one bad series must not cost the others
+        else:                           # 413 for one point: it would refuse all of them
+            self.asked_pause = retry_after(answer)
+            raise LoggableError(said)
+        if len(parts) == 1:
+            return [f'{self.config.url}: {len(lines)} points of {series_of(lines[0])} were '
+                    f'refused and dropped: {said}']
+        refused = []
+        for part in parts:
+            refused += self.post(part)
+        return refused
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
         from urllib.parse import urlencode
-        config = self.config
-        path, query = {
-            '1': ('/write', {'db': config.dbname, 'precision': 'ms'}),
-            '2': ('/api/v2/write', {'org': config.org, 'bucket': config.bucket or config.dbname,
-                                    'precision': 'ms'}),
-            '3': ('/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'})}[self.api]
-        headers = {'Content-Type': 'text/plain; charset=utf-8'}
-        token = config.token or read_secret(config.token_file)
-        password = config.password or read_secret(config.password_file)
-        if token:
-            headers['Authorization'] = f"{'Bearer' if self.api == '3' else 'Token'} {token}"
-        elif config.user:
-            login = f'{config.user}:{password}'.encode()
-            headers['Authorization'] = f'Basic {binascii.b2a_base64(login, newline=False).decode()}'
+        config, headers = self.config, self.login()
+        if config.api == '3':
+            path, query = '/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'}
+        elif config.api == '2' or not config.api and (config.org or config.bucket):
+            path, query = '/api/v2/write', {
+                'org': config.org, 'bucket': config.bucket or config.dbname, 'precision': 'ms'}
+        else:
+            path, query = '/write', {'db': config.dbname, 'precision': 'ms'}
+        headers['Content-Type'] = 'text/plain; charset=utf-8'
         if config.gzip:
             import gzip
-            body, headers['Content-Encoding'] = gzip.compress(body), 'gzip'
+            body = gzip.compress(body)
+            headers['Content-Encoding'] = 'gzip'
         return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
+
+    def login(self) -> dict[str, str]:
+        """Return the header that says who writes: a token, else user and password, else none."""
+        config = self.config
+        token = config.token or parse_token(read_secret(config.token_file))
+        if token and config.api == '3':
+            return {'Authorization': f'Bearer {token}'}
+        if token:
+            return {'Authorization': f'Token {token}'}
+        if not config.user:
+            return {}
+        password = config.password or read_secret(config.password_file)
+        login = binascii.b2a_base64(f'{config.user}:{password}'.encode(), newline=False)
+        return {'Authorization': f'Basic {login.decode()}'}
 
 
 def parse_condition(text: str) -> Filter | None:
@@ -4833,8 +4928,6 @@ class Config(Settings):
         for name, entries in groups.items():
             if name == only or only is None and is_active(name, entries, ini):
                 self.jobs.append(self.plan(name, entries, ini, bool(only)))
-        for planned in self.jobs:
-            planned.config.engines = list(self.engines.values())
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
@@ -4851,37 +4944,38 @@ class Config(Settings):
         self.state_dir = beside(self.path, options.state_dir) or default_state_dir(self.path)
         self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
         self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
+        self.all_engines: list[Engine] = []             # the same, as jobs have them
         self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
 
     def plan(self, name: str, entries: dict[str, Entry], ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
+        values = {key: convert(entry.value) for key, entry in entries.items()}
         core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-        make, schedule = core.pop('handler'), core.pop('schedule')
-        config = JobConfig({key: convert(entry.value) for key, entry in entries.items()})
+        make = core.handler
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
             entries = with_shared(make, prefix, entries, ini)
-            config.update(checked(make.options, entries, prefix, ini.mistakes))
-            families = [key for key in entries if key.startswith(make.families)]
-            config.update((key, entries[key].value) for key in families)
+            for key in entries:
+                if key.startswith(make.families):
+                    values[key] = entries[key].value
+            values.update(checked(make.options, entries, prefix, ini.mistakes))
         source = {key: entry.value for key, entry in entries.items()}
-        config.update(core, job_name=name, handler=source.get('handler'),
+        values.update(core, job_name=name, handler=source.get('handler'),
                       schedule=source.get('schedule'))
         if self.torque.dry_run:
-            config['dry_run'] = True
+            values['dry_run'] = True
         if core.same_files is None:
-            config['same_files'] = self.torque.same_files
-        config.engine = self.engine
+            values['same_files'] = self.torque.same_files
+        engine = self.engine
         if core.scgi_url:
-            config.engine = self.find_engine(entries, prefix, ini)
-        config.state_dir, config.alone = self.state_dir, alone
-        for key in entries:
-            if key in dir(JobConfig) or key in vars(config):
-                ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
-                                             f'the job finds it as config[{key!r}]')
+            engine = self.find_engine(entries, prefix, ini)
+        config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
+        for key in set(dir(config)).intersection(entries):
+            ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
+                                         f'the job finds it as config[{key!r}]')
         places = {key: entry.place for key, entry in entries.items()}
         places[''] = first_place(entries)
-        return PlannedJob(name, make, config, schedule, places, source)
+        return PlannedJob(name, make, config, core.schedule, places, source)
 
     def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
         """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
@@ -4911,6 +5005,7 @@ class Config(Settings):
                 engine = Engine(*made_of)
                 engine.aliases = self.aliases
             self.engines[made_of] = engine
+            self.all_engines.append(engine)
         return self.engines[made_of]
 
     def snapshot(self) -> list:
