@@ -221,14 +221,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 # --- Schedule --------------------------------------------------------------------------------
 # Text enters, a Schedule leaves; its next(after) maps Unix seconds to the first due time after
-# them. Nothing here looks at a clock. An Interval counts elapsed seconds from a start. A
-# Calendar matches wall time: `wall` is a naive datetime as a clock on the wall shows it, and
-# a clock change is where the distance between wall and Unix seconds (the offset) jumps.
+# them. Nothing here looks at a clock or knows of threads. An Interval counts elapsed seconds
+# from a start. A Calendar matches wall time: `wall` is a naive datetime as a clock on the wall
+# shows it, and a clock change is where the distance between wall and Unix seconds (the offset)
+# jumps.
 
-WEEKDAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
-MONTHS = ('jan', 'feb', 'mar', 'apr', 'may', 'jun', 'jul', 'aug', 'sep', 'oct', 'nov', 'dec')
+WEEKDAYS = tuple('mon tue wed thu fri sat sun'.split())
+MONTHS = tuple('jan feb mar apr may jun jul aug sep oct nov dec'.split())
 POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
 SECOND, DAY = timedelta(seconds=1), timedelta(1)
+# A field's part: *, a, a-b, each perhaps with /step.
+PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
 
 
 class Field(NamedTuple):
@@ -239,61 +242,96 @@ class Field(NamedTuple):
     names: tuple = ()
 
 
-FIELDS = {field.name: field for field in (
-    Field('year', 1970, 9999), Field('month', 1, 12, MONTHS), Field('day', 1, 31),
-    Field('week', 1, 53), Field('day_of_week', 0, 6, WEEKDAYS), Field('hour', 0, 23),
-    Field('minute', 0, 59), Field('second', 0, 59))}
+FIELDS = {field.name: field for field in (      # from the coarsest to the finest
+    Field('year', 1970, 9999),
+    Field('month', 1, 12, MONTHS),
+    Field('day', 1, 31),
+    Field('week', 1, 53),
+    Field('day_of_week', 0, 6, WEEKDAYS),
+    Field('hour', 0, 23),
+    Field('minute', 0, 59),
+    Field('second', 0, 59))}
 CRON_WEEKDAY = Field('day of week', 0, 7, WEEKDAYS[6:] + WEEKDAYS[:6])
-CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week', 'second')
-CRON_NAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@midnight': '0 0 * * *',
-              '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *', '@yearly': '0 0 1 1 *',
-              '@annually': '0 0 1 1 *'}
+CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week')
+CRON_NAMES = {
+    '@hourly': '0 * * * *',
+    '@daily': '0 0 * * *',
+    '@midnight': '0 0 * * *',
+    '@weekly': '0 0 * * 0',
+    '@monthly': '0 0 1 * *',
+    '@yearly': '0 0 1 1 *',
+    '@annually': '0 0 1 1 *'}
 
 
 def field_value(word: str, field: Field) -> int:
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
     if word in field.names:
         return field.names.index(word) + field.low
-    if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
-        also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
-        raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
-    return int(word)
+    if re.fullmatch('[0-9]{1,4}', word) and field.low <= int(word) <= field.high:
+        return int(word)
+    allowed = f'{field.low}-{field.high}'
+    if field.names:
+        allowed += f' or {field.names[0]} ... {field.names[-1]}'
+    raise UserError(f'{field.name} {word!r} is not in {allowed}')
+
+
+def parse_position(part: str) -> tuple | None:
+    """Return (index, weekday) for `3rd sun`, `last fri`, (-1, None) for `last`; else None."""
+    if part == 'last':
+        return -1, None
+    position, _, weekday = part.partition(' ')
+    if weekday and position in POSITIONS:
+        return POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week'])
+    return None
+
+
+def parse_part(part: str, field: Field) -> Iterable[int]:
+    """Return the numbers of one part of a field.
+
+    part ::= ('*' | value | value '-' value) ['/' step]
+    """
+    match = PART.fullmatch(part.strip())
+    if not match:
+        raise UserError(f'{field.name} {part!r} is not understood; '
+                        'allowed are * */n a a-b a-b/n and lists of these')
+    star, first, last, step = match.groups()
+    low, high = field.low, field.high
+    if not star:
+        low = field_value(first, field)
+        if last:
+            high = field_value(last, field)
+        elif not step:
+            high = low
+    if field is CRON_WEEKDAY and last == 'sun' and low:
+        high = 7                                # sat-sun
+    elif field is CRON_WEEKDAY and step and not last:
+        low, high = low % 7, 6                  # 7 is Sunday once more
+    if low > high:
+        raise UserError(f'{field.name} {part!r} is an empty range; '
+                        f'write {first}-{field.high},{field.low}-{last} to go round')
+    if step and not 0 < int(step) <= field.high - field.low:
+        raise UserError(f'{field.name} {part!r} has a step that is '
+                        f'not in 1-{field.high - field.low}')
+    return range(low, high + 1, int(step or 1))
 
 
 def parse_field(text: str, field: Field) -> frozenset:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
-    part ::= ('*' | value | value '-' value) ['/' step] | 'last' | position weekday
-    field ::= part (',' part)*
+    field ::= (part | position) (',' (part | position))*
 
     >>> sorted(parse_field('0-20/10,30', FIELDS['minute']))
     [0, 10, 20, 30]
     """
     allowed: set = set()
     for part in text.lower().split(','):
-        position, _, weekday = part.strip().partition(' ')
-        if field.name == 'day' and position in POSITIONS and (weekday or position == 'last'):
-            allowed.add((POSITIONS[position],
-                         field_value(weekday.strip(), FIELDS['day_of_week']) if weekday else None))
-            continue
-        match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?\s*', part)
-        if not match:
-            raise UserError(f'{field.name} {part!r} is not understood; '
-                            'allowed are * */n a a-b a-b/n and lists of these')
-        star, first, last, step = match.groups()
-        low = field.low if star else field_value(first, field)
-        high = field_value(last, field) if last else field.high if star or step else low
-        if field is CRON_WEEKDAY and last == 'sun' and low:
-            high = 7                                    # sat-sun
-        elif field is CRON_WEEKDAY and step and not last:
-            low, high = low % 7, 6                      # 7 is Sunday once more
-        if low > high:
-            raise UserError(f'{field.name} {part!r} is an empty range; '
-                            f'write {first}-{field.high},{field.low}-{last} to go round')
-        if step and not 0 < int(step) <= field.high - field.low:
-            raise UserError(f'{field.name} {part!r} has a step that is '
-                            f'not in 1-{field.high - field.low}')
-        allowed.update(range(low, high + 1, int(step or 1)))
+        position = None
+        if field.name == 'day':
+            position = parse_position(part.strip())
+        if position:
+            allowed.add(position)
+        else:
+            allowed.update(parse_part(part, field))
     return frozenset(allowed)
 
 
@@ -317,12 +355,24 @@ class Interval(Schedule):
     elapsed = True
 
     def __init__(self, seconds: float):
-        self.seconds, self.start = seconds, 0.0
+        self.seconds = seconds
+        self.start = 0.0
 
     def next(self, after: float) -> float:
+        # By multiplication, so that rounding does not add up; it may still give `after` itself.
         count = (after - self.start) // self.seconds + 1
-        due = self.start + count * self.seconds         # by one formula: no rounding adds up
-        return due if due > after else self.start + (count + 1) * self.seconds
+        due = self.start + count * self.seconds
+        if due <= after:
+            due = self.start + (count + 1) * self.seconds
+        return due
+
+
+def first_from(numbers: list[int], low: int) -> int | None:
+    """Return the first of sorted numbers that is `low` or more, None where there is none."""
+    index = bisect.bisect_left(numbers, low)
+    if index == len(numbers):
+        return None
+    return numbers[index]
 
 
 class Calendar(Schedule):
@@ -336,64 +386,85 @@ class Calendar(Schedule):
     """
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        finest = max(list(FIELDS).index(name) for name in texts)
-        allowed: dict = {}
-        for index, (name, field) in enumerate(FIELDS.items()):
-            every = index < finest or name in ('week', 'day_of_week')
-            allowed[name] = range(field.low, (field.high if every else field.low) + 1)
-            if name in texts:
-                allowed[name] = parse_field(
-                    texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
-        (self.years, months, self.monthdays, self.weeks, self.weekdays, hours, minutes,
-         seconds) = allowed.values()
-        self.first_year = min(self.years)
-        self.months, self.seconds = sorted(months), sorted(seconds)
-        self.minutes: list[int] = sorted(60 * hour + each for hour in hours for each in minutes)
-        if cron:
-            self.weekdays = {(number + 6) % 7 for number in self.weekdays}
-        self.either = cron and not (                    # as croniter decides
-            '*' in texts['day'].split(',') + texts['day_of_week'].split(',')
-            or len(self.monthdays) == 31 and '*' in texts['day_of_week']
-            or len(self.weekdays) == 7 and '*' in texts['day'])
+        names = list(FIELDS)
+        finest = max(names.index(name) for name in texts)
+        allowed: dict[str, Any] = {}
+        for name, field in FIELDS.items():
+            if cron and name == 'day_of_week':
+                numbers = parse_field(texts[name], CRON_WEEKDAY)
+                allowed[name] = {(number + 6) % 7 for number in numbers}
+            elif name in texts:
+                allowed[name] = parse_field(texts[name], field)
+            elif names.index(name) < finest or name in ('week', 'day_of_week'):
+                allowed[name] = range(field.low, field.high + 1)
+            else:
+                allowed[name] = [field.low]
+        # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
+        self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
+        self.allowed = allowed
+        self.first_year = min(allowed['year'])
+        self.months = sorted(allowed['month'])
+        self.hours = sorted(allowed['hour'])
+        self.minutes = sorted(allowed['minute'])
+        self.seconds = sorted(allowed['second'])
         self.days = functools.lru_cache(64)(self.matching_days)
-        self.zone, self.every_hour = zone, len(hours) == 24
+        self.zone, self.every_hour = zone, len(self.hours) == 24
+
+    def marked_days(self, days: list[date]) -> set[date]:
+        """Return the days of a month that the field `day` allows."""
+        marked = set()
+        for number in self.allowed['day']:
+            if isinstance(number, tuple):
+                index, weekday = number
+                among = [day for day in days if weekday in (None, day.weekday())]
+                if index < len(among):          # -1 is the last one; some have no 5th
+                    marked.add(among[index])
+            elif number <= len(days):
+                marked.add(days[number - 1])
+        return marked
 
     def matching_days(self, year: int, month: int) -> list[date]:
         """Return the days of one month that are allowed, in order."""
-        if year not in self.years or month not in self.months:
+        allowed = self.allowed
+        if year not in allowed['year'] or month not in allowed['month']:
             return []
         days = [date(year, month, 1) + DAY * number for number in range(31)]
         days = [day for day in days if day.month == month]
-        allowed = {day for day in days if day.day in self.monthdays}
-        for index, weekday in (day for day in self.monthdays if isinstance(day, tuple)):
-            among = [day for day in days if weekday in (None, day.weekday())]
-            allowed.update(among[index:][:1])
-        combine = any if self.either else all
-        return [day for day in days
-                if combine((day in allowed, day.weekday() in self.weekdays))
-                and day.isocalendar()[1] in self.weeks]
+        marked, chosen = self.marked_days(days), []
+        for day in days:
+            fits = day in marked and day.weekday() in allowed['day_of_week']
+            if self.either:
+                fits = day in marked or day.weekday() in allowed['day_of_week']
+            if fits and day.isocalendar()[1] in allowed['week']:
+                chosen.append(day)
+        return chosen
 
     def day_after(self, day: date) -> date:
         """Return the first allowed day after one; ValueError: there is none."""
         first = max(day.year, self.first_year)
         for year in range(first, first + 401):      # the calendar repeats by then
             for month in self.months:
-                for found in self.days(year, month):
-                    if found > day:
-                        return found
+                for candidate in self.days(year, month):
+                    if candidate > day:
+                        return candidate
         raise ValueError('there is no such date')
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        day, now = wall.date(), 60 * wall.hour + wall.minute
-        second = bisect.bisect_left(self.seconds, wall.second)
-        minute = bisect.bisect_left(self.minutes, now + (second == len(self.seconds)))
-        if minute == len(self.minutes) or day not in self.days(day.year, day.month):
-            day, minute, second = self.day_after(day), 0, 0
-        elif self.minutes[minute] > now:
-            second = 0
-        return datetime(day.year, day.month, day.day, *divmod(self.minutes[minute], 60),
-                        self.seconds[second])
+        if wall.date() in self.days(wall.year, wall.month):
+            if wall.hour in self.hours:
+                second = first_from(self.seconds, wall.second)
+                if second is not None and wall.minute in self.minutes:
+                    return wall.replace(second=second)
+                minute = first_from(self.minutes, wall.minute + 1)
+                if minute is not None:
+                    return wall.replace(minute=minute, second=self.seconds[0])
+            hour = first_from(self.hours, wall.hour + 1)
+            if hour is not None:
+                return wall.replace(hour=hour, minute=self.minutes[0], second=self.seconds[0])
+        day = self.day_after(wall.date())
+        return datetime(day.year, day.month, day.day, self.hours[0], self.minutes[0],
+                        self.seconds[0])
 
     def wall(self, seconds: float) -> datetime:
         """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
@@ -403,21 +474,28 @@ class Calendar(Schedule):
         """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
         return int(wall.replace(tzinfo=self.zone).timestamp())
 
+    def wall_at_zero(self, seconds: int) -> datetime:
+        """Return what the wall would show at Unix second 0 by the offset of `seconds`."""
+        return self.wall(seconds) - timedelta(0, seconds)
+
     def change(self, low: int, high: int) -> int:
         """Return the first second after `low` that has the offset of `high`."""
-        def zero(seconds: int) -> datetime:         # what the wall shows at 0 by this offset
-            return self.wall(seconds) - timedelta(0, seconds)
-        after = zero(high)
+        offset = self.wall_at_zero(high)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if zero(middle) == after else (middle, high)
+            if self.wall_at_zero(middle) == offset:
+                high = middle
+            else:
+                low = middle
         return high
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
         start = int(after // 1) + 1
         try:
-            return self.by_real_time(start) if self.every_hour else self.by_wall(start)
+            if self.every_hour:
+                return self.by_real_time(start)
+            return self.by_wall(start)
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
@@ -425,27 +503,27 @@ class Calendar(Schedule):
         """Return the first second from `start` on whose wall time is allowed."""
         while True:
             wall = self.wall(start)
-            found = self.wall_from(wall)
-            ahead = min(found - wall, DAY)          # no two changes lie within a day
+            due = self.wall_from(wall)
+            ahead = min(due - wall, DAY)            # no two changes lie within a day
             end = start + ahead // SECOND
-            seen = self.wall(end)
-            if seen - wall != ahead:
+            shown = self.wall(end)
+            if shown - wall != ahead:
                 start = self.change(start, end)
-            elif seen == found:
+            elif shown == due:
                 return end
             else:
-                start = max(end, self.unix(found - DAY))
+                start = max(end, self.unix(due - DAY))
 
     def by_wall(self, start: int) -> int:
         """Return the first second from `start` on that is allowed and not a repetition."""
         wall = self.wall(start - 1)                 # `start` may be right after a gap
         if wall.fold:                               # go to where the repetition ends
             wall = self.wall(self.change(self.unix(wall.replace(fold=0)), start - 1) - 1)
-        found = self.wall_from(wall + SECOND)
-        seconds = self.unix(found)
-        if self.wall(seconds) == found:
+        due = self.wall_from(wall + SECOND)
+        seconds = self.unix(due)
+        if self.wall(seconds) == due:
             return seconds
-        return self.change(self.unix(found.replace(fold=1)), seconds)       # skipped
+        return self.change(self.unix(due.replace(fold=1)), seconds)         # skipped
 
 
 class Croniter(Calendar):
@@ -479,17 +557,18 @@ def parse_zone(name: str) -> Any:
                         'such as Europe/Berlin, where time zone data is installed') from None
 
 
-def parse_plain(words: list[str], zone: Any) -> Schedule:
-    """Return the Schedule of an interval or a cron expression, split into words."""
-    text = ' '.join(words)
-    if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
-        if f'@{text.lower()}' in CRON_NAMES:
-            raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
-        seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
-        if seconds < 0.1:
-            raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
-        return Interval(seconds)
-    text = CRON_NAMES.get(text.lower(), text)
+def parse_interval(text: str) -> Interval:
+    """Return the Interval of `every 15s` or `15s`."""
+    if f'@{text.lower()}' in CRON_NAMES:
+        raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
+    seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
+    if seconds < 0.1:
+        raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
+    return Interval(seconds)
+
+
+def parse_cron(text: str, zone: Any) -> Schedule:
+    """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
     if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
@@ -497,21 +576,15 @@ def parse_plain(words: list[str], zone: Any) -> Schedule:
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
                         'minute hour day month weekday')
-    return Calendar(dict(zip(CRON_FIELDS, [*words, '0'])), zone, cron=True)
+    return Calendar(dict(zip(CRON_FIELDS, words)), zone, cron=True)
 
 
-def parse_schedule(text: str) -> Schedule:
-    """Return the Schedule that a text spells: an interval, fields, or cron.
-
-    schedule ::= (interval | fields | cron) ['jitter=' duration] ['timezone=' Area/City]
-
-    >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
-    (5400.0, 300)
-    """
+def parse_words(text: str) -> tuple[dict[str, str], str]:
+    """Return the fields of a schedule by name, and the words that are none of them."""
     fields: dict[str, str] = {}
     plain = []
     try:
-        words = shlex.split(str(text))
+        words = shlex.split(text)
     except ValueError as error:
         raise UserError(f'schedule {text!r}: {error}') from None
     for word in words:
@@ -525,12 +598,33 @@ def parse_schedule(text: str) -> Schedule:
                             f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
         else:
             fields[name] = value
+    return fields, ' '.join(plain)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Return the Schedule that a text spells: an interval, fields, or cron.
+
+    schedule ::= (interval | fields | cron) ['jitter=' duration] ['timezone=' Area/City]
+
+    >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
+    (5400.0, 300)
+    """
+    text = str(text)
+    fields, plain = parse_words(text)
     jitter = parse_duration(fields.pop('jitter', 0))
-    zone = parse_zone(fields.pop('timezone')) if 'timezone' in fields else None
+    zone, named = None, CRON_NAMES.get(plain.lower())
+    if 'timezone' in fields:
+        zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
-    schedule = Calendar(fields, zone) if fields else parse_plain(plain, zone)
+    schedule: Schedule
+    if fields:
+        schedule = Calendar(fields, zone)
+    elif not named and (plain.lower().startswith('every ') or ' ' not in plain):
+        schedule = parse_interval(plain)
+    else:
+        schedule = parse_cron(named or plain, zone)
     schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
