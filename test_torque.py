@@ -4880,7 +4880,6 @@ class IniTest(ConfigCase):
                 ('[INFLUXDB]\ngrace = 1', 6, 'grace', 'belongs under [TORQUE]'),
                 ('[TORQ]\njob.b.active = no', 6, 'TORQ', 'did you mean', 'TORQUE'),
                 ('[Mine]\na = 1', 6, '[MINE] means nothing'),
-                ('[TORQUE]\njob.queu.active = no', 6, 'no handler', "did you mean 'queue'"),
                 ('[TORQUE]\njob.queue.actve = yes', 6, 'inactive job', "did you mean 'active'"),
                 (unpack + 'job.unpack.args = a\njob.mine.active = no\njob.mine.action = b', 0),
                 ('a = 1 ; note', 0), (';a = 1 ; b = 2', 0), ('a = 1;b=2', 0),
@@ -4918,7 +4917,7 @@ class IniTest(ConfigCase):
         self.assertNotIn('other', config.torque)
         self.assertEqual((config.influxdb, config.announce),
                          ({'url': 'http://own', 'user': 'me'}, {'PBT': 'http://a/'}))
-        self.assertRegex(config.notes[0], '/config.ini is read first, .* rtorrent_rc scgi_url')
+        self.assertRegex(config.notes[0], '/config.ini is read first, for scgi_url rtorrent_rc url user PBT')
         self.load(HEAD)
         self.assertEqual((config.engine.address.path, config.warnings), ('/nowhere', []))
         self.write('config.ini', b'\xff')

@@ -58,7 +58,7 @@ import struct
 import threading
 import time
 from datetime import date, datetime, timedelta
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
@@ -4448,6 +4448,11 @@ class TreeWatch(Job):
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+COMMON_SECTIONS = {                     # of pyrocore's config.ini, and what they are here
+    'GLOBAL': 'TORQUE',
+    'DEFAULT': 'TORQUE',
+    'INFLUXDB': 'INFLUXDB',
+    'ANNOUNCE': 'ANNOUNCE'}
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
 job.connstats.schedule = minute=*
@@ -4462,7 +4467,6 @@ job.treewatch.handler = torque:TreeWatch
 job.treewatch.schedule = hour=*
 job.treewatch.active = no
 """
-DEFAULT_JOBS = ('connstats', 'fluxstats', 'queue', 'treewatch')
 BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
 # Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
 OLD_HANDLERS = {
@@ -4510,15 +4514,6 @@ def handler_name(text: str) -> str:
     if old and old[1] in OLD_HANDLERS:
         return 'torque:' + OLD_HANDLERS[old[1]]
     return text
-
-
-def built_in(text: str) -> Any:
-    """Return the built-in class that a handler names, None where it is another's."""
-    name = handler_name(text)
-    for job in BUILT_IN:
-        if name == f'torque:{job.__name__}':
-            return job
-    return None
 
 
 def import_module(module: str, name: str) -> Any:
@@ -4616,11 +4611,8 @@ class Entry(NamedTuple):
     place: Place
 
 
-class Mistake(NamedTuple):
-    """What is wrong, and in which line (0: none) of which file."""
-    file: str
-    line: int
-    text: str
+Entries = Dict[str, Entry]              # by name
+Mistake = Tuple[Place, str]             # where, and what is wrong
 
 
 class UnknownJob(UserError):
@@ -4628,13 +4620,13 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration; `lines` has a line for each, in order."""
+    """All that is wrong with a configuration; `lines` has a line for each, in their order."""
 
-    def __init__(self, mistakes: Iterable[Mistake]):
-        self.mistakes = list(dict.fromkeys(mistakes))
+    def __init__(self, mistakes: list[Mistake]):
+        self.mistakes = mistakes
         self.lines = []
-        for file, line, text in sorted(self.mistakes, key=operator.itemgetter(0, 1)):
-            self.lines.append(one_line(f'{Place(file, line)}: {text}'))
+        for place, text in sorted(dict.fromkeys(mistakes), key=operator.itemgetter(0)):
+            self.lines.append(one_line(f'{place}: {text}'))
         super().__init__('\n'.join(self.lines))
 
 
@@ -4648,11 +4640,12 @@ class NumberedParser(configparser.RawConfigParser):
     # Matches any line, so that none ends the reading; is_key() tells what was no key.
     OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
 
-    def __init__(self) -> None:
+    def __init__(self, lines: list[str], file: str):
         super().__init__(strict=False, default_section='', interpolation=None)
         self.number = 0
+        self.read_file(self.counted(lines), file)
 
-    def counted(self, lines: Iterable[str]) -> Iterator[str]:
+    def counted(self, lines: list[str]) -> Iterator[str]:
         """Give a header for what stands before the first one, then the lines."""
         yield '[ ]'
         for self.number, line in enumerate(lines, 1):
@@ -4687,14 +4680,14 @@ class Ini:
     """The entries of configuration files by section and key; mistakes, warnings, notes."""
 
     def __init__(self) -> None:
-        self.sections: dict[str, dict[str, Entry]] = {'TORQUE': {}}
+        self.sections: dict[str, Entries] = {'TORQUE': {}}
         self.mistakes: list[Mistake] = []
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
     def refuse(self, place: Place, text: str) -> None:
         """Add a mistake."""
-        self.mistakes.append(Mistake(*place, text))
+        self.mistakes.append((place, text))
 
     def warn(self, place: Place, text: str) -> None:
         """Add a warning of what has no effect, or another one than it seems."""
@@ -4703,46 +4696,40 @@ class Ini:
     def read(self, text: str, file: str) -> None:
         """Add the entries of one file."""
         lines = [line.rstrip() for line in text.split('\n')]
-        parser = NumberedParser()
-        parser.read_file(parser.counted(lines), file)
-        rows = parser.rows()
+        rows = NumberedParser(lines, file).rows()
         self.warn_of_glued(lines, file, {row[0] for row in rows})
-        seen: dict[tuple, Place] = {}
         before = ''
         for number, section, key, value in rows:
             place, line = Place(file, number), lines[number - 1]
-            shown = excerpt(line, before + line)
+            shown = excerpt(line, before + line)    # it may go on a secret
             before = name = key[:-1].rstrip()
             if not is_key(key):
                 self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
-            elif not section and number == rows[0][0]:
+            elif section:
+                value = self.without_comment(place, name, value, line)
+                self.add(section, name, value, place)
+            elif number == rows[0][0]:
                 self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
                                    'under [TORQUE]')
-            elif section:
-                if (section, name) in seen:
-                    self.warn(place, f'{name} stands here again, and this one counts, not that '
-                                     f'of {seen[section, name]}')
-                seen[section, name] = place
-                self.add(section, name, self.without_comment(name, value, line, place), place)
 
     def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
         """Warn of lines that look like settings, and go on a value because they are indented."""
+        setting = re.compile(rf"\s+(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
         for number, line in enumerate(lines, 1):
-            if number not in keys and re.match(
-                    rf"\s+(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", line):
+            if setting.match(line) and number not in keys:
                 self.warn(Place(file, number), 'an indented line belongs to the value above it: '
                                                + excerpt(line, line))
 
-    def without_comment(self, key: str, value: str, line: str, place: Place) -> str:
-        """Return a value without the `; note` that ends its first line, and without empty lines."""
+    def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
+        """Return a value without empty lines, and without the `; note` that ends its first one."""
         first, *more = value.split('\n')
         comment = re.search(r'\s;', line)
         if comment:
             first = first[:comment.start() - len(line)].rstrip()
             said = line[comment.end():]
             if re.search(r'\.(args$|cmd[._])', key):
-                self.warn(place, f'{key}: cut off from the command, as text after ` ;` is a '
-                                 f'comment: {excerpt(said, line)}; a ; without a blank before '
+                self.warn(place, f'{key}: text after ` ;` is a comment, and cut off from the '
+                                 f'command: {excerpt(said, line)}; a ; without a blank before '
                                  'it belongs to the value')
             elif '=' in said:
                 self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
@@ -4752,35 +4739,36 @@ class Ini:
 
     def add(self, section: str, key: str, value: str, place: Place) -> None:
         """Add one entry; a later one replaces an earlier one."""
+        entries = self.sections.setdefault(section, {})
+        if key in entries and entries[key].place.file == place.file:
+            self.warn(place, f'{key} stands here again, and this one counts, not that of '
+                             f'{entries[key].place}')
         if not key.isprintable():
             self.refuse(place, f'{quoted(key)}: a name has no control characters')
         elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
             self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
                                'the value itself, and %% for %')
         else:
-            self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
+            entries[key] = Entry(value.replace('%%', '%'), place)
 
     def override(self, text: str) -> None:
-        """Add what -D says: KEY=VALUE or section.KEY=VALUE."""
-        place, shown = Place('-D'), excerpt(text, text)
+        """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
         key, equals, value = text.partition('=')
-        key, value = key.strip(), value.strip()
-        section, dot, rest = key.partition('.')
-        if not equals or not key:
-            self.refuse(place, f'{shown}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif dot and section.upper() in {*self.sections, *SECTIONS}:
-            self.add(section.upper(), rest, value, place)
-        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
-            self.refuse(place, f'{shown}: there is no section [{section.upper()}]')
+        section, _, rest = key.strip().partition('.')
+        if not equals or not section:
+            self.refuse(Place('-D'), f'{excerpt(text, text)}: allowed is KEY=VALUE or '
+                                     'section.KEY=VALUE')
+        elif rest and section.upper() in {*self.sections, *SECTIONS}:
+            self.add(section.upper(), rest, value.strip(), Place('-D'))
         else:
-            self.add('TORQUE', key, value, place)
+            self.add('TORQUE', key.strip(), value.strip(), Place('-D'))
 
 
 def read_text(path: str) -> str:
     """Return the text of a configuration file; raises Mistakes where there is none."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):   # a pipe would block, a device
-            wrong = 'is no regular file'                        # might never end
+        if os.path.exists(path) and not os.path.isfile(path):
+            wrong = 'is no regular file'        # a pipe would block, a device might never end
         elif os.path.getsize(path) > INI_LIMIT:
             wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
         else:
@@ -4790,7 +4778,7 @@ def read_text(path: str) -> str:
         wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
     except OSError as error:
         wrong = str(error.strerror)
-    raise Mistakes([Mistake(path, 0, wrong)])
+    raise Mistakes([(Place(path), wrong)])
 
 
 def read_common(ini: Ini, path: str) -> None:
@@ -4798,22 +4786,19 @@ def read_common(ini: Ini, path: str) -> None:
     file = beside(path, 'config.ini')
     if not os.path.isfile(file) or os.path.realpath(path) == file:
         return
-    common = Ini()
+    common, used = Ini(), []
     try:
         common.read(read_text(file), file)
     except Mistakes as error:
         ini.warnings.append(str(error))
-    used = set()
     for section, entries in common.sections.items():
+        target = COMMON_SECTIONS.get(section)
         for key, entry in entries.items():
-            if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
-                ini.sections['TORQUE'][key] = entry
-                used.add(key)
-            elif section in ('INFLUXDB', 'ANNOUNCE'):
-                ini.sections.setdefault(section, {})[key] = entry
-                used.add(f'[{section}]')
+            if target and (target != 'TORQUE' or key in ('scgi_url', 'rtorrent_rc')):
+                ini.sections.setdefault(target, {})[key] = entry
+                used.append(key)
     if used:
-        ini.notes.append(f"{file} is read first, for its {' '.join(sorted(used))}")
+        ini.notes.append(one_line(f"{file} is read first, for {' '.join(used)}"))
 
 
 def read_files(path: str, overrides: Iterable[str]) -> Ini:
@@ -4856,7 +4841,7 @@ def convert(text: str) -> Any:
     return text
 
 
-def first_place(entries: dict[str, Entry]) -> Place:
+def first_place(entries: Entries) -> Place:
     """Return where the user's file begins to speak of something."""
     for entry in entries.values():
         if entry.place.file != '<defaults>':
@@ -4864,47 +4849,61 @@ def first_place(entries: dict[str, Entry]) -> Place:
     return Place('<defaults>')
 
 
-def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
+def built_in(entries: Entries) -> Any:
+    """Return the class of a job where it is a built-in one, else None."""
+    if 'handler' in entries:
+        for job in BUILT_IN:
+            if handler_name(entries['handler'].value) == f'torque:{job.__name__}':
+                return job
+    return None
+
+
+def is_off(entries: Entries) -> bool:
+    """Tell whether a job's settings say that it is not active."""
+    return 'active' in entries and entries['active'].value.lower() in FALSE
+
+
+def group_jobs(ini: Ini) -> dict[str, Entries]:
     """Return the entries of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, dict[str, Entry]] = {}
-    unknown, ignored = {}, set()
+    groups: dict[str, Entries] = {}
+    others: Entries = {}
     for key, entry in ini.sections['TORQUE'].items():
-        stem, _, rest = key.partition('.')
-        name, _, param = rest.partition('.')
-        if stem == 'job' and name and param:
-            groups.setdefault(name, {})[param] = entry
-        elif stem == 'job':
+        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
+        if setting:
+            groups.setdefault(setting[1], {})[setting[2]] = entry
+        elif key.partition('.')[0] == 'job':
             ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
-        elif stem in ('apscheduler', 'httpd'):
-            ignored.add(f'{stem}.*')
         elif key not in TORQUE_NAMES:
-            unknown[key] = entry.place
-    for key, place in unknown.items():
-        ini.warn(place, f'{key} means nothing to torque{where_it_belongs(key, groups)}')
-    for name, entries in groups.items():
-        hint = nearest(name, DEFAULT_JOBS)
-        if hint and 'handler' not in entries:
-            ini.warn(first_place(entries), f'job.{name} has no handler{hint}')
-    if ignored:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
+            others[key] = entry
+    old = set()
+    for key, entry in others.items():
+        family = key.partition('.')[0]
+        if family in ('apscheduler', 'httpd'):
+            old.add(f'{family}.*')
+        else:
+            hint = where_it_belongs(key, groups)
+            ini.warn(entry.place, f'{key} means nothing to torque{hint}')
+    if old:
+        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(old))}")
     return groups
 
 
-def where_it_belongs(key: str, groups: dict[str, dict[str, Entry]]) -> str:
+def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
     if rest and stem.lower() in ('job', 'jobs'):
-        return f'; did you mean {"job." + rest!r}?'
+        return f"; did you mean 'job.{rest}'?"
     if rest and stem in groups:
-        return f'; did you mean {"job." + key!r}?'
+        return f"; did you mean 'job.{key}'?"
     if key in CORE_NAMES:
         return f'; write job.NAME.{key}, for each job'
     for name, entries in groups.items():
-        job = 'handler' in entries and built_in(entries['handler'].value)
+        job = built_in(entries)
         if job and job.takes(key):
+            hint = f'; write job.{name}.{key}'
             if job.section == 'INFLUXDB':
-                return f'; it belongs under [INFLUXDB], or write job.{name}.{key}'
-            return f'; write job.{name}.{key}'
+                hint += ', or put it under [INFLUXDB]'
+            return hint
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
@@ -4914,14 +4913,14 @@ def warn_of_sections(ini: Ini) -> None:
         if section not in SECTIONS:
             hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
             ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
-        elif section != 'TORQUE':
-            for key, entry in entries.items():
-                if key.startswith('job.') or key in TORQUE_NAMES:
-                    ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs '
-                                          'under [TORQUE]')
+            continue
+        for key, entry in entries.items():
+            if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
+                ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs under '
+                                      '[TORQUE]')
 
 
-def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
+def checked(options: Iterable[Option], entries: Entries, prefix: str,
             mistakes: list[Mistake]) -> Settings:
     """Return the values of options, adding the mistakes in them to `mistakes`."""
     values = Settings()
@@ -4937,37 +4936,52 @@ def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
         try:
             values[option.name] = option.parse(text)
         except UserError as error:
-            place = first_place(entries)
-            if entry:
-                place = entry.place
-            mistakes.append(Mistake(*place, f'{prefix}{option.name}: {error}'))
+            place = entry.place if entry else first_place(entries)
+            mistakes.append((place, f'{prefix}{option.name}: {error}'))
     return values
 
 
-def unknown_options(job: Any, prefix: str, entries: dict[str, Entry]) -> list[Mistake]:
-    """Return what a built-in job, or the section for its like, has that is none of its options."""
+def unknown_options(job: Any, prefix: str, entries: Entries) -> list[Mistake]:
+    """Return what is among a built-in job's settings and is none of its options."""
     known = list(CORE_NAMES)
     for option in job.options:
         known += filter(None, (option.name, option.alias))
-    return [Mistake(*entry.place, f'{prefix}{key}: {job.__name__} has no such option'
-                                  f"{nearest(key, known) or '; see --list-jobs'}")
-            for key, entry in entries.items() if key not in CORE_NAMES and not job.takes(key)]
+    unknown = []
+    for key, entry in entries.items():
+        if key not in CORE_NAMES and not job.takes(key) and not key.startswith('job.'):
+            hint = nearest(key, known) or '; see --list-jobs'
+            unknown.append((entry.place, f'{prefix}{key}: {job.__name__} has no such option{hint}'))
+    return unknown
 
 
-def is_off(entries: dict[str, Entry]) -> bool:
-    """Tell whether a job's settings say that it is not active."""
-    return 'active' in entries and entries['active'].value.lower() in FALSE
+def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
+    """Return a built-in job's entries with those that its section gives to all of its kind.
+
+    What is none of its options is a mistake.
+    """
+    shared = ini.sections.get(job.section, {})
+    ini.mistakes += unknown_options(job, prefix, entries)
+    if job.section != 'TORQUE':
+        ini.mistakes += unknown_options(job, '', shared)
+    merged = dict(entries)
+    for option in job.options:
+        if option.name in entries and option.alias in entries:
+            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
+                                                  f'{option.name}, and that counts')
+        elif option.name in shared and option.alias not in entries:
+            merged.setdefault(option.name, shared[option.name])
+    return merged
 
 
-def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
-    """Tell whether a job is active; warn of a slip that may be what keeps it from that."""
-    if not is_off(entries):
-        return True
-    job = 'handler' in entries and built_in(entries['handler'].value)
-    if job:
-        for file, line, text in unknown_options(job, f'job.{name}.', entries):
-            ini.warn(Place(file, line), f'{text} (of an inactive job)')
-    return False
+def import_modules(path: str, groups: dict[str, Entries]) -> None:
+    """Import the modules of all active jobs: each may add fields that others' conditions name."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    for entries in groups.values():
+        if 'handler' in entries and not is_off(entries):
+            with contextlib.suppress(UserError):    # told of when the job is planned
+                import_handler(entries['handler'].value)
 
 
 class PlannedJob(NamedTuple):
@@ -4978,25 +4992,6 @@ class PlannedJob(NamedTuple):
     schedule: Schedule
     places: dict[str, Place]            # of its settings, and '' of the first
     source: dict[str, str]              # all texts it is made of: the same, and so is the job
-
-
-def with_shared(job: Any, prefix: str, entries: dict[str, Entry], ini: Ini) -> dict[str, Entry]:
-    """Return a built-in job's entries with those that its section gives to all of its kind.
-
-    What is none of its options is a mistake.
-    """
-    shared, merged = ini.sections.get(job.section, {}), dict(entries)
-    ini.mistakes += unknown_options(job, prefix, entries)
-    if job.section != 'TORQUE':
-        own = {key: entry for key, entry in shared.items() if not key.startswith('job.')}
-        ini.mistakes += unknown_options(job, '', own)
-    for option in job.options:
-        if option.name in entries and option.alias in entries:
-            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
-                                                  f'{option.name}, and that counts')
-        elif option.name in shared and option.name not in entries and option.alias not in entries:
-            merged[option.name] = shared[option.name]
-    return merged
 
 
 class Config(Settings):
@@ -5020,49 +5015,52 @@ class Config(Settings):
         import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
         for name, entries in groups.items():
-            if name == only or only is None and is_active(name, entries, ini):
+            if name == only or only is None and not is_off(entries):
                 self.jobs.append(self.plan(name, entries, ini, bool(only)))
+            elif only is None and built_in(entries):    # a slip may be why it is not active
+                for place, text in unknown_options(built_in(entries), f'job.{name}.', entries):
+                    ini.warn(place, f'{text} (of an inactive job)')
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
     def fill(self, ini: Ini, dry_run: bool) -> None:
-        """Replace the sections by those of the files, and work out what all jobs share."""
-        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], '', ini.mistakes)
+        """Replace the sections by those of the files, and find what all jobs share."""
         self.clear()
         for section, entries in ini.sections.items():
-            self[section.lower()] = Settings({key: entry.value for key, entry in entries.items()})
-        for key, entry in ini.sections['TORQUE'].items():
-            self.torque[key] = convert(entry.value)
-        self.torque.update(options)
-        self.torque['dry_run'] = bool(options.dry_run or dry_run)
-        self.state_dir = beside(self.path, options.state_dir) or default_state_dir(self.path)
+            values = {key: entry.value for key, entry in entries.items()}
+            self[section.lower()] = Settings(values)
+        torque, entries = self.torque, ini.sections['TORQUE']
+        for key, text in torque.items():
+            torque[key] = convert(text)
+        torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
+        torque['dry_run'] = bool(torque.dry_run or dry_run)
+        self.state_dir = beside(self.path, torque.state_dir) or default_state_dir(self.path)
         self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
-        self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
-        self.all_engines: list[Engine] = []             # the same, as jobs have them
-        self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
+        self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
+        self.all_engines: list[Engine] = []         # the same, as jobs have them
+        self.engine = self.find_engine(torque.scgi_url, 'scgi_url', entries, ini)
 
-    def plan(self, name: str, entries: dict[str, Entry], ini: Ini, alone: bool) -> PlannedJob:
+    def plan(self, name: str, entries: Entries, ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
-        values = {key: convert(entry.value) for key, entry in entries.items()}
         core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
+        values = {key: convert(entry.value) for key, entry in entries.items()}
         make = core.handler
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
             entries = with_shared(make, prefix, entries, ini)
-            for key in entries:
+            for key, entry in entries.items():
                 if key.startswith(make.families):
-                    values[key] = entries[key].value
+                    values[key] = entry.value
             values.update(checked(make.options, entries, prefix, ini.mistakes))
         source = {key: entry.value for key, entry in entries.items()}
         values.update(core, job_name=name, handler=source.get('handler'),
-                      schedule=source.get('schedule'))
-        if self.torque.dry_run:
-            values['dry_run'] = True
+                      schedule=source.get('schedule'),
+                      dry_run=bool(core.dry_run or self.torque.dry_run))
         if core.same_files is None:
             values['same_files'] = self.torque.same_files
         engine = self.engine
         if core.scgi_url:
-            engine = self.find_engine(entries, prefix, ini)
+            engine = self.find_engine(core.scgi_url, f'{prefix}scgi_url', entries, ini)
         config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
         for key in set(dir(config)).intersection(entries):
             ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
@@ -5071,24 +5069,18 @@ class Config(Settings):
         places[''] = first_place(entries)
         return PlannedJob(name, make, config, core.schedule, places, source)
 
-    def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
-        """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
-        entry, key = entries.get('scgi_url'), prefix + 'scgi_url'
+    def find_engine(self, url: str, key: str, entries: Entries, ini: Ini) -> Any:
+        """Return the Engine at an address; an empty one is what rTorrent's own rc says."""
         try:
-            if entry and entry.value:
-                return self.engine_at(entry.value)
-            if ini.mistakes:                    # it may be among what was not understood
-                return None
-            entry = entry or entries.get('rtorrent_rc')
-            url = find_url(self.torque.rtorrent_rc)
-            key = 'rtorrent_rc'
-            return self.engine_at(url)
+            if url:
+                return self.engine_at(url)
+            if not ini.mistakes:                # else it may be among what was not understood
+                return self.engine_at(find_url(self.torque.rtorrent_rc))
         except UserError as error:
-            place = Place(self.path)
-            if entry:
-                place = entry.place
+            entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
+            place = entry.place if entry else Place(self.path)
             ini.refuse(place, f'{key}: {error}')
-            return None
+        return None
 
     def engine_at(self, url: str) -> Engine:
         """Return the Engine at an address: one for all jobs that name the same."""
@@ -5113,17 +5105,6 @@ class Config(Settings):
         for name in set(self).difference(values):
             del self[name]
         vars(self).update(attributes)
-
-
-def import_modules(path: str, groups: dict[str, dict[str, Entry]]) -> None:
-    """Import the modules of all active jobs: each may add fields that others' conditions name."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if folder not in sys.path:
-        sys.path.append(folder)
-    for entries in groups.values():
-        if 'handler' in entries and not is_off(entries):
-            with contextlib.suppress(UserError):
-                import_handler(entries['handler'].value)
 
 
 def clean_up(name: str, job: Any) -> None:
@@ -5152,7 +5133,7 @@ def make_job(planned: PlannedJob) -> Any:
             text = f'{name}.{error.option}: {error}'
     except (Exception, SystemExit) as error:
         text = f'{name} cannot be made: {origin(error)}'
-    raise Mistakes([Mistake(*place, text)])
+    raise Mistakes([(place, text)])
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
