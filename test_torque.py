@@ -2963,6 +2963,28 @@ class LiveEngineStatsTest(Folder):
                     self.assertEqual(len(self.logged('INFO engine:', 'answers again, after')), 1)
 
 
+class LiveJobTest(Folder):
+    def test_job_lists_torrents_and_acts(self):
+        daemon = RTorrent(os.path.join(self.folder, 'rt'))
+        self.addCleanup(daemon.stop, signal.SIGKILL)
+        for name, size in ('one', 1), ('two', 70000):
+            daemon.load(*metafile(name, size))
+        job = torque.Job(job_config(self.folder, job=torque.EngineStats, engine=daemon.engine))
+        self.assertEqual(len(job.torrents()), 2)
+        self.assertEqual(job.torrents('size>1k OR name=x', view='started'), [])
+        for fields in 'size, done', ['size', 'done'], 'size done':
+            with self.subTest(fields=fields):
+                row, = job.torrents('size>1k', fields)
+                self.assertEqual((row['name'], row['size'], row['done']), ('two', 70000, 0))
+        job.act('d.custom1.set', row['hash'], 'seen')
+        self.assertEqual(len(job.torrents('label=seen')), 1)
+        with self.assertRaises(torque.HashNotFound):
+            job.act('d.custom1.set', 'A' * 40, 'seen')
+        for wrong in {'condition': 'siz>1'}, {'fields': 'siz'}:
+            with self.subTest(wrong=wrong), self.assertRaisesRegex(UserError, "'siz'"):
+                job.torrents(**wrong)
+
+
 class LineProtocolTest(unittest.TestCase):
     def test_names_and_values_are_escaped(self):
         line = torque.influx_line('a b,c', {'k=1': 'v w,x'}, {'f g': 'q"\\\n', 'i': 2 ** 40,
@@ -4864,7 +4886,8 @@ class IniTest(ConfigCase):
                 ('a = 1 ; b = 2', 5, 'comment', "'b = 2'"), ('a = x=1 ; y=2\n  z', 5, "'y=2'"),
                 ('a = 1\n  job.b.c = 2', 6, 'belongs to the value above', "'job.b.c = 2'"),
                 ('a = 1\n\n# c\n\tgrace=5', 8, 'above', "'grace=5'"),
-                ('a = 1\n  job.my-job.c = 2', 6, 'above'), ('a = 1\n  job.b.c: 2', 6, 'above'),
+                ('a = 1\n  job.my-job.c = 2', 6, 'above'), ('a = 1\n  jobs.b.c = 2', 6, 'above'),
+                ('a = 1\n  job.b.c: 2', 6, 'above'),
                 ('a = 1\nb = 2\na = 3', 7, 'a stands here again', 't.ini:5'),
                 (unpack + 'job.unpack.args = a ; b', 8, 'cut off', "'b'", 'without a blank'),
                 ('[TORQUE]\njob.treewatch.cmd.x = d.a= ; d.b=', 6, 'cut off', "'d.b='"),
@@ -4917,7 +4940,7 @@ class IniTest(ConfigCase):
         self.assertNotIn('other', config.torque)
         self.assertEqual((config.influxdb, config.announce),
                          ({'url': 'http://own', 'user': 'me'}, {'PBT': 'http://a/'}))
-        self.assertRegex(config.notes[0], '/config.ini is read first, for scgi_url rtorrent_rc url user PBT')
+        self.assertRegex(config.notes[0], 'first, for scgi_url rtorrent_rc url user PBT$')
         self.load(HEAD)
         self.assertEqual((config.engine.address.path, config.warnings), ('/nowhere', []))
         self.write('config.ini', b'\xff')

@@ -4714,7 +4714,7 @@ class Ini:
 
     def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
         """Warn of lines that look like settings, and go on a value because they are indented."""
-        setting = re.compile(rf"\s+(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
+        setting = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
         for number, line in enumerate(lines, 1):
             if setting.match(line) and number not in keys:
                 self.warn(Place(file, number), 'an indented line belongs to the value above it: '
@@ -5071,16 +5071,18 @@ class Config(Settings):
 
     def find_engine(self, url: str, key: str, entries: Entries, ini: Ini) -> Any:
         """Return the Engine at an address; an empty one is what rTorrent's own rc says."""
+        if not url and ini.mistakes:            # it may be among what was not understood
+            return None
         try:
-            if url:
-                return self.engine_at(url)
-            if not ini.mistakes:                # else it may be among what was not understood
-                return self.engine_at(find_url(self.torque.rtorrent_rc))
+            if not url:
+                url = find_url(self.torque.rtorrent_rc)
+                key = 'rtorrent_rc'
+            return self.engine_at(url)
         except UserError as error:
             entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
             place = entry.place if entry else Place(self.path)
             ini.refuse(place, f'{key}: {error}')
-        return None
+            return None
 
     def engine_at(self, url: str) -> Engine:
         """Return the Engine at an address: one for all jobs that name the same."""
