@@ -407,8 +407,11 @@ class Calendar(Schedule):
         self.hours = sorted(allowed['hour'])
         self.minutes = sorted(allowed['minute'])
         self.seconds = sorted(allowed['second'])
+        # The first time of a day, on any day.
+        self.first_time = datetime(2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
         self.days = functools.lru_cache(64)(self.matching_days)
-        self.zone, self.every_hour = zone, len(self.hours) == 24
+        self.zone = zone
+        self.every_hour = len(self.hours) == 24
 
     def marked_days(self, days: list[date]) -> set[date]:
         """Return the days of a month that the field `day` allows."""
@@ -461,10 +464,9 @@ class Calendar(Schedule):
                     return wall.replace(minute=minute, second=self.seconds[0])
             hour = first_from(self.hours, wall.hour + 1)
             if hour is not None:
-                return wall.replace(hour=hour, minute=self.minutes[0], second=self.seconds[0])
+                return self.first_time.replace(wall.year, wall.month, wall.day, hour)
         day = self.day_after(wall.date())
-        return datetime(day.year, day.month, day.day, self.hours[0], self.minutes[0],
-                        self.seconds[0])
+        return self.first_time.replace(day.year, day.month, day.day)
 
     def wall(self, seconds: float) -> datetime:
         """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
@@ -538,8 +540,10 @@ class Croniter(Calendar):
                             'has five fields of * */n a a-b a-b/n and names') from None
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f'croniter refuses {text!r}: {error}') from None
-        self.text, self.croniter = text, croniter.croniter
-        self.zone, self.every_hour = zone, text.split()[1] == '*'
+        self.text = text
+        self.croniter = croniter.croniter
+        self.zone = zone
+        self.every_hour = text.split()[1] == '*'
 
     def wall_from(self, wall: datetime) -> datetime:
         return self.croniter(self.text, wall - SECOND).get_next(datetime)
@@ -4700,9 +4704,11 @@ class Ini:
         self.warn_of_glued(lines, file, {row[0] for row in rows})
         before = ''
         for number, section, key, value in rows:
-            place, line = Place(file, number), lines[number - 1]
+            place = Place(file, number)
+            line = lines[number - 1]
             shown = excerpt(line, before + line)    # it may go on a secret
-            before = name = key[:-1].rstrip()
+            name = key[:-1].rstrip()
+            before = name
             if not is_key(key):
                 self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
             elif section:
@@ -4816,7 +4822,8 @@ def beside(path: str, name: str | None) -> str:
     """Return where a file named in a configuration is: a relative name is beside it."""
     if not name:
         return ''
-    return os.path.join(os.path.dirname(os.path.realpath(path)), os.path.expanduser(name))
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.path.join(folder, os.path.expanduser(name))
 
 
 def default_state_dir(path: str) -> str:
@@ -4839,6 +4846,20 @@ def convert(text: str) -> Any:
     if text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
         return parse_bool(text)
     return text
+
+
+def texts_of(entries: Entries) -> Settings:
+    """Return the values of entries as they are."""
+    return Settings((key, entry.value) for key, entry in entries.items())
+
+
+def converted(entries: Entries) -> Settings:
+    """Return the values of entries as pyrocore's jobs expect them; a handler stays text."""
+    values = texts_of(entries)
+    for key, text in values.items():
+        if key not in ('handler', 'schedule'):
+            values[key] = convert(text)
+    return values
 
 
 def first_place(entries: Entries) -> Place:
@@ -4959,11 +4980,11 @@ def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
 
     What is none of its options is a mistake.
     """
+    merged = dict(entries)
     shared = ini.sections.get(job.section, {})
     ini.mistakes += unknown_options(job, prefix, entries)
     if job.section != 'TORQUE':
         ini.mistakes += unknown_options(job, '', shared)
-    merged = dict(entries)
     for option in job.options:
         if option.name in entries and option.alias in entries:
             ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
@@ -4991,7 +5012,7 @@ class PlannedJob(NamedTuple):
     config: JobConfig
     schedule: Schedule
     places: dict[str, Place]            # of its settings, and '' of the first
-    source: dict[str, str]              # all texts it is made of: the same, and so is the job
+    source: Settings                    # all texts it is made of: the same, and so is the job
 
 
 class Config(Settings):
@@ -5005,7 +5026,9 @@ class Config(Settings):
              only: str | None = None) -> None:
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
-        self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
+        self.path = path
+        self.warnings = ini.warnings
+        self.notes = ini.notes
         warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
@@ -5027,15 +5050,18 @@ class Config(Settings):
         """Replace the sections by those of the files, and find what all jobs share."""
         self.clear()
         for section, entries in ini.sections.items():
-            values = {key: entry.value for key, entry in entries.items()}
-            self[section.lower()] = Settings(values)
-        torque, entries = self.torque, ini.sections['TORQUE']
-        for key, text in torque.items():
-            torque[key] = convert(text)
+            self[section.lower()] = texts_of(entries)
+        entries = ini.sections['TORQUE']
+        torque = converted(entries)
         torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
         torque['dry_run'] = bool(torque.dry_run or dry_run)
-        self.state_dir = beside(self.path, torque.state_dir) or default_state_dir(self.path)
-        self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
+        self['torque'] = torque
+        self.state_dir = beside(self.path, torque.state_dir)
+        if not self.state_dir:
+            self.state_dir = default_state_dir(self.path)
+        self.aliases = {}
+        for name, text in self.get('announce', {}).items():
+            self.aliases[name] = text.split()
         self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
         self.all_engines: list[Engine] = []         # the same, as jobs have them
         self.engine = self.find_engine(torque.scgi_url, 'scgi_url', entries, ini)
@@ -5044,18 +5070,16 @@ class Config(Settings):
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
         core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-        values = {key: convert(entry.value) for key, entry in entries.items()}
-        make = core.handler
+        values = converted(entries)
+        make = core.pop('handler')
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
             entries = with_shared(make, prefix, entries, ini)
-            for key, entry in entries.items():
-                if key.startswith(make.families):
-                    values[key] = entry.value
+            values = texts_of(entries)
             values.update(checked(make.options, entries, prefix, ini.mistakes))
-        source = {key: entry.value for key, entry in entries.items()}
-        values.update(core, job_name=name, handler=source.get('handler'),
-                      schedule=source.get('schedule'),
-                      dry_run=bool(core.dry_run or self.torque.dry_run))
+        schedule = core.pop('schedule')
+        values.update(core)
+        values['job_name'] = name
+        values['dry_run'] = bool(core.dry_run or self.torque.dry_run)
         if core.same_files is None:
             values['same_files'] = self.torque.same_files
         engine = self.engine
@@ -5067,7 +5091,7 @@ class Config(Settings):
                                          f'the job finds it as config[{key!r}]')
         places = {key: entry.place for key, entry in entries.items()}
         places[''] = first_place(entries)
-        return PlannedJob(name, make, config, core.schedule, places, source)
+        return PlannedJob(name, make, config, schedule, places, texts_of(entries))
 
     def find_engine(self, url: str, key: str, entries: Entries, ini: Ini) -> Any:
         """Return the Engine at an address; an empty one is what rTorrent's own rc says."""
