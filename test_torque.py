@@ -3097,26 +3097,6 @@ class InfluxDBTest(Folder):
             job.retry_at = 0
         self.assertEqual(pauses, [5, 10, 20, 40, 80, 160, 300, 300, 1234, 3600, 300, 300, 300])
 
-    def test_refused_points_block_nothing(self):
-        def picky(body):
-            return (400, '', '{"error":"field type conflict"}') if b'host,' in body else \
-                (204, '', '')
-        job = self.job(*[picky] * 20)
-        self.fails(job, 'points of host were refused and dropped', 'field type conflict')
-        self.assertFalse(job.points)
-        written = [line for line, _, body in self.server.requests if b'host,' not in body]
-        self.assertEqual(len(written), 2)           # rtorrent and rtorrent_views on their own
-
-    def test_too_large_is_split(self):
-        def small(body):
-            return (413, '', 'too large') if body.count(b'\n') >= 3 else (204, '', '')
-        lines = [f's v={number}i {number}' for number in range(20)]
-        self.write('test.points', '\n'.join(lines))
-        self.job(*[small] * 50, series_host='').run()
-        sent = [row for _, _, body in self.server.requests if body.count(b'\n') < 3
-                for row in body.decode().splitlines()]
-        self.assertEqual([row for row in sent if row[0] == 's'], lines)
-
     def test_nothing_is_small_enough(self):
         self.write('test.points', ''.join(f's v={number}i {number}\n' for number in range(9000)))
         job = self.job(*[(413, '', '\x1b[31mno')] * 50, series='')
@@ -3291,7 +3271,7 @@ class LiveInfluxDBTest(Folder):
         rows = self.server.query('SELECT up_rate FROM rtorrent')
         self.assertEqual([row['up_rate'] for row in rows], [1, 2, 3, 4, 5, 6])
 
-    def test_servers_own_words_are_logged(self):
+    def test_refused_points_block_nothing(self):
         job = self.job(engine=None, series='', disk_path='')
         job.points = ['host v="text" 1', 'host v=1i 2', 'other v=1i 3']
         with self.assertRaisesRegex(torque.LoggableError, 'points of host .* field type conflict'):
@@ -3301,7 +3281,7 @@ class LiveInfluxDBTest(Folder):
         with self.assertRaisesRegex(torque.LoggableError, '404.*database not found.*are kept'):
             job.run()
 
-    def test_real_limit_splits_batches(self):
+    def test_too_large_is_split(self):
         self.server.stop()
         self.server = InfluxServer(self.server.folder, self.server.port, max_body=2000)
         job = self.job(engine=None, series='', disk_path='')

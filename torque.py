@@ -2627,6 +2627,11 @@ class ArgsTemplate(Template):
 # made and cleaned up in the main thread; run() is called in a thread of its own, never twice
 # at once.
 
+MEMORY_FIGURES = {                      # of InfluxDB, and the rows of /proc/meminfo, in kB
+    'memory_total': 'MemTotal',
+    'memory_available': 'MemAvailable',
+    'swap_total': 'SwapTotal',
+    'swap_free': 'SwapFree'}
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
@@ -2930,15 +2935,13 @@ def host_figures() -> dict:
     with contextlib.suppress(OSError):
         figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
     memory = proc_rows('meminfo')
-    for name, key in (('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
-                      ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')):
+    for name, key in MEMORY_FIGURES.items():
         if key in memory:
-            figures[name] = int(memory[key][0]) * 1024          # they are in kB
-    devices = proc_rows('net/dev')
-    counters = [words for device, words in devices.items() if device != 'lo' and len(words) > 8]
-    if devices:
-        figures['net_received'] = sum(int(words[0]) for words in counters)
-        figures['net_sent'] = sum(int(words[8]) for words in counters)
+            figures[name] = int(memory[key][0]) * 1024
+    for device, words in proc_rows('net/dev').items():
+        if device != 'lo' and len(words) > 8:   # the heads of the table have none
+            figures['net_received'] = figures.get('net_received', 0) + int(words[0])
+            figures['net_sent'] = figures.get('net_sent', 0) + int(words[8])
     return figures
 
 
@@ -3050,47 +3053,40 @@ class InfluxDB(Job):
 
     def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
-        config, sources = self.config, []
-        lines: list[str] = []
+        import shutil
+        config, host = self.config, socket.gethostname()
+        rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
         if config.series:
-            sources.append(self.engine_rows)
-        if config.series_host:
-            sources.append(self.host_rows)
-            for path in filter(None, config.disk_path.split(os.pathsep)):
-                sources.append(functools.partial(self.disk_rows, path))
-        for source in sources:
             try:
-                for series, tags, figures in source():
-                    if set(figures.values()) != {None}:
-                        lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
-            except LoggableError as error:
+                rows += self.engine_rows()
+            except RpcError as error:
                 problems.append(error)
+        if config.series_host:
+            rows.append((config.series_host, {'host': host}, host_figures()))
+            for path in filter(None, config.disk_path.split(os.pathsep)):
+                try:
+                    disk = shutil.disk_usage(os.path.expanduser(path))
+                    figures = {'disk_total': disk.total, 'disk_free': disk.free}
+                    rows.append((config.series_host, {'disk': path, 'host': host}, figures))
+                except OSError as error:
+                    problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+        lines = []
+        for series, tags, figures in rows:
+            if set(figures.values()) != {None}:
+                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
         return lines, problems
 
     def engine_rows(self) -> list[tuple]:
         """Return (series, tags, figures) of rTorrent and of its views."""
         figures = self.engine.stats()._asdict()
-        views, uptime = figures.pop('views'), figures.pop('uptime')
+        views = figures.pop('views')
+        uptime = figures.pop('uptime')
         if uptime is not None:
             figures['uptime'] = int(uptime)
         tags = {'host': figures['engine_id'].partition(':')[0]}
         series = self.config.series
         return [(series, tags, figures), (series + '_views', tags, views)]
-
-    def host_rows(self) -> list[tuple]:
-        """Return (series, tags, figures) of this machine."""
-        return [(self.config.series_host, {'host': socket.gethostname()}, host_figures())]
-
-    def disk_rows(self, path: str) -> list[tuple]:
-        """Return (series, tags, figures) of the disk that a path is on."""
-        import shutil
-        try:
-            disk = shutil.disk_usage(os.path.expanduser(path))
-        except OSError as error:
-            raise LoggableError(f'disk_path {path!r}: {error.strerror}') from None
-        return [(self.config.series_host, {'disk': path, 'host': socket.gethostname()},
-                 {'disk_total': disk.total, 'disk_free': disk.free})]
 
     def deliver(self, points: list[str]) -> None:
         """Send points, oldest first, and take them out of the list.
