@@ -5122,6 +5122,24 @@ class ConfigTest(ConfigCase):
         self.assertIsNone(jobs['b'].act('d.start', 'HASH'))     # nothing is sent there
         self.assertEqual(len(self.logged('INFO b: dry run', 'd.start', 'HASH')), 1)
 
+    def test_settings_of_torque_hold_for_jobs(self):
+        job = 'job.b.handler = good:Does\njob.b.schedule = 1h\n'
+        other = job.replace('.b.', '.c.') + 'job.c.scgi_url = /else\n'
+        for text, same_files, dry_run, engines in (
+                ('', (False, False), False, 1), ('same_files = yes\n', (True, True), False, 1),
+                ('job.b.same_files = yes\n', (False, True), False, 2),
+                ('same_files = yes\njob.b.same_files = no\n', (True, False), False, 2),
+                ('dry_run = yes\n', (False, False), True, 1), (other, (False, False), False, 2)):
+            with self.subTest(text=text):
+                jobs = self.load(GOOD_INI + job + text)
+                a, b = jobs['a'].config, jobs['b'].config
+                self.assertEqual((a.same_files, b.same_files), same_files)
+                self.assertEqual((a.engine.same_files, b.engine.same_files), same_files)
+                self.assertEqual((a.dry_run, b.dry_run), (dry_run, dry_run))
+                self.assertEqual((a.engines, len(a.engines)), (b.engines, engines))
+        self.load(GOOD_INI + job + other, only='a')
+        self.assertEqual(len(torque.config_ini.jobs[0].config.engines), 2)
+
     def test_example_shows_every_option(self):
         path = os.path.join(HERE, 'torque.ini.example')
         if not os.path.exists(path):
