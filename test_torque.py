@@ -4924,8 +4924,8 @@ class IniTest(ConfigCase):
         unpack = '[TORQUE]\njob.unpack.active = no\njob.unpack.handler = torque:ItemCommand\n'
         for text, line, *words in (
                 ('a = 1 ; b = 2', 5, 'comment', "'b = 2'"), ('a = x=1 ; y=2\n  z', 5, "'y=2'"),
-                ('a = 1\n  job.b.c = 2', 6, 'belongs to the value above', "'job.b.c = 2'"),
-                ('a = 1\n\n# c\n\tgrace=5', 8, 'above', "'grace=5'"),
+                ('a = 1\n  job.b.c = 2', 6, 'belongs to the value above', 'job.b.c'),
+                ('a = 1\n\n# c\n\tgrace=5', 8, 'above', 'grace is'),
                 ('a = 1\n  job.my-job.c = 2', 6, 'above'), ('a = 1\n  jobs.b.c = 2', 6, 'above'),
                 ('a = 1\n  job.b.c: 2', 6, 'above'),
                 ('a = 1\nb = 2\na = 3', 7, 'a stands here again', 't.ini:5'),
@@ -4972,6 +4972,7 @@ class IniTest(ConfigCase):
             user = me
             [ANNOUNCE]
             PBT = http://a/
+            [OTHER]
             no setting
             """)
         config = torque.config_ini
@@ -4980,9 +4981,12 @@ class IniTest(ConfigCase):
         self.assertNotIn('other', config.torque)
         self.assertEqual((config.influxdb, config.announce),
                          ({'url': 'http://own', 'user': 'me'}, {'PBT': 'http://a/'}))
-        self.assertRegex(config.notes[0], 'first, for scgi_url rtorrent_rc url user PBT$')
+        self.assertRegex(config.notes[0], 'config.ini is read first, for .GLOBAL. scgi_url and')
         self.load(HEAD)
         self.assertEqual((config.engine.address.path, config.warnings), ('/nowhere', []))
+        self.write('config.ini', '[INFLUXDB]\nurl = %(x)s\n')
+        with self.assertRaisesRegex(torque.Mistakes, 'config.ini:2: url: .* interpolated'):
+            self.load(HEAD)
         self.write('config.ini', b'\xff')
         self.load(HEAD)
         self.assertIn('config.ini: not UTF-8', config.warnings[0])
@@ -4999,7 +5003,7 @@ class IniTest(ConfigCase):
     def test_secrets_stay_out_of_messages(self):
         for text in ('token = hunter1\nhunter2', 'scgi_url = http://me:hun\nhunter2@host',
                      'job.a.ping_url = https://me:hunter2@h/', 'password = hunter2 %(x)s',
-                     'token = a\n  grace=1 token hunter2', 'job.b.args = ls ; curl -u me:hunter2@h',
+                     'token = a\n  grace=hunter2', 'job.b.args = ls ; curl -u me:hunter2@h',
                      'scgi_url =\n  http://me:hunter2@h\n  ftp:/',
                      'job.b.handler = torque:Command\njob.b.schedule = 1h\njob.b.args = ls\n'
                      'job.b.env = PW=x,hunter2'):
@@ -5234,7 +5238,7 @@ class BrokenIniTest(ConfigCase):
                  'job.b.schedule = 0s\n  job.c.a = 1\njob.c.a = %(x)s\njob.c.active = no\n')
         status, out, err = self.command('-c', 't.ini')
         self.assertEqual((status, out), (78, ''))
-        self.assertIn(' WARNING config: t.ini:14: an indented line belongs to the value above', err)
+        self.assertIn(' WARNING config: t.ini:14: job.c.a is indented, so it belongs to', err)
         lines = [int(line) for line in re.findall(r'(?m)^t\.ini:(\d+): ', err)]
         self.assertEqual(sorted(lines), [6, 7, 9, 10, 11, 12, 13, 15])
         self.assertEqual(lines, sorted(lines))          # so one goes through the file once

@@ -600,7 +600,7 @@ def parse_words(text: str) -> tuple[dict[str, str], str]:
             plain.append(word)
         elif name in fields:
             raise UserError(f'schedule field {name!r} is given twice')
-        elif name not in FIELDS and name not in ('jitter', 'timezone'):
+        elif name not in (*FIELDS, 'jitter', 'timezone'):
             raise UserError(f'schedule field {name!r} is not known; allowed are '
                             f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
         else:
@@ -5388,11 +5388,6 @@ class TreeWatch(Job):
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
-COMMON_SECTIONS = {                     # of pyrocore's config.ini, and what they are here
-    'GLOBAL': 'TORQUE',
-    'DEFAULT': 'TORQUE',
-    'INFLUXDB': 'INFLUXDB',
-    'ANNOUNCE': 'ANNOUNCE'}
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
 job.connstats.schedule = minute=*
@@ -5465,7 +5460,7 @@ def import_module(module: str, name: str) -> Any:
         missing = str(error.name)
         if module != missing and not module.startswith(missing + '.'):
             raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-        hint = nearest(f'torque:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
+        hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
         if module.endswith('.py'):
             hint = f'; write {module[:-3]}:{name}'
         raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
@@ -5605,9 +5600,20 @@ class NumberedParser(configparser.RawConfigParser):
         return sorted(rows)
 
 
+def common_section(section: str, key: str) -> str:
+    """Return under which section torque has a setting of pyrocore's config.ini; or nothing."""
+    if section in ('INFLUXDB', 'ANNOUNCE'):
+        return section
+    if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
+        return 'TORQUE'
+    return ''
+
+
 def is_key(text: str) -> bool:
     """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
-    return text[-1] in '=:' and text[0] not in '=:[' and not re.search(r'\s;', text)
+    if text[-1] not in '=:' or text[0] in '=:[':
+        return False
+    return not re.search(r'\s;', text)
 
 
 def excerpt(text: str, line: str) -> str:
@@ -5634,17 +5640,21 @@ class Ini:
         """Add a warning of what has no effect, or another one than it seems."""
         self.warnings.append(one_line(f'{place}: {text}'))
 
-    def read(self, text: str, file: str) -> None:
-        """Add the entries of one file."""
+    def read(self, text: str, file: str, common: bool = False) -> None:
+        """Add the entries of one file; common: it is pyrocore's config.ini."""
         lines = [line.rstrip() for line in text.split('\n')]
         rows = NumberedParser(lines, file).rows()
         self.warn_of_glued(lines, file, {row[0] for row in rows})
         before = ''
         for number, section, key, value in rows:
+            name = key[:-1].rstrip()
+            if common:
+                section = common_section(section, name)
+                if not section:
+                    continue
             place = Place(file, number)
             line = lines[number - 1]
             shown = excerpt(line, before + line)    # it may go on a secret
-            name = key[:-1].rstrip()
             before = name
             if not is_key(key):
                 self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
@@ -5657,11 +5667,12 @@ class Ini:
 
     def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
         """Warn of lines that look like settings, and go on a value because they are indented."""
-        setting = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
+        pattern = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
         for number, line in enumerate(lines, 1):
-            if setting.match(line) and number not in keys:
-                self.warn(Place(file, number), 'an indented line belongs to the value above it: '
-                                               + excerpt(line, line))
+            setting = pattern.match(line)
+            if setting and number not in keys:
+                self.warn(Place(file, number), f'{setting[1]} is indented, so it belongs to the '
+                                               'value above it')
 
     def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
         """Return a value without empty lines, and without the `; note` that ends its first one."""
@@ -5696,15 +5707,17 @@ class Ini:
 
     def override(self, text: str) -> None:
         """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
+        place = Place('-D')
         key, equals, value = text.partition('=')
-        section, _, rest = key.strip().partition('.')
+        key, value = key.strip(), value.strip()
+        section, _, rest = key.partition('.')
+        section = section.upper()
         if not equals or not section:
-            self.refuse(Place('-D'), f'{excerpt(text, text)}: allowed is KEY=VALUE or '
-                                     'section.KEY=VALUE')
-        elif rest and section.upper() in {*self.sections, *SECTIONS}:
-            self.add(section.upper(), rest, value.strip(), Place('-D'))
+            self.refuse(place, f'{excerpt(text, text)}: allowed is KEY=VALUE or section.KEY=VALUE')
+        elif rest and section in (*self.sections, *SECTIONS):
+            self.add(section, rest, value, place)
         else:
-            self.add('TORQUE', key.strip(), value.strip(), Place('-D'))
+            self.add('TORQUE', key, value, place)
 
 
 def read_text(path: str) -> str:
@@ -5729,19 +5742,12 @@ def read_common(ini: Ini, path: str) -> None:
     file = beside(path, 'config.ini')
     if not os.path.isfile(file) or os.path.realpath(path) == file:
         return
-    common, used = Ini(), []
     try:
-        common.read(read_text(file), file)
+        ini.read(read_text(file), file, common=True)
+        ini.notes.append(one_line(f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, '
+                                  '[INFLUXDB], [ANNOUNCE]'))
     except Mistakes as error:
         ini.warnings.append(str(error))
-    for section, entries in common.sections.items():
-        target = COMMON_SECTIONS.get(section)
-        for key, entry in entries.items():
-            if target and (target != 'TORQUE' or key in ('scgi_url', 'rtorrent_rc')):
-                ini.sections.setdefault(target, {})[key] = entry
-                used.append(key)
-    if used:
-        ini.notes.append(one_line(f"{file} is read first, for {' '.join(used)}"))
 
 
 def read_files(path: str, overrides: Iterable[str]) -> Ini:
@@ -5767,8 +5773,10 @@ def default_state_dir(path: str) -> str:
     """Return the folder of state of one configuration file, by its real path."""
     import hashlib
     real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    mark = hashlib.sha256(real.encode('utf-8', 'surrogateescape')).hexdigest()[:8]
+    base = os.environ.get('XDG_STATE_HOME')
+    if not base:
+        base = os.path.expanduser('~/.local/state')
+    mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
 
@@ -5818,7 +5826,9 @@ def built_in(entries: Entries) -> Any:
 
 def is_off(entries: Entries) -> bool:
     """Tell whether a job's settings say that it is not active."""
-    return 'active' in entries and entries['active'].value.lower() in FALSE
+    if 'active' not in entries:
+        return False
+    return entries['active'].value.lower() in FALSE
 
 
 def group_jobs(ini: Ini) -> dict[str, Entries]:
@@ -5917,8 +5927,8 @@ def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
 
     What is none of its options is a mistake.
     """
-    merged = dict(entries)
     shared = ini.sections.get(job.section, {})
+    merged = dict(entries)
     ini.mistakes += unknown_options(job, prefix, entries)
     if job.section != 'TORQUE':
         ini.mistakes += unknown_options(job, '', shared)
@@ -6035,8 +6045,9 @@ class Config(Settings):
         for key in set(dir(config)).intersection(entries):
             ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
                                          f'the job finds it as config[{key!r}]')
-        places = {key: entry.place for key, entry in entries.items()}
-        places[''] = first_place(entries)
+        places = {'': first_place(entries)}
+        for key, entry in entries.items():
+            places[key] = entry.place
         return PlannedJob(name, make, config, schedule, places, texts_of(entries))
 
     def find_engine(self, url: str, same_files: bool, key: str, entries: Entries,
@@ -6061,8 +6072,9 @@ class Config(Settings):
     def engine_at(self, url: str, same_files: bool) -> Engine:
         """Return the Engine at an address: one for all jobs that name the same."""
         torque = self.torque
-        made_of = (url, torque.rpc_timeout or RPC_TIMEOUT, torque.rpc_limit or RPC_LIMIT,
-                   bool(same_files))
+        timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
+        limit = torque.rpc_limit or RPC_LIMIT
+        made_of = (url, timeout, limit, bool(same_files))
         if made_of not in self.engines:
             engine = self.former.get(made_of)
             if not engine:
