@@ -706,27 +706,6 @@ class ScheduleTest(TableCase):
             with self.subTest(zone=name):
                 self.check_every_second(name, zoneinfo.ZoneInfo(name), ' timezone=' + name)
 
-    def check_first_after(self, rng, text):
-        """Walk through several years; what next() gives must be the first after any moment."""
-        schedule = parsed(text)
-        after = schedule and unix('2023-12-01') + rng.random()
-        while after is not None:
-            due = schedule.next(after)
-            if due is not None:
-                self.assertGreater(due, after, text)
-                for moment in (rng.uniform(after, due - 0.01), due - 1, due - 0.5):
-                    if moment >= after:
-                        self.assertEqual(schedule.next(moment), due, (text, moment))
-                due += rng.choice((0, 0, 0, 1, 3600, rng.expovariate(1e-6)))
-            after = due
-
-    def test_next_is_first_after(self):
-        for name in THREE:
-            rng = random.Random(name)
-            with local_time(ZONES[name][0]):
-                for fields in [some_fields(rng) for _ in range(30)]:
-                    self.check_first_after(rng, spelled({**fields, 'year': '2023-2027'}))
-
 
 class ScheduleOracleTest(TableCase):
     """Other programs' answers to random questions."""
@@ -3164,6 +3143,10 @@ class InfluxDBTest(Folder):
                                 ({'token': 'a\nsesame'}, '^holds a blank, a line break')):
             with self.subTest(settings=settings), self.assertRaisesRegex(torque.UserError, words):
                 self.job(**settings)
+        os.mkdir(os.path.join(self.folder, 'test.points'))
+        with self.assertRaisesRegex(torque.UserError, 'test.points: Is a directory'):
+            self.job()
+        os.rmdir(os.path.join(self.folder, 'test.points'))
         self.fails(self.job(token_file='/nowhere/token'), 'No such file')
         self.fails(self.job(token_file=self.write('token', 'a sesame')), 'holds a blank')
         self.fails(self.job(disk_path='/no/where', series=''), "disk_path '/no/where': No such")

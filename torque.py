@@ -378,6 +378,24 @@ def first_from(numbers: list[int], low: int) -> int | None:
     return numbers[index]
 
 
+def allowed_numbers(texts: dict[str, str], cron: bool) -> dict[str, Any]:
+    """Return the numbers that each field allows; cron: the days of its week begin on Sunday."""
+    names = list(FIELDS)
+    finest = max(names.index(name) for name in texts)
+    allowed: dict[str, Any] = {}
+    for index, (name, field) in enumerate(FIELDS.items()):
+        if cron and name == 'day_of_week':
+            numbers = parse_field(texts[name], CRON_WEEKDAY)
+            allowed[name] = {(number + 6) % 7 for number in numbers}
+        elif name in texts:
+            allowed[name] = parse_field(texts[name], field)
+        elif index < finest or name in ('week', 'day_of_week'):
+            allowed[name] = range(field.low, field.high + 1)
+        else:
+            allowed[name] = [field.low]
+    return allowed
+
+
 class Calendar(Schedule):
     """Wall times whose every part is allowed, in local time or the time zone `zone`.
 
@@ -389,19 +407,7 @@ class Calendar(Schedule):
     """
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        names = list(FIELDS)
-        finest = max(names.index(name) for name in texts)
-        allowed: dict[str, Any] = {}
-        for name, field in FIELDS.items():
-            if cron and name == 'day_of_week':
-                numbers = parse_field(texts[name], CRON_WEEKDAY)
-                allowed[name] = {(number + 6) % 7 for number in numbers}
-            elif name in texts:
-                allowed[name] = parse_field(texts[name], field)
-            elif names.index(name) < finest or name in ('week', 'day_of_week'):
-                allowed[name] = range(field.low, field.high + 1)
-            else:
-                allowed[name] = [field.low]
+        allowed = allowed_numbers(texts, cron)
         # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
         self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
         self.allowed = allowed
@@ -411,7 +417,8 @@ class Calendar(Schedule):
         self.minutes = sorted(allowed['minute'])
         self.seconds = sorted(allowed['second'])
         # The first time of a day, on any day.
-        self.first_time = datetime(2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
+        self.first_time = datetime(
+            2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
         self.days = functools.lru_cache(64)(self.matching_days)
         self.zone = zone
         self.every_hour = len(self.hours) == 24
@@ -523,7 +530,9 @@ class Calendar(Schedule):
         """Return the first second from `start` on that is allowed and not a repetition."""
         wall = self.wall(start - 1)                 # `start` may be right after a gap
         if wall.fold:                               # go to where the repetition ends
-            wall = self.wall(self.change(self.unix(wall.replace(fold=0)), start - 1) - 1)
+            first = self.unix(wall.replace(fold=0))
+            change = self.change(first, start - 1)
+            wall = self.wall(change - 1)
         due = self.wall_from(wall + SECOND)
         seconds = self.unix(due)
         if self.wall(seconds) == due:
@@ -578,7 +587,8 @@ def parse_cron(text: str, zone: Any) -> Schedule:
     """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
+    beyond = re.search('[lw#?]', unnamed)
+    if len(words) in (6, 7) or len(words) == 5 and beyond:
         return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
@@ -3813,10 +3823,10 @@ class InfluxDB(Job):
         self.asked_pause = 0.0          # the same, as the server wants it
         self.retry_at = self.saved_at = 0.0
         self.problem = ''
-        self.points: list[str] | None = None    # those of an earlier process are not read yet
         self.file = ''
         if not config.alone and not self.dry_run:
             self.file = self.state_file('points')
+        self.points = self.load()
 
     def load(self) -> list[str]:
         """Return the points that an earlier process could not deliver."""
@@ -3828,13 +3838,13 @@ class InfluxDB(Job):
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise LoggableError(f'{self.file}: {error.strerror}') from None
+            raise UserError(f'{self.file}: {error.strerror}') from None
         return [line for line in lines if re.fullmatch(r'\S[^ ]* .*\S \d+', line)]
 
     def save(self) -> None:
         """Keep undelivered points for the next process, or remove what was kept."""
         self.saved_at = elapsed_time()
-        if not self.file or self.points is None:
+        if not self.file:
             return
         try:
             if self.points:
@@ -3854,8 +3864,6 @@ class InfluxDB(Job):
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
-            if self.points is None:
-                self.points = self.load()
             self.points += lines
             try:
                 self.deliver(self.points)
@@ -5865,8 +5873,8 @@ def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
         return f"; did you mean 'job.{key}'?"
     if key in CORE_NAMES:
         return f'; write job.NAME.{key}, for each job'
-    for name, entries in groups.items():
-        job = built_in(entries)
+    for name in ('queue', 'treewatch', 'fluxstats'):
+        job = built_in(groups[name])
         if job and job.takes(key):
             hint = f'; write job.{name}.{key}'
             if job.section == 'INFLUXDB':
