@@ -16,9 +16,10 @@ Sections, each using only what stands above it:
     RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
-    Torrents            fields of torrents, and lists of them
+    Fields and Filter   what is known of a torrent; conditions on it
+    Torrents            rows, lists in one round trip; metafiles
     Data                whose data it is; removals that are written down first
-    Filter and template conditions on torrents; text and commands with values put in
+    Template            text and commands with values put in
     Jobs                Job, and the built-in ones
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
@@ -110,23 +111,47 @@ class HashNotFound(RpcError):
 
 
 # --- Values ----------------------------------------------------------------------------------
-# Text from the ini becomes bool, seconds or bytes; numbers become text a person reads at a
-# glance. The parsers raise UserError naming the value and what is allowed.
+# Text of the ini enters: bool, seconds, bytes or a count leave. Numbers and hostile text enter:
+# text leaves that a person reads at a glance, and that stays one line of a log. What is not
+# understood is a UserError that names the value and what is allowed. Pure functions, for any
+# thread.
 
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
-NUMBER = r'([0-9]{1,15}(?:\.[0-9]{1,15})?)'
-DURATION_UNITS = {'w': 604800, 'd': 86400, 'h': 3600, 'm': 60, 's': 1}
-LONGEST = 10000 * DURATION_UNITS['w']   # seconds; dates and timeouts hold no more than centuries
-SIZE_UNITS = {'': 1, 'b': 1, 'k': 1 << 10, 'm': 1 << 20, 'g': 1 << 30, 't': 1 << 40}
+NUMBER = r'[0-9]{1,15}(?:\.[0-9]{1,15})?'
+DURATION = re.compile(rf'{NUMBER}|(?:{NUMBER}\s*[wdhms]\s*){{1,5}}')
+DURATION_PART = re.compile(rf'({NUMBER})\s*([wdhms]?)')
+DURATION_UNITS = {
+    'w': 604800,
+    'd': 86400,
+    'h': 3600,
+    'm': 60,
+    's': 1}
+# In seconds: dates and timeouts of the system hold no more than some centuries.
+LONGEST = 10000 * DURATION_UNITS['w']
+SIZE = re.compile(rf'({NUMBER})\s*([bkmgt]?)(?:i?b)?')
+SIZE_UNITS = {
+    '': 1,
+    'b': 1,
+    'k': 1 << 10,
+    'm': 1 << 20,
+    'g': 1 << 30,
+    't': 1 << 40}
+SHOWN_UNITS = (                         # and the digits behind the point
+    ('B', 0),
+    ('KiB', 0),
+    ('MiB', 1),
+    ('GiB', 1))
 
 
 def parse_bool(text: Any) -> bool:
     """Return the truth that a word stands for."""
     word = str(text).strip().lower()
-    if word not in TRUE and word not in FALSE:
-        raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
-    return word in TRUE
+    if word in TRUE:
+        return True
+    if word in FALSE:
+        return False
+    raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
 def parse_duration(text: Any) -> float:
@@ -135,12 +160,13 @@ def parse_duration(text: Any) -> float:
     >>> parse_duration('1h30m'), parse_duration('0.25'), parse_duration(15)
     (5400.0, 0.25, 15.0)
     """
-    part = NUMBER + r'\s*([wdhms]?)\s*'
-    words = re.findall(part, str(text).lower())
-    units = {unit for _, unit in words}
-    seconds = sum(float(number) * DURATION_UNITS[unit or 's'] for number, unit in words)
-    if (not re.fullmatch(rf'\s*(?:{part})+', str(text).lower()) or len(units) < len(words)
-            or '' in units and len(words) > 1 or seconds > LONGEST):
+    spelt = str(text).strip().lower()
+    seconds, units = 0.0, []
+    if DURATION.fullmatch(spelt):
+        for number, unit in DURATION_PART.findall(spelt):
+            seconds += float(number) * DURATION_UNITS[unit or 's']
+            units.append(unit)
+    if not units or len(set(units)) < len(units) or seconds > LONGEST:
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
                         'up to 10000w')
     return seconds
@@ -152,7 +178,7 @@ def parse_size(text: Any) -> int:
     >>> parse_size('1.5k'), parse_size('4G')
     (1536, 4294967296)
     """
-    match = re.fullmatch(NUMBER + r'\s*([bkmgt]?)(?:i?b)?', str(text).strip().lower())
+    match = SIZE.fullmatch(str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
     return int(float(match[1]) * SIZE_UNITS[match[2]])
@@ -160,7 +186,7 @@ def parse_size(text: Any) -> int:
 
 def parse_count(text: Any) -> int:
     """Return a whole number, zero or more."""
-    if not re.fullmatch(r'[0-9]{1,18}', str(text).strip()):
+    if not re.fullmatch('[0-9]{1,18}', str(text).strip()):
         raise UserError(f'{text!r} is not a whole number of 0 or more')
     return int(text)
 
@@ -189,15 +215,15 @@ def show_size(number: float) -> str:
     >>> show_size(1258291), show_size(512)
     ('1.2 MiB', '512 B')
     """
-    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    for unit, digits in SHOWN_UNITS:
         if abs(number) < 1024:
-            return f'{number:.0f} {unit}' if unit in ('B', 'KiB') else f'{number:.1f} {unit}'
+            return f'{number:.{digits}f} {unit}'
         number /= 1024
     return f'{number:.1f} TiB'
 
 
-CONTROL = {**{number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]},
-           0x2028: '\\u2028', 0x2029: '\\u2029'}
+CONTROL = {number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]}
+CONTROL.update({0x2028: '\\u2028', 0x2029: '\\u2029'})
 
 
 def one_line(text: str) -> str:
@@ -212,14 +238,17 @@ def quoted(text: Any, limit: int = 200) -> str:
     'a\\nb'
     """
     shown = repr(str(text))
-    return shown if len(shown) <= limit else shown[:limit - 3] + '...'
+    if len(shown) > limit:
+        shown = shown[:limit - 3] + '...'
+    return shown
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a misspelt word, or nothing."""
     import difflib
-    close = difflib.get_close_matches(word, known, 1)
-    return f'; did you mean {close[0]!r}?' if close else ''
+    for close in difflib.get_close_matches(word, known, 1):
+        return f'; did you mean {close!r}?'
+    return ''
 
 
 # --- Schedule --------------------------------------------------------------------------------
@@ -1296,7 +1325,7 @@ XML_AS_JSON = (
     ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
     ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
 XML_ANSWER = re.compile(
-    r'\s*(?:<\?xml[^>]*\?>)?\s*<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
+    r'\s*(?:<\?xml[^>]*\?>\s*)?<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
     r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
 XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
 XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
@@ -1369,7 +1398,7 @@ def only_reads(method: str, params: Iterable) -> bool:
     """Tell whether a call, and the commands in its parameters, change nothing."""
     words = [method]
     for param in params:
-        words += re.findall(r'[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
+        words += re.findall(r'(?<![\w.])[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
     return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
                and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
                for parts in (word.split('.') for word in words))
@@ -1407,13 +1436,59 @@ def json_reply(content: bytes, count: int) -> list:
             for item in items]
 
 
+# Commands that take arguments as data; others (multicall, branch ...) run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
+                          r'execute[\w.]{0,99}')
+RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
+                       r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+
+
+def split_commands(text: str, marks: str) -> list[str]:
+    """Return text split at marks that are outside of double quotes."""
+    parts = ['']
+    for piece in COMMAND_PIECE.findall(text):
+        if piece in marks:
+            parts.append('')
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def lacks_file(text: str, depth: int = 0) -> bool:
+    r"""Tell whether commands hold an f. command that is given no file: rTorrent 0.9.8 aborts.
+
+    >>> lacks_file('f.multicall=*,f.path='), lacks_file('branch=d.x=,"d.y=$f.path="')
+    (False, True)
+    """
+    if 'f.' not in text or depth > 20:
+        return depth > 20
+    for command in split_commands(text, ';\n'):
+        command = command.strip()
+        head = re.match(r'([$("\s]{0,9})([\w.]{0,99})', command)
+        opened, name = head.groups()            # type: ignore[union-attr]
+        rest = command[len(opened) + len(name):].lstrip()
+        if name.startswith('f.multicall'):
+            continue                            # the files are given by it
+        if name.startswith('f.') and (rest.startswith('=') or '(' in opened or '$' in opened):
+            return True
+        for word in split_commands(rest[1:], ','):
+            word = word.strip()
+            if word.startswith('"'):
+                word = re.sub(r'\\(.)', r'\1', word[1:].rstrip('"'))
+            is_text = DATA_COMMAND.fullmatch(name) and not word.startswith(('$', '('))
+            if not is_text and not word.startswith('{') and lacks_file(word, depth + 1):
+                return True
+    return False
+
+
 def refuse_deadly(method: str, params: list) -> None:
     """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
     if method == 'system.multicall':
         for entry in params[0] if params else ():
             refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = '.multicall' in method and not method.startswith('f.') and any(
-        re.search(r'(?<![\w.])f\.(?!multicall)[a-z]', str(param)) for param in params)
+    listing = RUNS_TEXT.match(method) and any(
+        isinstance(param, str) and lacks_file(param) for param in params)
     bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
     if listing or bare:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
@@ -1793,7 +1868,7 @@ Identity = Tuple[int, int]              # st_dev, st_ino
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 COPIED_AT_ONCE = 1 << 20                # bytes
 # Some rTorrents show these for other characters: ? for any byte, %XX, a line feed for \r.
-DOUBTFUL = re.compile('[?\ufffd\n\ud800-\udfff]|%[0-9A-Fa-f]{2}')
+DOUBTFUL = re.compile('[?\ufffd\n]|%[0-9A-Fa-f]{2}')
 
 
 def identity(path: str) -> Identity | None:
@@ -1848,6 +1923,7 @@ def replace_file(path: str, text: str) -> None:
             stream.write(text)
         sync(path + '.new')
         os.replace(path + '.new', path)
+        sync(os.path.dirname(path))
 
 
 def disk_of(path: str) -> tuple[int | None, int | None]:
@@ -1919,14 +1995,6 @@ def make_folders(folder: str) -> None:
         give_owner(folder, os.stat(parent))
 
 
-def make_empty(folder: str) -> str:
-    """Make a folder and return it; an empty one that is there already will do."""
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
-    os.mkdir(folder, 0o700)
-    return folder
-
-
 def discard(folder: str) -> None:
     """Delete a folder of torque's own and all in it."""
     import shutil
@@ -1941,6 +2009,26 @@ def rename_new(path: str, new: str) -> None:
     sync(os.path.dirname(new))
 
 
+@contextlib.contextmanager
+def locked(path: str, seconds: float) -> Iterator[None]:
+    """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
+    import fcntl
+    end = time.monotonic() + seconds
+    with writing(path):
+        stream = open_private(path)
+    with stream:
+        while True:
+            try:
+                with writing(path):
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except LoggableError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
+
+
 def listening_process(path: str) -> int:
     """Return the pid of who listens on a Unix socket, as the kernel knows it."""
     with socket.socket(socket.AF_UNIX) as sock:
@@ -1951,43 +2039,49 @@ def listening_process(path: str) -> int:
 
 
 def rtorrent_process(engine: Engine) -> int | None:
-    """Return the pid of rTorrent on this machine, None where that cannot be told.
+    """Return the pid of an rTorrent that runs on this machine; None where that is not known.
 
     Behind a port, the lock in its session folder has to name this host and that process.
     """
-    if engine.address.kind == 'unix':
-        return listening_process(engine.address.path)
-    if not engine.address.is_local():
-        return None
-    pid, session, cwd = without_errors(engine.ask(
-        [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
-    with open(os.path.join(cwd, session, 'rtorrent.lock'), encoding='utf-8') as stream:
-        locked = stream.read(300).strip()
-    if locked == f'{socket.gethostname()}:+{pid}':
-        return pid
+    try:
+        if engine.address.kind == 'unix':
+            pid = listening_process(engine.address.path)
+        elif engine.address.is_local():
+            pid, session, cwd = without_errors(engine.ask(
+                [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
+            lock = os.path.join(cwd, session, 'rtorrent.lock')
+            with open(lock, encoding='utf-8') as stream:
+                if stream.read(300).strip() != f'{socket.gethostname()}:+{pid}':
+                    return None
+        else:
+            return None
+        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
+            if stream.read().startswith('rtorrent'):
+                return pid
+    except (OSError, ValueError):
+        pass
     return None
 
 
-def why_unseen(engine: Engine) -> str:
-    """Return why the paths of an rTorrent may not mean our files; '' where they do.
-
-    Its process has to see the same mounts from the same root. RpcError where it is away.
-    """
-    if engine.same_files:
-        return ''
+def has_our_mounts(pid: int) -> bool:
+    """Tell whether a process sees the same mounts as this one, from the same root."""
     try:
-        pid = rtorrent_process(engine)
-        if not pid:
-            return 'it is not known to run on this machine'
-        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
-            if not stream.read().startswith('rtorrent'):
-                return f'process {pid}, which listens there, is not rTorrent'
         with open(f'/proc/{pid}/mountinfo', 'rb') as theirs, \
                 open('/proc/self/mountinfo', 'rb') as ours:
-            if theirs.read() != ours.read():
-                return 'it sees other mounts than torque, as in a container'
-    except (OSError, ValueError) as error:
-        return f'it is not known to run on this machine: {error}'
+            return theirs.read() == ours.read()
+    except OSError:
+        return False
+
+
+def why_unseen(engine: Engine) -> str:
+    """Return why the paths of an rTorrent may not mean our files; '' where they do."""
+    if engine.same_files:
+        return ''
+    pid = rtorrent_process(engine)
+    if not pid:
+        return 'it is not known to run on this machine'
+    if not has_our_mounts(pid):
+        return 'it sees other mounts than torque, as in a container'
     return ''
 
 
@@ -2008,47 +2102,52 @@ def require_same_files(engine: Engine) -> None:
                             f'torque: {why}; where you know that they are, set same_files = yes')
 
 
-# --- Torrents --------------------------------------------------------------------------------
-# Names of fields enter, rows leave: a Torrent maps a field's name to its value. A field is
-# worked out from raw values: what a d. command answers, or a second question ("files",
-# "trackers") that is asked only for torrents which the cheap conditions have left over.
+# --- Fields and Filter -----------------------------------------------------------------------
+# A field is what conditions, templates and jobs know of a torrent: its kind, the raw values that
+# it needs, and what makes its value of them. A raw value is what a d. command answers, something
+# of the run or of the engine (now, aliases, session, cwd, seen), or the rows of a second question
+# ("files", "trackers"), which is asked only for torrents that the cheap conditions have left
+# over. A row is a mapping of field name to value. The text of a condition enters, a Filter leaves:
+# closures over a row and `now` in Unix seconds. What is not known is None and meets neither a
+# condition nor its opposite, so NOT is carried down to the single conditions. Pure functions, for
+# any thread, but for the fields that need `seen`: they look at the disk.
 
 SOURCES = {                             # second questions: command, and the columns of its rows
     'files': ('f.multicall', ('f.path=', 'f.size_bytes=')),
-    'trackers': ('t.multicall', ('t.url=', 't.is_enabled=', 't.scrape_complete=',
-                                 't.scrape_incomplete=', 't.failed_time_last=',
-                                 't.success_time_last='))}
-TV = re.compile(r'^(?P<show>.+?)[._ -]+(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|'
-                r'\d{1,2}x\d{2}|'
-                r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))(?:[._ -](?P<title>.*))?$', re.I)
-MOVIE = re.compile(r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
-KINDS = {kind: traits for traits, kinds in {
+    'trackers': ('t.multicall', (
+        't.url=',
+        't.is_enabled=',
+        't.scrape_complete=',
+        't.scrape_incomplete=',
+        't.failed_time_last=',
+        't.success_time_last='))}
+TV = re.compile(
+    r'^(?P<show>.+?)[._ -]+'
+    r'(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|\d{1,2}x\d{2}|'
+    r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))'
+    r'(?:[._ -](?P<title>.*))?$', re.I)
+MOVIE = re.compile(
+    r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
+TRAITS = {
     'audio': 'flac mp3 ogg opus m4a wav dts ac3 alac wma ape',
     'video': 'avi mkv m4v vob mp4 mpg mpeg m2ts ts ogv wmv webm mov',
     'img': 'jpg jpeg png gif tif bmp svg webp',
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
-    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}.items() for kind in kinds.split()}
-
-
-class Torrent(dict):
-    """One item: field name -> value; `hash` and `name` are always there."""
-
-    def __str__(self) -> str:
-        return f"{quoted(self['name'])} {self['hash']}"
+    'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
+ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
+SECOND_LEVEL = ('co', 'com', 'net', 'org', 'ac', 'gov', 'edu')      # as in example.co.uk
 
 
 class TorrentField(NamedTuple):
-    """A field: the type that conditions see, and how its value comes from the raw ones."""
-    kind: str                           # text bool number size time duration tags files
-    needs: tuple                        # raw values: commands, SOURCES, now, aliases, session,
-                                        # cwd, seen (are rTorrent's files those of torque?)
+    """A field: the kind that conditions see, and how its value comes from the raw ones."""
+    kind: str                           # text bool number size time duration tags files any
+    needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
-    on_disk: bool = False               # needs a look at the disk
 
     @property
     def slow(self) -> bool:
         """Does it cost more than a column of the list?"""
-        return self.on_disk or bool(SOURCES.keys() & self.needs)
+        return not {*SOURCES, 'seen'}.isdisjoint(self.needs)
 
 
 def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
@@ -2066,28 +2165,95 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
 
 def first_number(*values: Any) -> int:
     """Return the first value that is a number above 0; 0 for a time that is not known."""
-    return next((int(value) for value in values if str(value).isdecimal() and int(value)), 0)
+    for value in values:
+        text = str(value)
+        if text.isdecimal() and len(text) < 19 and int(text):
+            return int(text)
+    return 0
 
 
-def time_started(activations: str, start: float, end: float,
-                 unmarked: float | None) -> float | None:
-    """Return the seconds between R(esumed) and P(aused) marks that lie within a window."""
-    spans = re.findall(r'R([0-9]+)[^RP]*(?:P([0-9]+)|$)', activations)
-    return sum(max(0.0, min(float(paused or end), end) - max(float(resumed), start))
-               for resumed, paused in spans) if spans else unmarked
+def time_started(marks: str, start: float, end: float) -> float | None:
+    """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
-
-def seed_time(activations: str, completed: float, active: int, now: float) -> float | None:
-    """Return for how long a complete item was seeded; None where that is not known."""
-    if not completed:
+    None where pyrocore has left no marks.
+    """
+    spans = ACTIVATION.findall(marks)
+    if not spans:
         return None
-    return time_started(activations, completed, now, now - completed if active else None)
+    seconds = 0.0
+    for resumed, paused in spans:
+        stop = min(float(paused or end), end)
+        seconds += max(0.0, stop - max(float(resumed), start))
+    return seconds
 
 
-def leech_time(activations: str, started: float, completed: float, now: float) -> float | None:
+def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, active: int,
+              now: float) -> float | None:
+    """Return for how long a complete item was seeded; None where that is not known."""
+    completed = first_number(tm_completed, finished)
+    if not complete or not completed:
+        return None
+    seconds = time_started(marks, completed, now)
+    if seconds is None and active:
+        return now - completed
+    return seconds
+
+
+def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finished: Any,
+               now: float) -> float | None:
     """Return for how long an item was downloaded; None where that is not known."""
-    end = completed or now
-    return time_started(activations, 0, end, max(end - started, 0) if started else None)
+    started = first_number(tm_started, began)
+    end = first_number(tm_completed, finished) or now
+    seconds = time_started(marks, 0, end)
+    if seconds is None and started:
+        return max(end - started, 0)
+    return seconds
+
+
+def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
+    """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
+    paused = first_number(marks.rpartition('P')[2].partition('R')[0])
+    if paused or state or not first_number(tm_started, began):
+        return paused
+    return first_number(changed)
+
+
+def time_active(last: Any, peers: int, now: float) -> int:
+    """Return when an item last had peers."""
+    if peers:
+        return int(now)
+    return first_number(last)
+
+
+def time_moved(last: Any, up: int, down: int, now: float) -> int:
+    """Return when data of an item was last transferred."""
+    return time_active(last, up + down, now)
+
+
+def session_file(folder: str, info_hash: str) -> str:
+    """Return the path of the metafile in rTorrent's session folder; nothing without one."""
+    if not folder:
+        return ''
+    return f'{folder}{info_hash}.torrent'
+
+
+def percent_done(completed: int, size: int) -> float:
+    """Return how much of an item is there."""
+    if not size:
+        return 0.0
+    return 100.0 * completed / size
+
+
+def domain_of(url: str) -> str:
+    """Return the registered domain of a tracker's host, or its number."""
+    host = re.sub(r'^\w{1,9}://', '', url).partition('/')[0].rpartition('@')[2]
+    host = re.sub(r':[0-9]{1,5}$', '', host).lower()
+    labels = host.split('.')
+    if labels[-1].isdigit() or ':' in host:
+        return host
+    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
+        return '.'.join(labels[-3:])
+    return '.'.join(labels[-2:])
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2096,24 +2262,48 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     >>> tracker_alias('https://tracker.example.co.uk:80/x/announce', {})
     'example.co.uk'
     """
-    server = re.match(r'(?:\w+://)?[^/]*', url)[0] + '/'        # type: ignore[index]
-    for fits in (url.startswith, lambda part: (part + '/').startswith(server)):
-        for alias, urls in aliases.items():
-            if any(map(fits, urls)):            # else with another passkey
-                return alias
-    host = re.sub(r'^\w+://(?:[^/@]*@)?', '', url).partition('/')[0]
-    host = re.sub(r':\d+$', '', host).lower()
-    labels = host.split('.')
-    if labels[-1].isdigit() or ':' in host:
-        return host
-    short = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in (
-        'co', 'com', 'net', 'org', 'ac', 'gov', 'edu')
-    return '.'.join(labels[-3 if short else -2:])
+    for alias, beginnings in aliases.items():
+        if url.startswith(tuple(beginnings)):
+            return alias
+    # else the same server with another passkey
+    server = '/'.join(url.split('/', 3)[:3]) + '/'
+    for alias, beginnings in aliases.items():
+        if any((part + '/').startswith(server) for part in beginnings):
+            return alias
+    return domain_of(url)
 
 
 def first_tracker(rows: list) -> str:
     """Return the first enabled announce URL."""
-    return next((row[0] for row in rows if row[1] and row[0] != 'dht://'), '')
+    for url, enabled, *_ in rows:
+        if enabled and url != 'dht://':
+            return url
+    return ''
+
+
+def alias_of(rows: list, aliases: dict[str, list[str]]) -> str:
+    """Return the name of the first enabled tracker."""
+    return tracker_alias(first_tracker(rows), aliases)
+
+
+def most_seeders(rows: list) -> int:
+    """Return the seeders that the best tracker knows."""
+    return max([row[2] for row in rows], default=0)
+
+
+def most_leechers(rows: list) -> int:
+    """Return the leechers that the best tracker knows."""
+    return max([row[3] for row in rows], default=0)
+
+
+def trackers_failed(rows: list) -> int:
+    """Return how many enabled trackers have failed since they last answered."""
+    return len([row for row in rows if row[1] and row[4] > row[5]])
+
+
+def file_names(rows: list) -> list[str]:
+    """Return the paths of an item's files."""
+    return [path for path, _ in rows]
 
 
 def file_kinds(rows: list, percent: int = 0) -> list[str]:
@@ -2123,26 +2313,35 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
     """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        sizes[re.sub(r'^r\d\d$', 'rar', os.path.splitext(path)[1].lstrip('.').lower())] += size
-    total = sum(sizes.values()) or 1
-    return sorted(kind for kind, size in sizes.items() if kind and size * 100 >= percent * total)
+        kind = os.path.splitext(path)[1].lstrip('.').lower()
+        if re.fullmatch('r[0-9][0-9]', kind):
+            kind = 'rar'
+        sizes[kind] += size
+    least = percent * sum(sizes.values())
+    return sorted(kind for kind, size in sizes.items() if kind and 100 * size >= least)
 
 
 def name_traits(name: str, kind: str) -> dict[str, str]:
     """Return what a name tells: kind (tv, movie, audio ...), and show, season, title, year."""
-    name, sort = name[:255], KINDS.get(kind, '')        # the patterns are quadratic
-    for trait, regex in (('tv', TV), ('movie', MOVIE)):
-        match = regex.match(os.path.splitext(name)[0] if kind and name.endswith(kind) else name)
-        if match and sort in ('', 'video', 'misc'):
-            return {'kind': trait, **match.groupdict('')}
-    return {'kind': sort}
+    name = name[:255]                   # the patterns are quadratic
+    if kind and name.endswith(kind):
+        name = os.path.splitext(name)[0]
+    sorts = [trait for trait, kinds in TRAITS.items() if kind in kinds.split()]
+    if not sorts or sorts[0] in ('video', 'misc'):
+        for trait, regex in (('tv', TV), ('movie', MOVIE)):
+            match = regex.match(name)
+            if match:
+                return {'kind': trait, **match.groupdict('')}
+    return {'kind': ''.join(sorts)}
 
 
 def guess_traits(name: str, rows: list) -> list[str]:
     """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
-    kind = (file_kinds(rows, 51) or [''])[0]
-    found = name_traits(name, kind)['kind']
-    return [found, kind or 'other'] if found else []
+    kind = ''.join(file_kinds(rows, 51))
+    sort = name_traits(name, kind)['kind']
+    if not sort:
+        return []
+    return [sort, kind or 'other']
 
 
 def has_no_data(seen: Any, *raw: Any) -> bool | None:
@@ -2177,160 +2376,759 @@ def space_at(seen: Any, *raw: Any) -> int | None:
     return disk_of(path)[1]
 
 
-def same_fields(kind: str, names: str, value: Callable | None = None) -> dict[str, TorrentField]:
-    """Return the fields of `name=command`, of the same kind; left out, the command is d.name."""
-    return {name: TorrentField(kind, (f'd.{command or name}',), value) for name, _, command in
-            (text.partition('=') for text in names.split())}
+# Fields that are what one d. command answers: field, or field=command where the names differ.
+PLAIN_FIELDS = {
+    'text': 'hash name message directory throttle=throttle_name metafile=tied_to_file '
+            'label=custom1',
+    'size': 'size=size_bytes uploaded=up.total downloaded=down.total left=left_bytes '
+            'up=up.rate down=down.rate',
+    'number': 'fno=size_files prio=priority peers=peers_connected',
+    'bool': 'is_open is_active is_complete=complete is_ignored=ignore_commands is_private '
+            'is_multi_file is_hashing=hashing',
+    'tags': 'views'}
+PATH = 'cwd d.base_path d.directory d.name d.is_multi_file d.is_open'
+STARTED = 'd.custom=tm_started d.timestamp.started'
+COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
+MARKS = 'd.custom=activations'
+# name: kind, raw values in the order that the function takes them, the function
+MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
+    'ratio': ('number', 'd.ratio', lambda ratio: ratio / 1000),
+    'tagged': ('tags', 'd.custom=tags', lambda tags: tags.lower().split()),
+    'path': ('text', PATH, data_path),
+    'realpath': ('text', 'seen ' + PATH, seen_path),
+    'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
+    'free': ('size', 'seen ' + PATH, space_at),
+    'sessionfile': ('text', 'session d.hash', session_file),
+    'done': ('number', 'd.completed_bytes d.size_bytes', percent_done),
+    'xfer': ('size', 'd.up.rate d.down.rate', operator.add),
+    'loaded': ('time', 'd.custom=tm_loaded d.load_date', first_number),
+    'started': ('time', STARTED, first_number),
+    'completed': ('time', COMPLETED, first_number),
+    'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
+    'active': ('time', 'd.custom=last_active d.peers_connected now', time_active),
+    'last_xfer': ('time', 'd.custom=last_xfer d.up.rate d.down.rate now', time_moved),
+    'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
+    'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
+    'tracker': ('text', 'trackers', first_tracker),
+    'alias': ('text', 'trackers aliases', alias_of),
+    'seeders': ('number', 'trackers', most_seeders),
+    'leechers': ('number', 'trackers', most_leechers),
+    'trackers_failed': ('number', 'trackers', trackers_failed),
+    'files': ('files', 'files', file_names),
+    'kind': ('tags', 'files', file_kinds),
+    'traits': ('tags', 'd.name files', guess_traits)}
 
 
-PATH = ('cwd', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file', 'd.is_open')
-STARTED = ('d.custom=tm_started', 'd.timestamp.started')
-COMPLETED = ('d.custom=tm_completed', 'd.timestamp.finished')
-TORRENT_FIELDS = {
-    **same_fields('text', 'hash name message directory throttle=throttle_name '
-                          'metafile=tied_to_file label=custom1'),
-    **same_fields('size', 'size=size_bytes uploaded=up.total downloaded=down.total '
-                          'left=left_bytes up=up.rate down=down.rate'),
-    **same_fields('number', 'fno=size_files prio=priority peers=peers_connected'),
-    **same_fields('number', 'ratio', lambda ratio: ratio / 1000),
-    **same_fields('bool', 'is_open is_active is_complete=complete is_ignored=ignore_commands '
-                          'is_private is_multi_file is_hashing=hashing', bool),
-    **same_fields('tags', 'views'),
-    **same_fields('tags', 'tagged=custom=tags', lambda tags: tags.lower().split()),
-    'path': TorrentField('text', PATH, data_path),
-    'realpath': TorrentField('text', ('seen', *PATH), seen_path, True),
-    'is_ghost': TorrentField('bool', ('seen', *PATH), has_no_data, True),
-    'free': TorrentField('size', ('seen', *PATH), space_at, True),
-    'sessionfile': TorrentField('text', ('session', 'd.hash'), lambda folder, info_hash:
-                                f'{folder}{info_hash}.torrent' if folder else ''),
-    'done': TorrentField('number', ('d.completed_bytes', 'd.size_bytes'), lambda done, size:
-                         100.0 * done / size if size else 0.0),
-    'xfer': TorrentField('size', ('d.up.rate', 'd.down.rate'), int.__add__),
-    'loaded': TorrentField('time', ('d.custom=tm_loaded', 'd.load_date'), first_number),
-    'started': TorrentField('time', STARTED, first_number),
-    'completed': TorrentField('time', COMPLETED, first_number),
-    'stopped': TorrentField(
-        'time', ('d.custom=activations', 'd.state', 'd.state_changed', *STARTED),
-        lambda marks, state, changed, *started: first_number(
-            *re.findall(r'P([0-9]+)', marks)[-1:],
-            0 if state or not first_number(*started) else changed)),
-    'active': TorrentField('time', ('d.custom=last_active', 'd.peers_connected', 'now'),
-                           lambda last, peers, now: int(now) if peers else first_number(last)),
-    'last_xfer': TorrentField(
-        'time', ('d.custom=last_xfer', 'd.up.rate', 'd.down.rate', 'now'),
-        lambda last, up, down, now: int(now) if up or down else first_number(last)),
-    'leechtime': TorrentField(
-        'duration', ('d.custom=activations', *STARTED, *COMPLETED, 'now'),
-        lambda marks, s1, s2, c1, c2, now:
-        leech_time(marks, first_number(s1, s2), first_number(c1, c2), now)),
-    'seedtime': TorrentField(
-        'duration', ('d.custom=activations', *COMPLETED, 'd.complete', 'd.is_active', 'now'),
-        lambda marks, c1, c2, complete, active, now:
-        seed_time(marks, first_number(c1, c2), active, now) if complete else None),
-    'tracker': TorrentField('text', ('trackers',), first_tracker),
-    'alias': TorrentField('text', ('trackers', 'aliases'), lambda rows, aliases:
-                          tracker_alias(first_tracker(rows), aliases)),
-    'seeders': TorrentField('number', ('trackers',), lambda rows:
-                            max([row[2] for row in rows], default=0)),
-    'leechers': TorrentField('number', ('trackers',), lambda rows:
-                             max([row[3] for row in rows], default=0)),
-    'trackers_failed': TorrentField('number', ('trackers',), lambda rows:
-                                    sum(1 for row in rows if row[1] and row[4] > row[5])),
-    'files': TorrentField('files', ('files',), lambda rows: [row[0] for row in rows]),
-    'kind': TorrentField('tags', ('files',), file_kinds),
-    'traits': TorrentField('tags', ('d.name', 'files'), guess_traits)}
+def all_fields() -> dict[str, TorrentField]:
+    """Return the table of fields by name."""
+    fields = {}
+    for kind, words in PLAIN_FIELDS.items():
+        for word in words.split():
+            name, _, command = word.partition('=')
+            fields[name] = TorrentField(kind, ('d.' + (command or name),))
+    for name, (kind, needs, value) in MADE_FIELDS.items():
+        fields[name] = TorrentField(kind, tuple(needs.split()), value)
+    return fields
+
+
+TORRENT_FIELDS = all_fields()
 
 
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
-    found = TORRENT_FIELDS.get(name)
-    if found:
-        return found
+    if name in TORRENT_FIELDS:
+        return TORRENT_FIELDS[name]
     stem, _, rest = name.partition('_')
+    if stem == 'custom' and rest in ('1', '2', '3', '4', '5'):
+        return TorrentField('text', (f'd.custom{rest}',))
     if stem == 'custom' and rest:
         key = rest.replace('\\', '\\\\').replace('"', '\\"')
-        return TorrentField('text', (f'd.custom{rest}' if rest in [*'12345'] else
-                                     f'd.custom="{key}"',))
-    if re.fullmatch('kind_([0-9]{1,2}|100)', name):
-        return TorrentField('tags', ('files',), lambda rows: file_kinds(rows, int(rest)))
-    if re.fullmatch(r'd_[a-z][\w.]*', name):
-        if not only_reads(f'd.{rest}', ()):     # as a column it would be done to every torrent
+        return TorrentField('text', (f'd.custom="{key}"',))
+    if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
+        return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
+    if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
+        # as a column, what changes something would be done to every torrent
+        if not only_reads(f'd.{rest}', ()):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
+AGE_UNITS = {
+    'y': 31536000,
+    'M': 2592000,
+    'w': 604800,
+    'd': 86400,
+    'h': 3600,
+    'i': 60,
+    's': 1}
+AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
+DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
+CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
+ORDER = {
+    '=': operator.eq,
+    '<': operator.lt,
+    '<=': operator.le,
+    '>': operator.gt,
+    '>=': operator.ge}
+PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
+MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
+# Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
+# held meanwhile, and a regex of the user may take quadratic time.
+MOST_MATCHED = 1000
+# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
+# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+QUOTED = (
+    r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
+    r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
+PIECE = re.compile(QUOTED, re.S)
+WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+COMMA = '\0'                            # stands for a comma that is text
+CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
+REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
+GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,500}\]|.', re.S)
+JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
+
+
+def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+    """Return the error that shows a text of the user with a mark at the place."""
+    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    if len(before) > 90:
+        before = '...' + before[-87:]
+    if len(after) > 40:
+        after = after[:37] + '...'
+    shown = f'{before} <-- here {after}'.strip()
+    return UserError(f'{what} {quoted(shown, 600)}: {why}')
+
+
+def glob_regex(glob: str) -> str:
+    """Return the regex of a glob, which takes linear time: the first match after a star counts.
+
+    fnmatch has done so from Python 3.9 on.
+    """
+    parts = ['']
+    for piece in GLOB_PIECE.findall(glob):
+        if piece.startswith('*'):
+            parts.append('')
+        else:
+            parts[-1] += fnmatch.translate(piece)[4:-3]         # without (?s: and )\Z
+    regex = parts[0]
+    for number, part in enumerate(parts[1:-1]):
+        regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
+    if len(parts) > 1:
+        regex += '.*' + parts[-1]
+    return regex
+
+
+def text_pattern(text: str) -> Callable[[str], Any]:
+    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
+    regex = re.fullmatch('/(.*)/i?', text, re.S)
+    if len(text) > MOST_IN_PATTERN or not regex and (
+            len(re.findall(r'\*+', text)) > MOST_STARS or '{{' in text):
+        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
+        # only the usual slip is caught
+        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
+                        'not (a+)+')
+    try:
+        if regex:
+            return re.compile(regex[1], re.I).search
+        return re.compile(glob_regex(text), re.I | re.S).fullmatch
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
+
+
+def has_class(text: str) -> bool:
+    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
+    start = text.find('[')
+    return start >= 0 and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/')
+
+
+def parse_age(text: str) -> int | None:
+    """Return the seconds in an age, None for what is written as something else.
+
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
+    (129600, 5400, None)
+    """
+    if not AGE.fullmatch(text):
+        return None
+    seconds, units = 0, ['']
+    for number, unit in re.findall('([0-9]{1,6})([A-Za-z])', text):
+        if unit == 'm' and units[-1] in ('w', 'd', 'h'):
+            unit = 'i'                  # after these it is no month
+        elif unit == 'm':
+            raise UserError('m is months to pyrocore and minutes to pyrosimple; '
+                            'allowed are M for months and i for minutes')
+        elif unit != 'M':
+            unit = unit.lower()
+        if unit not in AGE_UNITS or unit in units:
+            raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
+        seconds += int(number) * AGE_UNITS[unit]
+        units.append(unit)
+    return seconds
+
+
+def parse_time(text: str) -> float:
+    """Return the Unix seconds of a local date, or of Unix seconds.
+
+    A number below 10^8 (1973) is an age that lost its unit.
+    """
+    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+        return int(text)
+    spelt = text.upper().replace(' ', 'T')
+    for day in DATE_FORMS:
+        for clock in CLOCK_FORMS:
+            with contextlib.suppress(ValueError, OverflowError):
+                return time.mktime(time.strptime(spelt, day + clock))
+    raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
+                    '03/15/2024 15.03.2024T14:50, Unix seconds')
+
+
+# What a condition does with a value of a row, which comes last but one; `now` comes last.
+
+def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+    """Compare a value with the number in the condition."""
+    return order(value, limit)
+
+
+def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+    """Compare what may be a number."""
+    return PLAIN_NUMBER.fullmatch(str(value)[:40]) is not None and order(float(value), limit)
+
+
+def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
+    """Compare the age of a time."""
+    return order(now - value, age)
+
+
+def is_truth(wanted: bool, value: Any, now: float) -> bool:
+    """Tell whether a value is as true as it should be."""
+    return bool(value) is wanted
+
+
+def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
+    """Tell whether a text matches, or is what the condition says: [x] as it stands is meant, too."""
+    shown = str(value)[:MOST_MATCHED]
+    return matches(shown) is not None or shown.lower() == text
+
+
+def has_like(matches: Callable, text: str, value: list, now: float) -> bool:
+    """Tell whether one of several texts matches."""
+    return any(is_like(matches, text, part, now) for part in value)
+
+
+def has_only_like(matches: Callable, text: str, value: list, now: float) -> bool:
+    """Tell whether there are texts, and all of them match."""
+    return bool(value) and all(is_like(matches, text, part, now) for part in value)
+
+
+def is_empty(value: list, now: float) -> bool:
+    """Tell whether there are none of them."""
+    return not value
+
+
+def order_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of a number, size, time or duration: (value, now) -> bool."""
+    if op == '=' and text[:1] == '+':
+        op, text = '>', text[1:]
+    elif op == '=' and text[:1] == '-':
+        op, text = '<', text[1:]
+    order = ORDER[op]
+    if len(text) > 40 or kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text):
+        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
+    if kind == 'any':
+        return functools.partial(number_is_in_order, order, float(text))
+    if kind == 'number':
+        return functools.partial(is_in_order, order, float(text))
+    if kind == 'size':
+        return functools.partial(is_in_order, order, parse_size(text))
+    age = parse_age(text)
+    if op == '=' and not text.isdigit():
+        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
+    if age is None and kind == 'time':
+        return functools.partial(is_in_order, order, parse_time(text))
+    if age is None and text != '0':
+        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
+    test = is_in_order
+    if kind == 'time':
+        test = age_is_in_order
+    return functools.partial(test, order, age or 0)
+
+
+def is_ordered(kind: str, op: str, text: str) -> bool:
+    """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
+    if kind == 'any':
+        signed = text[:1] in ('+', '-') and PLAIN_NUMBER.fullmatch(text[1:])
+        return op != '=' or bool(signed)
+    return kind in ('number', 'size', 'time', 'duration')
+
+
+def value_test(kind: str, op: str, text: str) -> Callable:
+    """Return the test of one value of a condition: (value, now) -> bool."""
+    if is_ordered(kind, op, text):
+        return order_test(kind, op, text)
+    if op != '=':
+        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
+    if kind == 'bool':
+        return functools.partial(is_truth, parse_bool(text))
+    if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
+        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
+    test = is_like
+    if kind in ('tags', 'files') and text in ('', ':'):
+        return is_empty
+    if kind == 'tags' and text.startswith(':'):
+        test, text = has_only_like, text[1:]
+    elif kind in ('tags', 'files'):
+        test = has_like
+    return functools.partial(test, text_pattern(text), text.lower())
+
+
+class Node(NamedTuple):
+    """Conditions joined, and how many of them need a second question.
+
+    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
+    """
+    test: Callable
+    cost: int
+
+
+def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
+    """Return one condition: False for an unknown value, also when it is negated."""
+    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
+        negated, text = not negated, text[1:]
+    test = value_test(field.kind, op, text)
+    unknown: tuple = (None,)
+    if field.kind == 'time' and text.lstrip('+-') != '0':
+        unknown = (None, 0)
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        value = row.get(name)
+        if value in unknown:
+            return possible and name not in row
+        return test(value, now) is not negated
+    return Node(holds, int(field.slow))
+
+
+def joined(nodes: list[Node], every: bool) -> Node:
+    """Return the Node of all or any of some, the cheap ones first."""
+    if len(nodes) == 1:
+        return nodes[0]
+    nodes = sorted(nodes, key=operator.attrgetter('cost'))
+    tests = [node.test for node in nodes]
+
+    def holds(row: Mapping, now: float, possible: bool) -> bool:
+        for test in tests:
+            if test(row, now, possible) is not every:
+                return not every
+        return every
+    return Node(holds, sum(node.cost for node in nodes))
+
+
+def unquoted(piece: re.Match) -> str:
+    """Return a piece of a word as what it stands for; a comma in it parts no values."""
+    regex, double, single, escaped = piece.groups()
+    text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
+    return text.replace(',', COMMA)
+
+
+def is_no_name(text: str) -> bool:
+    """Tell whether a word alone cannot be meant as the name of a torrent."""
+    if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
+        return True
+    return not text.startswith('/') and re.search('[=<>]', text) is not None
+
+
+class Filter:
+    """An rtcontrol condition, compiled; `fields` are the names it needs.
+
+    `classes` are the conditions that hold a class of characters, as name=[ab]*, which few people
+    mean who write it.
+
+    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
+    True
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.at = 0                     # end of the word in hand
+        self.key, self.word = '', ''    # the word in hand: a keyword, or a condition
+        self.needs: dict[str, TorrentField] = {}
+        self.classes: list[str] = []
+        try:
+            self.read_word()
+            self.root = self.expression(False, 0)
+        except UserError as error:
+            raise mistake('condition', text, self.at, error) from None
+        self.fields = tuple(self.needs)
+
+    def match(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row meets the condition; ages count back from `now`."""
+        if now is None:
+            now = time.time()
+        return self.root.test(row, now, False)
+
+    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+        """Tell whether a row may meet the condition once it has the fields that it lacks."""
+        if now is None:
+            now = time.time()
+        return self.root.test(row, now, True)
+
+    def read_word(self) -> None:
+        """Take the next word in hand."""
+        if len(self.text) > MOST_CHARACTERS or COMMA in self.text:
+            raise UserError(f'this is too long, or holds a NUL; allowed are {MOST_CHARACTERS} '
+                            'characters')
+        self.key, self.word = 'END', ''
+        if not self.text[self.at:].strip():
+            return
+        word = WORD.match(self.text, self.at)
+        if not word:
+            raise UserError('after this, a quote has no other half')
+        self.at = word.end()
+        self.key = word[1] or ''
+        if word[2]:
+            self.key = 'NOT'
+        self.word = PIECE.sub(unquoted, word[3] or '')
+
+    def expression(self, negated: bool, depth: int) -> Node:
+        """expr ::= term ( 'OR' term )*"""
+        if depth > MOST_DEPTH:
+            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
+        terms = [self.term(negated, depth)]
+        while self.key == 'OR':
+            self.read_word()
+            terms.append(self.term(negated, depth))
+        if (self.key == ']') is not (depth > 0):
+            raise UserError('a bracket without its other half; [ and ] stand between spaces')
+        return joined(terms, negated)                   # neither a nor b: not a, and not b
+
+    def term(self, negated: bool, depth: int) -> Node:
+        """term ::= factor+"""
+        factors = [self.factor(negated, depth)]
+        while self.key not in ('OR', ']', 'END'):
+            factors.append(self.factor(negated, depth))
+        return joined(factors, not negated)
+
+    def factor(self, negated: bool, depth: int) -> Node:
+        """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
+        while self.key == 'NOT':
+            negated = not negated
+            self.read_word()
+        if self.key == '[':
+            self.read_word()
+            node = self.expression(negated, depth + 1)
+        elif self.key:
+            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+        else:
+            node = self.condition(negated)
+        self.read_word()
+        return node
+
+    def condition(self, negated: bool) -> Node:
+        """condition ::= field op value | value;  value may be several, with commas"""
+        name, op, value = 'name', '=', self.word
+        match = CONDITION.fullmatch(self.word)
+        if match:
+            name, op, value = match.groups()
+        elif is_no_name(self.word):
+            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
+                            'NOT, OR, [ ... ] between spaces; side by side means and')
+        field = self.needs[name] = torrent_field(name)
+        if op in ('!=', '<>'):
+            negated = not negated
+        if op == '~':                                   # as in pyrocore
+            value = f'/{value}/'.replace(',', COMMA)
+        elif op == '==' and field.kind == 'tags':       # this one and no other
+            value = ':' + value
+        if op in ('==', '!=', '<>', '~'):
+            op = '='
+        values = [value]
+        if op == '=':
+            values = value.split(',')
+        if '' in values and len(values) > 1:
+            raise UserError('a value is missing beside a comma')
+        nodes = []
+        for part in values:
+            part = part.replace(COMMA, ',')
+            if has_class(part):
+                self.classes.append(f'{name}{op}{part}')
+            nodes.append(leaf(name, field, op, part, negated))
+        return joined(nodes, negated)
+
+
+# --- Torrents --------------------------------------------------------------------------------
+# A view, names of fields and a Filter enter, rows leave: a Torrent maps a field's name to its
+# value. One round trip brings the columns of all torrents; one more each brings "files" and
+# "trackers" of those that are left. The bytes of a .torrent file enter, a Metafile leaves; they
+# are read where they lie, so that no metafile takes more than a few times its size. Any thread.
+
+class Torrent(dict):
+    """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f'the field {name!r} was not asked for') from None
+
+    def __str__(self) -> str:
+        return f"{quoted(self['name'])} {self['hash']}"
+
+
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
     """Return what d. commands answer for all torrents of a view: command -> values."""
-    columns = list(dict.fromkeys(needs))
-    rows, size = engine.open().batch([('d.multicall2', '', view, *(
-        need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
+    commands = list(dict.fromkeys(needs))
+    columns = []
+    for command in commands:
+        if '=' not in command:
+            command += '='
+        columns.append(command)
+    rows, size = engine.ask([('d.multicall2', '', view, *columns), ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
-    whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
-        and {*map(len, rows)} <= {len(columns)} else []
-    if len(whole) != size:
-        raise RpcError(f'{engine.address.where}: only {len(whole)} of the {size} items of view '
-                       f'{view!r} were listed')
-    return dict(zip(columns, zip(*whole) if whole else itertools.repeat(())))
+    if not isinstance(rows, list) or any(
+            not isinstance(row, list) or len(row) != len(columns) for row in rows):
+        rows = []
+    if len(rows) != size:
+        raise RpcError(f'{engine.address.where}: only {len(rows)} of the {size!r} items '
+                       f'of view {view!r} were listed')
+    return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-def add_fields(torrents: list[Torrent], raw: dict, fields: dict[str, TorrentField]) -> None:
-    """Work out fields of torrents from the raw values, one for each torrent."""
-    for name, field in fields.items():
-        columns = [raw[need] for need in field.needs]
-        for torrent, value in zip(torrents, map(field.value, *columns) if field.value else
-                                  columns[0]):
-            torrent[name] = value
+class Listing:
+    """Torrents in the making: rows, and the raw values of each, which are dropped together."""
+
+    def __init__(self, engine: Engine, columns: dict[str, list], now: float):
+        self.engine, self.raw = engine, columns
+        self.rows = [Torrent() for _ in columns['d.hash']]
+        self.constants = {
+            'now': now,
+            'aliases': engine.aliases,
+            'session': engine.session_path,
+            'cwd': engine.cwd}
+
+    def keep(self, wanted: list[bool]) -> None:
+        """Drop the others."""
+        self.rows = list(itertools.compress(self.rows, wanted))
+        for need, values in self.raw.items():
+            self.raw[need] = list(itertools.compress(values, wanted))
+
+    def ask(self, source: str) -> None:
+        """Ask the second question; torrents that have gone meanwhile are dropped."""
+        method, cells = SOURCES[source]
+        answers = self.engine.ask((method, item, '', *cells) for item in self.raw['d.hash'])
+        self.raw[source] = answers
+        self.keep([not isinstance(rows, HashNotFound) for rows in answers])
+        without_errors(self.raw[source])
+
+    def add(self, name: str, field: TorrentField) -> None:
+        """Work out a field of all rows."""
+        columns: list = []
+        for need in field.needs:
+            if need == 'seen' and need not in self.constants:
+                self.constants[need] = sees_same_files(self.engine)
+            if need in self.constants:
+                columns.append(itertools.repeat(self.constants[need]))
+            else:
+                columns.append(self.raw[need])
+        values = columns[0]
+        if field.value:
+            values = map(field.value, *columns)
+        for row, value in zip(self.rows, values):
+            row[name] = value
 
 
-def list_torrents(engine: Engine, view: str, fields: Iterable[str],
-                  condition: Any = None) -> list[Torrent]:
+def list_torrents(engine: Engine, view: str, names: Iterable[str],
+                  condition: Filter | None = None) -> list[Torrent]:
     """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
 
-    One round trip, and one more where slow fields are needed. Raises RpcError, also when the
-    list is shorter than the view: half a list must not pass for the whole.
+    One round trip, and one more for each second question. Raises RpcError, also when the list is
+    shorter than the view: half a list must not pass for the whole.
     """
-    now, proxy = time.time(), engine.open()
-    tested = condition.fields if condition else ()
-    left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
-    raw: dict = {'now': itertools.repeat(now), 'aliases': itertools.repeat(engine.aliases),
-                 'session': itertools.repeat(engine.session_path),
-                 'cwd': itertools.repeat(engine.cwd)}
-    if any('seen' in field.needs for field in left.values()):
-        raw['seen'] = itertools.repeat(sees_same_files(engine))
-    raw.update(fetch_columns(engine, view, [need for field in left.values() for need in field.needs
-                                            if need not in raw and need not in SOURCES]))
-    torrents = [Torrent() for _ in raw['d.hash']]
-
-    def keep(wanted: list) -> None:
-        torrents[:] = itertools.compress(torrents, wanted)
-        for need in raw:
-            raw[need] = list(itertools.compress(raw[need], wanted))
-
+    now = time.time()
+    tested: tuple = ()
     if condition:
-        add_fields(torrents, raw, {name: left.pop(name) for name in tested
-                                   if not left[name].slow})
-        keep([condition.cheap(torrent, now) for torrent in torrents])
-    for source, (method, cells) in SOURCES.items():
-        if any(source in field.needs for field in left.values()):
-            raw[source] = proxy.batch((method, item, '', *cells) for item in raw['d.hash'])
-            keep([not isinstance(rows, HashNotFound) for rows in raw[source]])
-            for rows in raw[source]:
-                if isinstance(rows, RpcError):
-                    raise rows
-    add_fields(torrents, raw, left)
-    return [torrent for torrent in torrents if condition.match(torrent, now)] \
-        if left.keys() & tested else torrents
+        tested = condition.fields
+    fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
+    needs = itertools.chain.from_iterable(field.needs for field in fields.values())
+    columns = fetch_columns(engine, view, [need for need in needs if need.startswith('d.')])
+    listing = Listing(engine, columns, now)
+    if condition:
+        for name in tested:
+            if not fields[name].slow:
+                listing.add(name, fields.pop(name))
+        listing.keep([condition.cheap(row, now) for row in listing.rows])
+    for source in SOURCES:
+        if any(source in field.needs for field in fields.values()):
+            listing.ask(source)
+    for name, field in fields.items():
+        listing.add(name, field)
+    if condition and not fields.keys().isdisjoint(tested):
+        return [row for row in listing.rows if condition.match(row, now)]
+    return listing.rows
+
+
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+METAFILE_LIMIT = 16 << 20               # bytes
+MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
+
+
+def bencoded_end(content: bytes, at: int) -> int:
+    """Return where the bencoded value that begins there ends; ValueError if it does not.
+
+    Nothing is built. What follows the value is ignored, as rTorrent ignores it.
+    """
+    inside = ['']                       # l in a list, k before a key of a dictionary, v after it
+    while True:
+        token, head = BENCODED.match(content, at), content[at:at + 1]
+        if token and (token[2] or inside[-1] != 'k'):
+            at = token.end() + int(token[2] or 0)
+        elif head == b'e' and inside[-1] in ('l', 'k'):
+            inside.pop()
+            at += 1
+        elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
+            inside.append({b'l': 'l', b'd': 'k'}[head])
+            at += 1
+            continue
+        else:
+            raise ValueError(f'not bencoded at byte {at}')
+        if at > len(content):
+            raise ValueError(f'not bencoded: it ends before byte {at}')
+        if len(inside) == 1:
+            return at
+        inside[-1] = {'k': 'v', 'v': 'k', 'l': 'l'}[inside[-1]]
+
+
+def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
+    """Give (start, end) of what is in a list, or of the keys and values of a dictionary."""
+    at += 1
+    while content[at:at + 1] != b'e':
+        end = bencoded_end(content, at)
+        yield at, end
+        at = end
+
+
+def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """Give (key, start, end) of each value of a dictionary."""
+    items = bencoded_items(content, at)
+    for key_start, _ in items:
+        start, end = next(items)
+        yield bdecode(content, key_start), start, end
+
+
+def bdecode(content: bytes, at: int = 0) -> Any:
+    """Return a value that bencoded_end() has gone over; text stays bytes.
+
+    >>> bdecode(b'd4:name1:ae')
+    {b'name': b'a'}
+    """
+    token = BENCODED.match(content, at)
+    if token and token[1]:
+        return int(token[1])
+    if token:
+        return content[token.end():token.end() + int(token[2])]
+    if content[at:at + 1] == b'l':
+        return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
+    return {key: bdecode(content, start) for key, start, _ in bencoded_members(content, at)}
+
+
+def scalar_at(content: bytes, at: int | None) -> Any:
+    """Return a text or a number; None where there is nothing, a list or a dictionary."""
+    if at is None or content[at:at + 1] in (b'l', b'd'):
+        return None
+    return bdecode(content, at)
+
+
+class Metafile(NamedTuple):
+    """What a .torrent file says."""
+    content: bytes
+    info_hash: str
+    name: str                           # bytes that are no UTF-8 are surrogates in it
+    tracker: str
+    files_at: int | None                # where the list of files begins; None: a single file
+
+    def files(self) -> Iterator[Any]:
+        """Give what it says of each file of several: b'path' and b'length', if it is in order."""
+        if self.files_at is not None:
+            for start, end in bencoded_items(self.content, self.files_at):
+                if end - start > MOST_IN_ENTRY:
+                    raise ValueError(f'a file that takes {end - start} bytes to describe')
+                yield bdecode(self.content, start)
+
+    @property
+    def main_file(self) -> str:
+        """Return the name of the largest file."""
+        largest, most = self.name, -1
+        for entry in self.files():
+            with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+                if entry[b'length'] > most:
+                    largest, most = text_of(entry[b'path'][-1]), entry[b'length']
+        return largest
+
+
+def text_of(content: Any) -> str:
+    """Return bytes as text; nothing for anything else."""
+    if not isinstance(content, bytes):
+        return ''
+    return content.decode('utf-8', 'surrogateescape')
+
+
+def parse_metafile(content: bytes) -> Metafile:
+    """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
+    import hashlib
+    bencoded_end(content, 0)
+    info_at, info_end, tracker = 0, 0, None
+    if content.startswith(b'd'):
+        for key, start, end in bencoded_members(content, 0):
+            if key == b'announce':
+                tracker = scalar_at(content, start)
+            elif key == b'info' and content[start:start + 1] == b'd':
+                info_at, info_end = start, end
+    if not info_at:
+        raise ValueError('no `info` in it')
+    info, last = {}, b''
+    for key, start, _ in bencoded_members(content, info_at):
+        if key < last:
+            raise ValueError('the keys of `info` are not in order')
+        if key in (b'name', b'files', b'length', b'pieces'):
+            info[key] = start
+        last = key
+    name, pieces = scalar_at(content, info.get(b'name')), scalar_at(content, info.get(b'pieces'))
+    files_at = info.get(b'files')
+    if files_at is not None and content[files_at:files_at + 1] != b'l':
+        files_at = None
+    single = isinstance(scalar_at(content, info.get(b'length')), int)
+    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        raise ValueError('no usable `name` in it')
+    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
+        raise ValueError('no pieces, or no length in it')
+    if files_at is None and not single:
+        raise ValueError('no pieces, or no length in it')
+    info_hash = hashlib.sha1(memoryview(content)[info_at:info_end]).hexdigest().upper()
+    return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
+
+
+def read_metafile(path: str) -> Metafile:
+    """Return a metafile; raises ValueError when it is none, not whole, or too large."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
+        raise ValueError('no regular file')
+    if not status.st_size:
+        raise ValueError('empty')
+    if status.st_size > METAFILE_LIMIT:
+        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}')
+    with open(path, 'rb') as stream:
+        return parse_metafile(stream.read(status.st_size))
 
 
 # --- Data ------------------------------------------------------------------------------------
 # Whose data is it? An Item of rTorrent enters; what leaves is its OwnData, proven to be its own,
 # or a LoggableError that says why not: every doubt keeps the data. A Removal is a note in
-# state_dir, on the disk before anything changes: it carries a removal out, and a later run
-# finishes what a crash has left. Notes are locked by who handles them, so other threads and
-# processes may remove something else at the same time. An owner is (address of rTorrent, hash).
+# state_dir, on the disk before anything changes: a later run finishes what a crash has left.
+# data.lock in state_dir keeps other threads and processes away, from the proof of an item on
+# until all is done with it. An owner is (which rTorrent, hash).
 
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
@@ -2344,6 +3142,7 @@ class ItemFile(NamedTuple):
     size_bytes: int
     completed_chunks: int
     size_chunks: int
+    priority: int
     is_created: int                     # does rTorrent find a file there, right now?
 
 
@@ -2352,6 +3151,7 @@ class Item(NamedTuple):
     hash: str
     name: str
     is_open: int
+    is_active: int
     state: int
     hashing: int
     base_path: str
@@ -2359,16 +3159,13 @@ class Item(NamedTuple):
     directory_base: str
     is_multi_file: int
     completed_bytes: int
+    down_total: int
     timestamp_started: int
     files: list[ItemFile]
     cwd: str                            # where relative paths start from
     default_folder: str                 # where items are put when nothing else is said
-    session: str                        # folder of the session
+    session: str                        # folder of the session, absolute
     engine: Engine
-
-    @property
-    def owner(self) -> tuple[str, str]:
-        return self.engine.address.where, self.hash
 
     def absolute(self, path: str) -> str:
         """Return what a path of rTorrent is from anywhere."""
@@ -2381,10 +3178,21 @@ class Item(NamedTuple):
 
 
 class OwnFile(NamedTuple):
-    """A file that is proven to be an item's own."""
+    """A file that is proven to be an item's own, and how it was then."""
     path: str
-    device: int
+    device: int                         # may be another when the disk is mounted again
     inode: int
+    size: int
+    changed: int                        # nanoseconds
+
+    @classmethod
+    def at(cls, path: str, status: os.stat_result) -> OwnFile:
+        return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def is_same(self, status: os.stat_result) -> bool:
+        """Tell whether a file is this one, and has not changed."""
+        now = status.st_ino, status.st_size, status.st_mtime_ns
+        return now == (self.inode, self.size, self.changed)
 
 
 class OwnData(NamedTuple):
@@ -2398,13 +3206,13 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     """Return an item as it is now; raises HashNotFound where there is none."""
     fields = Item._fields[:Item._fields.index('files')]
     calls: list[tuple] = [
-        ('d.' + name.replace('timestamp_', 'timestamp.'), info_hash) for name in fields]
+        ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
     columns = [f'f.{name}=' for name in ItemFile._fields]
     calls.append(('f.multicall', info_hash, '', *columns))
     calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
     *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item(*facts, files, cwd, default, session, engine)
+    return Item(*facts, files, cwd, default, os.path.join(cwd, session), engine)
 
 
 @contextlib.contextmanager
@@ -2433,9 +3241,11 @@ def start_again(item: Item) -> None:
         # In one request, for a crash between them would leave it stopped. d.start alone does
         # nothing where d.state is 1 already.
         item.tell(('d.open',), ('d.stop',), ('d.start',))
-    elif item.is_open:
+    if item.state and item.is_open and not item.is_active:
+        item.tell(('d.pause',))
+    if not item.state and item.is_open:
         item.tell(('d.open',))
-    else:
+    if not item.state and not item.is_open:
         item.tell(('d.close',))
 
 
@@ -2446,11 +3256,23 @@ def erase(item: Item) -> None:
         erased = item.engine.tell(commands)[-1]
     except Unreachable as error:
         # An answer that never came is no answer, neither yes nor no.
-        there, = item.engine.ask([('d.hash', item.hash)])
-        if isinstance(there, HashNotFound):
+        if has_item(item.engine, item.hash, item.session) is False:
             return
-        raise Unreachable(f'{error}; it is still there') from None
+        raise Unreachable(f'{error}; it may be there still') from None
     without_errors([erased])
+
+
+def has_item(engine: Engine, info_hash: str, session: str) -> bool | None:
+    """Tell whether an rTorrent has an item; None where its session is another."""
+    there, path, cwd = engine.ask([
+        ('d.hash', info_hash), ('session.path', ''), ('system.cwd', '')])
+    without_errors([path, cwd])
+    if not path or os.path.join(cwd, path) != session:
+        return None
+    if isinstance(there, HashNotFound):
+        return False
+    without_errors([there])
+    return True
 
 
 def plain_parts(names: Iterable[str]) -> list[str]:
@@ -2467,19 +3289,16 @@ def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
 
     Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
     """
-    import hashlib
     try:
-        with open(path, 'rb') as stream:
-            meta, info_bytes = bdecode(stream.read(METAFILE_LIMIT))
-        if hashlib.sha1(info_bytes).hexdigest().upper() != info_hash:
+        meta = read_metafile(path)
+        if meta.info_hash != info_hash:
             raise ValueError('it is that of another item')
-        info = meta[b'info']
-        paths = [entry[b'path'] for entry in info.get(b'files', ())]
-        for entry, parts in zip(info.get(b'files', ()), paths):
-            if entry.get(b'path.utf-8', parts) != parts:
+        paths = []
+        for entry in meta.files():
+            if entry.get(b'path.utf-8', entry[b'path']) != entry[b'path']:
                 raise ValueError('a file has two names in it')
-        name = os.fsdecode(info[b'name'])
-        return name, [os.fsdecode(b'/'.join(parts)) for parts in paths] or [name]
+            paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
+        return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoggableError('its name came through badly, and its metafile in the session '
                             f'folder does not tell the true one: {error_text(error)}') from None
@@ -2497,20 +3316,25 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     root, shown = item.absolute(item.base_path), [file.path for file in item.files]
     if not any(map(DOUBTFUL.search, [root, *shown])):
         return root, shown
-    metafile = item.absolute(f'{item.session}/{item.hash}.torrent')
-    name, names = names_of_metafile(metafile, item.hash)
+    name, names = names_of_metafile(f'{item.session}/{item.hash}.torrent', item.hash)
     folder, last = os.path.split(root)
     if plain_parts([last]) == plain_parts([name]):
+        # A folder may have been renamed, to another name that comes through as this one does.
+        if item.is_multi_file and identity(folder):
+            for other in os.listdir(folder):
+                if other != name and not DOUBTFUL.search(other) \
+                        and plain_parts([other]) == plain_parts([name]):
+                    raise LoggableError(f'{quoted(root)} may be {quoted(name)}, or '
+                                        f'{quoted(other)}')
         last = name
     true_root = os.path.join(folder, last)
-    # Surrogates are right in a name that the metafile tells, but not in what rTorrent told.
     doubtful = DOUBTFUL.search(folder) or last != name and DOUBTFUL.search(last)
     if doubtful or plain_parts(shown) != plain_parts(names):
         raise LoggableError(f'its path {quoted(root)} came through badly')
     return true_root, names
 
 
-def check_file(path: str, file: ItemFile) -> OwnFile | None:
+def check_file(path: str, file: ItemFile, item: Item) -> OwnFile | None:
     """Return a file of an item, None where it is not there; LoggableError where in doubt."""
     try:
         status = os.lstat(path)
@@ -2525,10 +3349,15 @@ def check_file(path: str, file: ItemFile) -> OwnFile | None:
     if not stat.S_ISREG(status.st_mode):
         raise LoggableError(f'{quoted(path)} is a link, or no file')
     is_whole = file.completed_chunks == file.size_chunks > 0
-    if is_whole and status.st_size != file.size_bytes:
+    if status.st_size > file.size_bytes or is_whole and status.st_size < file.size_bytes:
         raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
-                            f'{file.size_bytes} that it is complete with')
-    return OwnFile(path, status.st_dev, status.st_ino)
+                            f'{file.size_bytes} that it should have')
+    # A user's file may lie where an item that has nothing of it yet would have its own.
+    begun = item.down_total and file.priority and item.timestamp_started
+    empty = item.timestamp_started and not status.st_blocks
+    if not file.completed_chunks and not begun and not empty and status.st_size:
+        raise LoggableError(f'{quoted(path)} may not be its own: rTorrent has no piece of it')
+    return OwnFile.at(path, status)
 
 
 def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
@@ -2542,11 +3371,8 @@ def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def own_data(item: Item, fresh: bool) -> OwnData:
-    """Return what an open item has on the disk, proven to be its own; else LoggableError.
-
-    fresh: it was not open before.
-    """
+def own_data(item: Item) -> OwnData:
+    """Return what an open item has on the disk, proven to be its own; else LoggableError."""
     if not item.is_open:
         raise LoggableError('rTorrent cannot open it')
     require_same_files(item.engine)
@@ -2558,18 +3384,13 @@ def own_data(item: Item, fresh: bool) -> OwnData:
     for folder in folders:
         if os.path.islink(folder) or os.path.basename(folder) == '..':
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
-    files = [check_file(path, file) for path, file in zip(paths, item.files)]
-    own = [file for file in files if file]
-    # A user's file may lie where an item that has nothing yet would have its own.
-    begun = item.timestamp_started and not fresh
-    if own and not item.completed_bytes and not begun:
-        raise LoggableError(f'{quoted(root)} may not be its own: rTorrent has no piece of it')
+    files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
     # Other downloads may come to lie in a folder that is not named after this one.
     common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
     named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
     if folders and (not named or identity(root) in common):
         folders.remove(root)
-    return OwnData(root, own, folders)
+    return OwnData(root, [file for file in files if file], folders)
 
 
 def freed_by(data: OwnData) -> int:
@@ -2590,25 +3411,51 @@ class Users:
     """
 
     def __init__(self, engines: Iterable[Engine]):
-        self.engines = {engine.address.where: engine for engine in engines}
+        self.engines: dict[str, Engine] = {}                # by pid, or address
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
         self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
-        for engine in self.engines.values():
-            self.add_engine(engine)
+        own = None
+        for engine in engines:
+            own = own or engine
+            try:
+                self.add_engine(engine)
+            except RpcError as error:
+                if engine is own:
+                    raise
+                raise LoggableError(f'what other items use is not known: {error}') from None
+
+    @staticmethod
+    def key(engine: Engine) -> str:
+        """Return which rTorrent this is: one may have several addresses."""
+        pid = rtorrent_process(engine)
+        if pid:
+            return f'process {pid}'
+        return engine.address.where
 
     def add_engine(self, engine: Engine) -> None:
         """Add all items of an rTorrent, by directory and by base path: one may be old."""
+        key, pid = self.key(engine), rtorrent_process(engine)
+        if key in self.engines:
+            return
+        self.engines[key] = engine
+        if pid and not engine.same_files and not has_our_mounts(pid):
+            raise LoggableError('what other items use is not known: rTorrent at '
+                                f'{engine.address.where} sees other mounts than torque')
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
-        cwd, = without_errors(engine.ask([('system.cwd', '')]))
+        hidden, cwd = without_errors(engine.ask(
+            [('view.size_not_visible', '', 'default'), ('system.cwd', '')]))
+        if hidden:
+            raise LoggableError(f'what other items use is not known: the view "default" of rTorrent '
+                                f'at {engine.address.where} hides {hidden}')
         for info_hash, base, directory, name, is_multi in zip(*columns.values()):
             if directory and not is_multi:
                 directory = os.path.join(directory, name)
             try:
                 for place in {base, directory} - {''}:
                     for path in self.meanings(os.path.join(cwd, place)):
-                        self.add((engine.address.where, info_hash), path)
+                        self.add((key, info_hash), path)
             except OSError as error:
                 raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
                                     f'{quoted(error.filename)}: {error.strerror}') from None
@@ -2672,15 +3519,33 @@ class Users:
         return {owner: path for owner, path in users.items() if owner not in but}
 
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
-        """Tell whether an item has all files of data in its own list, too."""
-        where, info_hash = owner
-        item = ask_item(self.engines[where], info_hash)
-        known = set()
-        for base in {item.base_path, item.directory} - {''}:
-            known.add(identity(item.absolute(base)))
-            for file in item.files:
-                known.add(identity(item.absolute(f'{base}/{file.path}')))
-        return all((file.device, file.inode) in known for file in data.files)
+        """Tell whether an item has all files of data, too, by its own list and as its own."""
+        key, info_hash = owner
+        item = ask_item(self.engines[key], info_hash)
+        base = item.directory
+        if item.is_open:
+            base = item.base_path
+        elif not item.is_multi_file:
+            base = os.path.join(item.directory, item.name)
+        known = {identity(item.absolute(base))}
+        if item.is_multi_file:
+            known = {identity(item.absolute(f'{base}/{file.path}')) for file in item.files}
+        return bool(item.completed_bytes) and all(
+            (file.device, file.inode) in known for file in data.files)
+
+
+def data_at(data: OwnData, root: str) -> OwnData:
+    """Return the copies of data at another root: files of the same size in other folders."""
+    files = []
+    for file in data.files:
+        path = root + file.path[len(data.root):]
+        with contextlib.suppress(OSError):
+            status, folders = os.lstat(path), [os.path.dirname(name) for name in (path, file.path)]
+            if stat.S_ISREG(status.st_mode) and status.st_size == file.size \
+                    and identity(folders[0]) != identity(folders[1]):
+                files.append(OwnFile.at(path, status))
+    folders = [root + folder[len(data.root):] for folder in data.folders]
+    return OwnData(root, files, folders)
 
 
 def copy_data(data: OwnData, root: str) -> None:
@@ -2694,14 +3559,11 @@ def copy_data(data: OwnData, root: str) -> None:
         while len(original) >= len(data.root):
             folders[folder] = original
             folder, original = os.path.dirname(folder), os.path.dirname(original)
-        before = os.lstat(file.path)
         try:
             os.link(file.path, copy)
         except OSError:                 # another file system, or one without hard links
             copy_file(file.path, copy)
-        after = os.lstat(file.path)
-        if before.st_ino != file.inode or (before.st_size, before.st_mtime_ns) != (
-                after.st_size, after.st_mtime_ns):
+        if not file.is_same(os.lstat(file.path)):
             raise LoggableError(f'{quoted(file.path)} changed while it was copied')
     for folder, original in folders.items():
         give_owner(folder, os.stat(original))
@@ -2723,15 +3585,44 @@ def require_room(data: OwnData, folder: str) -> None:
                             f'{show_size(free or 0)} are free')
 
 
+def delete_data(data: OwnData) -> None:
+    """Delete those files of data that have not changed, then the folders that are empty.
+
+    Raises LoggableError where the system refuses to, or the disk is not there.
+    """
+    above, refused, log = os.path.dirname(data.root), '', logging.getLogger('torque.data')
+    if not os.path.isdir(above):
+        raise LoggableError(f'{quoted(above)} is not there: is its disk not mounted?')
+    for file in data.files:
+        folder, name = os.path.split(file.path)
+        handle = None
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            if file.is_same(os.stat(name, dir_fd=handle, follow_symlinks=False)):
+                os.unlink(name, dir_fd=handle)
+            else:
+                log.warning('%s stays: it was changed meanwhile', quoted(file.path))
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                refused = str(error.strerror)
+        finally:
+            if handle is not None:
+                os.close(handle)
+    for folder in data.folders:
+        with contextlib.suppress(OSError):      # something else is in it
+            os.rmdir(folder)
+    if refused:
+        raise LoggableError(f'not all data at {quoted(data.root)} is deleted: {refused}')
+
+
 class Removal:
     """A note of what is going to be removed: JSON in its first line, then steps that were done.
 
-    It is on the disk before anything changes, and goes last. Until close() it is locked.
+    It is on the disk before anything changes, and goes last.
     """
 
-    def __init__(self, path: str, stream: Any, facts: dict[str, Any], steps: list[str]):
-        self.path, self.stream = path, stream
-        self.facts, self.steps = facts, steps
+    def __init__(self, path: str, facts: dict[str, Any], steps: list[str]):
+        self.path, self.facts, self.steps = path, facts, steps
         files = [OwnFile(*file) for file in facts['files']]
         self.data = OwnData(facts['root'], files, facts['folders'])
 
@@ -2740,114 +3631,55 @@ class Removal:
 
     @classmethod
     def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
-        """Write a note. Raises LoggableError where another run has one for the same item."""
-        import fcntl
-        facts.update(data._asdict(), name=item.name, hash=item.hash,
-                     engine=item.engine.address.where, session=item.session)
+        """Write a note. Raises LoggableError where there is one for the same item."""
         path = os.path.join(folder, NOTE + item.hash)
-        unfinished = f'{path}.{os.getpid()}.{threading.get_ident()}'
-        with writing(path):
-            stream = open_private(unfinished)
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                stream.write(json.dumps(facts) + '\n')
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.link(unfinished, path)       # it is locked from its first moment on
-                sync(folder)
-            except BaseException as error:
-                stream.close()
-                if isinstance(error, FileExistsError):
-                    raise LoggableError(f'another run is at it, or was ended: {path}') from None
-                raise
-            finally:
-                os.remove(unfinished)
-        return cls(path, stream, facts, [])
+        facts.update(data._asdict(), name=item.name, hash=item.hash, session=item.session,
+                     engine=item.engine.address.where)
+        if os.path.lexists(path):
+            raise LoggableError(f'a removal was cut short; {path} tells of it')
+        replace_file(path, json.dumps(facts) + '\n')
+        return cls(path, facts, [])
 
     @classmethod
-    def take_up(cls, path: str) -> Removal | None:
-        """Return the note that an ended run has left, None where its run goes on."""
-        import fcntl
-        try:
-            stream = open(path, 'r+', encoding='utf-8', opener=open_own)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:      # else it was dropped just now
-                first, *steps = stream.read().splitlines()
-                return cls(path, stream, json.loads(first), steps)
-        except BlockingIOError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            # It was not whole yet: nothing had begun.
-            logging.getLogger('torque.data').info('%s is no note of a removal: %s', path, error)
-            os.remove(path)
-        stream.close()
-        return None
+    def read(cls, path: str) -> Removal:
+        """Return a note that was left; raises ValueError and the like where it is none."""
+        with open(path, encoding='utf-8', opener=open_own) as stream:
+            if os.fstat(stream.fileno()).st_uid != os.geteuid():
+                raise ValueError('it belongs to another user')
+            first, *steps = stream.read().splitlines()
+        return cls(path, json.loads(first), steps)
 
     def mark(self, step: str) -> None:
-        """Add a step that was done, on the disk when this returns."""
-        with writing(self.path):
-            self.stream.write(step + '\n')
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
+        """Add a step that was done, or is going to be, on the disk when this returns."""
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as stream:
+            stream.write(step + '\n')
+            stream.flush()
+            os.fsync(stream.fileno())
         self.steps.append(step)
-
-    def remove_files(self) -> int:
-        """Delete the files that are still the same, then empty folders; count the others.
-
-        Raises LoggableError where the system refuses to.
-        """
-        others, refused = 0, None
-        for file in self.data.files:
-            folder, name = os.path.split(file.path)
-            handle = None
-            try:
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
-                if (status.st_dev, status.st_ino) == (file.device, file.inode):
-                    os.unlink(name, dir_fd=handle)
-                else:
-                    others += 1
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    refused = error
-            finally:
-                if handle is not None:
-                    os.close(handle)
-        for folder in self.data.folders:
-            with contextlib.suppress(OSError):      # something else is in it
-                os.rmdir(folder)
-        if refused:
-            raise LoggableError(f'not all data at {quoted(self.data.root)} is deleted: '
-                                f'{refused.strerror}; it is tried again in the next run')
-        return others
 
     def drop(self) -> None:
         """Remove the note: all is done, or nothing is to be done."""
         with contextlib.suppress(OSError):
             os.remove(self.path)
-        self.close()
-
-    def close(self) -> None:
-        """Let others have the note."""
-        self.stream.close()
 
 
 def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
-    """Give the notes of an rTorrent that ended runs have left, each locked until the next."""
+    """Give the notes of an rTorrent that ended runs have left."""
     names = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = sorted(os.listdir(folder))
     for name in names:
-        removal = None
-        if name.startswith(NOTE):
-            removal = Removal.take_up(os.path.join(folder, name))
-        if removal:
-            with contextlib.closing(removal):
-                if removal.facts['engine'] == engine.address.where:
-                    yield removal
+        path = os.path.join(folder, name)
+        if not name.startswith(NOTE) or name.endswith('.new'):
+            continue
+        try:
+            removal = Removal.read(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
+                                                     error_text(error))
+            continue
+        if removal.facts.get('engine') == engine.address.where:
+            yield removal
 
 
 def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
@@ -2856,14 +3688,15 @@ def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str
     It goes where its item was erased for sure, and nobody uses the data by now.
     """
     facts = removal.facts
-    if [facts['session']] != engine.ask([('session.path', '')]):
+    there = has_item(engine, facts['hash'], facts['session'])
+    if there is None:
         return 'that was another rTorrent'
-    if 'erased' not in removal.steps:
-        hashes = fetch_columns(engine, 'default', ['d.hash'])['d.hash']
-        if facts['hash'] in hashes:
-            return 'its item was not erased'
-        if not hashes:
-            return 'rTorrent has no items at all'
+    if there:
+        return 'its item is there'
+    if 'asked' not in removal.steps:
+        return 'it had not begun'
+    if 'erased' not in removal.steps and engine.ask([('view.size', '', 'default')]) == [0]:
+        return 'rTorrent has no items at all'
     if not facts['shared']:
         for path in Users(engines).of(removal.data).values():
             return f'another item uses {quoted(path)}'
@@ -2907,373 +3740,173 @@ class PromisedSpace:
             self.text = text
 
 
-# --- Filter and template ---------------------------------------------------------------------
-# Two small languages of the ini. A condition becomes closures over a row (a mapping of field
-# name to value) and `now` in Unix seconds; NOT is carried down to the single conditions, so
-# that a value which is not known matches neither a condition nor its opposite. A template is
-# text, expressions and branches; what an expression gives is data: the text around it is split
-# into arguments first. A mistake is shown with `<-- here` after its place.
+# --- Template --------------------------------------------------------------------------------
+# Text with {{expressions}} and {{if}} ... {{endif}} enters, and values by name; text leaves,
+# commands of rTorrent, or the arguments of a program. What an expression gives is data: the text
+# around it is split into arguments first, with a mark for each value. A mistake is found when the
+# template is made, and is shown with `<-- here` after its place. Pure functions, for any thread.
 
-AGE_UNITS = {'y': 31536000, 'M': 2592000, 'w': 604800, 'd': 86400, 'h': 3600, 'i': 60, 's': 1}
-ORDER = {'=': operator.eq, '<': operator.lt, '<=': operator.le, '>': operator.gt,
-         '>=': operator.ge}
-MOST_CHARACTERS, MOST_STARS, MOST_DEPTH = 4000, 6, 50
-PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
-# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
-# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
-QUOTED = (r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
-          r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
-PIECE = re.compile(QUOTED, re.S)
-WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
-CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
-ANY_OF = re.compile(r'(!?/(?:\\.|[^/\\])*/i?|[^,]*),', re.S)
-
-
-def mistake(what: str, text: str, at: int, why: Any) -> UserError:
-    """Return the error that shows a text of the user with a mark at the place."""
-    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
-    before = before if len(before) < 90 else '...' + before[-87:]
-    after = after if len(after) < 40 else after[:37] + '...'
-    return UserError(f'{what} {quoted(f"{before} <-- here {after}".strip(), 600)}: {why}')
-
-
-def pattern(text: str) -> Callable[[str], Any]:
-    """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
-    regex = re.fullmatch('/(.*)/i?', text, re.S)
-    glob = '' if regex else re.sub(r'\*+', '*', text)
-    if len(text) > 500 or glob.count('*') > MOST_STARS or '{{' in glob:
-        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
-    bare = re.sub(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]', 'x', regex[1] if regex else '')
-    if re.search(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]', bare):
-        raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
-                        'not (a+)+')                    # only the usual slip is caught
-    try:
-        found: Callable[[str], Any] = re.compile(regex[1], re.I).search if regex else \
-            re.compile(fnmatch.translate(glob), re.I).match
-        if regex or '[' not in glob:
-            return found                                # [x] as it stands is meant, too
-        return lambda value: found(value) or value.lower() == text.lower() or None
-    except (re.error, OverflowError, RecursionError, Warning) as error:
-        raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
-
-
-def parse_age(text: str) -> int | None:
-    """Return the seconds in an age, None for what is written as something else.
-
-    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
-    (129600, 5400, None)
-    """
-    text = re.sub(r'(?<=[wdhWDH])([0-9]+)m', r'\1i', text)      # after w d h it is no month
-    if not re.fullmatch('(?:[0-9]{1,6}[A-Za-z])+', text):
-        return None
-    parts = [(int(number), unit if unit in 'mM' else unit.lower())
-             for number, unit in re.findall('([0-9]+)([A-Za-z])', text)]
-    units = {unit for _, unit in parts}
-    if 'm' in units:
-        raise UserError('m is months to pyrocore and minutes to pyrosimple; '
-                        'allowed are M for months and i for minutes')
-    if not units <= AGE_UNITS.keys() or len(units) < len(parts):
-        raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-    return sum(number * AGE_UNITS[unit] for number, unit in parts)
-
-
-def parse_time(text: str) -> float:
-    """Return the Unix seconds of a local date, or of Unix seconds: a number below 10^8 (1973)
-    is an age that lost its unit."""
-    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
-        return int(text)
-    form = '%m/%d/%Y' if '/' in text else '%d.%m.%Y' if '.' in text else '%Y-%m-%d'
-    text = text.upper().replace(' ', 'T')
-    form += 'T%H:%M:%S'[:3 + 3 * text.count(':')] if 'T' in text else ''
-    try:
-        return time.mktime(time.strptime(text, form))
-    except (ValueError, OverflowError):
-        raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
-                        '03/15/2024 15.03.2024T14:50, Unix seconds') from None
-
-
-def compare_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of a number, size, time or duration: (found, now) -> bool."""
-    if op == '=' and text[:1] in ('+', '-'):
-        op, text = ('>' if text[0] == '+' else '<'), text[1:]
-    compare = ORDER[op]
-    if kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text) or len(text) > 40:
-        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
-    if kind == 'any':
-        return lambda found, now: (PLAIN_NUMBER.fullmatch(str(found)) is not None
-                                   and compare(float(found), float(text)))
-    if kind in ('number', 'size'):
-        limit = float(text) if kind == 'number' else parse_size(text)
-        return lambda found, now: compare(found, limit)
-    age = parse_age(text)
-    if op == '=' and not text.isdigit():
-        raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if kind == 'time' and age is not None:
-        return lambda found, now: compare(now - found, age)
-    if kind == 'duration' and age is None and text != '0':
-        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    limit = parse_time(text) if age is None else age
-    return lambda found, now: compare(found, limit)
-
-
-def value_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of one value of a condition: (found, now) -> bool."""
-    if kind == 'any' and op == '=' and text.lower() in ('yes', 'no', 'true', 'false'):
-        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
-    if kind in ('number', 'size', 'time', 'duration') or kind == 'any' and (
-            op != '=' or PLAIN_NUMBER.fullmatch(text[1:]) and text[0] in '+-'):
-        return compare_test(kind, op, text)
-    if op != '=':
-        raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'bool':
-        wanted = parse_bool(text)
-        return lambda found, now: bool(found) is wanted
-    alone = kind == 'tags' and text.startswith(':')
-    match = pattern(text[1:] if alone else text)
-    if kind not in ('tags', 'files'):
-        return lambda found, now: match(str(found)) is not None
-    if text in ('', ':'):
-        return lambda found, now: not found
-    if alone:
-        return lambda found, now: bool(found) and all(map(match, found))
-    return lambda found, now: any(map(match, found))
-
-
-class Node(NamedTuple):
-    """Conditions joined, and how many of them need a second question.
-
-    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
-    """
-    test: Callable
-    cost: int
-
-
-def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
-    """Return one condition: False for an unknown value, also when it is negated."""
-    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
-        negated, text = not negated, text[1:]
-    unknown = (None, 0) if field.kind == 'time' and text.lstrip('+-') != '0' else (None,)
-    test = value_test(field.kind, op, text)
-
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
-        found = row.get(name)
-        if found in unknown:
-            return possible and name not in row
-        return test(found, now) is not negated
-    return Node(holds, int(field.slow))
-
-
-def joined(nodes: list[Node], every: bool) -> Node:
-    """Return the Node of all or any of some, the cheap ones first."""
-    if len(nodes) == 1:
-        return nodes[0]
-    nodes = sorted(nodes, key=lambda node: node.cost)
-    tests = [node.test for node in nodes]
-
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
-        for test in tests:
-            if test(row, now, possible) is not every:
-                return not every
-        return every
-    return Node(holds, sum(node.cost for node in nodes))
-
-
-def unquoted(piece: re.Match) -> str:
-    """Return a piece of a word as what it stands for."""
-    regex, double, single, escaped = piece.groups()
-    return regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
-
-
-class Filter:
-    """An rtcontrol condition, compiled; `fields` are the names it needs, the slow ones are
-    looked at last.
-
-    >>> Filter('ratio>2 is_complete=yes').match({'ratio': 2.5, 'is_complete': True})
-    True
-    """
-
-    def __init__(self, text: str):
-        self.text, self.at = text, 0                    # at: end of the word in hand
-        self.needs: dict[str, TorrentField] = {}
-        try:
-            self.root = self.parse(self.words(), False, 0)
-        except UserError as error:
-            raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(self.needs)
-
-    def match(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row meets the condition; ages count back from `now`."""
-        return self.root.test(row, time.time() if now is None else now, False)
-
-    def cheap(self, row: Mapping, now: float | None = None) -> bool:
-        """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        return self.root.test(row, time.time() if now is None else now, True)
-
-    def words(self) -> Iterator[tuple]:
-        """Give the words as (keyword or nothing, text without its quotes)."""
-        if len(self.text) > MOST_CHARACTERS:
-            raise UserError(f'this is too long; allowed are {MOST_CHARACTERS} characters')
-        while self.at < len(self.text.rstrip()):
-            word = WORD.match(self.text, self.at)
-            if not word:
-                raise UserError('after this, a quote has no other half')
-            self.at = word.end()
-            yield word[2] and 'NOT' or word[1], PIECE.sub(unquoted, word[3] or '')
-        yield 'END', ''
-
-    def parse(self, words: Iterator[tuple], negated: bool, depth: int) -> Node:
-        """expr ::= term ( 'OR' term )*;  term ::= factor+
-        factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
-        if depth > MOST_DEPTH:
-            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
-        terms: list[Node] = []
-        factors: list[Node] = []
-        flip, last = negated, ''
-        for key, text in words:
-            if key == 'NOT':
-                flip = not flip
-            elif key == '[' or not key:
-                factors.append(self.parse(words, flip, depth + 1) if key else
-                               self.condition(text, flip))
-                flip = negated
-            elif not factors or last == 'NOT':
-                raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
-            else:
-                terms.append(joined(factors, not negated))
-                factors = []
-                if key != 'OR':
-                    break
-            last = key
-        if (key == ']') is not (depth > 0):
-            raise UserError('a bracket without its other half; [ and ] stand between spaces')
-        return joined(terms, negated)                   # neither a nor b: not a, and not b
-
-    def condition(self, text: str, negated: bool) -> Node:
-        """condition ::= field op value | value;  value may be several, with commas"""
-        match = CONDITION.fullmatch(text)
-        if not match and (text in TORRENT_FIELDS or re.search(
-                r'^(?!/).*[=<>]|^(and|or|not|[&|]+|[][]|\]?(or|not|and)?\[|\](or|not|and))$',
-                text, re.S | re.I)):
-            raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
-                            'NOT, OR, [ ... ] between spaces; side by side means and')
-        name, op, value = match.groups() if match else ('name', '=', text)
-        field = self.needs[name] = torrent_field(name)
-        negated = negated is not (op in ('!=', '<>'))
-        if op == '~':                                   # as in pyrocore
-            value = f'/{value}/'
-        elif op == '==' and field.kind == 'tags':       # this one and no other
-            value = ':' + value
-        op = '=' if op in ('==', '!=', '<>', '~') else op
-        parts = ANY_OF.findall(value + ',') if op == '=' else [value]
-        if '' in parts and len(parts) > 1:
-            raise UserError('a value is missing beside a comma')
-        return joined([leaf(name, field, op, part, negated) for part in parts], negated)
-
-
-TAG = re.compile(r'(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})', re.S)
-BRANCH = re.compile(r'(if|elif|else|endif)\b\s*(.*?)\s*:?', re.S)
+# What is not closed goes on to the end, so that looking for tags takes linear time.
+TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
+BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
-MOST_EXPRESSION = 300
+MOST_EXPRESSION = 300                   # characters
 MARK = '\0'                             # stands for a value while the text around it is split
-COMMAND = re.compile(r'(?:(?<![^=,\s])"(?:[^"\\]|\\.)*"|\\.|[^;\n\\])+', re.S)
-ARGUMENT = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,"({\\\s](?:[^,\\]|\\.)*)?)\s*,', re.S)
-# Commands that take arguments as data; others (multicall, branch ...) would run them.
-DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]+|view\.set_(not_)?visible|print|execute.*')
-INTERPRETER = re.compile(         # each runs text that it is given
-    r'((ba|da|a|z|k|fi|c|tc)?sh|su|runuser|sudo|doas|env|python[0-9.]*|perl|ruby|node|php|lua)')
-SCRIPT_FLAG = re.compile('-[A-Za-z]*[ceS]|--(command|eval|split-string)')
+COMPARE = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge}
 
 
 def show(value: Any) -> str:
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        ordered = value if isinstance(value, (list, tuple)) else sorted(value, key=str)
-        return ' '.join(map(show, ordered))
-    return '' if value is None else str(int(value) if isinstance(value, bool) else value)
+    if value is None:
+        return ''
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(show, value))
+    return str(value)
 
 
 def part_of(value: Any, name: str, other: Any = None) -> Any:
     """Return a named part of a mapping; whatever else it is has none."""
-    found = value.get(name) if isinstance(value, Mapping) else None
-    return other if found is None else found
+    part = None
+    if isinstance(value, Mapping):
+        part = value.get(name)
+    if part is None:
+        return other
+    return part
 
 
-COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-           ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda part, whole: part in whole,
-           ast.NotIn: lambda part, whole: part not in whole}
+def stem_of(path: str) -> str:
+    """Return the name of a file without folder and extension."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def show_time(when: Any) -> str:
+    """Return local date and time of Unix seconds, nothing for an unknown time."""
+    if not when:
+        return ''
+    return time.strftime('%F %T', time.localtime(when))
+
+
+def value_or(value: Any, other: Any = '') -> Any:
+    """Return a value, or another where it is empty; 0 is not."""
+    if value or value == 0:
+        return value
+    return other
+
+
+TEXT_FILTERS: dict[str, Callable] = {
+    'lower': str.lower,
+    'upper': str.upper,
+    'title': str.title,
+    'replace': str.replace,
+    'basename': os.path.basename,
+    'dirname': os.path.dirname,
+    'stem': stem_of}
+VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
+    'size': show_size,
+    'duration': show_duration,
+    'date': show_time,
+    'default': value_or,
+    'get': part_of}
+FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
+FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+OLD_FILTERS = {                         # pyrocore's names
+    'pathbase': 'basename',
+    'pathdir': 'dirname',
+    'pathname': 'stem',
+    'sz': 'size',
+    'iso': 'date'}
 
 
 def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
+        if isinstance(op, (ast.In, ast.NotIn)):
+            return (one in other) is isinstance(op, ast.In)
         return bool(COMPARE[type(op)](one, other))
     except TypeError:
         return isinstance(op, ast.NotIn)
 
 
-FILTERS: dict[str, Callable] = {
-    'lower': str.lower, 'upper': str.upper, 'title': str.title, 'replace': str.replace,
-    'basename': os.path.basename, 'dirname': os.path.dirname,
-    'stem': lambda text: os.path.splitext(os.path.basename(text))[0],
-    'size': show_size, 'duration': show_duration, 'get': part_of,
-    'date': lambda when: time.strftime('%F %T', time.localtime(when)) if when else '',
-    'default': lambda value, other='': value if value or value == 0 else other}
-UNTEXTED = ('size', 'duration', 'date', 'default', 'get')       # they take values as they are
-OLD_FILTERS = {'pathbase': 'basename', 'pathdir': 'dirname', 'pathname': 'stem', 'sz': 'size',
-               'iso': 'date'}           # pyrocore's names
-FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
-
-
-def filter_call(node: Any) -> tuple[str, list]:
-    """Return (filter, operands) of a|filter, a|filter(x), a|h.filter or a.filter(x)."""
-    piped = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
-    call = node.right if piped else node
-    callee = call.func if isinstance(call, ast.Call) else call if piped else None
-    name = getattr(callee, 'attr', getattr(callee, 'id', ''))
+def apply_filter(node: Any, values: Mapping) -> Any:
+    """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
+    value, args, name = None, [], ''
+    call: Any = node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        value, call = node.left, node.right
+    if isinstance(call, ast.Call) and not call.keywords:
+        call, args = call.func, call.args
+        if isinstance(call, ast.Attribute) and value is None:
+            value = call.value
+    if isinstance(call, ast.Name):
+        name = call.id
+    elif isinstance(call, ast.Attribute):
+        name = call.attr
     name = OLD_FILTERS.get(name, name)
-    value, args = node.left if piped else getattr(callee, 'value', None), getattr(call, 'args', [])
-    if not value or name not in FILTERS or getattr(call, 'keywords', None):
+    if value is None or name not in FILTERS:
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
     if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
         raise UserError(f'{name} does not take {len(args)} arguments')
-    return name, [value, *args]
+    operands = [evaluate(part, values) for part in [value, *args]]
+    if operands[0] is None and name not in ('default', 'get'):
+        return None
+    if name in TEXT_FILTERS:
+        return TEXT_FILTERS[name](*map(show, operands))
+    return VALUE_FILTERS[name](*operands)
+
+
+def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
+    """Return a.b: a named part of a mapping, or a value of the item, d or i."""
+    owner = ''
+    if isinstance(node.value, ast.Name):
+        owner = node.value.id
+    if owner in ('item', 'd', 'i'):
+        return values[node.attr]
+    if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
+        raise UserError(f'{node.attr} is a filter; write |{node.attr}')
+    return part_of(evaluate(node.value, values), node.attr)
 
 
 def evaluate(node: Any, values: Mapping) -> Any:
-    """Return what an expression gives. All of it is looked at, so that one call with an empty
-    defaultdict finds its mistakes and its names. A name without a value is a KeyError.
+    """Return what an expression gives; a name without a value is a KeyError.
 
     Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
-    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python.
+    filters as methods, a.replace('.', ' '). Nothing reaches an object of Python. All parts are
+    evaluated, so that one call with an empty defaultdict meets all mistakes and all names.
     """
-    def each(nodes: Iterable) -> list:
-        return [evaluate(part, values) for part in nodes]
-    if isinstance(node, ast.Constant) or isinstance(getattr(node, 'op', None), ast.USub):
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return ast.literal_eval(node)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
-        if getattr(node.value, 'id', '') in ('item', 'd', 'i'):
-            return values[node.attr]                    # the item is what the values are of
-        if node.attr in {*FILTERS, *OLD_FILTERS} and getattr(node.value, 'id', '') != 'traits':
-            raise UserError(f'{node.attr} is a filter; write |{node.attr}')
-        return part_of(evaluate(node.value, values), node.attr)
+        return attribute_of(node, values)
     if isinstance(node, (ast.Tuple, ast.List)):
-        return each(node.elts)
+        return [evaluate(part, values) for part in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not evaluate(node.operand, values)
     if isinstance(node, ast.BoolOp):
-        found, decides = each(node.values), isinstance(node.op, ast.Or)
-        return next((part for part in found[:-1] if bool(part) is decides), found[-1])
-    if isinstance(node, ast.Compare) and all(type(op) in COMPARE for op in node.ops):
-        found = each([node.left, *node.comparators])
-        return all(map(compares, node.ops, found, found[1:]))
-    name, operands = filter_call(node)
-    operands = each(operands)
-    if operands[0] is None and name not in ('default', 'get'):
-        return None
-    return FILTERS[name](*operands if name in UNTEXTED else map(show, operands))
+        parts = [evaluate(part, values) for part in node.values]
+        for part in parts[:-1]:
+            if bool(part) is isinstance(node.op, ast.Or):
+                return part
+        return parts[-1]
+    if isinstance(node, ast.Compare) and not any(
+            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+        parts = [evaluate(part, values) for part in [node.left, *node.comparators]]
+        return all(map(compares, node.ops, parts, parts[1:]))
+    return apply_filter(node, values)
 
 
 class Template:
@@ -3288,94 +3921,137 @@ class Template:
 
     def __init__(self, text: str, known: Any = None):
         self.text, self.known = text, known
-        self.at = self.widest = 0                       # end of the tag in hand; most branches
+        self.pieces = TAG.split(text)
+        self.next = 0                   # of the pieces
+        self.at = 0                     # end of the piece in hand
+        self.most_branches = 0          # of one if
         self.seen: dict = collections.defaultdict(lambda: None)
         try:
-            self.nodes, word, _ = self.block(iter(TAG.split(text)), 0)
-            if word or MARK in text:
-                raise UserError(f'{word} without if' if word else 'a NUL is not possible')
-            for branch in range(self.widest + 1):       # what rendering would meet
-                self.divide(self.marked(self.seen, branch)[0])
+            if MARK in text:
+                raise UserError('a NUL is not possible')
+            self.nodes, word, _ = self.block(0)
+            if word:
+                raise UserError(f'{word} without if')
+            for number in range(self.most_branches + 1):
+                self.divide(self.branch_text(self.nodes, number))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
-    def block(self, parts: Iterator[str], depth: int) -> tuple[list, str, str]:
+    def block(self, depth: int) -> tuple[list, str, str]:
         """Return the nodes up to elif, else, endif or the end; that word; its condition.
-        A node is text, an ast of an expression, or of an if [(ast, nodes), ...]."""
+
+        A node is text, the ast of an expression, or of an if [(ast, nodes), ...].
+        """
         nodes: list = []
-        for part in parts:
-            self.at += len(part)
-            code = part[2:-2].strip('- \t\r\n' if part[1:2] == '%' else None)
-            branch = BRANCH.fullmatch(code)
-            if not TAG.fullmatch(part):
-                nodes.append(part)
-                if '{{' in part or '{%' in part:
-                    raise UserError('a {{ or {% in this is not closed')
-            elif part[1] == '#' or part[2] == '#':
+        while self.next < len(self.pieces):
+            piece = self.pieces[self.next]
+            self.next += 1
+            self.at += len(piece)
+            if not TAG.fullmatch(piece):
+                nodes.append(piece)
                 continue
-            elif branch and branch[1] != 'if':
-                return nodes, branch[1], branch[2]
+            if not piece.endswith({'{': '}}', '%': '%}', '#': '#}'}[piece[1]]):
+                raise UserError('a {{, {% or {# in this is not closed')
+            if '#' in piece[1:3]:
+                continue
+            code = piece[2:-2].strip()
+            if piece[1] == '%':
+                code = code.strip('- \t\r\n')
+            branch = BRANCH.fullmatch(code)
+            if branch and branch[1] == 'if':
+                nodes.append(self.branches(branch[2], depth + 1))
             elif branch:
-                nodes.append(self.branches(branch[2], parts, depth + 1))
+                return nodes, branch[1], branch[2]
+            elif piece[1] == '%':
+                raise UserError(f'{quoted(piece, 60)} is no expression; allowed are if elif else '
+                                'endif')
             else:
-                nodes.append(self.expression(code if part[1] == '{' else part))
+                nodes.append(self.expression(code))
         return nodes, '', ''
 
-    def branches(self, code: str, parts: Iterator[str], depth: int) -> list:
+    def branches(self, code: str, depth: int) -> list:
         """Return [(ast, nodes), ...] of an if."""
         if depth > MOST_DEPTH:
             raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
         branches, word = [], 'if'
         while word != 'endif':
-            test = ELSE if word == 'else' else self.expression(code)
-            nodes, word, code = self.block(parts, depth)
+            test: ast.AST = ELSE
+            if word != 'else':
+                test = self.expression(code.strip().rstrip(':'))
+            before = word
+            nodes, word, code = self.block(depth)
             branches.append((test, nodes))
-            if code and word in ('else', 'endif'):
+            if not word:
+                raise UserError('an if has no endif')
+            if before == 'else' and word != 'endif':
+                raise UserError(f'{word} after else')
+            if word in ('else', 'endif') and code.strip(' \t\r\n:'):
                 raise UserError(f'{word} takes no condition; write elif')
-            if not word or test is ELSE and word != 'endif':
-                raise UserError(f'{word} after else' if word else 'an if has no endif')
-        self.widest = max(self.widest, len(branches))
+        self.most_branches = max(self.most_branches, len(branches))
         return branches
 
     def expression(self, code: str) -> ast.AST:
         """Return the ast of an expression whose parts and names are allowed."""
         try:
-            tree = ast.parse(code if len(code) <= MOST_EXPRESSION else '', mode='eval').body
+            if len(code) > MOST_EXPRESSION:
+                raise ValueError('too long')
+            tree = ast.parse(code.strip(), mode='eval').body
             evaluate(tree, self.seen)
         except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
                 RecursionError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
-        for name in self.seen:
-            made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
-            if self.known is not None and name not in self.known and not made:
-                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
+        if self.known is not None:
+            for name in self.seen:
+                self.check_name(name)
         return tree
 
-    def marked(self, values: Mapping, branch: int | None = None) -> tuple[str, Callable]:
-        """Return the text with a MARK for each value, and what puts the next values into a
-        part of it; with `branch`, that one of each if is taken."""
-        shown: list[str] = []
+    def check_name(self, name: str) -> None:
+        """Refuse a name that there will not be; of torrents, some fields are made as needed."""
+        made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
+        if name not in self.known and not made:
+            raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
 
-        def pieces(nodes: list) -> Iterator[str]:
-            """Give the texts, and a MARK for each value."""
-            for node in nodes:
-                if isinstance(node, str):
-                    yield node
-                elif isinstance(node, list):
-                    bodies = [body for number, (test, body) in enumerate(node) if (
-                        evaluate(test, values) if branch is None else number == branch)]
-                    yield from pieces(bodies[0] if bodies else [])
-                else:
-                    shown.append(show(evaluate(node, values)))
-                    yield MARK
+    def branch_text(self, nodes: list, number: int) -> str:
+        """Return the text, a mark for each value, where each if takes the branch of a number."""
+        text = ''
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+            elif isinstance(node, ast.AST):
+                text += MARK
+            elif number < len(node):
+                text += self.branch_text(node[number][1], number)
+        return text
+
+    def marked(self, nodes: list, values: Mapping, shown: list[str]) -> str:
+        """Return the text with a numbered mark for each value, which is added to `shown`."""
+        text = ''
+        for node in nodes:
+            if isinstance(node, str):
+                text += node
+            elif isinstance(node, ast.AST):
+                text += f'{MARK}{len(shown)}{MARK}'
+                shown.append(show(evaluate(node, values)))
+            else:
+                for test, body in node:
+                    if evaluate(test, values):
+                        text += self.marked(body, values, shown)
+                        break
+        return text
+
+    def parts(self, values: Mapping) -> tuple[list, list[str]]:
+        """Return what the text is divided into, with marks, and the values for them."""
+        shown: list[str] = []
         try:
-            text, left = ''.join(pieces(self.nodes)), iter(shown)
-            return text, lambda part: re.sub(MARK, lambda mark: next(left), part)
+            text = self.marked(self.nodes, values, shown)
         except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
-            why = 'there is no ' if isinstance(error, KeyError) else ''
-            raise LoggableError(f'template {quoted(self.text, 80)}: {why}{error}') from None
+            why = str(error)
+            if isinstance(error, KeyError):
+                why = f'there is no {error}'
+            raise LoggableError(f'template {quoted(self.text, 80)}: {why}') from None
+        return self.divide(text), shown
 
     def divide(self, text: str) -> list:
         """Return what the text is split into before the values are put in."""
@@ -3383,23 +4059,108 @@ class Template:
 
     def render(self, values: Mapping) -> Any:
         """Return the text, values put in; LoggableError where one is missing."""
-        text, fill = self.marked(values)
-        return fill(text)
+        (text,), shown = self.parts(values)
+        return filled(text, shown)
+
+
+def filled(text: str, shown: list[str]) -> str:
+    """Return a part of a template with values in the place of the marks."""
+    def value(mark: re.Match) -> str:
+        return shown[int(mark[1])]
+    return re.sub(f'{MARK}([0-9]{{1,9}}){MARK}', value, text)
+
+
+# What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
+# value decides first, then the flag before it, then the program.
+SAFE_WAY = """allowed is sh -c '... "$1"' sh {{name}}"""
+SHELL_TEXT = re.compile(r"""["'`;|&$()<>{}\\\r\n]""")
+TEXT_FLAG = '(?:-[A-Za-z0-9]{0,2}[ceErpS]|--(?:command|eval|exec|execute|expression|print|run))'
+TEXT_FOLLOWS = re.compile(TEXT_FLAG)
+TEXT_ATTACHED = re.compile(rf'{TEXT_FLAG}(?:=?{MARK}|.*\s)', re.S)
+# These give what they are told to a shell, joined by spaces: no value is safe.
+RUNS_ALL = frozenset('ssh rsh mosh su watch xargs tmux screen parallel at batch'.split())
+# These run the first word that is no flag, or what stands after a flag ...
+RUNNERS = frozenset('env sudo doas nice ionice nohup timeout setsid busybox toybox chroot flock '
+                    'script runuser'.split())
+SHELLS = frozenset('sh bash dash ash zsh ksh mksh lksh pdksh yash posh fish csh tcsh pwsh xonsh '
+                   'rbash rksh rzsh'.split())
+# ... and these, as shells do, leave to that program what stands after it; sed does not.
+INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua luajit tclsh wish '
+                            'expect awk gawk mawk nawk guile Rscript julia groovy sed'.split())
+FLAG_WITH_ARGUMENT = re.compile('[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file')
+SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
+SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
+
+
+def program_name(word: str) -> str:
+    """Return what a word is as the name of a program: no folder, no version."""
+    return os.path.basename(word).rstrip('0123456789.-')
+
+
+def check_program(name: str, words: list[str]) -> None:
+    """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
+    gives_text = SHELL_FLAG
+    if name in INTERPRETERS - SHELLS:
+        gives_text = SCRIPT_FLAG
+    flag, given = '', False
+    for word in words:
+        is_text = not given or gives_text.fullmatch(flag)
+        if name == 'env' and '=' in word:
+            continue
+        if MARK in word and is_text and flag != '-v':   # awk -v name={{name}} is data
+            raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
+        if word.startswith(('-', '+')):
+            flag = word
+            continue
+        if flag != '-v' and not FLAG_WITH_ARGUMENT.fullmatch(flag):
+            more = name not in SHELLS and gives_text.fullmatch(flag)
+            if name in INTERPRETERS and name != 'sed' and not more:
+                return                  # what follows are arguments of its program
+            given = True
+        flag = ''
 
 
 def check_words(words: list[str]) -> None:
-    """Refuse a value inside what a shell or the like would run: no quoting is safe there."""
-    names = [os.path.basename(word) for word in words]
-    script = any(map(INTERPRETER.fullmatch, names)) and any(
-        SCRIPT_FLAG.match(flag) and (MARK in flag + word or word[:1] in '-+')
-        for flag, word in zip(words, [*words[1:], 'x']))
-    if MARK in ''.join(words) and (script or 'ssh' in names):
-        raise UserError('a value in a script for a shell or the like is run with it; allowed is '
-                        """sh -c '... "$1"' sh {{name}}""")
+    """Refuse a value inside what a program would run: no quoting is safe there.
+
+    A value stands in a word of its own, or beside plain text.
+    """
+    if MARK in words[0]:
+        raise UserError('the program is missing, or depends on a value')
+    names = [program_name(word) for word in words]
+    for flag, word in zip(['', *words], words):
+        if MARK not in word:
+            continue
+        if SHELL_TEXT.search(word):
+            raise UserError(f'a value beside quotes ; | & $ ( < or the like may be run; {SAFE_WAY}')
+        follows = TEXT_FOLLOWS.fullmatch(flag) and re.search(r'\s', word)
+        if follows or TEXT_ATTACHED.match(word) or not RUNS_ALL.isdisjoint(names):
+            raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
+    for number, name in enumerate(names, 1):
+        if name in RUNNERS or name in INTERPRETERS:
+            check_program(name, words[number:])
+        if name in INTERPRETERS:
+            break
 
 
 # Commands as they were called up to 0.8, in the configurations of that time.
-OLD_COMMAND = re.compile(r'\b([dfpt])\.([gs]et)_(?!(?:create|resize)_queued=)(\w+)=')
+OLD_GET = re.compile(r'\b([dfpt])\.get_(\w{1,99})=')
+OLD_SET = re.compile(r'\b([dfpt])\.set_(?!(?:create|resize)_queued=)(\w{1,99})=')
+QUOTED_ARGUMENT = re.compile(r'"((?:[^"\\]|\\.)*)"', re.S)
+
+
+def argument_text(word: str) -> str:
+    """Return what an argument of a command says, without its quotes."""
+    word = word.strip()
+    whole = QUOTED_ARGUMENT.fullmatch(word)
+    if whole:
+        word = whole[1]
+    elif '"' in word or word.startswith(('(', '{', '\\')):
+        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+    text = re.sub(r'\\(.)', r'\1', word)
+    if MARK in text and text.startswith('$'):
+        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+    return text
 
 
 class CommandTemplate(Template):
@@ -3409,36 +4170,39 @@ class CommandTemplate(Template):
     d.custom.set="dir","/done/x \"y\", z"
     """
 
-    def divide(self, text: str) -> list:
+    def divide(self, text: str) -> list[tuple[str, list[str]]]:
         """Return (text, nothing) or (`name=`, arguments) of each command, values still marks."""
-        return [self.command(part.strip()) for part in COMMAND.findall(text) if part.strip()]
+        commands = [part.strip() for part in split_commands(text, ';\n')]
+        return [self.command(part) for part in commands if part]
 
-    def command(self, text: str) -> tuple[str, list]:
+    def command(self, text: str) -> tuple[str, list[str]]:
         """Return one command, divided."""
-        text = OLD_COMMAND.sub(lambda old: f'{old[1]}.{old[3]}' + '.set' * (old[2] == 'set') + '=',
-                               text)
+        text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
         name, equals, rest = text.partition('=')
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
+        if lacks_file(text):
+            raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
+                            'f.multicall=*.nfo,f.priority.set=2')
         if MARK not in rest:
             return text, []
-        matches = list(ARGUMENT.finditer(rest + ','))
-        words = [re.sub(r'\\(.)', r'\1', match[1] or (match[2] or '').strip()) for match in matches]
-        if not DATA_COMMAND.fullmatch(name.strip()):
+        name = name.strip()
+        if not DATA_COMMAND.fullmatch(name):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
-        if ''.join(match[0] for match in matches) != rest + ',' or any(
-                word[0] == '$' and MARK in word for word in words if word):
-            raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        words = [argument_text(word) for word in split_commands(rest, ',')]
         if name.startswith('execute'):
             check_words(words)
-        return name.strip() + '=', words
+        return name + '=', words
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        text, fill = self.marked(values)
-        return [name + ','.join(self.argument(word, fill(word)) for word in words)
-                for name, words in self.divide(text)]
+        divided, shown = self.parts(values)
+        commands = []
+        for name, words in divided:
+            arguments = [self.argument(word, filled(word, shown)) for word in words]
+            commands.append(name + ','.join(arguments))
+        return commands
 
     def render(self, values: Mapping) -> str:
         """Return the commands as one text, which load.* takes too."""
@@ -3446,10 +4210,15 @@ class CommandTemplate(Template):
 
     @staticmethod
     def argument(word: str, text: str) -> str:
-        """Return an argument quoted as a whole. rTorrent RUNS one that begins with $, quoted or
-        not; (cat,{"..."}) keeps it as it is (seen on 0.9.8 and 0.16.17)."""
+        """Return an argument quoted as a whole.
+
+        rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
+        on 0.9.8 and 0.16.17).
+        """
         plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
-        return f'(cat,{{{plain}}})' if MARK in word and text.startswith('$') else plain
+        if MARK in word and text.startswith('$'):
+            return f'(cat,{{{plain}}})'
+        return plain
 
 
 class ArgsTemplate(Template):
@@ -3465,17 +4234,15 @@ class ArgsTemplate(Template):
             words = shlex.split(text)
         except ValueError as error:
             raise UserError(f'{error}; allowed are words, "..." and \'...\'') from None
-        if not words or MARK in words[0]:
-            raise UserError('the program is missing, or depends on a value')
-        check_words(words)
+        check_words(words or [MARK])
         return words
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        text, fill = self.marked(values)
+        words, shown = self.parts(values)
         args: list[str] = []
-        for word in self.divide(text):
-            args.append(fill(word))
+        for word in words:
+            args.append(filled(word, shown))
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
@@ -3839,7 +4606,7 @@ class InfluxDB(Job):
             return []
         except OSError as error:
             raise UserError(f'{self.file}: {error.strerror}') from None
-        return [line for line in lines if re.fullmatch(r'\S[^ ]* .*\S \d+', line)]
+        return [line for line in lines if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
 
     def save(self) -> None:
         """Keep undelivered points for the next process, or remove what was kept."""
@@ -4042,6 +4809,7 @@ class Choice(Job):
     fields: tuple = ()                  # what the job needs to know of a torrent, too
     deletes = False                     # then it says more of what it leaves alone
     FRESH = 1.0                         # seconds that a list may be old
+    PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -4069,6 +4837,12 @@ class Choice(Job):
     def engines(self) -> list[Engine]:
         """Return all rTorrents of the configuration, that of the job among them."""
         return [self.engine, *(self.config.engines or ())]
+
+    def alone(self) -> Any:
+        """Hold what lets one run at a time delete or move; a dry run does neither."""
+        if self.dry_run:
+            return contextlib.nullcontext()
+        return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
     def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
         """Log which torrents are left alone for now."""
@@ -4147,89 +4921,163 @@ class QueueManager(Job):
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
         self.running = parse_condition(self.RUNNING)
-        self.startable = parse_condition(' '.join(f'[ {condition.text} ]' for condition in (
-            config.queue_startable_base, config.startable) if condition))
-        self.needs = ('left', 'path') if config.room else ()
+        texts = []
+        for condition in (config.queue_startable_base, config.startable):
+            if condition:
+                texts.append(f'[ {condition.text} ]')
+        self.startable = parse_condition(' '.join(texts))
+        self.order_fields = [name for name, _ in config.sort_fields]
+        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
+                               'message', 'down']
+        if config.downloading:
+            self.running_fields += config.downloading.fields
+        if config.room:
+            needs = ['left', 'path']
+            self.order_fields += needs
+            self.running_fields += needs
+        self.failed: set[str] = set()           # hashes of what did not start
+        self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
         self.last_start = 0.0
-        with contextlib.suppress(OSError, ValueError), open(self.file, encoding='ascii') as stream:
-            self.last_start = float(stream.read())
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.file, encoding='ascii') as stream:
+                self.last_start = float(stream.read())
 
     def run(self) -> None:
         """Start what there is a place for, in order, unless the intermission goes on."""
-        config, now = self.config, time.time()
-        self.last_start = min(self.last_start, now)     # the clock may have been set back
-        if now < self.last_start + config.intermission:
+        now = time.time()
+        # The clock may have been set back.
+        self.last_start = min(self.last_start, now)
+        if now < self.last_start + self.config.intermission:
             self.LOG.debug('no start: the intermission is not over')
             return
-        if not self.places(self.list_running()):
-            return
-        view = config.viewname or ('pyrotorque' if self.engine.has_view('pyrotorque') else 'main')
-        startable = in_order(list_torrents(self.engine, view, [
-            *self.needs, *(name for name, _ in config.sort_fields)], self.startable),
-            config.sort_fields)
-        if not startable:
-            self.LOG.debug('no start: nothing is startable')
-            return
-        running = self.list_running()           # again: listing took time, and a view may be stale
-        hashes = {torrent['hash'] for torrent in running}
-        ready: Iterable[Torrent] = [torrent for torrent in startable
-                                    if torrent['hash'] not in hashes]
-        if config.room:
-            ready = self.fitting(ready, running)
-        for torrent in itertools.islice(ready, self.places(running)):
-            self.start(torrent, now)
+        with self.turn:
+            if not self.places(self.list_running()):
+                return
+            startable = self.list_startable()
+            if not startable:
+                self.LOG.debug('no start: nothing is startable')
+                return
+            # Again: listing took time, and a view may be stale.
+            running = self.list_running()
+            self.start_some(startable, running)
 
     def list_running(self) -> list[Torrent]:
         """Return all that is started and not complete: hashing, paused or failing, too."""
-        config = self.config
-        return list_torrents(self.engine, 'default', [
-            'is_active', 'down', *self.needs,
-            *(config.downloading.fields if config.downloading else ())], self.running)
+        fields = self.running_fields
+        return list_torrents(self.engine, 'default', fields, self.running)
+
+    def list_startable(self) -> list[Torrent]:
+        """Return what may be started, in order; what did not start the last time comes last."""
+        view = self.config.viewname
+        if not view:
+            view = 'main'
+            if self.engine.has_view('pyrotorque'):
+                view = 'pyrotorque'
+        fields = self.order_fields
+        torrents = list_torrents(self.engine, view, fields, self.startable)
+        torrents = in_order(torrents, self.config.sort_fields)
+        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config, now = self.config, time.time()
-        downloading = [torrent for torrent in running if not torrent['is_active']
-                       or not config.downloading or config.downloading.match(torrent, now)]
-        count, traffic = len(downloading), sum(torrent['down'] for torrent in downloading)
+        config = self.config
+        downloading = list(filter(self.is_downloading, running))
+        count = len(downloading)
+        traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
-        self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
-        return max(min(max(config.start_at_once, config.downloading_min - count),
-                       config.downloading_max - count), 0)
+        most = config.downloading_max
+        self.LOG.debug('%d of at most %d are downloading', count, most)
+        if count >= most:
+            self.tell_of_closed(downloading)
+            return 0
+        wanted = max(config.start_at_once, config.downloading_min - count)
+        return min(wanted, most - count)
 
-    def fitting(self, torrents: Iterable[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
+    def is_downloading(self, torrent: Torrent) -> bool:
+        """Tell whether a running item takes a place."""
+        condition = self.config.downloading
+        if not torrent['is_active'] or not condition:
+            return True
+        return condition.match(torrent, time.time())
+
+    def tell_of_closed(self, torrents: list[Torrent]) -> None:
+        """Say once of an item that it takes a place although rTorrent could not open it."""
+        for torrent in torrents:
+            # What waits for its turn to be checked is closed, too.
+            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
+            if torrent['is_open'] or waits or torrent['hash'] in self.told:
+                continue
+            self.told.add(torrent['hash'])
+            why = torrent['message'] or 'rTorrent does not say why'
+            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
+                             torrent, quoted(why))
+
+    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
+        """Start items while there are places; one that fails leaves its place to the next."""
+        places = self.places(running)
+        hashes = {torrent['hash'] for torrent in running}
+        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+        errors = []
+        for torrent in self.fitting(waiting, running):
+            if places == 0:
+                break
+            try:
+                self.start(torrent)
+                places -= 1
+            except Unreachable:
+                raise
+            except RpcError as error:
+                self.failed.add(torrent['hash'])
+                errors.append(f'{torrent} was not started: {error}')
+        if errors:
+            raise LoggableError('; '.join(errors[:3]))
+
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
         """Give the items that their disk has room for, beside what is still coming to it."""
+        if not self.config.room:
+            yield from torrents
+            return
         coming: dict = collections.Counter()
         for torrent in running:
-            coming[disk_of(torrent['path'])[0]] += torrent['left']
+            device, _ = disk_of(torrent['path'])
+            coming[device] += torrent['left']
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
-            if free is None or free - coming[device] - torrent['left'] < self.config.room:
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent,
-                               *map(show_size, (torrent['left'], free or 0, coming[device])))
+            left = torrent['left']
+            rest = (free or 0) - coming[device] - left
+            if free is None or rest < self.config.room:
+                sizes = left, free or 0, coming[device]
+                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
+                               torrent, *map(show_size, sizes))
                 continue
-            coming[device] += torrent['left']
+            coming[device] += left
             yield torrent
 
-    def start(self, torrent: Torrent, now: float) -> None:
-        """Start an item, having noted when."""
+    def start(self, torrent: Torrent) -> None:
+        """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
             return
-        if self.config.intermission and self.last_start != now:
-            replace_file(self.file, f'{now}\n')
-        self.last_start = now
-        proxy = self.engine.open()
-        proxy.d.start(torrent['hash'])
-        if self.config.log_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):         # older ones take no emoji, for example
-                proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
+        config = self.config
+        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
+        self.failed.discard(torrent['hash'])
+        self.last_start = time.time()
+        if config.intermission:
+            replace_file(self.file, f'{self.last_start}\n')
+        if config.log_to_client and not config.quiet:
+            text = f"torque: started {quoted(torrent['name'])}"
+            # Older ones take no emoji, for example.
+            with contextlib.suppress(RpcError):
+                self.engine.tell([('print', '', text)])
 
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
@@ -4368,7 +5216,7 @@ class Action(Choice):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
-            args = re.sub(r'\s*=\s*', '=', args, count=1)
+            args = '='.join(part.strip() for part in args.split('=', 1))
         if config.until_free and action != 'cull':
             raise UserError('is for the action cull: nothing else frees anything',
                             option='until_free')
@@ -4406,7 +5254,8 @@ class Action(Choice):
         self.held.clear()
         self.promised = PromisedSpace(os.path.join(config.state_dir, 'promised.json'))
         if config.action == 'cull' and not self.dry_run:
-            self.finish_removals()
+            with self.alone():
+                self.finish_removals()
         torrents = self.chosen()
         self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
         confirm, limit = config.confirm, config.limit
@@ -4470,8 +5319,8 @@ class Action(Choice):
             self.announce('cull', torrent, CLOSED)
             self.promise(torrent['path'], torrent['d_completed_bytes'])
             return True
-        with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(item, fresh)
+        with self.alone(), opened(self.engine, torrent['hash']) as (item, _):
+            data = own_data(item)
             if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
                                     'is for an item without')
@@ -4487,7 +5336,7 @@ class Action(Choice):
             if self.announce('cull', torrent, why or shown):
                 self.erase_with_data(item, data, freed)
             else:
-                self.gone.append(item.owner)
+                self.gone.append((Users.key(item.engine), item.hash))
                 self.promise(data.root, freed)
         return True
 
@@ -4500,7 +5349,7 @@ class Action(Choice):
         if self.config.shared == 'delete' or not data.files:
             return data, ''
         users = Users(self.engines())
-        others = users.of(data, [item.owner, *self.gone])
+        others = users.of(data, [(users.key(item.engine), item.hash), *self.gone])
         for owner, path in others.items():
             if users.has_all(owner, data):
                 return data._replace(files=[], folders=[]), \
@@ -4512,33 +5361,29 @@ class Action(Choice):
     def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
         """Write down what is going to be removed, erase the item, and delete the data."""
         device, free = disk_of(data.root)
-        shared = self.config.shared == 'delete'
-        removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
-        with contextlib.closing(removal):
-            try:
-                erase(item)
-            except Unreachable:         # the note stays, and the next run asks again
-                raise
-            except RpcError:
-                removal.drop()
-                start_again(item)
-                raise
-            try:
-                removal.mark('erased')
-                self.delete(removal)
-            except LoggableError as error:      # the item is gone, and counts
-                self.failures.append(error)
-                self.LOG.warning('%s', error)
+        item.tell(('d.stop',), ('d.close',))    # from now on it does not change
+        data = data._replace(files=[
+            OwnFile.at(file.path, os.lstat(file.path)) for file in data.files])
+        removal = Removal.begin(self.config.state_dir, item, data,
+                                shared=self.config.shared == 'delete')
+        try:
+            removal.mark('asked')
+            erase(item)
+        except Unreachable:             # the note stays, and the next run asks again
+            raise
+        except LoggableError:
+            removal.drop()
+            start_again(item)
+            raise
+        try:
+            removal.mark('erased')
+            delete_data(data)
+            removal.drop()
+        except LoggableError as error:          # the item is gone, and counts
+            self.failures.append(error)
+            self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
             self.promised.add(device, free, freed, time.time())
-
-    def delete(self, removal: Removal) -> None:
-        """Delete the data of a note, and the note; LoggableError where some cannot be deleted."""
-        others = removal.remove_files()
-        if others:
-            self.LOG.warning('%d files at %s stay: they were changed meanwhile', others,
-                             quoted(removal.data.root))
-        removal.drop()
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -4550,11 +5395,15 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
-                removal.drop()
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
-                self.delete(removal)
+                try:
+                    delete_data(removal.data)
+                except LoggableError as error:
+                    raise LoggableError(f'{error}; nothing more is culled until that works, or '
+                                        f'{removal.path} is deleted') from None
+            removal.drop()
 
     def is_enough(self, path: str) -> bool:
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
@@ -4573,6 +5422,23 @@ class Action(Choice):
             self.promised.add(device, free, freed, time.time())
 
 
+OUTPUT_KEPT = 50000                     # bytes of what a program says
+
+
+def keep_end(stream: Any, kept: bytearray) -> None:
+    """Read all that a program says, and keep the end of it; a thread.
+
+    It goes on while any process has the other end, so that none is ended by a closed pipe.
+    """
+    with stream:
+        while True:
+            content = stream.read1(1 << 16)
+            if not content:
+                return
+            kept += content
+            del kept[:-OUTPUT_KEPT]
+
+
 class Command(Job):
     """Run a program."""
     children: set = set()               # pids of programs that run
@@ -4588,10 +5454,12 @@ class Command(Job):
         super().__init__(config)
         if not config.args:
             raise UserError('is not set', option='args')
-        try:
-            self.words = config.args if config.shell else shlex.split(config.args)
-        except ValueError as error:
-            raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
+        self.words: Any = config.args           # the shell's line, or a list
+        if not config.shell:
+            try:
+                self.words = shlex.split(config.args)
+            except ValueError as error:
+                raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
 
     def run(self) -> None:
         self.execute(self.words, {})
@@ -4603,46 +5471,86 @@ class Command(Job):
             with contextlib.suppress(OSError):
                 os.killpg(pid, 15)              # SIGTERM
 
-    def execute(self, words: str | list[str], environment: dict) -> None:
+    def execute(self, words: Any, environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
-        import signal
-        import subprocess
-        import tempfile
         config = self.config
-        shown = quoted(words if isinstance(words, str) else ' '.join(map(shlex.quote, words)))
+        line, program = words, words[0]
+        if config.shell:
+            program = words.split()[0]
+        else:
+            line = ' '.join(map(shlex.quote, words))
         if self.dry_run:
-            self.announce('running', shown)
+            self.announce('running', quoted(line))
             return
-        self.LOG.debug('running %s', shown)     # further on without args: they may hold a password
-        program = quoted(words.split()[0] if isinstance(words, str) else words[0])
-        with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
-            try:
-                process = subprocess.Popen(
-                    words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
-                    env={**os.environ, **environment, **config.env}, start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            except (OSError, ValueError) as error:
-                raise LoggableError(f'{program}: {error}') from None
-            self.children.add(process.pid)
-            try:
-                status = f'status {process.wait(config.timeout or None)}'
-            except BaseException as error:              # KeyboardInterrupt, too
-                for number in (signal.SIGTERM, signal.SIGKILL):
-                    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                        os.killpg(process.pid, number)
-                        process.wait(3)
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                status = f'force after {config.timeout:g} s'
-            finally:
-                self.children.discard(process.pid)
-            output.seek(max(output.seek(0, os.SEEK_END) - 50000, 0))
-            for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
-                self.LOG.info('%s', line[:500])
-        if status != 'status 0':
-            if config.check or 'force' in status:
-                raise LoggableError(f'{program} ended with {status}')
-            self.LOG.info('%s ended with %s', program, status)
+        # From here on without arguments: they may hold a password.
+        self.LOG.debug('running %s', quoted(line))
+        try:
+            process = self.start(words, environment)
+        except (OSError, ValueError) as error:
+            raise LoggableError(f'{quoted(program)}: {error}') from None
+        kept = bytearray()
+        in_time = self.wait(process, kept)
+        output = bytes(kept).decode('utf-8', 'replace')
+        for text in output.splitlines()[-100:]:
+            self.LOG.info('%s', text[:500])
+        if not in_time:
+            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
+        if process.returncode != 0:
+            text = f'{quoted(program)} ended with status {process.returncode}'
+            if config.check:
+                raise LoggableError(text)
+            self.LOG.info('%s', text)
+
+    def start(self, words: Any, environment: dict) -> Any:
+        """Start the program in a process group of its own."""
+        import subprocess
+        config = self.config
+        return subprocess.Popen(
+            words,
+            shell=config.shell,
+            cwd=os.path.expanduser(config.cwd) or None,
+            env={**os.environ, **environment, **config.env},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+
+    def wait(self, process: Any, kept: bytearray) -> bool:
+        """Wait for the program, and keep the end of its output; tell whether it was in time."""
+        import subprocess
+        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
+        self.children.add(process.pid)
+        try:
+            reader.start()
+            process.wait(self.config.timeout or None)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if process.returncode is None:      # also when torque is interrupted
+                self.end(process)
+            self.children.discard(process.pid)
+            # The end of the output, which a process that is left behind may hold open for ever.
+            if reader.ident:
+                reader.join(1)
+
+    @staticmethod
+    def end(process: Any) -> None:
+        """End the program and its children, gently first."""
+        import subprocess
+        for number in (15, 9):                  # SIGTERM, SIGKILL
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(3)
+
+
+def once_mark(job_name: str) -> str:
+    """Return the custom value that marks an item for a job, another one for each name."""
+    plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
+    if plain == job_name:
+        return f'torque_{plain}'
+    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+    return f'torque_{plain}_{number:08x}'
 
 
 class ItemCommand(Choice, Command):
@@ -4660,22 +5568,30 @@ class ItemCommand(Choice, Command):
         elif '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
+        self.mark = once_mark(config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
 
     def run(self) -> None:
         self.each(self.chosen(), self.for_torrent)
 
-    def for_torrent(self, torrent: Torrent) -> None:
-        """Run the program for one torrent."""
-        words = self.words if self.config.shell else self.template.render(torrent)
-        self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
-                             for name in self.ENVIRONMENT})
+    def for_torrent(self, torrent: Torrent) -> bool:
+        """Run the program for one torrent, which counts as a change."""
+        words = self.words
+        if not self.config.shell:
+            words = self.template.render(torrent)
+        environment = {}
+        for name in self.ENVIRONMENT:
+            value = show(torrent[name])
+            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
+        self.execute(words, environment)
         if self.config.once and not self.dry_run:
-            proxy = self.engine.open()
-            proxy.d.custom.set(torrent['hash'], self.mark, '1')
-            proxy.d.save_full_session(torrent['hash'])
+            item = torrent['hash']
+            answers = self.engine.tell([
+                ('d.custom.set', item, self.mark, '1'),
+                ('d.save_full_session', item)])
+            without_errors(answers)
+        return True
 
 
 class Move(Choice):
@@ -4703,9 +5619,10 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
         if not self.dry_run:
-            for removal in left_removals(self.config.state_dir, self.engine):
-                if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
-                    self.take_up(removal)
+            with self.alone():
+                for removal in left_removals(self.config.state_dir, self.engine):
+                    if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
+                        self.take_up(removal)
         self.each(self.chosen(), self.move)
 
     def is_paused(self, info_hash: str) -> bool:
@@ -4734,8 +5651,8 @@ class Move(Choice):
         require_same_files(self.engine)
         if self.dry_run and not torrent['is_open']:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(item, fresh)
+        with self.alone(), opened(self.engine, torrent['hash']) as (item, fresh):
+            data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
                 return False
@@ -4763,84 +5680,74 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users, there = Users(self.engines()), self.data_at(data, target)
-        for part in (data, there):
-            for path in users.of(part, [item.owner]).values():
-                raise LoggableError(f'another item uses {quoted(path)}')
-        if not os.path.lexists(target):
-            require_room(data, folder)
-        elif len(there.files) < len(data.files):
+        users = Users(self.engines())
+        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            raise LoggableError(f'another item uses {quoted(path)}')
+        if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-
-    @staticmethod
-    def data_at(data: OwnData, target: str) -> OwnData:
-        """Return those files of data that are at the target, too, and have the same size."""
-        files = []
-        for file in data.files:
-            path = target + file.path[len(data.root):]
-            with contextlib.suppress(OSError):
-                status, size = os.lstat(path), os.lstat(file.path).st_size
-                if stat.S_ISREG(status.st_mode) and status.st_size == size:
-                    files.append(OwnFile(path, status.st_dev, status.st_ino))
-        return OwnData(target, files, [])
+        require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
         folder = os.path.dirname(target)
         make_folders(folder)
-        copy = make_empty(os.path.join(folder, f'.torque-{item.hash}'))
-        new = folder
-        if item.is_multi_file:
-            new = target
+        removal = Removal.begin(
+            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
+            is_open=item.is_open, is_active=item.is_active)
         try:
-            removal = Removal.begin(
-                self.config.state_dir, item, data, new=new, target=target, copy=copy,
-                copy_identity=identity(copy), state=item.state, is_open=item.is_open)
+            self.copy(item, removal)
+            self.tell_place(item, target)
+            self.open_there(item, removal)
         except BaseException:
-            os.rmdir(copy)
+            self.undo(item, removal)
             raise
-        with contextlib.closing(removal):
-            try:
-                self.bring(item, removal)
-            except BaseException:
-                self.undo(item, removal)
-                raise
-            self.finish(item, removal)
+        self.finish(item, removal)
 
-    def bring(self, item: Item, removal: Removal) -> None:
-        """Have the data at the target, and rTorrent use it there."""
-        data, new, target = removal.data, removal.facts['new'], removal.facts['target']
+    def copy(self, item: Item, removal: Removal) -> None:
+        """Have the data of an item at the target."""
+        copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
-        if os.path.lexists(target):
-            for file in data.files:
-                if not same_content(file.path, target + file.path[len(data.root):]):
-                    raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-        else:
-            made = self.made(removal)
-            copy_data(data, made)
-            if ask_item(self.engine, item.hash).is_open:
-                raise LoggableError('it was opened while its data was copied')
-            rename_new(made, target)
-            removal.mark('copied')
-        item.tell(('d.directory_base.set', new))
-        if ask_item(self.engine, item.hash).directory_base != new:
-            raise LoggableError(f'rTorrent took {quoted(new)} for something else')
-        self.open_data(item, removal)
-        item.tell(('d.save_full_session',))
+        discard(copy)                   # what a crash left
+        os.mkdir(copy, 0o700)
+        made = os.path.join(copy, os.path.basename(target))
+        copy_data(removal.data, made)
+        if ask_item(self.engine, item.hash).is_open:
+            raise LoggableError('it was opened while its data was copied')
+        removal.mark('copied')
+        rename_new(made, target)
 
     @staticmethod
-    def made(removal: Removal) -> str:
-        """Return the root of the copy in the temporary folder."""
-        return os.path.join(removal.facts['copy'], os.path.basename(removal.data.root))
+    def tell_place(item: Item, root: str) -> None:
+        """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
+        folder, last = os.path.split(root)
+        if not item.is_multi_file:
+            item.tell(('d.directory_base.set', folder))
+        elif plain_parts([last]) == plain_parts([item.name]):
+            item.tell(('d.directory.set', folder))
+        else:
+            item.tell(('d.directory_base.set', root))
 
-    def open_data(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item; LoggableError where it does not find all files."""
+    @staticmethod
+    def is_at(item: Item, root: str) -> bool:
+        """Tell whether rTorrent looks for an item at a root."""
+        folder, last = os.path.split(item.absolute(item.directory_base))
+        if not item.is_multi_file:
+            return os.path.join(folder, last) == os.path.dirname(root)
+        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
+            [os.path.basename(root)])
+
+    def open_there(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
+        target = removal.facts['new']
         item.tell(('d.open',))
         now = ask_item(self.engine, item.hash)
+        if not self.is_at(now, target):
+            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
         if sum(file.is_created for file in now.files) < len(removal.data.files):
-            target = quoted(removal.facts['target'])
-            raise LoggableError(f'rTorrent cannot open the data at {target}: it stays at the old '
-                                'place, too')
+            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
+                                'the old place')
+        item.tell(('d.save_full_session',))
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -4848,35 +5755,34 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',), ('d.directory_base.set', item.directory_base))
+        item.tell(('d.close',))
+        if DOUBTFUL.search(removal.facts['old']):
+            self.tell_place(item, removal.data.root)
+        else:
+            item.tell(('d.directory_base.set', removal.facts['old']))
         if 'copied' in removal.steps:
-            os.rename(removal.facts['target'], self.made(removal))
-        self.discard_copy(removal)
+            copies = data_at(removal.data, removal.facts['new'])
+            if len(copies.files) == len(removal.data.files):
+                delete_data(copies)
+        discard(removal.facts['copy'])
         start_again(item)
         removal.drop()
 
-    @staticmethod
-    def discard_copy(removal: Removal) -> None:
-        """Delete the temporary folder of a move, if it is still that one."""
-        copy = removal.facts['copy']
-        if identity(copy) == tuple(removal.facts['copy_identity']):
-            discard(copy)
-
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['target']
-        self.discard_copy(removal)
+        data, target = removal.data, removal.facts['new']
         left = [file for file in data.files if os.path.lexists(file.path)]
         try:
-            why = ''
-            if len(self.data_at(data._replace(files=left), target).files) < len(left):
+            why, users = '', Users(self.engines())
+            if len(data_at(data._replace(files=left), target).files) < len(left):
                 why = f'{quoted(target)} does not have all of it'
-            for path in Users(self.engines()).of(data, [item.owner]).values():
+            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
             else:
-                removal.remove_files()
+                delete_data(data)
+            discard(removal.facts['copy'])
         except BaseException:
             self.pause(item.hash)
             raise
@@ -4886,178 +5792,182 @@ class Move(Choice):
         removal.drop()
 
     def take_up(self, removal: Removal) -> None:
-        """Finish a move that an ended run has begun, or undo it where rTorrent was not told."""
-        facts, item = removal.facts, None
-        with contextlib.suppress(HashNotFound):
-            item = ask_item(self.engine, facts['hash'])
-        if item is None or item.session != facts['session']:
+        """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
+        facts = removal.facts
+        if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
                              'does not have it any more', removal, quoted(removal.data.root))
-            self.discard_copy(removal)
+            discard(facts['copy'])
             removal.drop()
             return
         require_same_files(self.engine)
-        told = item.absolute(item.directory_base) == facts['new']
-        item = item._replace(state=facts['state'], is_open=facts['is_open'])
-        if told:
-            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['target']))
-            self.open_data(item, removal)
-            self.finish(item, removal)
-        else:
+        item = ask_item(self.engine, facts['hash'])
+        told = self.is_at(item, facts['new'])
+        item = item._replace(state=facts['state'], is_open=facts['is_open'],
+                             is_active=facts['is_active'])
+        copies = data_at(removal.data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
+        if not told and not whole:
             self.LOG.info('the move of %s was cut short; it is started again at its old place',
                           removal)
-            self.discard_copy(removal)
+            discard(facts['copy'])
             start_again(item)
             removal.drop()
-
-
-BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
-
-
-def bdecode(content: bytes) -> tuple[Any, bytes]:
-    """Return the value of bencoded bytes, and the bytes of its `info`, of which comes the hash.
-
-    Raises ValueError for anything else. Text stays bytes; what follows the value is ignored,
-    as rTorrent ignores it.
-
-    >>> bdecode(b'd4:infod4:name1:aee')
-    ({b'info': {b'name': b'a'}}, b'd4:name1:ae')
-    """
-    info = b''
-
-    def value(at: int, depth: int) -> tuple[Any, int]:
-        """Return the value that begins there, and where it ends."""
-        nonlocal info
-        token = BENCODED.match(content, at)
-        if token:
-            end = token.end() + int(token[2] or 0)
-            if end <= len(content):
-                return int(token[1]) if token[1] else content[token.end():end], end
-        elif content[at:at + 1] in (b'l', b'd') and depth < 50:
-            items: list = []
-            is_list, at = content[at:at + 1] == b'l', at + 1
-            while content[at:at + 1] != b'e':
-                item, end = value(at, depth + 1)
-                if depth == 0 and len(items) % 2 and items[-1] == b'info':
-                    info = content[at:end]
-                items.append(item)
-                at = end
-            if is_list:
-                return items, at + 1
-            if len(items) % 2 == 0 and all(isinstance(key, bytes) for key in items[::2]):
-                return dict(zip(items[::2], items[1::2])), at + 1
-        raise ValueError(f'not bencoded at byte {at}')
-
-    return value(0, 0)[0], info
-
-
-METAFILE_LIMIT = 64 << 20               # bytes
-
-
-class Metafile(NamedTuple):
-    """What a .torrent file says."""
-    content: bytes
-    info_hash: str
-    name: str                           # bytes that are no UTF-8 are surrogates in it
-    tracker: str
-    main_file: str                      # name of the largest file
-
-
-def read_metafile(path: str) -> Metafile:
-    """Return a metafile; raises ValueError when it is none, or not whole."""
-    import hashlib
-    import stat
-    if not stat.S_ISREG(os.stat(path).st_mode):         # a named pipe would block for ever
-        raise ValueError('no regular file')
-    with open(path, 'rb') as stream:
-        content = stream.read(METAFILE_LIMIT + 1)
-    if not content or len(content) > METAFILE_LIMIT:
-        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}' if content else 'empty')
-    meta, info_bytes = bdecode(content)
-    info = meta.get(b'info') if isinstance(meta, dict) else None
-    if not isinstance(info, dict):
-        raise ValueError('no `info` in it')
-    name, files, pieces = info.get(b'name'), info.get(b'files'), info.get(b'pieces')
-    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
-        raise ValueError('no usable `name` in it')
-    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20 or not (
-            isinstance(files, list) or isinstance(info.get(b'length'), int)):
-        raise ValueError('no pieces, or no length in it')
-    if list(info) != sorted(info):
-        raise ValueError('the keys of `info` are not in order')
-    largest = name
-    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-        largest = max(files or [], key=lambda entry: entry[b'length'])[b'path'][-1]
-    return Metafile(content, hashlib.sha1(info_bytes).hexdigest().upper(), *(
-        text.decode('utf-8', 'surrogateescape') if isinstance(text, bytes) else ''
-        for text in (name, meta.get(b'announce'), largest)))
+            return
+        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+        try:
+            if not told:
+                item.tell(('d.close',))
+                self.tell_place(item, facts['new'])
+            self.open_there(item, removal)
+        except LoggableError:
+            if all(os.path.lexists(file.path) for file in removal.data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
 
 
 class Inotify:
-    """Changes in folders, told by Linux; raises OSError where that does not work."""
-    ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
-    MOVE_SELF, OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x800, 0x4000, 0x8000, 0x1000000, 0x40000000
+    """Wakes who waits for changes in folders, as Linux tells of them.
+
+    Raises OSError where that does not work.
+    """
+    # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
+    # the last one is ONLYDIR.
+    MASK = 0x4 | 0x8 | 0x80 | 0x100 | 0x400 | 0x800 | 0x1000000
 
     def __init__(self) -> None:
         import ctypes
-        self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
-        self.folders: dict[int, str] = {}       # by the number of the watch
-        self.stream = open(self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC), 'rb', 0)
+        self.get_errno = ctypes.get_errno
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.watches: set = set()               # numbers
+        self.added: set = set()                 # those since the last drop_others()
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        handle = self.call('inotify_init1', flags)
+        self.events = open(handle, 'rb', 0)
+        # A disk mounted over a folder is no event of the folder; this file tells of it.
+        self.mounts = open('/proc/self/mountinfo', 'rb', 0)
+        self.poll = select.poll()
+        self.poll.register(self.events, select.POLLIN)
+        self.poll.register(self.mounts, select.POLLPRI)
 
     def call(self, name: str, *args: Any) -> int:
         """Return what a system call gives."""
         result = getattr(self.libc, name)(*args)
         if result < 0:
-            raise OSError(self.ctypes.get_errno(), os.strerror(self.ctypes.get_errno()))
+            number = self.get_errno()
+            raise OSError(number, os.strerror(number))
         return result
 
     def add(self, folder: str) -> None:
-        """Watch one folder; one that is watched already by another name goes by this one."""
-        mask = (self.ATTRIB | self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE
-                | self.MOVE_SELF | self.ONLYDIR)        # ATTRIB: it may be readable now
-        self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
-                               mask)] = folder
+        """Watch a folder; one that is watched already stays so."""
+        handle = self.events.fileno()
+        path = os.fsencode(folder)
+        watch = self.call('inotify_add_watch', handle, path, self.MASK)
+        self.added.add(watch)
 
-    def forget(self, folder: str) -> None:
-        """Watch a folder and what is below it no longer; this wakes who waits for events."""
-        for watch, path in list(self.folders.items()):
-            if os.path.join(path, '').startswith(os.path.join(folder, '')):
-                self.libc.inotify_rm_watch(self.stream.fileno(), watch)
-                self.folders.pop(watch, None)
+    def drop_others(self) -> None:
+        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
+        handle = self.events.fileno()
+        for watch in self.watches - self.added:
+            self.libc.inotify_rm_watch(handle, watch)
+        self.watches = self.added
+        self.added = set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; tell whether something changed."""
+        milliseconds = max(seconds, 0) * 1000
+        return bool(self.poll.poll(milliseconds))
+
+    def forget(self) -> None:
+        """Take what happened so far for seen."""
+        self.events.read(1 << 16)
 
     def close(self) -> None:
         """Watch nothing any more."""
-        self.folders.clear()
-        self.stream.close()
+        self.events.close()
+        self.mounts.close()
 
-    def events(self) -> Iterator[tuple[int, str]]:
-        """Give (mask, path) of what happened; the path of an overflow is empty.
 
-        IGNORED: a folder that was watched is gone.
-        """
-        content, at = self.stream.read(1 << 16) or b'', 0
-        while at < len(content):
-            watch, mask, _, length = struct.unpack_from('iIII', content, at)
-            name = content[at + 16:at + 16 + length].rstrip(b'\0')
-            at += 16 + length
-            folder = self.folders.pop(watch, '') if mask & self.IGNORED else \
-                self.folders.get(watch, '')
-            if folder or mask & self.OVERFLOW:
-                yield mask, os.path.join(folder, os.fsdecode(name)) if name else folder
+def as_sent(text: str) -> str | bytes:
+    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
+    if re.fullmatch('[ -\ud7ff]*', text):
+        return text
+    return text.encode('utf-8', 'surrogateescape')
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from another, and from itself before it was changed."""
+    device: int
+    inode: int
+    size: int
+    changed: int                        # Unix nanoseconds, as nobody can set them
+    modified: float                     # Unix seconds
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """Return the stamp of a file."""
+    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+                     status.st_mtime)
+
+
+# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
+NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
+
+
+def is_tied(tied: str, path: str) -> bool:
+    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
+    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
+        return True
+    with contextlib.suppress(OSError):
+        return identity(tied) == identity(path)
+    return False
 
 
 def parse_mode(text: str) -> str:
     """Return how new items are loaded: normal or start."""
-    if text.lower() not in ('', 'normal', 'load', 'start', 'started'):
+    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
+             'started': 'start'}
+    mode = modes.get(text.lower())
+    if mode is None:
         raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return 'start' if text.lower().startswith('start') else 'normal'
+    return mode
+
+
+NEVER = float('inf')
+
+
+class Handled(NamedTuple):
+    """A file that was handled: in which state, and when again although it stays like that."""
+    stamp: FileStamp
+    due: float = NEVER                  # monotonic seconds
+    pause: float = 0.0                  # seconds from one try to the next
+
+
+class Refused(LoggableError):
+    """rTorrent does not take a metafile, and will not take it later either."""
+
+
+class LoadPlan(NamedTuple):
+    """What becomes of a metafile."""
+    how: str                            # started, queued, or nothing
+    commands: list[str]                 # for the new item
+    values: dict[str, Any]              # what templates know of it
+
+    @property
+    def suffix(self) -> str:
+        """What follows in the log."""
+        if not self.how:
+            return ''
+        return f' [{self.how}]'
 
 
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
-    What a look through the trees or an event finds goes into `waiting`, as does a root that is
-    not there; work() handles it.
+    A look through the trees decides what is new; an event of inotify only means `look again`.
+    A thread waits for events, and for files that are to be tried again.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -5072,319 +5982,529 @@ class TreeWatch(Job):
                                                          'before, and is not tied to it'),
         Option('check_unhandled', parse_bool, 'yes', 'has no effect: files are never missed'),
         Option('preload_fields', str, '', 'has no effect: what is needed is known'),
-        Option('trace_inotify', parse_bool, 'no', 'log every event'),
+        Option('trace_inotify', parse_bool, 'no', 'log when inotify tells of changes'),
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    ENDINGS = ('.torrent', '.load', '.start', '.queue')
-    RETRY = 5                           # seconds between looks at files that wait
+    FLAGS = ('start', 'load', 'queue')
+    # Trash and caches of file servers and file systems; so are all that begin with a dot.
+    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
+                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
+                         'lost+found'))
+    TELL = CommandTemplate('print={{told}}', ('told',))
+    SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    RETRY = 5.0                         # seconds until what did not work is tried again
+    MOST = 3600.0                       # seconds, to which that grows
+    REST = 9                            # times as long as it looked it does not look again
+    LONGEST = 60.0                      # seconds until a thread sees that it is to end
     NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                       'filetype label traits flags'.split())
 
     @staticmethod
     def folders(config: Any) -> list[str]:
         """Return the folders that a configuration names."""
-        return [os.path.abspath(os.path.expanduser(path.strip()))
-                for path in config.path.split(os.pathsep) if path.strip()]
+        folders = []
+        for path in config.path.split(os.pathsep):
+            if path.strip():
+                path = os.path.expanduser(path.strip())
+                folders.append(os.path.abspath(path))
+        return folders
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
             raise UserError('is not set', option='path')
-        for root in self.roots:
-            if not os.path.isdir(root):
-                raise UserError(f'{root!r} is not a folder', option='path')
         self.commands = []
-        for key in sorted(key for key in config if key.startswith(self.families)):
-            with reading(key):
-                self.commands.append(CommandTemplate(config[key], self.NAMES))
+        for key in sorted(config):
+            if key.startswith(self.families):
+                with reading(key):
+                    self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
-        self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
-        self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
-        self.by_path = None if self.engine.address.is_local() else False    # None: not known
-        self.use_inotify = config.inotify and not config.alone
+        self.handled: dict[str, Handled] = {}
+        self.untied_file = self.state_file('untied')
+        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
+        self.untied = self.read_untied()
+        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.trouble: dict[str, str] = {}       # what the last look could not read, and why
+        self.next_look = 0.0                    # monotonic seconds, though nothing changes
+        self.rested = 0.0                       # no look before that, whatever changes
+        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
+        if not self.engine.address.is_local():
+            self.by_path = False
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
-        self.ended = False
+        self.ended = threading.Event()
+
+    def risks(self) -> list[str]:
+        """Return what lets others load items: folders that every user may write."""
+        texts = []
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if os.stat(root).st_mode & 0o002:
+                    texts.append(f'{root}, which is watched, can be written by every user')
+        return texts
 
     def run(self) -> None:
         """Look through the trees, and see to it that changes are watched."""
         with self.lock:
-            if self.use_inotify and (not self.inotify or self.inotify.stream.closed):
-                try:
-                    self.inotify = Inotify()
-                    self.thread = threading.Thread(target=self.watch, args=(self.inotify,),
-                                                   daemon=True)
-                    self.thread.start()
-                except (ImportError, AttributeError, OSError, RuntimeError) as error:
-                    self.LOG.warning('no inotify, files are found on schedule only: %s', error)
-                    if self.inotify:
-                        self.inotify.close()
-                    self.use_inotify, self.inotify = False, None
-            trouble = self.look()
-            self.work()
-        if trouble:
-            raise LoggableError(trouble)
+            reason = self.start_watching()
+            self.look()
+        if reason or self.trouble:
+            raise LoggableError(reason or self.trouble_text())
 
     def cleanup(self) -> None:
-        """End the watching thread."""
-        self.ended = True
-        if self.inotify and self.thread:
-            if self.lock.acquire(timeout=5):    # else it is in a call, and will see `ended`
-                self.inotify.forget(os.sep)
-                self.lock.release()
-            self.thread.join(5)
+        """Load nothing any more; a file in progress has a while to end."""
+        self.ended.set()
+        if self.lock.acquire(timeout=5):
+            self.lock.release()
+
+    # Watching.
+
+    def start_watching(self) -> str:
+        """Have a thread look at once when something changes; return why that is not possible."""
+        if not self.config.inotify or self.config.alone:
+            return ''
+        if self.thread and self.thread.is_alive():
+            return ''
+        self.inotify = None
+        try:
+            self.inotify = Inotify()
+            self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
+            self.thread.start()
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            if self.inotify:
+                self.inotify.close()
+            self.inotify = None
+            return (f'no inotify, files are found on schedule only: {error}; where that is how '
+                    'it should be, write inotify = no')
+        return ''
 
     def watch(self, inotify: Inotify) -> None:
-        """Handle files as they appear, and those that wait; a thread, while there are watches."""
-        poll = select.poll()
-        poll.register(inotify.stream.fileno(), select.POLLIN)
-        timeout: float | None = 0.0
-        while not inotify.stream.closed:
-            poll.poll(timeout)
-            with self.lock, contextlib.ExitStack() as close_unless_all_went_well:
-                close_unless_all_went_well.callback(inotify.close)
-                for mask, path in inotify.events():
-                    self.see(inotify, mask, path)
-                with contextlib.suppress(RpcError):             # the engine has told it
-                    self.work()
-                due = min(self.waiting.values(), default=None)
-                timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
-                if (inotify.folders or self.waiting) and not self.ended:
-                    close_unless_all_went_well.pop_all()
+        """Look again whenever something changes; a thread, until cleanup()."""
+        with contextlib.closing(inotify):
+            while True:
+                left = self.next_look - time.monotonic()
+                changed = inotify.wait(min(left, self.LONGEST))
+                if self.ended.wait(self.rested - time.monotonic()):
+                    return
+                if not changed and left > self.LONGEST:
+                    continue
+                if changed and self.config.trace_inotify:
+                    self.LOG.info('inotify: something changed')
+                inotify.forget()
+                with self.lock:
+                    self.look_again()
 
-    def see(self, inotify: Inotify, mask: int, path: str) -> None:
-        """Note what one event of inotify tells."""
-        if self.config.trace_inotify:
-            self.LOG.info('inotify %#x %s', mask, quoted(path))
-        trouble = ''
-        if mask & Inotify.OVERFLOW:
-            self.LOG.info('too many changes at once for inotify: looking through everything')
-            trouble = self.look()
-        elif mask & (Inotify.IGNORED | Inotify.MOVE_SELF):
-            if path in self.roots and path not in self.waiting:
-                inotify.forget(path)            # it is a folder elsewhere now, or none
-                self.waiting[path] = time.monotonic() + self.RETRY
-                trouble = f'{quoted(path)} is gone; it is watched again when it is back'
-        elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
-            inotify.forget(path)
-        elif mask & Inotify.ISDIR:
-            trouble = self.scan([path])
-        elif not mask & Inotify.MOVED_FROM:
-            self.note(path)
-        if trouble:
-            self.LOG.warning('%s', trouble)
-
-    def look(self) -> str:
-        """Note all files of the trees, watch all folders anew; return what cannot be read."""
-        if self.inotify:
-            self.inotify.forget(os.sep)         # also what was moved away unseen
-        self.waiting.clear()
-        trouble = self.scan(self.roots)
-        self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
-        return trouble
-
-    def scan(self, folders: list[str]) -> str:
-        """Note the files below folders, which are watched from before they are read."""
-        left = folders[:]
-        trouble: dict[str, str] = {}            # one folder for each reason is enough
-
-        def failed(error: OSError) -> None:
-            """Note why a folder cannot be watched or read."""
-            why = 'too many inotify watches' if error.errno == errno.ENOSPC else \
-                str(error.strerror)
-            if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                trouble.setdefault(why, f'{quoted(folder)} cannot be watched or read: {why}')
-            if folder in self.roots and not os.path.isdir(folder):
-                self.waiting[folder] = time.monotonic() + self.RETRY
-
-        for folder in left:                     # it grows meanwhile
-            try:
-                if self.inotify:
-                    self.inotify.add(folder)
-            except OSError as error:            # the schedule finds its files
-                failed(error)
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            left.append(entry.path)
-                        else:
-                            self.note(entry.path)
-            except OSError as error:
-                failed(error)
-        return '; '.join(trouble.values())
-
-    def note(self, path: str) -> None:
-        """Let work() handle a file, if its name is one of a metafile."""
-        if path.lower().endswith(self.ENDINGS):
-            self.waiting[path] = 0.0
-
-    def work(self) -> None:
-        """Handle the files that are due; raises Unreachable when rTorrent is away."""
-        now = time.monotonic()
-        for path in sorted(path for path, due in self.waiting.items() if due <= now):
-            if self.ended:
-                return
-            del self.waiting[path]
-            try:
-                if path not in self.roots:
-                    self.handle(path)
-                elif os.path.isdir(path):
-                    self.LOG.info('%s is there again', quoted(path))
-                    self.scan([path])
-                else:
-                    self.waiting[path] = time.monotonic() + self.RETRY
-            except Unreachable:
-                self.waiting = dict.fromkeys([path, *self.waiting], time.monotonic() + self.RETRY)
-                raise
-
-    def handle(self, path: str) -> None:
-        """Load a file if it is a new metafile; one that may be half-written waits."""
-        stamp: Any = None
+    def look_again(self) -> None:
+        """Look, and say in the log what run() would raise."""
+        before = self.trouble
         try:
-            found = os.stat(path)
-            stamp = found.st_ino, found.st_ctime_ns, found.st_size
-            if self.done.get(path) != stamp:
-                self.load(path, read_metafile(path))
-        except (FileNotFoundError, NotADirectoryError):
-            self.done.pop(path, None)
-            return
-        except OSError as error:
-            stamp = stamp or error.errno
-            if self.done.get(path) != stamp:
-                self.LOG.warning('%s: %s', quoted(path), error.strerror)
-        except ValueError as error:
-            if abs(time.time() - found.st_mtime) < 2 * self.RETRY and not self.config.alone:
-                self.waiting[path] = time.monotonic() + self.RETRY
+            self.look()
+        except Unreachable:
+            # The engine has told it; what else was found is told by the next look.
+            self.trouble = before
+        except LoggableError as error:
+            self.trouble = {'': str(error)}
+        if self.trouble and self.trouble != before:
+            self.LOG.warning('%s', self.trouble_text())
+        elif before and not self.trouble:
+            self.LOG.info('all folders are watched again')
+
+    def trouble_text(self) -> str:
+        """Return in one line what the last look could not read."""
+        return '; '.join(self.trouble.values())
+
+    # Looking.
+
+    def look(self) -> None:
+        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        began = time.monotonic()
+        # Unless it gets to its end.
+        self.next_look = began + self.RETRY
+        files = self.scan()
+        now = time.monotonic()
+        took = now - began
+        self.rested = now + self.REST * took
+        for path in self.handled.keys() - files.keys():
+            del self.handled[path]
+        try:
+            self.handle_new(files)
+        finally:
+            self.keep_untied(files)
+        dues = [done.due for done in self.handled.values()]
+        # A root that is not watched, or not there: no event will tell of it.
+        if not self.trouble.keys().isdisjoint(self.roots):
+            dues.append(now + self.RETRY)
+        self.next_look = min(dues, default=NEVER)
+
+    def handle_new(self, files: dict[str, FileStamp]) -> None:
+        """Handle the files that are new, were changed, or are to be tried again."""
+        now = time.monotonic()
+        for path in sorted(files):
+            if self.ended.is_set():
                 return
-            self.LOG.warning('%s is no metafile: %s', quoted(path), error)
+            stamp = files[path]
+            done = self.handled.get(path)
+            if done is None or done.stamp != stamp or done.due <= now:
+                self.handled[path] = self.handle(path, stamp, done)
+
+    def scan(self) -> dict[str, FileStamp]:
+        """Return the metafiles below the roots; have their folders watched."""
+        files: dict[str, FileStamp] = {}
+        self.trouble = {}
+        session = self.session_folder()
+        visited = {session}
+        left = collections.deque(self.roots)
+        while left:
+            folder = left.popleft()
+            try:
+                self.scan_folder(folder, visited, left, files)
+            except OSError as error:
+                self.failed(folder, error)
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if session and identity(root) == session:
+                    self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
+        if self.inotify:
+            self.inotify.drop_others()
+        return files
+
+    def scan_folder(self, folder: str, visited: set, left: collections.deque,
+                    files: dict) -> None:
+        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
+        known = identity(folder)
+        if known and known in visited:
+            return
+        visited.add(known)
+        # Watched before it is read: what comes in between is in both.
+        self.watch_folder(folder)
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+        if any(entry.name == self.SESSION_LOCK for entry in entries):
+            return
+        for entry in entries:
+            try:
+                self.scan_entry(entry, left, files)
+            except OSError as error:
+                self.failed(entry.path, error)
+
+    def watch_folder(self, folder: str) -> None:
+        """Have changes in a folder told; where that fails, the schedule finds its files."""
+        if not self.inotify:
+            return
+        try:
+            self.inotify.add(folder)
+        except OSError as error:
+            self.failed(folder, error)
+
+    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
+        """Add a metafile to `files`, or a folder to `left`."""
+        name = entry.name
+        if not entry.is_dir():
+            if self.is_metafile(name):
+                files[entry.path] = file_stamp(entry.stat())
+        elif name.startswith('.') or name in self.SKIPPED:
+            return
+        elif entry.is_symlink():
+            # Last, so that a folder goes by its own name where it has one in the trees.
+            left.append(entry.path)
+        else:
+            left.appendleft(entry.path)
+
+    def is_metafile(self, name: str) -> bool:
+        """Tell whether a file's name is one of a metafile; flags are lower case."""
+        if name.endswith(('.load', '.start', '.queue')):
+            return True
+        return name.lower().endswith('.torrent')
+
+    def failed(self, path: str, error: OSError) -> None:
+        """Note what cannot be watched or read; one for each reason is enough."""
+        why = str(error.strerror)
+        if error.errno == errno.ENOSPC:
+            why = 'too many inotify watches'
+        text = f'{quoted(path)} cannot be watched or read: {why}'
+        if path in self.roots:
+            self.trouble[path] = text
+        # Else it is gone again.
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            self.trouble.setdefault(why, text)
+
+    def session_folder(self) -> Identity | None:
+        """Return the identity of rTorrent's session folder; None as long as it is not known.
+
+        What lies there is rTorrent's own: it is not loaded, and never removed.
+        """
+        engine = self.engine
+        if engine.session_path:
+            # One that may not be looked at cannot be reached from a watched folder either.
+            with contextlib.suppress(OSError):
+                return identity(os.path.join(engine.cwd, engine.session_path))
+        return None
+
+    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
+    # their item. An item that was erased must not come back from them, as long as they stay.
+
+    def read_untied(self) -> dict[str, list]:
+        """Return what the file in the state folder says."""
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.untied_file, encoding='ascii') as stream:
+                return dict(json.load(stream))
+        return {}
+
+    def keep_untied(self, files: dict[str, FileStamp]) -> None:
+        """Keep that for the next start, without files that are gone."""
+        if not self.trouble:
+            for path in self.untied.keys() - files.keys():
+                # On another device the disk of the file is not mounted now.
+                folder = identity(os.path.dirname(path))
+                if folder and folder[0] == self.untied[path][2]:
+                    del self.untied[path]
+        if self.untied == self.kept or self.dry_run:
+            return
+        text = json.dumps(self.untied)
+        replace_file(self.untied_file, text)
+        self.kept = self.untied.copy()
+
+    # Loading.
+
+    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
+        """Load a new metafile; return when it is to be handled again."""
+        try:
+            self.load(path, stamp, read_metafile(path))
+            return Handled(stamp)
         except Unreachable:
             raise
-        except LoggableError as error:
-            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
-        except Exception:
-            self.LOG.exception('%s is not loaded', quoted(path))
-        self.done[path] = stamp
+        except FileNotFoundError:
+            return Handled(stamp)
+        except ValueError as error:
+            if self.may_be_growing(stamp):
+                return Handled(stamp, time.monotonic() + self.RETRY)
+            why = f'is no metafile: {error}'
+        except Refused as error:
+            why = f'is not loaded: {error}'
+        except Exception as error:
+            return self.try_later(path, stamp, before, error)
+        self.LOG.warning('%s %s', quoted(path), why)
+        return Handled(stamp)
+
+    def may_be_growing(self, stamp: FileStamp) -> bool:
+        """Tell whether somebody may be writing a file just now."""
+        if self.config.alone:
+            return False
+        age = time.time() - stamp.modified
+        # The clock of a file server may be ahead.
+        return abs(age) < 2 * self.RETRY
+
+    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
+                  error: Exception) -> Handled:
+        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
+        name = quoted(path)
+        pause = self.RETRY
+        if before and before.stamp == stamp and before.pause:
+            pause = min(2 * before.pause, self.MOST)
+            self.LOG.debug('%s is not loaded: %s', name, error)
+        elif isinstance(error, (OSError, LoggableError)):
+            self.LOG.warning('%s is not loaded: %s', name, error)
+        else:
+            self.LOG.error('%s is not loaded', name, exc_info=error)
+        due = time.monotonic() + pause
+        return Handled(stamp, due, pause)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
-        root = max((root for root in self.roots if lies_in(path, root)), key=len, default=folder)
-        relative = os.path.relpath(folder, root)
-        kind = os.path.splitext(meta.main_file)[1]
-        traits = name_traits(meta.name, kind[1:].lower())
+        roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
+        root = max(roots, key=len, default=folder)
+        parts = folder[len(root):].strip(os.sep).split(os.sep)
+        # Flags at its end are no part of a label.
+        while parts and parts[-1] in self.FLAGS:
+            parts.pop()
+        relative = os.sep.join(parts)
+        ending = os.path.splitext(meta.main_file)[1]
+        kind = ending[1:]
+        traits = name_traits(meta.name, kind.lower())
+        label = traits['kind']
+        if label and kind:
+            label += f'/{kind}'
+        alias = meta.tracker
+        if alias:
+            alias = tracker_alias(alias, self.engine.aliases)
+        flags = {*path.split(os.sep), *base.split('.')}
         return {
-            'pathname': path, 'watch_path': root, 'rel_path': relative,
-            'relpath': '' if relative == '.' else relative,
-            'info_hash': meta.info_hash, 'info_name': meta.name, 'filetype': kind,
-            'tracker_alias': meta.tracker and tracker_alias(meta.tracker, self.engine.aliases),
-            'flags': {*path.split(os.sep), *base.split('.')} - {''}, 'traits': traits,
-            'label': traits['kind'] and f"{traits['kind']}/{kind[1:]}".strip('/')}
+            'pathname': path,
+            'watch_path': root,
+            'rel_path': relative or '.',
+            'relpath': relative,
+            'info_hash': meta.info_hash,
+            'info_name': meta.name,
+            'filetype': ending,
+            'tracker_alias': alias,
+            'flags': flags - {''},
+            'traits': traits,
+            'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict]:
-        """Return for a file: queued, started or nothing; commands; the template's values."""
+    def plan(self, path: str, meta: Metafile) -> LoadPlan:
+        """Return what is to become of a file; flags in its path count more than options."""
         values, config = self.values(path, meta), self.config
-        flags = set(map(str.lower, values['flags']))
-        start = 'start' in flags or 'load' not in flags and (
-            config.started or config.load_mode == 'start')
-        commands = [command for template in self.commands
-                    for command in template.commands(values)]
-        if not config.queued and 'queue' not in flags:
-            return 'started' if start else '', commands, values
-        return 'queued', commands + ['d.priority.set=0'] * (not start), values
+        flags = values['flags']
+        commands = []
+        for template in self.commands:
+            commands += template.commands(values)
+        start = 'start' in flags
+        if not start and 'load' not in flags:
+            start = config.started or config.load_mode == 'start'
+        if config.queued or 'queue' in flags:
+            if not start:
+                commands.append('d.priority.set=0')
+            return LoadPlan('queued', commands, values)
+        if start:
+            return LoadPlan('started', commands, values)
+        return LoadPlan('', commands, values)
 
-    def load(self, path: str, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, and wait for that."""
-        proxy, name = self.engine.open(), quoted(meta.name)
-        how, commands, _ = self.plan(path, meta)
-        with contextlib.suppress(HashNotFound):
-            file = os.path.expanduser(proxy.d.tied_to_file(meta.info_hash))
-            tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
-                          for text in (file, path))
-            if tied != ours and os.path.realpath(file) != os.path.realpath(path):
-                self.LOG.info('%s: %s is loaded already', quoted(path), name)
-                gone = file and not os.path.exists(file)
-                if self.config.remove_already_added and not gone and (  # else this may be the last
-                        self.announce('removing', quoted(path))):
-                    os.remove(path)
-            return
-        shown = f' [{how}]' if how else ''
-        if self.dry_run:
-            self.announce('loading', name, 'from', quoted(path) + shown)
-            return
-        self.send(proxy, path, meta, how == 'started', commands)
-        self.LOG.info('loaded %s from %s%s', name, quoted(path), shown)
-        message = proxy.d.message(meta.info_hash) if commands else ''
-        if 'creation failed' in message:        # a command was wrong; the item is there
-            self.LOG.warning('%s: %s', name, quoted(message))
-        if self.config.print_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):
-                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{shown}')
+    def ask(self, *call: str) -> Any:
+        """Return the answer to one question, an RpcError where it failed."""
+        return self.engine.ask([call])[0]
 
-    def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
-        """Load by path where rTorrent sees the file, else by content; wait for the item."""
-        if not all(re.fullmatch('[ -\ud7ff]*', text) for text in (path, *texts)):
-            path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
-            proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
-        patience = 1 + len(meta.content) / 5e6
-        pattern = re.search(r'[*?[]', os.fsdecode(path))        # rTorrent would look for others
-        by_path = self.by_path is not False and not pattern
-        if by_path:
-            (proxy.load.start if start else proxy.load.normal)('', path, *texts)
-            if self.appears(proxy, meta.info_hash, patience):
-                self.by_path = True
+    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
+        """Load a metafile unless its item is there, or was erased."""
+        tied = self.ask('d.tied_to_file', meta.info_hash)
+        # The first answer of a new rTorrent may be the first that tells of its session.
+        if identity(os.path.dirname(path)) == self.session_folder():
+            return
+        known = [meta.info_hash, stamp.modified, stamp.device]
+        if not isinstance(tied, HashNotFound):
+            without_errors([tied])
+            tied = os.path.expanduser(tied)
+            if is_tied(tied, path):
+                self.untied.pop(path, None)
                 return
-        try:
-            (proxy.load.raw_start if start else proxy.load.raw)('', meta.content, *texts)
-        except Unreachable:
-            if len(meta.content) > 100000:
-                proxy.system.pid('')            # is it away, or was this too much for it?
-                raise LoggableError(f'{show_size(len(meta.content))} are more than rTorrent takes '
-                                    'in one request') from None
-            raise
-        if not self.appears(proxy, meta.info_hash, patience):
-            raise LoggableError('rTorrent did not take it, and does not say why'
-                                + ('' if meta.tracker else '; it has no tracker: is DHT off?'))
-        if by_path and self.by_path is None:
-            self.by_path = False                # it sees other files than torque does
-        if pattern and self.by_path:            # so that it goes with its item, as others do
-            proxy.d.tied_to_file.set(meta.info_hash, path)
-            proxy.d.save_full_session(meta.info_hash)
+            self.untied[path] = known
+            self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
+            if self.config.remove_already_added:
+                self.remove(path, stamp, tied)
+        elif self.untied.get(path, [])[:2] == known[:2]:
+            self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
+        elif not self.load_new(path, meta):
+            self.untied[path] = known
 
-    @staticmethod
-    def appears(proxy: Proxy, item: str, seconds: float) -> bool:
-        """Tell whether an item comes up in time."""
-        end, pause = time.monotonic() + seconds, 0.0002
+    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+        """Remove a file that was read, unless it may be the last metafile of the item."""
+        if tied and not os.path.exists(tied):
+            return
+        # A link, and a file that was changed since it was read, have another stamp.
+        if file_stamp(os.lstat(path)) != stamp:
+            return
+        if self.announce('removing', quoted(path)):
+            os.remove(path)
+
+    def load_new(self, path: str, meta: Metafile) -> bool:
+        """Load a metafile and wait for its item; tell whether that is tied to the file."""
+        plan = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
+        if self.dry_run:
+            self.announce('loading', shown)
+            return True
+        commands = plan.commands
+        if self.config.print_to_client and not self.config.quiet:
+            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
+            commands = self.TELL.commands({'told': told}) + commands
+        start = plan.how == 'started'
+        tied = self.send(path, meta, start, commands)
+        self.LOG.info('loaded %s', shown)
+        if plan.commands:
+            message = str(self.ask('d.message', meta.info_hash))
+            # Of a command that failed; the item is there all the same.
+            if 'creation failed' in message:
+                self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
+        return tied
+
+    def send(self, path: str, meta: Metafile, start: bool, commands: list[str]) -> bool:
+        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
+        by_path, by_content = 'load.normal', 'load.raw'
+        if start:
+            by_path, by_content = 'load.start', 'load.raw_start'
+        file = as_sent(path)
+        texts = [as_sent(text) for text in commands]
+        # The path of load.normal is a pattern: rTorrent would look for other files.
+        is_pattern = re.search(r'[*?[]', path)
+        if self.by_path is not False and not is_pattern:
+            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+            if self.appears(meta):
+                self.by_path = True
+                return True
+        self.send_content((by_content, '', meta.content, *texts))
+        if not self.appears(meta):
+            why = 'rTorrent did not take it, and does not say why'
+            if not meta.tracker:
+                why += '; it has no tracker: is DHT off?'
+            raise Refused(why)
+        if is_pattern:
+            return self.tie(meta.info_hash, path)
+        # It took the content and not the path: it sees other files than torque does.
+        if self.by_path is None:
+            self.by_path = False
+        return False
+
+    def send_content(self, call: tuple) -> None:
+        """Load by content; what is too large for one request is no sign that rTorrent is away."""
+        try:
+            without_errors(self.engine.tell([call]))
+        except Unreachable:
+            size = len(call[2])
+            if size <= 100000:
+                raise
+            self.ask('system.pid', '')
+            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
+                          ) from None
+
+    def appears(self, meta: Metafile) -> bool:
+        """Tell whether a new item comes up in time: load commands never say what went wrong."""
+        end = time.monotonic() + 1 + len(meta.content) / 5e6
+        pause = 0.0002
         while True:
-            with contextlib.suppress(HashNotFound):
-                proxy.d.hash(item)
+            answer = self.ask('d.hash', meta.info_hash)
+            if not isinstance(answer, HashNotFound):
+                without_errors([answer])
                 return True
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
+    def tie(self, info_hash: str, path: str) -> bool:
+        """Tie an item to its file if rTorrent sees that; they go together then."""
+        if why_unseen(self.engine):
+            return False
+        answers = self.engine.tell([
+            ('d.tied_to_file.set', info_hash, as_sent(path)),
+            ('d.save_full_session', info_hash)])
+        return not isinstance(answers[0], RpcError)
+
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not path.lower().endswith(self.ENDINGS):
-                raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
+            if not self.is_metafile(os.path.basename(path)):
+                raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            how, commands, values = self.plan(path, meta)
+            plan = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        place = '' if values['watch_path'] in self.roots else ' (if it lay below path)'
-        there = ''
+        how = plan.how or 'loaded, not started'
+        first = f'{path}: {how}'
+        if plan.values['watch_path'] not in self.roots:
+            first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
-            self.engine.open().d.hash(meta.info_hash)
-            there = '; but it is loaded already'
-        values['flags'] = sorted(values['flags'])
-        return [f"{path}: {how or 'loaded, not started'}{place}{there}",
-                *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
-                *(f'  command {command}' for command in commands)]
+            without_errors([self.ask('d.hash', meta.info_hash)])
+            first += '; but it is loaded already'
+        lines = [first]
+        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
+        for name, value in sorted(values.items()):
+            lines.append(f'  {name} = {value!r}')
+        for command in plan.commands:
+            lines.append(f'  command {command}')
+        return lines
 
 
 # --- Config ----------------------------------------------------------------------------------
@@ -6426,7 +7546,11 @@ def scrubbed(text: str) -> str:
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
     'at http://me:***@host/RPC2: refused'
     """
-    return re.sub(r'(\w://[^\s:/@]*):\S*@', r'\1:***@', text)
+    def hidden(word: re.Match) -> str:
+        secret, _, host = word[0].rpartition('@')
+        start = re.search(r'\w://[^\s:/@]*:', secret)
+        return f'{secret[:start.end()]}***@{host}' if start else word[0]
+    return re.sub(r'\S+', hidden, text)
 
 
 def end_process(status: int, at_once: bool = False) -> None:
