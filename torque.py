@@ -39,6 +39,7 @@ import ast
 import binascii
 import bisect
 import collections
+import configparser
 import contextlib
 import errno
 import fnmatch
@@ -61,7 +62,7 @@ import struct
 import threading
 import time
 from datetime import date, datetime, timedelta
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
@@ -252,14 +253,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 # --- Schedule --------------------------------------------------------------------------------
 # Text enters, a Schedule leaves; its next(after) maps Unix seconds to the first due time after
-# them. Nothing here looks at a clock. An Interval counts elapsed seconds from a start. A
-# Calendar matches wall time: `wall` is a naive datetime as a clock on the wall shows it, and
-# a clock change is where the distance between wall and Unix seconds (the offset) jumps.
+# them. Nothing here looks at a clock or knows of threads. An Interval counts elapsed seconds
+# from a start. A Calendar matches wall time: `wall` is a naive datetime as a clock on the wall
+# shows it, and a clock change is where the distance between wall and Unix seconds (the offset)
+# jumps.
 
-WEEKDAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
-MONTHS = ('jan', 'feb', 'mar', 'apr', 'may', 'jun', 'jul', 'aug', 'sep', 'oct', 'nov', 'dec')
+WEEKDAYS = tuple('mon tue wed thu fri sat sun'.split())
+MONTHS = tuple('jan feb mar apr may jun jul aug sep oct nov dec'.split())
 POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
 SECOND, DAY = timedelta(seconds=1), timedelta(1)
+# A field's part: *, a, a-b, each perhaps with /step.
+PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
 
 
 class Field(NamedTuple):
@@ -270,61 +274,96 @@ class Field(NamedTuple):
     names: tuple = ()
 
 
-FIELDS = {field.name: field for field in (
-    Field('year', 1970, 9999), Field('month', 1, 12, MONTHS), Field('day', 1, 31),
-    Field('week', 1, 53), Field('day_of_week', 0, 6, WEEKDAYS), Field('hour', 0, 23),
-    Field('minute', 0, 59), Field('second', 0, 59))}
+FIELDS = {field.name: field for field in (      # from the coarsest to the finest
+    Field('year', 1970, 9999),
+    Field('month', 1, 12, MONTHS),
+    Field('day', 1, 31),
+    Field('week', 1, 53),
+    Field('day_of_week', 0, 6, WEEKDAYS),
+    Field('hour', 0, 23),
+    Field('minute', 0, 59),
+    Field('second', 0, 59))}
 CRON_WEEKDAY = Field('day of week', 0, 7, WEEKDAYS[6:] + WEEKDAYS[:6])
-CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week', 'second')
-CRON_NAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@midnight': '0 0 * * *',
-              '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *', '@yearly': '0 0 1 1 *',
-              '@annually': '0 0 1 1 *'}
+CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week')
+CRON_NAMES = {
+    '@hourly': '0 * * * *',
+    '@daily': '0 0 * * *',
+    '@midnight': '0 0 * * *',
+    '@weekly': '0 0 * * 0',
+    '@monthly': '0 0 1 * *',
+    '@yearly': '0 0 1 1 *',
+    '@annually': '0 0 1 1 *'}
 
 
 def field_value(word: str, field: Field) -> int:
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
     if word in field.names:
         return field.names.index(word) + field.low
-    if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
-        also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
-        raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
-    return int(word)
+    if re.fullmatch('[0-9]{1,4}', word) and field.low <= int(word) <= field.high:
+        return int(word)
+    allowed = f'{field.low}-{field.high}'
+    if field.names:
+        allowed += f' or {field.names[0]} ... {field.names[-1]}'
+    raise UserError(f'{field.name} {word!r} is not in {allowed}')
+
+
+def parse_position(part: str) -> tuple | None:
+    """Return (index, weekday) for `3rd sun`, `last fri`, (-1, None) for `last`; else None."""
+    if part == 'last':
+        return -1, None
+    position, _, weekday = part.partition(' ')
+    if weekday and position in POSITIONS:
+        return POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week'])
+    return None
+
+
+def parse_part(part: str, field: Field) -> Iterable[int]:
+    """Return the numbers of one part of a field.
+
+    part ::= ('*' | value | value '-' value) ['/' step]
+    """
+    match = PART.fullmatch(part.strip())
+    if not match:
+        raise UserError(f'{field.name} {part!r} is not understood; '
+                        'allowed are * */n a a-b a-b/n and lists of these')
+    star, first, last, step = match.groups()
+    low, high = field.low, field.high
+    if not star:
+        low = field_value(first, field)
+        if last:
+            high = field_value(last, field)
+        elif not step:
+            high = low
+    if field is CRON_WEEKDAY and last == 'sun' and low:
+        high = 7                                # sat-sun
+    elif field is CRON_WEEKDAY and step and not last:
+        low, high = low % 7, 6                  # 7 is Sunday once more
+    if low > high:
+        raise UserError(f'{field.name} {part!r} is an empty range; '
+                        f'write {first}-{field.high},{field.low}-{last} to go round')
+    if step and not 0 < int(step) <= field.high - field.low:
+        raise UserError(f'{field.name} {part!r} has a step that is '
+                        f'not in 1-{field.high - field.low}')
+    return range(low, high + 1, int(step or 1))
 
 
 def parse_field(text: str, field: Field) -> frozenset:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
-    part ::= ('*' | value | value '-' value) ['/' step] | 'last' | position weekday
-    field ::= part (',' part)*
+    field ::= (part | position) (',' (part | position))*
 
     >>> sorted(parse_field('0-20/10,30', FIELDS['minute']))
     [0, 10, 20, 30]
     """
     allowed: set = set()
     for part in text.lower().split(','):
-        position, _, weekday = part.strip().partition(' ')
-        if field.name == 'day' and position in POSITIONS and (weekday or position == 'last'):
-            allowed.add((POSITIONS[position],
-                         field_value(weekday.strip(), FIELDS['day_of_week']) if weekday else None))
-            continue
-        match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?\s*', part)
-        if not match:
-            raise UserError(f'{field.name} {part!r} is not understood; '
-                            'allowed are * */n a a-b a-b/n and lists of these')
-        star, first, last, step = match.groups()
-        low = field.low if star else field_value(first, field)
-        high = field_value(last, field) if last else field.high if star or step else low
-        if field is CRON_WEEKDAY and last == 'sun' and low:
-            high = 7                                    # sat-sun
-        elif field is CRON_WEEKDAY and step and not last:
-            low, high = low % 7, 6                      # 7 is Sunday once more
-        if low > high:
-            raise UserError(f'{field.name} {part!r} is an empty range; '
-                            f'write {first}-{field.high},{field.low}-{last} to go round')
-        if step and not 0 < int(step) <= field.high - field.low:
-            raise UserError(f'{field.name} {part!r} has a step that is '
-                            f'not in 1-{field.high - field.low}')
-        allowed.update(range(low, high + 1, int(step or 1)))
+        position = None
+        if field.name == 'day':
+            position = parse_position(part.strip())
+        if position:
+            allowed.add(position)
+        else:
+            allowed.update(parse_part(part, field))
     return frozenset(allowed)
 
 
@@ -348,12 +387,42 @@ class Interval(Schedule):
     elapsed = True
 
     def __init__(self, seconds: float):
-        self.seconds, self.start = seconds, 0.0
+        self.seconds = seconds
+        self.start = 0.0
 
     def next(self, after: float) -> float:
+        # By multiplication, so that rounding does not add up; it may still give `after` itself.
         count = (after - self.start) // self.seconds + 1
-        due = self.start + count * self.seconds         # by one formula: no rounding adds up
-        return due if due > after else self.start + (count + 1) * self.seconds
+        due = self.start + count * self.seconds
+        if due <= after:
+            due = self.start + (count + 1) * self.seconds
+        return due
+
+
+def first_from(numbers: list[int], low: int) -> int | None:
+    """Return the first of sorted numbers that is `low` or more, None where there is none."""
+    index = bisect.bisect_left(numbers, low)
+    if index == len(numbers):
+        return None
+    return numbers[index]
+
+
+def allowed_numbers(texts: dict[str, str], cron: bool) -> dict[str, Any]:
+    """Return the numbers that each field allows; cron: the days of its week begin on Sunday."""
+    names = list(FIELDS)
+    finest = max(names.index(name) for name in texts)
+    allowed: dict[str, Any] = {}
+    for index, (name, field) in enumerate(FIELDS.items()):
+        if cron and name == 'day_of_week':
+            numbers = parse_field(texts[name], CRON_WEEKDAY)
+            allowed[name] = {(number + 6) % 7 for number in numbers}
+        elif name in texts:
+            allowed[name] = parse_field(texts[name], field)
+        elif index < finest or name in ('week', 'day_of_week'):
+            allowed[name] = range(field.low, field.high + 1)
+        else:
+            allowed[name] = [field.low]
+    return allowed
 
 
 class Calendar(Schedule):
@@ -367,64 +436,76 @@ class Calendar(Schedule):
     """
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        finest = max(list(FIELDS).index(name) for name in texts)
-        allowed: dict = {}
-        for index, (name, field) in enumerate(FIELDS.items()):
-            every = index < finest or name in ('week', 'day_of_week')
-            allowed[name] = range(field.low, (field.high if every else field.low) + 1)
-            if name in texts:
-                allowed[name] = parse_field(
-                    texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
-        (self.years, months, self.monthdays, self.weeks, self.weekdays, hours, minutes,
-         seconds) = allowed.values()
-        self.first_year = min(self.years)
-        self.months, self.seconds = sorted(months), sorted(seconds)
-        self.minutes: list[int] = sorted(60 * hour + each for hour in hours for each in minutes)
-        if cron:
-            self.weekdays = {(number + 6) % 7 for number in self.weekdays}
-        self.either = cron and not (                    # as croniter decides
-            '*' in texts['day'].split(',') + texts['day_of_week'].split(',')
-            or len(self.monthdays) == 31 and '*' in texts['day_of_week']
-            or len(self.weekdays) == 7 and '*' in texts['day'])
+        allowed = allowed_numbers(texts, cron)
+        # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
+        self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
+        self.allowed = allowed
+        self.first_year = min(allowed['year'])
+        self.months = sorted(allowed['month'])
+        self.hours = sorted(allowed['hour'])
+        self.minutes = sorted(allowed['minute'])
+        self.seconds = sorted(allowed['second'])
+        # The first time of a day, on any day.
+        self.first_time = datetime(
+            2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
         self.days = functools.lru_cache(64)(self.matching_days)
-        self.zone, self.every_hour = zone, len(hours) == 24
+        self.zone = zone
+        self.every_hour = len(self.hours) == 24
+
+    def marked_days(self, days: list[date]) -> set[date]:
+        """Return the days of a month that the field `day` allows."""
+        marked = set()
+        for number in self.allowed['day']:
+            if isinstance(number, tuple):
+                index, weekday = number
+                among = [day for day in days if weekday in (None, day.weekday())]
+                if index < len(among):          # -1 is the last one; some have no 5th
+                    marked.add(among[index])
+            elif number <= len(days):
+                marked.add(days[number - 1])
+        return marked
 
     def matching_days(self, year: int, month: int) -> list[date]:
         """Return the days of one month that are allowed, in order."""
-        if year not in self.years or month not in self.months:
+        allowed = self.allowed
+        if year not in allowed['year'] or month not in allowed['month']:
             return []
         days = [date(year, month, 1) + DAY * number for number in range(31)]
         days = [day for day in days if day.month == month]
-        allowed = {day for day in days if day.day in self.monthdays}
-        for index, weekday in (day for day in self.monthdays if isinstance(day, tuple)):
-            among = [day for day in days if weekday in (None, day.weekday())]
-            allowed.update(among[index:][:1])
-        combine = any if self.either else all
-        return [day for day in days
-                if combine((day in allowed, day.weekday() in self.weekdays))
-                and day.isocalendar()[1] in self.weeks]
+        marked, chosen = self.marked_days(days), []
+        for day in days:
+            fits = day in marked and day.weekday() in allowed['day_of_week']
+            if self.either:
+                fits = day in marked or day.weekday() in allowed['day_of_week']
+            if fits and day.isocalendar()[1] in allowed['week']:
+                chosen.append(day)
+        return chosen
 
     def day_after(self, day: date) -> date:
         """Return the first allowed day after one; ValueError: there is none."""
         first = max(day.year, self.first_year)
         for year in range(first, first + 401):      # the calendar repeats by then
             for month in self.months:
-                for found in self.days(year, month):
-                    if found > day:
-                        return found
+                for candidate in self.days(year, month):
+                    if candidate > day:
+                        return candidate
         raise ValueError('there is no such date')
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        day, now = wall.date(), 60 * wall.hour + wall.minute
-        second = bisect.bisect_left(self.seconds, wall.second)
-        minute = bisect.bisect_left(self.minutes, now + (second == len(self.seconds)))
-        if minute == len(self.minutes) or day not in self.days(day.year, day.month):
-            day, minute, second = self.day_after(day), 0, 0
-        elif self.minutes[minute] > now:
-            second = 0
-        return datetime(day.year, day.month, day.day, *divmod(self.minutes[minute], 60),
-                        self.seconds[second])
+        if wall.date() in self.days(wall.year, wall.month):
+            if wall.hour in self.hours:
+                second = first_from(self.seconds, wall.second)
+                if second is not None and wall.minute in self.minutes:
+                    return wall.replace(second=second)
+                minute = first_from(self.minutes, wall.minute + 1)
+                if minute is not None:
+                    return wall.replace(minute=minute, second=self.seconds[0])
+            hour = first_from(self.hours, wall.hour + 1)
+            if hour is not None:
+                return self.first_time.replace(wall.year, wall.month, wall.day, hour)
+        day = self.day_after(wall.date())
+        return self.first_time.replace(day.year, day.month, day.day)
 
     def wall(self, seconds: float) -> datetime:
         """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
@@ -434,21 +515,28 @@ class Calendar(Schedule):
         """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
         return int(wall.replace(tzinfo=self.zone).timestamp())
 
+    def wall_at_zero(self, seconds: int) -> datetime:
+        """Return what the wall would show at Unix second 0 by the offset of `seconds`."""
+        return self.wall(seconds) - timedelta(0, seconds)
+
     def change(self, low: int, high: int) -> int:
         """Return the first second after `low` that has the offset of `high`."""
-        def zero(seconds: int) -> datetime:         # what the wall shows at 0 by this offset
-            return self.wall(seconds) - timedelta(0, seconds)
-        after = zero(high)
+        offset = self.wall_at_zero(high)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if zero(middle) == after else (middle, high)
+            if self.wall_at_zero(middle) == offset:
+                high = middle
+            else:
+                low = middle
         return high
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
         start = int(after // 1) + 1
         try:
-            return self.by_real_time(start) if self.every_hour else self.by_wall(start)
+            if self.every_hour:
+                return self.by_real_time(start)
+            return self.by_wall(start)
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
@@ -456,27 +544,29 @@ class Calendar(Schedule):
         """Return the first second from `start` on whose wall time is allowed."""
         while True:
             wall = self.wall(start)
-            found = self.wall_from(wall)
-            ahead = min(found - wall, DAY)          # no two changes lie within a day
+            due = self.wall_from(wall)
+            ahead = min(due - wall, DAY)            # no two changes lie within a day
             end = start + ahead // SECOND
-            seen = self.wall(end)
-            if seen - wall != ahead:
+            shown = self.wall(end)
+            if shown - wall != ahead:
                 start = self.change(start, end)
-            elif seen == found:
+            elif shown == due:
                 return end
             else:
-                start = max(end, self.unix(found - DAY))
+                start = max(end, self.unix(due - DAY))
 
     def by_wall(self, start: int) -> int:
         """Return the first second from `start` on that is allowed and not a repetition."""
         wall = self.wall(start - 1)                 # `start` may be right after a gap
         if wall.fold:                               # go to where the repetition ends
-            wall = self.wall(self.change(self.unix(wall.replace(fold=0)), start - 1) - 1)
-        found = self.wall_from(wall + SECOND)
-        seconds = self.unix(found)
-        if self.wall(seconds) == found:
+            first = self.unix(wall.replace(fold=0))
+            change = self.change(first, start - 1)
+            wall = self.wall(change - 1)
+        due = self.wall_from(wall + SECOND)
+        seconds = self.unix(due)
+        if self.wall(seconds) == due:
             return seconds
-        return self.change(self.unix(found.replace(fold=1)), seconds)       # skipped
+        return self.change(self.unix(due.replace(fold=1)), seconds)         # skipped
 
 
 class Croniter(Calendar):
@@ -491,8 +581,10 @@ class Croniter(Calendar):
                             'has five fields of * */n a a-b a-b/n and names') from None
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f'croniter refuses {text!r}: {error}') from None
-        self.text, self.croniter = text, croniter.croniter
-        self.zone, self.every_hour = zone, text.split()[1] == '*'
+        self.text = text
+        self.croniter = croniter.croniter
+        self.zone = zone
+        self.every_hour = text.split()[1] == '*'
 
     def wall_from(self, wall: datetime) -> datetime:
         return self.croniter(self.text, wall - SECOND).get_next(datetime)
@@ -510,25 +602,49 @@ def parse_zone(name: str) -> Any:
                         'such as Europe/Berlin, where time zone data is installed') from None
 
 
-def parse_plain(words: list[str], zone: Any) -> Schedule:
-    """Return the Schedule of an interval or a cron expression, split into words."""
-    text = ' '.join(words)
-    if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
-        if f'@{text.lower()}' in CRON_NAMES:
-            raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
-        seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
-        if seconds < 0.1:
-            raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
-        return Interval(seconds)
-    text = CRON_NAMES.get(text.lower(), text)
+def parse_interval(text: str) -> Interval:
+    """Return the Interval of `every 15s` or `15s`."""
+    if f'@{text.lower()}' in CRON_NAMES:
+        raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
+    seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
+    if seconds < 0.1:
+        raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
+    return Interval(seconds)
+
+
+def parse_cron(text: str, zone: Any) -> Schedule:
+    """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
+    beyond = re.search('[lw#?]', unnamed)
+    if len(words) in (6, 7) or len(words) == 5 and beyond:
         return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
                         'minute hour day month weekday')
-    return Calendar(dict(zip(CRON_FIELDS, [*words, '0'])), zone, cron=True)
+    return Calendar(dict(zip(CRON_FIELDS, words)), zone, cron=True)
+
+
+def parse_words(text: str) -> tuple[dict[str, str], str]:
+    """Return the fields of a schedule by name, and the words that are none of them."""
+    fields: dict[str, str] = {}
+    plain = []
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f'schedule {text!r}: {error}') from None
+    for word in words:
+        name, equals, value = word.partition('=')
+        if not equals:
+            plain.append(word)
+        elif name in fields:
+            raise UserError(f'schedule field {name!r} is given twice')
+        elif name not in (*FIELDS, 'jitter', 'timezone'):
+            raise UserError(f'schedule field {name!r} is not known; allowed are '
+                            f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
+        else:
+            fields[name] = value
+    return fields, ' '.join(plain)
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -539,29 +655,22 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
     (5400.0, 300)
     """
-    fields: dict[str, str] = {}
-    plain = []
-    try:
-        words = shlex.split(str(text))
-    except ValueError as error:
-        raise UserError(f'schedule {text!r}: {error}') from None
-    for word in words:
-        name, equals, value = word.partition('=')
-        if not equals:
-            plain.append(word)
-        elif name in fields:
-            raise UserError(f'schedule field {name!r} is given twice')
-        elif name not in FIELDS and name not in ('jitter', 'timezone'):
-            raise UserError(f'schedule field {name!r} is not known; allowed are '
-                            f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
-        else:
-            fields[name] = value
+    text = str(text)
+    fields, plain = parse_words(text)
     jitter = parse_duration(fields.pop('jitter', 0))
-    zone = parse_zone(fields.pop('timezone')) if 'timezone' in fields else None
+    zone, named = None, CRON_NAMES.get(plain.lower())
+    if 'timezone' in fields:
+        zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
-    schedule = Calendar(fields, zone) if fields else parse_plain(plain, zone)
+    schedule: Schedule
+    if fields:
+        schedule = Calendar(fields, zone)
+    elif not named and (plain.lower().startswith('every ') or ' ' not in plain):
+        schedule = parse_interval(plain)
+    else:
+        schedule = parse_cron(named or plain, zone)
     schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
@@ -4143,8 +4252,15 @@ class ArgsTemplate(Template):
 # --- Jobs ------------------------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
 # its engine and to nothing above: files, threads and signals are other sections' business.
-# Built-in jobs list their options in a table that checks the ini and prints the help.
+# Built-in jobs list their options in a table that checks the ini and prints the help. A job is
+# made and cleaned up in the main thread; run() is called in a thread of its own, never twice
+# at once.
 
+MEMORY_FIGURES = {                      # of InfluxDB, and the rows of /proc/meminfo, in kB
+    'memory_total': 'MemTotal',
+    'memory_available': 'MemAvailable',
+    'swap_total': 'SwapTotal',
+    'swap_free': 'SwapFree'}
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
@@ -4152,29 +4268,35 @@ class Settings(dict):
     """Settings by name: config.path or config['path']; as an attribute, None when missing."""
 
     def __getattr__(self, name: str) -> Any:
+        # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
         if name.startswith('__'):
             raise AttributeError(name)
         return self.get(name)
 
-    __setattr__ = dict.__setitem__
-
     def __repr__(self) -> str:
-        return repr({name: '***' if re.search(SECRET + '$', name) and value else
-                     redacted(value) if isinstance(value, str) else value
-                     for name, value in self.items()})
+        shown = dict(self)
+        for name, value in shown.items():
+            if re.search(SECRET + '$', name) and value:
+                shown[name] = '***'
+            elif isinstance(value, str):
+                shown[name] = redacted(value)
+        return repr(shown)
 
 
 class JobConfig(Settings):
-    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active.
+    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active ...
 
-    engine is the job's rTorrent, engines are all of the configuration. state_dir is where it may
-    keep a file.
+    engine is the job's rTorrent, engines are those of all jobs. state_dir is where it may keep
+    files. alone: this is a single run, perhaps beside the daemon.
     """
-    engine: Any
-    engines: Any
-    state_dir: str
-    alone: bool                         # a single run, beside the daemon perhaps
-    __setattr__ = object.__setattr__
+
+    def __init__(self, settings: Any = (), engine: Any = None, engines: Any = (),
+                 state_dir: str = '', alone: bool = False):
+        super().__init__(settings)
+        self.engine = engine
+        self.engines = engines
+        self.state_dir = state_dir
+        self.alone = alone
 
 
 class Option(NamedTuple):
@@ -4195,8 +4317,11 @@ class Option(NamedTuple):
 
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
+    name = type(job).__name__
     config = getattr(job, 'config', None)
-    return logging.getLogger(f"torque.{getattr(config, 'job_name', None) or type(job).__name__}")
+    if config is not None:
+        name = getattr(config, 'job_name', None) or name
+    return logging.getLogger('torque.' + name)
 
 
 class Job:
@@ -4212,6 +4337,31 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
+    @classmethod
+    def takes(cls, setting: str) -> bool:
+        """Tell whether a setting is one of the options."""
+        for option in cls.options or ():
+            if setting in (option.name, option.alias):
+                return True
+        return setting.startswith(cls.families)
+
+    def risks(self) -> list[str]:
+        """Return what lets others harm the user by this job, a text each, to be warned of."""
+        return []
+
+    def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
+        """Return the torrents of a view that meet a condition, with the fields it names.
+
+        fields: `size uploaded`, or a list of names. A row reads as torrent.size and as
+        torrent['size']; hash and name are always there.
+        """
+        if isinstance(fields, str):
+            fields = fields.replace(',', ' ').split()
+        matcher = None
+        if condition.strip():
+            matcher = Filter(condition)
+        return list_torrents(self.engine, view, fields, matcher)
+
     def state_file(self, ending: str) -> str:
         """Return the path of a file that the job may keep."""
         name = f'{self.config.job_name}.{ending}'.replace('/', '_')
@@ -4219,8 +4369,10 @@ class Job:
 
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
-        self.LOG.info('%s%s', 'dry run, not done: ' if self.dry_run else '',
-                      ' '.join(str(word) for word in words if word))
+        text = ' '.join(str(word) for word in words if word)
+        if self.dry_run:
+            text = 'dry run, not done: ' + text
+        self.LOG.info('%s', text)
         return not self.dry_run
 
     def act(self, method: str, *params: Any) -> Any:
@@ -4228,7 +4380,29 @@ class Job:
         if self.dry_run:
             self.announce(method, *map(quoted, params))
             return None
-        return self.engine.open().call(method, *params)
+        answer, = without_errors(self.engine.tell([(method, *params)]))
+        return answer
+
+
+def count_text(number: int | None) -> str:
+    """Return a number, or `?` where it is not known."""
+    if number is None:
+        return '?'
+    return str(number)
+
+
+def rate_text(way: str, rate: int | None, limit: int | None) -> str:
+    """Return a rate and its limit in bytes a second; a limit of 0 is none.
+
+    >>> rate_text('up', 1258291, 2097152), rate_text('down', None, 0)
+    ('up 1.2 MiB/s of 2.0 MiB', 'down ?')
+    """
+    text = f'{way} ?'
+    if rate is not None:
+        text = f'{way} {show_size(rate)}/s'
+    if limit:
+        text += f' of {show_size(limit)}'
+    return text
 
 
 class EngineStats(Job):
@@ -4239,44 +4413,74 @@ class EngineStats(Job):
     def run(self) -> None:
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
-        started = '' if stats.uptime is None else f' up {show_duration(stats.uptime)}'
-        rates = [f'{way} ' + ('?' if rate is None else f'{show_size(rate)}/s')
-                 + (f' of {show_size(limit)}' if limit else '') for way, rate, limit in (
-                     ('up', stats.up_rate, stats.up_limit),
-                     ('down', stats.down_rate, stats.down_limit))]
-        torrents, active = ('?' if stats.views[view] is None else stats.views[view]
-                            for view in ('main', 'active'))
-        self.LOG.info('%s rTorrent %s%s; %s torrents, %s active; %s; rpc %.1f ms',
-                      stats.engine_id, stats.version, started, torrents, active,
-                      ', '.join(rates), stats.rpc_time * 1000)
+        started = ''
+        if stats.uptime is not None:
+            started = f' up {show_duration(stats.uptime)}'
+        self.LOG.info(
+            '%s rTorrent %s%s; %s torrents, %s active; %s, %s; rpc %.1f ms',
+            stats.engine_id, stats.version, started,
+            count_text(stats.views['main']), count_text(stats.views['active']),
+            rate_text('up', stats.up_rate, stats.up_limit),
+            rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
 
 
 def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
-    pairs = {part.partition('=')[0].strip(): part.partition('=')[2].strip()
-            for part in text.split(',') if part.strip()}
-    if not all(name and value for name, value in pairs.items()):
-        raise UserError(f'{text!r} is not understood; allowed is name=value, name=value')
+    pairs = {}
+    for number, part in enumerate(text.split(','), 1):
+        name, _, value = part.partition('=')
+        name, value = name.strip(), value.strip()
+        if name and value:
+            pairs[name] = value
+        elif part.strip():              # not shown: it may be the end of a password
+            raise UserError(f'part {number} is not understood; allowed is name=value, name=value')
     return pairs
 
 
-def parse_form(form: re.Pattern, what: str, text: str) -> str:
-    """Return the first group of a regex that text has to match; what: what it should have been."""
-    found = form.fullmatch(text)
-    if not found:
-        raise UserError(f'{redacted(text)!r} is no {what}')
-    return found[1]
+def parse_web_url(text: str) -> str:
+    """Return the base URL of a web server, without the slash at its end."""
+    if not re.fullmatch(r'https?://[^/@\s]+(?:/\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
+                        'with user and password as settings')
+    return text.rstrip('/')
 
 
-parse_web_url = functools.partial(
-    parse_form, re.compile(r'(https?://[^/@\s]+(?:/\S*[^\s/])?)/*'),
-    'web address; allowed is http(s)://host:port, with user and password as settings')
-parse_ping_url = functools.partial(
-    parse_form, re.compile(
-        r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)'),
-    'web address; allowed is http(s)://host/..., without user and password')
-parse_api = functools.partial(
-    parse_form, re.compile('([123]?)'), 'version of the interface; allowed are 1, 2, 3')
+def parse_ping_url(text: str) -> str:
+    """Return the URL of a monitor, or nothing."""
+    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
+    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
+                        'without user and password')
+    return text
+
+
+def parse_api(text: str) -> str:
+    """Return a version of InfluxDB's interface, or nothing."""
+    if text not in ('', '1', '2', '3'):
+        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
+    return text
+
+
+def parse_token(text: str) -> str:
+    """Return a token that can stand in a header; what is wrong with it is not shown."""
+    if not re.fullmatch('[!-~]*', text):
+        raise UserError('holds a blank, a line break or another character that no token has')
+    return text
+
+
+def escape_key(text: Any) -> str:
+    """Return the name of a series or field, or a tag, for line protocol."""
+    return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
+
+
+def field_text(value: Any) -> str:
+    """Return the value of a field as its type is written in line protocol."""
+    if isinstance(value, (bool, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f'{value}i'
+    text = re.sub(r'[\x00-\x1f]', ' ', str(value))
+    return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
 
 
 def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
@@ -4285,47 +4489,72 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
     >>> influx_line('s', {'a b': 'c,d'}, {'n': 1, 'x': 0.5, 't': 'y"', 'z': None}, 2)
     's,a\\\\ b=c\\\\,d n=1i,x=0.5,t="y\\\\"" 2000'
     """
-    def escape(text: Any) -> str:
-        return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
+    head = escape_key(series)
+    for name, tag in sorted(tags.items()):
+        head += f',{escape_key(name)}={escape_key(tag)}'
+    values = ','.join(f'{escape_key(name)}={field_text(value)}' for name, value in fields.items()
+                      if value is not None)
+    return f'{head} {values} {int(when * 1000)}'
 
-    def value(item: Any) -> str:
-        """Return a field's value as its type is written."""
-        if isinstance(item, (bool, float)):
-            return str(item)
-        if isinstance(item, int):
-            return f'{item}i'
-        return '"%s"' % re.sub(r'(["\\])', r'\\\1', re.sub(r'[\x00-\x1f]', ' ', str(item)))
 
-    names = ''.join(f',{escape(name)}={escape(tag)}' for name, tag in sorted(tags.items()))
-    values = ','.join(f'{escape(name)}={value(item)}' for name, item in fields.items()
-                      if item is not None)
-    return f'{escape(series)}{names} {values} {int(when * 1000)}'
+def series_of(line: str) -> str:
+    """Return the series of a line in line protocol, escaped as it is there."""
+    return re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
+
+
+def by_series(lines: list[str]) -> list[list[str]]:
+    """Return lines in groups of the same series."""
+    groups = collections.defaultdict(list)
+    for line in lines:
+        groups[series_of(line)].append(line)
+    return list(groups.values())
+
+
+def proc_rows(name: str) -> dict[str, list[str]]:
+    """Return the words behind each `name:` of a file of /proc; none where it is not there."""
+    rows = {}
+    with contextlib.suppress(OSError), open(f'/proc/{name}', encoding='ascii') as stream:
+        for line in stream:
+            key, _, words = line.partition(':')
+            rows[key.strip()] = words.split()
+    return rows
 
 
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
     figures: dict = {}
-    with contextlib.suppress(OSError):  # not Linux: what could be had
-        figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
-        with open('/proc/meminfo', encoding='ascii') as stream:
-            memory = dict(re.findall(r'(?m)^(\w+): +(\d+) kB', stream.read()))
-        figures.update((name, int(memory[key]) * 1024) for name, key in (
-            ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
-            ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
-        with open('/proc/net/dev', encoding='ascii') as stream:
-            rows = re.findall(r'^ *(?!lo:)\S+:(.+)', stream.read(), re.M)
-        for name, column in (('net_received', 0), ('net_sent', 8)):
-            figures[name] = sum(int(row.split()[column]) for row in rows)
+    with contextlib.suppress(OSError):
+        figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
+    memory = proc_rows('meminfo')
+    for name, key in MEMORY_FIGURES.items():
+        if key in memory:
+            figures[name] = int(memory[key][0]) * 1024
+    for device, words in proc_rows('net/dev').items():
+        if device != 'lo' and len(words) > 8:   # the heads of the table have none
+            figures['net_received'] = figures.get('net_received', 0) + int(words[0])
+            figures['net_sent'] = figures.get('net_sent', 0) + int(words[8])
     return figures
 
 
 def read_secret(path: str) -> str:
     """Return the first line of a file that holds a password or token; '' for no file."""
+    if not path:
+        return ''
     try:
-        with open(os.path.expanduser(path or os.devnull), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path), encoding='utf-8') as stream:
             return stream.readline().strip()
-    except (OSError, ValueError) as error:
-        raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
+    except OSError as error:
+        raise LoggableError(f'{path}: {error.strerror}') from None
+    except ValueError:
+        raise LoggableError(f'{path}: not UTF-8 text') from None
+
+
+def retry_after(answer: HttpAnswer) -> float:
+    """Return the seconds that a server wants to be left alone, 0 where it does not say."""
+    said = answer.headers.get('retry-after', '')
+    if not re.fullmatch('[0-9]{1,9}', said):    # it may be a date as well
+        return 0
+    return min(int(said), 3600)
 
 
 class InfluxDB(Job):
@@ -4336,7 +4565,7 @@ class InfluxDB(Job):
         Option('user', str, '', 'account (1.x)'),
         Option('password', str, '', 'password of that account'),
         Option('password_file', str, '', 'file that holds the password'),
-        Option('token', str, '', 'API token (2.x, 3.x)'),
+        Option('token', parse_token, '', 'API token (2.x, 3.x)'),
         Option('token_file', str, '', 'file that holds the token'),
         Option('org', str, '', 'organization (2.x)'),
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
@@ -4351,34 +4580,38 @@ class InfluxDB(Job):
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
     LONGEST_PAUSE = 300                 # seconds between tries
+    SAVE_EVERY = 60                     # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
-        self.api = config.api or ('2' if config.org or config.bucket else '1')
-        self.pause = self.retry_at = self.saved_at = 0.0
+        self.pause = 0.0                # before the next try
+        self.asked_pause = 0.0          # the same, as the server wants it
+        self.retry_at = self.saved_at = 0.0
         self.problem = ''
-        self.file = '' if config.alone else self.state_file('points')
-        self.points: list[str] = []
-        self.load()                             # a file that cannot be read stops the start
-        self.loaded = False
+        self.file = ''
+        if not config.alone and not self.dry_run:
+            self.file = self.state_file('points')
+        self.points = self.load()
 
     def load(self) -> list[str]:
         """Return the points that an earlier process could not deliver."""
+        if not self.file:
+            return []
         try:
-            with open(self.file or os.devnull, encoding='utf-8', errors='replace') as stream:
-                return [line for line in stream.read().split('\n')
-                        if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
+            with open(self.file, encoding='utf-8', errors='replace') as stream:
+                lines = stream.read().split('\n')
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(f'{self.file}: {error.strerror}') from None
+        return [line for line in lines if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
 
     def save(self) -> None:
         """Keep undelivered points for the next process, or remove what was kept."""
         self.saved_at = elapsed_time()
-        if not self.file or not self.loaded:
+        if not self.file:
             return
         try:
             if self.points:
@@ -4388,128 +4621,151 @@ class InfluxDB(Job):
         except (LoggableError, OSError) as error:
             self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
 
-    cleanup = save
+    def cleanup(self) -> None:
+        """Save what is not delivered."""
+        self.save()
 
     def run(self) -> None:
-        """Measure, and deliver all that waits; LoggableError for what has to wait on."""
-        lines, problems = self.measure()
+        """Measure, and deliver all that waits; raises what kept points from being had or sent."""
+        lines, problems = self.measure(time.time())
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
-            if not self.loaded:                 # not before a job that this one replaces has saved
-                self.points.extend(self.load())
-                self.loaded = True
-            self.points.extend(lines)
+            self.points += lines
             try:
-                self.deliver()
+                self.deliver(self.points)
             finally:
-                if elapsed_time() - self.saved_at >= 60 or not self.points:
+                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
                     self.save()
         if problems:
             raise problems[0]
 
-    def measure(self) -> tuple[list[str], list[LoggableError]]:
+    def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
         import shutil
-        config, now = self.config, time.time()
-        lines: list[str] = []
+        config, host = self.config, socket.gethostname()
+        rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
-
-        def add(series: str, figures: dict, **tags: str) -> None:
-            if any(figure is not None for figure in figures.values()):
-                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
-
         if config.series:
             try:
-                stats = self.engine.stats()._asdict()
-                views, uptime = stats.pop('views'), stats.pop('uptime')
-                stats['uptime'] = None if uptime is None else int(uptime)
-                name = stats['engine_id'].partition(':')[0]
-                add(config.series, stats, host=name)
-                add(config.series + '_views', views, host=name)
+                rows += self.engine_rows()
             except RpcError as error:
                 problems.append(error)
         if config.series_host:
-            name = socket.gethostname()
-            add(config.series_host, host_figures(), host=name)
+            rows.append((config.series_host, {'host': host}, host_figures()))
             for path in filter(None, config.disk_path.split(os.pathsep)):
                 try:
                     disk = shutil.disk_usage(os.path.expanduser(path))
-                    add(config.series_host, {'disk_total': disk.total, 'disk_free': disk.free},
-                        disk=path, host=name)
+                    figures = {'disk_total': disk.total, 'disk_free': disk.free}
+                    rows.append((config.series_host, {'disk': path, 'host': host}, figures))
                 except OSError as error:
                     problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+        lines = []
+        for series, tags, figures in rows:
+            if set(figures.values()) != {None}:
+                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
         return lines, problems
 
-    def deliver(self) -> None:
-        """Send all points, oldest first; raises LoggableError when some have to wait."""
-        while self.points and elapsed_time() >= self.retry_at:
-            lines = self.points[:self.BATCH]
+    def engine_rows(self) -> list[tuple]:
+        """Return (series, tags, figures) of rTorrent and of its views."""
+        figures = self.engine.stats()._asdict()
+        views = figures.pop('views')
+        uptime = figures.pop('uptime')
+        if uptime is not None:
+            figures['uptime'] = int(uptime)
+        tags = {'host': figures['engine_id'].partition(':')[0]}
+        series = self.config.series
+        return [(series, tags, figures), (series + '_views', tags, views)]
+
+    def deliver(self, points: list[str]) -> None:
+        """Send points, oldest first, and take them out of the list.
+
+        Raises LoggableError when some have to wait, or were refused for good.
+        """
+        refused: list[str] = []
+        while points and elapsed_time() >= self.retry_at:
+            batch = points[:self.BATCH]
             try:
-                self.post(lines)
+                refused += self.post(batch)
+                del points[:len(batch)]
                 self.pause = 0.0
-                del self.points[:len(lines)]
             except LoggableError as error:
                 self.problem = f'{self.config.url}: {error}'
                 self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
-                self.retry_at = elapsed_time() + (error.pause or self.pause)
-        if self.points:
-            lost = max(len(self.points) - self.config.buffer, 0)
-            del self.points[:lost]
-            kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
-            dropped = f', the oldest {lost} dropped' if lost else ''
-            raise LoggableError(f'{self.problem}; {kept}{dropped}')
+                self.retry_at = elapsed_time() + (self.asked_pause or self.pause)
+        if points:
+            refused.append(f'{self.problem}; {self.keep(points)}')
+        if refused:
+            raise LoggableError('; '.join(refused))
 
-    def post(self, lines: list[str]) -> None:
-        """Write points, in parts where the server wants that; drop what it calls malformed.
+    def keep(self, points: list[str]) -> str:
+        """Drop the oldest points that are too many, and return what becomes of the others."""
+        lost = len(points) - self.config.buffer
+        text = f'{min(len(points), self.config.buffer)} points are kept'
+        if not self.file:
+            text = 'nothing is kept'
+        if lost > 0:
+            del points[:lost]
+            text += f', the oldest {lost} dropped'
+        return text
+
+    def post(self, lines: list[str]) -> list[str]:
+        """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
         """
+        self.asked_pause = 0.0
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
-            return
-        said = f'HTTP {answer.status} {answer.reason} {quoted(beginning(answer.body))}'
+            return []
+        said = one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(beginning(answer.body))
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
-            self.post(lines[:half])
-            self.post(lines[half:])
-        elif answer.status in (400, 413, 422):
-            parts = collections.defaultdict(list)
-            for line in lines:
-                parts[re.split(r'(?<!\\)[, ]', line)[0]].append(line)
-            if len(parts) == 1:
-                self.LOG.warning('%s: %d points of %s were refused and dropped: %s',
-                                 self.config.url, len(lines), *parts, said)
-                return
-            for part in parts.values():         # one bad series must not cost the others
-                self.post(part)
-        else:
-            refused = LoggableError(said)
-            after = answer.headers.get('retry-after', '')
-            refused.pause = min(int(after), 3600) if after.isdigit() else None
-            raise refused
+            parts = [lines[:half], lines[half:]]
+        elif answer.status in (400, 422):
+            parts = by_series(lines)    # one bad series must not cost the others
+        else:                           # 413 for one point: it would refuse all of them
+            self.asked_pause = retry_after(answer)
+            raise LoggableError(said)
+        if len(parts) == 1:
+            return [f'{self.config.url}: {len(lines)} points of {series_of(lines[0])} were '
+                    f'refused and dropped: {said}']
+        refused = []
+        for part in parts:
+            refused += self.post(part)
+        return refused
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
         from urllib.parse import urlencode
-        config = self.config
-        path, query = {
-            '1': ('/write', {'db': config.dbname, 'precision': 'ms'}),
-            '2': ('/api/v2/write', {'org': config.org, 'bucket': config.bucket or config.dbname,
-                                    'precision': 'ms'}),
-            '3': ('/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'})}[self.api]
-        headers = {'Content-Type': 'text/plain; charset=utf-8'}
-        token = config.token or read_secret(config.token_file)
-        password = config.password or read_secret(config.password_file)
-        if token:
-            headers['Authorization'] = f"{'Bearer' if self.api == '3' else 'Token'} {token}"
-        elif config.user:
-            login = f'{config.user}:{password}'.encode()
-            headers['Authorization'] = f'Basic {binascii.b2a_base64(login, newline=False).decode()}'
+        config, headers = self.config, self.login()
+        if config.api == '3':
+            path, query = '/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'}
+        elif config.api == '2' or not config.api and (config.org or config.bucket):
+            path, query = '/api/v2/write', {
+                'org': config.org, 'bucket': config.bucket or config.dbname, 'precision': 'ms'}
+        else:
+            path, query = '/write', {'db': config.dbname, 'precision': 'ms'}
+        headers['Content-Type'] = 'text/plain; charset=utf-8'
         if config.gzip:
             import gzip
-            body, headers['Content-Encoding'] = gzip.compress(body), 'gzip'
+            body = gzip.compress(body)
+            headers['Content-Encoding'] = 'gzip'
         return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
+
+    def login(self) -> dict[str, str]:
+        """Return the header that says who writes: a token, else user and password, else none."""
+        config = self.config
+        token = config.token or parse_token(read_secret(config.token_file))
+        if token and config.api == '3':
+            return {'Authorization': f'Bearer {token}'}
+        if token:
+            return {'Authorization': f'Token {token}'}
+        if not config.user:
+            return {}
+        password = config.password or read_secret(config.password_file)
+        login = binascii.b2a_base64(f'{config.user}:{password}'.encode(), newline=False)
+        return {'Authorization': f'Basic {login.decode()}'}
 
 
 def parse_condition(text: str) -> Filter | None:
@@ -6252,40 +6508,54 @@ class TreeWatch(Job):
 
 
 # --- Config ----------------------------------------------------------------------------------
-# torque.ini becomes entries (value and place), entries become settings, settings become jobs.
-# Every mistake is collected as one line `file:line: setting: what is wrong; what is allowed`;
-# only when there is none does anything start. config_ini is the configuration as jobs see it.
+# torque.ini becomes entries (a value and its place), entries become settings, settings become
+# planned jobs, and those become the objects that run. Mistakes are collected as (file, line,
+# text), so that all are told at once, each as `file:line: setting: what is wrong; what is
+# allowed`; only where there is none does anything start. What has no effect is a warning.
+# config_ini is the configuration as jobs see it. All of this runs in the main thread.
 
-DEFAULTS = {                            # jobs under those of the ini: handler, schedule, active
-    'connstats': ('torque:EngineStats', 'minute=*', 'yes'),
-    'fluxstats': ('torque:InfluxDB', 'second=*/15', 'no'),
-    'queue': ('torque:QueueManager', 'second=*/15', 'no'),
-    'treewatch': ('torque:TreeWatch', 'hour=*', 'no')}
-HANDLERS = {                            # names that pyrocore and pyrosimple have for our jobs
-    f'{package}.{name}': f'torque:{ours}'
-    for package in ('pyrocore.torrent', 'pyrocore.job', 'pyrosimple.torrent', 'pyrosimple.job')
-    for name, ours in {
-        'jobs:EngineStats': 'EngineStats', 'metrics:EngineStats': 'EngineStats',
-        'jobs:InfluxDBStats': 'InfluxDB', 'jobs:InfluxDB': 'InfluxDB',
-        'queue:QueueManager': 'QueueManager', 'watch:QueueManager': 'QueueManager',
-        'watch:TreeWatch': 'TreeWatch',
-        'action:Action': 'Action', 'action:Command': 'Command',
-        'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}
-BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
-            if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
+INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+DEFAULTS = """[TORQUE]
+job.connstats.handler = torque:EngineStats
+job.connstats.schedule = minute=*
+job.connstats.active = yes
+job.fluxstats.handler = torque:InfluxDB
+job.fluxstats.schedule = second=*/15
+job.fluxstats.active = no
+job.queue.handler = torque:QueueManager
+job.queue.schedule = second=*/15
+job.queue.active = no
+job.treewatch.handler = torque:TreeWatch
+job.treewatch.schedule = hour=*
+job.treewatch.active = no
+"""
+BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
+# Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
+OLD_HANDLERS = {
+    'jobs:EngineStats': 'EngineStats',
+    'metrics:EngineStats': 'EngineStats',
+    'jobs:InfluxDBStats': 'InfluxDB',
+    'jobs:InfluxDB': 'InfluxDB',
+    'queue:QueueManager': 'QueueManager',
+    'watch:QueueManager': 'QueueManager',
+    'watch:TreeWatch': 'TreeWatch',
+    'action:Action': 'Action',
+    'action:Command': 'Command',
+    'action:ItemCommand': 'ItemCommand',
+    'move_path:PathMover': 'Move'}
 
 
 def origin(error: BaseException) -> str:
     """Return one line that says what was raised and in which line of which file."""
+    if isinstance(error, SyntaxError):
+        return f'{error.filename}:{error.lineno}: {error.msg}'
     place, trace = '', error.__traceback__
     while trace:
         file = trace.tb_frame.f_code.co_filename
         if not file.startswith('<') and file != __file__:
             place = f'{file}:{trace.tb_lineno}: '
         trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        return f'{error.filename}:{error.lineno}: {error.msg}'
     return f'{place}{type(error).__name__}: {error}'
 
 
@@ -6296,27 +6566,49 @@ def required(text: str) -> str:
     return text
 
 
-def import_handler(text: str) -> Any:
-    """Return the class that `module.path:ClassName` names."""
-    text = required(text).replace('::', ':')
-    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
-        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
-    module, name = HANDLERS.get(text, text).split(':')
+def handler_name(text: str) -> str:
+    """Return the `module:Class` of a handler, of ours for those of pyrocore and pyrosimple.
+
+    >>> handler_name('pyrocore.torrent.jobs::InfluxDBStats'), handler_name('my.jobs:Space')
+    ('torque:InfluxDB', 'my.jobs:Space')
+    """
+    text = text.replace('::', ':')
+    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.(\S+)', text)
+    if old and old[1] in OLD_HANDLERS:
+        return 'torque:' + OLD_HANDLERS[old[1]]
+    return text
+
+
+def import_module(module: str, name: str) -> Any:
+    """Return a module that has the class `name`; raises UserError whatever goes wrong."""
     import importlib
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if module != missing and not module.startswith(missing + '.'):
+            raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
+        hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
+        if module.endswith('.py'):
+            hint = f'; write {module[:-3]}:{name}'
+        raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
+                        f'Python does){hint}') from None
     except (Exception, SystemExit) as error:    # whatever the module does when imported
-        if isinstance(error, ModuleNotFoundError) and error.name and (
-                module == error.name or module.startswith(error.name + '.')):
-            hint = f'; write {module[:-3]}:{name}' if module.endswith('.py') else \
-                nearest(text, BUILT_IN)
-            raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
-                            f'Python does){hint}') from None
         raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-    if not callable(getattr(found, name, None)):
-        classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
-        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, classes)}')
-    return getattr(found, name)
+
+
+def import_handler(text: str) -> Any:
+    """Return the class that `module.path:ClassName` names."""
+    handler = handler_name(required(text))
+    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
+        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
+    path, name = handler.split(':')
+    module = import_module(path, name)
+    handler_class = getattr(module, name, None)
+    if not callable(handler_class):
+        classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
+        raise UserError(f'module {path!r} has no class {name!r}{nearest(name, classes)}')
+    return handler_class
 
 
 def parse_due(text: str) -> Schedule:
@@ -6354,6 +6646,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
                                            'cannot prove it'),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
     Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
+    Option('dry_run', parse_bool, 'no', 'all jobs only say what would be done'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
     Option('pid_file', str, '', 'left out, torque.pid in state_dir'),
@@ -6361,13 +6654,29 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
+CORE_NAMES = [option.name for option in CORE_OPTIONS]
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
+class Place(NamedTuple):
+    """Where a setting stands: a file or `-D`, and the line, 0 where there is none."""
+    file: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        if self.line:
+            return f'{self.file}:{self.line}'
+        return self.file
+
+
 class Entry(NamedTuple):
-    """A value in the ini, and where it stands, as file:line."""
+    """A value of the configuration, and where it stands."""
     value: str
-    place: str
+    place: Place
+
+
+Entries = Dict[str, Entry]              # by name
+Mistake = Tuple[Place, str]             # where, and what is wrong
 
 
 class UnknownJob(UserError):
@@ -6375,84 +6684,228 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration, a line each."""
+    """All that is wrong with a configuration; `lines` has a line for each, in their order."""
 
-    def __init__(self, lines: list[str]):
-        def number(line: str) -> list[int]:
-            return [int(digits) for digits in re.findall(r'^[^:]*:(\d+): ', line)]
-        self.lines = [one_line(line) for line in sorted(dict.fromkeys(lines), key=number)]
+    def __init__(self, mistakes: list[Mistake]):
+        self.mistakes = mistakes
+        self.lines = []
+        for place, text in sorted(dict.fromkeys(mistakes), key=operator.itemgetter(0)):
+            self.lines.append(one_line(f'{place}: {text}'))
         super().__init__('\n'.join(self.lines))
 
 
+class NumberedParser(configparser.RawConfigParser):
+    """Puts before each key the number of its line, and leaves the delimiter behind it.
+
+    optionxform() is called while the line of the key is in hand. Keys with numbers are all
+    different, so none is lost when it is given twice.
+    """
+    SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
+    # Matches any line, so that none ends the reading; is_key() tells what was no key.
+    OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
+
+    def __init__(self, lines: list[str], file: str):
+        super().__init__(strict=False, default_section='', interpolation=None)
+        self.number = 0
+        self.read_file(self.counted(lines), file)
+
+    def counted(self, lines: list[str]) -> Iterator[str]:
+        """Give a header for what stands before the first one, then the lines."""
+        yield '[ ]'
+        for self.number, line in enumerate(lines, 1):
+            yield line
+
+    def optionxform(self, optionstr: str) -> str:
+        return f'{self.number} {optionstr}'
+
+    def rows(self) -> list[tuple[int, str, str, str]]:
+        """Return (line, section, key with delimiter, value) of all that was read, in order."""
+        rows = []
+        for section in self.sections():
+            for numbered, value in self.items(section):
+                number, _, key = numbered.partition(' ')
+                rows.append((int(number), section.strip().upper(), key, value))
+        return sorted(rows)
+
+
+def common_section(section: str, key: str) -> str:
+    """Return under which section torque has a setting of pyrocore's config.ini; or nothing."""
+    if section in ('INFLUXDB', 'ANNOUNCE'):
+        return section
+    if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
+        return 'TORQUE'
+    return ''
+
+
+def is_key(text: str) -> bool:
+    """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
+    if text[-1] not in '=:' or text[0] in '=:[':
+        return False
+    return not re.search(r'\s;', text)
+
+
+def excerpt(text: str, line: str) -> str:
+    """Return part of a line as a message may show it; line: what tells of secrets in it."""
+    if re.search(SECRET + '|url', line):
+        return '***'
+    return quoted(redacted(text.strip()), 60)
+
+
 class Ini:
-    """The entries of configuration files by section and key, mistakes, and warnings."""
+    """The entries of configuration files by section and key; mistakes, warnings, notes."""
 
     def __init__(self) -> None:
-        self.sections: dict[str, dict[str, Entry]] = {'TORQUE': {}}
-        self.mistakes: list[str] = []
+        self.sections: dict[str, Entries] = {'TORQUE': {}}
+        self.mistakes: list[Mistake] = []
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
-    @staticmethod
-    def excerpt(text: str, line: str) -> str:
-        """Return part of a line as a message may show it."""
-        return '***' if re.search(SECRET, line) else quoted(redacted(text.strip()), 60)
+    def refuse(self, place: Place, text: str) -> None:
+        """Add a mistake."""
+        self.mistakes.append((place, text))
 
-    def read(self, lines: Iterable[str], name: str) -> None:
-        """Add the entries of one file, by the rules of pyrocore's parser.
+    def warn(self, place: Place, text: str) -> None:
+        """Add a warning of what has no effect, or another one than it seems."""
+        self.warnings.append(one_line(f'{place}: {text}'))
 
-        configparser knows no lines, and cuts comments from the wrong ones.
-        """
-        section = key = ''
-        indent: int | None = None               # of the last key: what stands deeper goes on it
-        found: dict = {}                        # (section, key) -> [value, place]
+    def read(self, text: str, file: str, common: bool = False) -> None:
+        """Add the entries of one file; common: it is pyrocore's config.ini."""
+        lines = [line.rstrip() for line in text.split('\n')]
+        rows = NumberedParser(lines, file).rows()
+        self.warn_of_glued(lines, file, {row[0] for row in rows})
+        before = ''
+        for number, section, key, value in rows:
+            name = key[:-1].rstrip()
+            if common:
+                section = common_section(section, name)
+                if not section:
+                    continue
+            place = Place(file, number)
+            line = lines[number - 1]
+            shown = excerpt(line, before + line)    # it may go on a secret
+            before = name
+            if not is_key(key):
+                self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
+            elif section:
+                value = self.without_comment(place, name, value, line)
+                self.add(section, name, value, place)
+            elif number == rows[0][0]:
+                self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
+                                   'under [TORQUE]')
+
+    def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
+        """Warn of lines that look like settings, and go on a value because they are indented."""
+        pattern = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
         for number, line in enumerate(lines, 1):
-            line, place = line.replace('\ufeff', '').rstrip(), f'{name}:{number}'
-            text, depth = line.lstrip(), len(line) - len(line.lstrip())
-            deeper = indent is not None and depth > indent
-            if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
-                continue
-            if deeper:
-                if key:                         # else it goes on a line that was refused
-                    found[section, key][0] += '\n' + text
-                    if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
-                        self.warnings.append(f'{place}: an indented line belongs to the value '
-                                             f'above it: {self.excerpt(text, line)}')
-                continue
-            cut = re.search(r'\s;', text)
-            header = re.match(r'\[([^]]+)\]', text)
-            entry = re.match(r'([^=:[][^=:]*)[=:](.*)', text[:cut.start()] if cut else text)
-            if header:
-                section, key, indent = header[1].upper(), '', None
-            elif not section or not entry:
-                self.mistakes.append(f'{place}: {self.excerpt(text, line)} ' + (
-                    'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
-                    else 'stands before any [SECTION]; settings belong under [TORQUE]'))
-                section, key, indent = section or '?', '', depth
-            else:
-                if cut and '=' in text[cut.end():]:
-                    self.warnings.append(f'{place}: text after `;` is a comment: '
-                                         f'{self.excerpt(text[cut.end():], line)}')
-                key, indent = entry[1].strip(), depth
-                if (section, key) in found:
-                    self.warnings.append(f'{place}: {key} stands here again, and this one counts, '
-                                         f'not that of {found[section, key][1]}')
-                found[section, key] = [entry[2].strip(), place]
-        for (section, key), (value, place) in found.items():
-            self.add(section, key, '' if value == '""' else value, place)
+            setting = pattern.match(line)
+            if setting and number not in keys:
+                self.warn(Place(file, number), f'{setting[1]} is indented, so it belongs to the '
+                                               'value above it')
 
-    def add(self, section: str, key: str, value: str, place: str) -> None:
+    def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
+        """Return a value without empty lines, and without the `; note` that ends its first one."""
+        first, *more = value.split('\n')
+        comment = re.search(r'\s;', line)
+        if comment:
+            first = first[:comment.start() - len(line)].rstrip()
+            said = line[comment.end():]
+            if re.search(r'\.(args$|cmd[._])', key):
+                self.warn(place, f'{key}: text after ` ;` is a comment, and cut off from the '
+                                 f'command: {excerpt(said, line)}; a ; without a blank before '
+                                 'it belongs to the value')
+            elif '=' in said:
+                self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
+        if first == '""':
+            first = ''
+        return '\n'.join([first, *filter(None, more)])
+
+    def add(self, section: str, key: str, value: str, place: Place) -> None:
         """Add one entry; a later one replaces an earlier one."""
-        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.mistakes.append(f'{place}: {key}: {self.excerpt(value, key)}: nothing is '
-                                 'interpolated; write the value itself, and %% for %')
-        self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
+        entries = self.sections.setdefault(section, {})
+        if key in entries and entries[key].place.file == place.file:
+            self.warn(place, f'{key} stands here again, and this one counts, not that of '
+                             f'{entries[key].place}')
+        if not key.isprintable():
+            self.refuse(place, f'{quoted(key)}: a name has no control characters')
+        elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
+                               'the value itself, and %% for %')
+        else:
+            entries[key] = Entry(value.replace('%%', '%'), place)
 
-    def warn_if_near(self, word: str, known: Iterable[str], place: str, text: str) -> None:
-        """Warn of something without an effect where it looks like a slip."""
-        close = nearest(word, known)
-        if close:
-            self.warnings.append(f'{place}: {text}{close}')
+    def override(self, text: str) -> None:
+        """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
+        place = Place('-D')
+        key, equals, value = text.partition('=')
+        key, value = key.strip(), value.strip()
+        section, _, rest = key.partition('.')
+        section = section.upper()
+        if not equals or not section:
+            self.refuse(place, f'{excerpt(text, text)}: allowed is KEY=VALUE or section.KEY=VALUE')
+        elif rest and section in (*self.sections, *SECTIONS):
+            self.add(section, rest, value, place)
+        else:
+            self.add('TORQUE', key, value, place)
+
+
+def read_text(path: str) -> str:
+    """Return the text of a configuration file; raises Mistakes where there is none."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            wrong = 'is no regular file'        # a pipe would block, a device might never end
+        elif os.path.getsize(path) > INI_LIMIT:
+            wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
+        else:
+            with open(path, encoding='utf-8-sig') as stream:
+                return stream.read()
+    except UnicodeDecodeError as error:
+        wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
+    except OSError as error:
+        wrong = str(error.strerror)
+    raise Mistakes([(Place(path), wrong)])
+
+
+def read_common(ini: Ini, path: str) -> None:
+    """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
+    file = beside(path, 'config.ini')
+    if not os.path.isfile(file) or os.path.realpath(path) == file:
+        return
+    try:
+        ini.read(read_text(file), file, common=True)
+        ini.notes.append(one_line(f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, '
+                                  '[INFLUXDB], [ANNOUNCE]'))
+    except Mistakes as error:
+        ini.warnings.append(str(error))
+
+
+def read_files(path: str, overrides: Iterable[str]) -> Ini:
+    """Return the entries of the defaults, of the user's files over them, and of -D over all."""
+    ini = Ini()
+    ini.read(DEFAULTS, '<defaults>')
+    read_common(ini, path)
+    ini.read(read_text(path), path)
+    for text in overrides:
+        ini.override(text)
+    return ini
+
+
+def beside(path: str, name: str | None) -> str:
+    """Return where a file named in a configuration is: a relative name is beside it."""
+    if not name:
+        return ''
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.path.join(folder, os.path.expanduser(name))
+
+
+def default_state_dir(path: str) -> str:
+    """Return the folder of state of one configuration file, by its real path."""
+    import hashlib
+    real = os.path.realpath(path)
+    base = os.environ.get('XDG_STATE_HOME')
+    if not base:
+        base = os.path.expanduser('~/.local/state')
+    mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
+    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
 
 def convert(text: str) -> Any:
@@ -6463,168 +6916,178 @@ def convert(text: str) -> Any:
     """
     if re.fullmatch('[0-9]{1,4000}', text):     # Python refuses to convert more
         return int(text)
-    return parse_bool(text) if text.lower() in 'true yes on false no off'.split() else text
+    if text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
+        return parse_bool(text)
+    return text
 
 
-class PlannedJob(NamedTuple):
-    """A job that can be made; place is where the user's file speaks of it."""
-    name: str
-    make: Callable[[JobConfig], Any]
-    config: JobConfig
-    schedule: Schedule
-    places: dict[str, str]              # of its settings, and '' of the first
-    source: dict[str, str]              # all texts it is made of: the same, and so is the job
+def texts_of(entries: Entries) -> Settings:
+    """Return the values of entries as they are."""
+    return Settings((key, entry.value) for key, entry in entries.items())
 
 
-def beside(path: str, name: str | None) -> str:
-    """Return where a file named in a configuration is: a relative name is beside it."""
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.join(folder, os.path.expanduser(name)) if name else ''
+def converted(entries: Entries) -> Settings:
+    """Return the values of entries as pyrocore's jobs expect them; a handler stays text."""
+    values = texts_of(entries)
+    for key, text in values.items():
+        if key not in ('handler', 'schedule'):
+            values[key] = convert(text)
+    return values
 
 
-def default_state_dir(path: str) -> str:
-    """Return the folder of state of one configuration file, by its real path."""
-    import hashlib
-    real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    mark = hashlib.sha256(real.encode('utf-8', 'surrogateescape')).hexdigest()[:8]
-    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
-
-
-def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's file over them, and of -D over both."""
-    ini = Ini()
-    for name, values in DEFAULTS.items():
-        for key, value in zip(('handler', 'schedule', 'active'), values):
-            ini.add('TORQUE', f'job.{name}.{key}', value, '<defaults>')
-    try:
-        with open(path, encoding='utf-8') as stream:
-            ini.read(stream, path)
-    except UnicodeDecodeError as error:
-        raise Mistakes([f'{path}: not UTF-8 text: {error.reason} at byte {error.start}']) from None
-    except OSError as error:
-        raise Mistakes([f'{path}: {error.strerror}']) from None
-    for text in overrides:
-        key, equals, value = text.partition('=')
-        shown = ini.excerpt(text, text)
-        section, dot, rest = key.strip().partition('.')
-        if not equals or not key.strip():
-            ini.mistakes.append(f'-D {shown}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif dot and section.upper() in {*ini.sections, *SECTIONS}:
-            ini.add(section.upper(), rest, value.strip(), '-D')
-        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
-            ini.mistakes.append(f'-D {shown}: there is no section [{section.upper()}]')
-        else:
-            ini.add('TORQUE', key.strip(), value.strip(), '-D')
-    return ini
-
-
-def first_place(entries: dict[str, Entry]) -> str:
+def first_place(entries: Entries) -> Place:
     """Return where the user's file begins to speak of something."""
-    return next((entry.place for entry in entries.values() if entry.place != '<defaults>'),
-                '<defaults>')
+    for entry in entries.values():
+        if entry.place.file != '<defaults>':
+            return entry.place
+    return Place('<defaults>')
 
 
-def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
+def built_in(entries: Entries) -> Any:
+    """Return the class of a job where it is a built-in one, else None."""
+    if 'handler' in entries:
+        for job in BUILT_IN:
+            if handler_name(entries['handler'].value) == f'torque:{job.__name__}':
+                return job
+    return None
+
+
+def is_off(entries: Entries) -> bool:
+    """Tell whether a job's settings say that it is not active."""
+    if 'active' not in entries:
+        return False
+    return entries['active'].value.lower() in FALSE
+
+
+def group_jobs(ini: Ini) -> dict[str, Entries]:
     """Return the entries of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, dict[str, Entry]] = {}
-    ignored = set()
+    groups: dict[str, Entries] = {}
+    others: Entries = {}
     for key, entry in ini.sections['TORQUE'].items():
-        stem, _, rest = key.partition('.')
-        name, _, param = rest.partition('.')
-        if stem == 'job' and name and param:
-            groups.setdefault(name, {})[param] = entry
-        elif stem == 'job':
-            ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
-        elif stem in ('apscheduler', 'httpd'):
-            ignored.add(f'{stem}.*')
-        elif stem not in TORQUE_NAMES:
-            ini.warn_if_near(stem.lower(), [*TORQUE_NAMES, 'job'], entry.place,
-                             f'{key} means nothing to torque')
-    for section, entries in ini.sections.items():
-        if section not in SECTIONS:
-            ini.warn_if_near(section, SECTIONS, first_place(entries),
-                             f'section [{section}] means nothing to torque')
-    for name, entries in groups.items():
-        if 'handler' not in entries:
-            ini.warn_if_near(name, groups.keys() - {name}, first_place(entries),
-                             f'job.{name} has no handler')
-    if ignored:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
+        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
+        if setting:
+            groups.setdefault(setting[1], {})[setting[2]] = entry
+        elif key.partition('.')[0] == 'job':
+            ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
+        elif key not in TORQUE_NAMES:
+            others[key] = entry
+    old = set()
+    for key, entry in others.items():
+        family = key.partition('.')[0]
+        if family in ('apscheduler', 'httpd'):
+            old.add(f'{family}.*')
+        else:
+            hint = where_it_belongs(key, groups)
+            ini.warn(entry.place, f'{key} means nothing to torque{hint}')
+    if old:
+        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(old))}")
     return groups
 
 
-def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
-            mistakes: list[str]) -> Settings:
-    """Return the values of options, noting the mistakes in them."""
+def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
+    """Return what to write instead of a key of [TORQUE] that has no effect there."""
+    stem, _, rest = key.partition('.')
+    if rest and stem.lower() in ('job', 'jobs'):
+        return f"; did you mean 'job.{rest}'?"
+    if rest and stem in groups:
+        return f"; did you mean 'job.{key}'?"
+    if key in CORE_NAMES:
+        return f'; write job.NAME.{key}, for each job'
+    for name in ('queue', 'treewatch', 'fluxstats'):
+        job = built_in(groups[name])
+        if job and job.takes(key):
+            hint = f'; write job.{name}.{key}'
+            if job.section == 'INFLUXDB':
+                hint += ', or put it under [INFLUXDB]'
+            return hint
+    return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
+
+
+def warn_of_sections(ini: Ini) -> None:
+    """Warn of sections, and of settings in them, that have no effect."""
+    for section, entries in ini.sections.items():
+        if section not in SECTIONS:
+            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+            ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
+            continue
+        for key, entry in entries.items():
+            if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
+                ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs under '
+                                      '[TORQUE]')
+
+
+def checked(options: Iterable[Option], entries: Entries, prefix: str,
+            mistakes: list[Mistake]) -> Settings:
+    """Return the values of options, adding the mistakes in them to `mistakes`."""
     values = Settings()
     for option in options:
         entry = entries.get(option.name) or entries.get(option.alias)
         typed = option.kind != 'text'           # empty is as if it were left out
-        text = entry.value if entry and (entry.value or not typed) else option.default
+        text = option.default
+        if entry and (entry.value or not typed):
+            text = entry.value
+        values[option.name] = None
+        if typed and text == '':
+            continue
         try:
-            values[option.name] = None if typed and text == '' else option.parse(text)
+            values[option.name] = option.parse(text)
         except UserError as error:
             place = entry.place if entry else first_place(entries)
-            mistakes.append(f'{place}: {prefix}{option.name}: {error}')
-            values[option.name] = None
+            mistakes.append((place, f'{prefix}{option.name}: {error}'))
     return values
 
 
-def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dict[str, Entry],
-                   mistakes: list[str]) -> None:
-    """Note what a built-in job, or the section for its like, has that is none of its options."""
-    known = [name for option in (*CORE_OPTIONS, *job.options)
-             for name in (option.name, option.alias) if name]
-    groups = {prefix: entries, '': {} if job.section == 'TORQUE' else shared}
-    mistakes += [f'{entry.place}: {before}{key}: {job.__name__} has no such option'
-                 f"{nearest(key, known) or '; see --list-jobs'}"
-                 for before, group in groups.items() for key, entry in group.items()
-                 if key not in known and not key.startswith(job.families)]
-
-
-def is_off(entries: dict[str, Entry]) -> bool:
-    """Tell whether a job's settings say that it is not active."""
-    return 'active' in entries and entries['active'].value.lower() in FALSE
-
-
-def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
-    """Tell whether a job is active; warn of a slip that may be what keeps it from that."""
-    if not is_off(entries):
-        return True
-    names = [option.name for option in CORE_OPTIONS]
+def unknown_options(job: Any, prefix: str, entries: Entries) -> list[Mistake]:
+    """Return what is among a built-in job's settings and is none of its options."""
+    known = list(CORE_NAMES)
+    for option in job.options:
+        known += filter(None, (option.name, option.alias))
+    unknown = []
     for key, entry in entries.items():
-        if key not in names and key[:3] != 'cmd':
-            ini.warn_if_near(key, names, entry.place, f'job.{name}.{key} of an inactive job')
-    return False
+        if key not in CORE_NAMES and not job.takes(key) and not key.startswith('job.'):
+            hint = nearest(key, known) or '; see --list-jobs'
+            unknown.append((entry.place, f'{prefix}{key}: {job.__name__} has no such option{hint}'))
+    return unknown
 
 
-def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> PlannedJob:
-    """Return a job ready to be made, if there are no mistakes."""
-    prefix, places = f'job.{name}.', {key: entry.place for key, entry in entries.items()}
-    core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-    make, schedule = core.pop('handler'), core.pop('schedule')
-    config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
-                        convert(entry.value)) for key, entry in entries.items())
-    for key in entries.keys() & {*JobConfig.__annotations__, *dir(dict)}:
-        ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
-                            f'the job finds it as config[{key!r}]')
-    if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-        shared = ini.sections.get(make.section, {})
-        refuse_unknown(make, prefix, entries, shared, ini.mistakes)
-        for option in make.options:
-            if option.name in entries and option.alias in entries:
-                ini.warnings.append(f'{entries[option.alias].place}: {prefix}{option.alias} is '
-                                    f'another name of {option.name}, and that counts')
-        entries = {**entries, **{
-            option.name: shared[option.name] for option in make.options
-            if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
-        config.update({key: entry.value for key, entry in entries.items()
-                       if key.startswith(make.families)},
-                      **checked(make.options, entries, prefix, ini.mistakes))
-    config.update(core, job_name=name, dry_run=core.dry_run or dry_run)
-    return PlannedJob(name, make, config, schedule, {**places, '': first_place(entries)},
-                      {key: entry.value for key, entry in entries.items()})
+def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
+    """Return a built-in job's entries with those that its section gives to all of its kind.
+
+    What is none of its options is a mistake.
+    """
+    shared = ini.sections.get(job.section, {})
+    merged = dict(entries)
+    ini.mistakes += unknown_options(job, prefix, entries)
+    if job.section != 'TORQUE':
+        ini.mistakes += unknown_options(job, '', shared)
+    for option in job.options:
+        if option.name in entries and option.alias in entries:
+            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
+                                                  f'{option.name}, and that counts')
+        elif option.name in shared and option.alias not in entries:
+            merged.setdefault(option.name, shared[option.name])
+    return merged
+
+
+def import_modules(path: str, groups: dict[str, Entries]) -> None:
+    """Import the modules of all active jobs: each may add fields that others' conditions name."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    for entries in groups.values():
+        if 'handler' in entries and not is_off(entries):
+            with contextlib.suppress(UserError):    # told of when the job is planned
+                import_handler(entries['handler'].value)
+
+
+class PlannedJob(NamedTuple):
+    """A job that can be made."""
+    name: str
+    make: Callable[[JobConfig], Any]
+    config: JobConfig
+    schedule: Schedule
+    places: dict[str, Place]            # of its settings, and '' of the first
+    source: Settings                    # all texts it is made of: the same, and so is the job
 
 
 class Config(Settings):
@@ -6632,79 +7095,122 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    __setattr__ = object.__setattr__
     former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
-        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], '', ini.mistakes)
+        self.path = path
+        self.warnings = ini.warnings
+        self.notes = ini.notes
+        warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
-        self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
-        self.clear()
-        for section, entries in ini.sections.items():
-            self[section.lower()] = Settings((key, entry.value) for key, entry in entries.items())
-        self['torque'] = Settings((key, convert(text)) for key, text in self['torque'].items())
-        self['torque'].update(options)
-        self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
-        self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
-        self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
-        self.scgi_entry = ini.sections['TORQUE'].get('scgi_url')
-        self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
-        folder = os.path.dirname(os.path.realpath(path))
-        if folder not in sys.path:
-            sys.path.append(folder)
-        for entries in groups.values():         # modules first: they may add fields of torrents
-            if 'handler' in entries and not is_off(entries):
-                with contextlib.suppress(UserError):
-                    import_handler(entries['handler'].value)
+        self.fill(ini, dry_run)
+        import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
         for name, entries in groups.items():
-            if name == only or only is None and is_active(name, entries, ini):
-                planned = plan_job(name, entries, ini, dry_run)
-                planned.config.engine = self.engine
-                if planned.config.scgi_url or planned.config.same_files is not None:
-                    planned.config.engine = self.find_engine(entries, f'job.{name}.', ini)
-                planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
-                self.jobs.append(planned)
-            elif only is not None and entries.get('scgi_url') and not is_off(entries):
-                self.find_engine(entries, f'job.{name}.', ini)  # its items have data, too
-        for planned in self.jobs:
-            planned.config.engines = [*self.engines.values()]
+            if name == only or only is None and not is_off(entries):
+                self.jobs.append(self.plan(name, entries, ini, bool(only)))
+            elif only is not None and not is_off(entries) and 'scgi_url' in entries:
+                # No job of this run, but its items have data that others must not touch.
+                self.find_engine(entries['scgi_url'].value, self.torque.same_files,
+                                 f'job.{name}.scgi_url', entries, ini)
+            elif only is None and built_in(entries):    # a slip may be why it is not active
+                for place, text in unknown_options(built_in(entries), f'job.{name}.', entries):
+                    ini.warn(place, f'{text} (of an inactive job)')
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
-    def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
-        """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
-        entry, key = entries.get('scgi_url'), prefix + 'scgi_url'
-        if prefix and not (entry and entry.value):
-            entry, key = self.scgi_entry, 'scgi_url'
-        url = entry.value if entry else ''
-        try:
-            if not url and ini.mistakes:        # it may be among what was not understood
-                return None
-            if not url:
-                url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
-            same_files = self.torque.same_files
-            if prefix and 'same_files' in entries:
-                same_files = entries['same_files'].value.lower() in TRUE
-            made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT,
-                       self.torque.rpc_limit or RPC_LIMIT, same_files)
-            if made_of not in self.engines:
-                engine = self.former.get(made_of)
-                if not engine:
-                    engine = Engine(*made_of)
-                    engine.aliases = self.aliases
-                self.engines[made_of] = engine
-            return self.engines[made_of]
-        except UserError as error:
-            entry = entry or entries.get('rtorrent_rc')
-            ini.mistakes.append(f'{entry.place if entry else self.path}: {key}: {error}')
+    def fill(self, ini: Ini, dry_run: bool) -> None:
+        """Replace the sections by those of the files, and find what all jobs share."""
+        self.clear()
+        for section, entries in ini.sections.items():
+            self[section.lower()] = texts_of(entries)
+        entries = ini.sections['TORQUE']
+        torque = converted(entries)
+        torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
+        torque['dry_run'] = bool(torque.dry_run or dry_run)
+        self['torque'] = torque
+        self.state_dir = beside(self.path, torque.state_dir)
+        if not self.state_dir:
+            self.state_dir = default_state_dir(self.path)
+        self.aliases = {}
+        for name, text in self.get('announce', {}).items():
+            self.aliases[name] = text.split()
+        self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
+        self.all_engines: list[Engine] = []         # the same, as jobs have them
+        self.engine = self.find_engine(torque.scgi_url, torque.same_files, 'scgi_url', entries,
+                                       ini)
+
+    def plan(self, name: str, entries: Entries, ini: Ini, alone: bool) -> PlannedJob:
+        """Return a job ready to be made, if there are no mistakes."""
+        prefix = f'job.{name}.'
+        core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
+        values = converted(entries)
+        make = core.pop('handler')
+        if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
+            entries = with_shared(make, prefix, entries, ini)
+            values = texts_of(entries)
+            values.update(checked(make.options, entries, prefix, ini.mistakes))
+        schedule = core.pop('schedule')
+        values.update(core)
+        values['job_name'] = name
+        values['dry_run'] = bool(core.dry_run or self.torque.dry_run)
+        if core.same_files is None:
+            values['same_files'] = self.torque.same_files
+        engine = self.engine
+        if core.scgi_url:
+            engine = self.find_engine(core.scgi_url, values.same_files, f'{prefix}scgi_url',
+                                      entries, ini)
+        elif values.same_files != self.torque.same_files:
+            engine = self.find_engine(self.torque.scgi_url, values.same_files, 'scgi_url',
+                                      ini.sections['TORQUE'], ini)
+        config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
+        for key in set(dir(config)).intersection(entries):
+            ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
+                                         f'the job finds it as config[{key!r}]')
+        places = {'': first_place(entries)}
+        for key, entry in entries.items():
+            places[key] = entry.place
+        return PlannedJob(name, make, config, schedule, places, texts_of(entries))
+
+    def find_engine(self, url: str, same_files: bool, key: str, entries: Entries,
+                    ini: Ini) -> Any:
+        """Return the Engine at an address; an empty one is what rTorrent's own rc says.
+
+        key, entries: the setting that a mistake is told of, and those that it stands among.
+        """
+        if not url and ini.mistakes:            # it may be among what was not understood
             return None
+        try:
+            if not url:
+                url = find_url(self.torque.rtorrent_rc)
+                key = 'rtorrent_rc'
+            return self.engine_at(url, same_files)
+        except UserError as error:
+            entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
+            place = entry.place if entry else Place(self.path)
+            ini.refuse(place, f'{key}: {error}')
+            return None
+
+    def engine_at(self, url: str, same_files: bool) -> Engine:
+        """Return the Engine at an address: one for all jobs that name the same."""
+        torque = self.torque
+        timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
+        limit = torque.rpc_limit or RPC_LIMIT
+        made_of = (url, timeout, limit, bool(same_files))
+        if made_of not in self.engines:
+            engine = self.former.get(made_of)
+            if not engine:
+                engine = Engine(*made_of)
+                engine.aliases = self.aliases
+            self.engines[made_of] = engine
+            self.all_engines.append(engine)
+        return self.engines[made_of]
 
     def snapshot(self) -> list:
         """Return what restore() takes to go back to this configuration."""
@@ -6720,31 +7226,45 @@ class Config(Settings):
 
 
 def clean_up(name: str, job: Any) -> None:
-    """Call a job's cleanup(), whatever comes of it."""
+    """Call a job's cleanup(), if it has one, whatever comes of it."""
     try:
-        getattr(job, 'cleanup', lambda: None)()
+        if hasattr(job, 'cleanup'):
+            job.cleanup()
     except BaseException as error:
         logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
+
+
+def make_job(planned: PlannedJob) -> Any:
+    """Return the object of a job; raises Mistakes."""
+    place, name = planned.places[''], f'job.{planned.name}'
+    try:
+        job = planned.make(planned.config)
+        if callable(getattr(job, 'run', None)):
+            return job
+        text = f'{name}: the class has no run()'
+    except Unreachable:                         # no mistake: it may be there the next time
+        raise
+    except UserError as error:
+        place = planned.places.get(error.option, place)
+        text = f'{name}: {error}'
+        if error.option:
+            text = f'{name}.{error.option}: {error}'
+    except (Exception, SystemExit) as error:
+        text = f'{name} cannot be made: {origin(error)}'
+    raise Mistakes([(place, text)])
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
-    mistakes = []
+    mistakes: list[Mistake] = []
     Engine.making.jobs = True
     try:
         for planned in plans:
             try:
-                job = made[planned.name] = planned.make(planned.config)
-                if not callable(getattr(job, 'run', None)):
-                    raise UserError('the class has no run()')
-            except UserError as error:
-                place = planned.places.get(error.option) or planned.places['']
-                option = '.'[:bool(error.option)] + error.option
-                mistakes.append(f'{place}: job.{planned.name}{option}: {error}')
-            except (Exception, SystemExit) as error:
-                mistakes.append(f"{planned.places['']}: job.{planned.name} cannot be made: "
-                                f'{origin(error)}')
+                made[planned.name] = make_job(planned)
+            except Mistakes as error:
+                mistakes += error.mistakes
         if mistakes:
             raise Mistakes(mistakes)
     except BaseException:                       # KeyboardInterrupt: torque is to end
@@ -7570,7 +8090,7 @@ def check(config: Config) -> int:
                 logging.getLogger('torque.engine').warning('%s', error)
     for planned in config.jobs:
         view, engine = planned.config.view or planned.config.viewname, planned.config.engine
-        if planned.make in BUILT_IN.values() and view and engine.views and view not in engine.views:
+        if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
     warn_of_risks(config, {AS_ROOT})
@@ -7589,8 +8109,8 @@ def explain(config: Config, path: str) -> int:
 
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
-    tables = {f"{name}\n    {(job.__doc__ or '').splitlines()[0]}": job.options or ()
-              for name, job in BUILT_IN.items()}
+    tables: dict = {f"torque:{job.__name__}\n    {(job.__doc__ or '').splitlines()[0]}":
+                    job.options for job in BUILT_IN}
     for title, options in {**tables, 'any job': CORE_OPTIONS, '[TORQUE]': TORQUE_OPTIONS}.items():
         print(title)
         for option in options:
