@@ -4668,7 +4668,6 @@ class Config(Settings):
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
     __setattr__ = object.__setattr__
-    former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
@@ -4719,28 +4718,13 @@ class Config(Settings):
             made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT,
                        self.torque.rpc_limit or RPC_LIMIT)
             if made_of not in self.engines:
-                engine = self.former.get(made_of)
-                if not engine:
-                    engine = Engine(*made_of)
-                    engine.aliases = self.aliases
-                self.engines[made_of] = engine
+                self.engines[made_of] = Engine(*made_of)
+                self.engines[made_of].aliases = self.aliases
             return self.engines[made_of]
         except UserError as error:
             entry = entry or entries.get('rtorrent_rc')
             ini.mistakes.append(f'{entry.place if entry else self.path}: {key}: {error}')
             return None
-
-    def snapshot(self) -> list:
-        """Return what restore() takes to go back to this configuration."""
-        return [dict(self), dict(vars(self))]
-
-    def restore(self, snapshot: list) -> None:
-        """Go back to an earlier configuration."""
-        values, attributes = snapshot
-        self.update(values)                     # at no moment is it empty
-        for name in set(self).difference(values):
-            del self[name]
-        vars(self).update(attributes)
 
 
 def clean_up(name: str, job: Any) -> None:
