@@ -1099,7 +1099,8 @@ class WorkersTest(Folder):
     def setUp(self):
         super().setUp()
         self.scheduler = torque.Scheduler()
-        self.thread = threading.Thread(target=self.scheduler.serve, daemon=True)
+        self.thread = threading.Thread(target=self.scheduler.serve, args=(lambda: None,),
+                                       daemon=True)
         self.release = threading.Event()
         self.addCleanup(self.stop)
 
@@ -5661,6 +5662,7 @@ class DaemonControlTest(DaemonFolder):
         self.assertTrue(self.pid_file.keep())
         self.addCleanup(lambda: os.close(self.pid_file.file))
         shutil.rmtree(f'{self.folder}/state')
+        daemon.looked_at = -torque.PID_FILE_PAUSE
         daemon.look_after_pid_file()
         self.assertEqual(open_text(self.pid_file.path), f'{os.getpid()}\n')
         self.assertEqual(self.ask()['pid'], os.getpid())
@@ -5668,6 +5670,7 @@ class DaemonControlTest(DaemonFolder):
         other = torque.PidFile(self.pid_file.path)
         self.assertTrue(other.keep())
         self.addCleanup(os.close, other.file)
+        daemon.looked_at = -torque.PID_FILE_PAUSE
         daemon.look_after_pid_file()
         self.assertEqual((daemon.exit_status, daemon.scheduler.stopping), (75, True))
 
@@ -5746,6 +5749,26 @@ class DaemonControlTest(DaemonFolder):
             scgi_answer(xml_answer(7, *STYLES[1])))], f'{self.folder}/rpc.sock')
         self.addCleanup(server.stop)
         wait_for(lambda: program.seen('INFO e: pid 7'))
+
+    def test_nothing_from_others_reaches_the_terminal_raw(self):
+        def answer(connection):
+            body = Server.request(connection)
+            result = ['system.listMethods']
+            if b'listMethods' not in body:
+                result = [['0.9\x1b[2J']] * body.count(b'methodName</name>')
+            text = torque.xml_request('x', [result]).replace(b'methodCall', b'methodResponse')
+            connection.sendall(scgi_answer(text.replace(b'<methodName>x</methodName>', b'')))
+        self.addCleanup(Server(answer, f'{self.folder}/rpc.sock').stop)
+        self.ini('job.e.handler = torque:EngineStats\njob.e.schedule = every 0.1s\n'
+                 + self.job('bad\x1b[2J', fail='a\x1b[2Jb'))
+        program = self.start()
+        wait_for(lambda: self.ask()['rtorrent'][0]['version'] and self.state('e')['runs'])
+        wait_for(lambda: any(job['last_error'] for job in self.ask()['jobs']))
+        for word in ('--status', '--check'):
+            status, said = self.command(word)
+            self.assertNotIn('\x1b', said)
+            self.assertIn('\\x1b[2J', said)
+        self.assertNotIn('\x1b', ''.join(program.lines))
 
     def test_status_while_it_starts(self):
         self.ini(self.job('slow', slow='go'))
@@ -6188,6 +6211,14 @@ class CatchUpTest(DaemonFolder):
                 self.assertEqual(len(self.logged('starts.json is not usable')), 1)
         self.write('starts.json', '{"version": 1, "starts": {"a": NaN, "b": -1, "c": 1e99}}')
         self.assertEqual(torque.Memory(self.folder).starts, {})
+
+    def test_links_and_pipes_are_not_followed(self):
+        other = self.write('other', '{"version": 1, "starts": {"a": 5}}')
+        for make in (lambda path: os.symlink(other, path), os.mkfifo):
+            make(f'{self.folder}/starts.json')
+            self.assertEqual(torque.Memory(self.folder).starts, {})
+            os.remove(f'{self.folder}/starts.json')
+        self.assertEqual(len(self.logged('starts.json is not usable')), 2)
 
     def test_many_starts_are_saved_together(self):
         memory, writes, real = torque.Memory(self.folder), [], torque.replace_file
@@ -6759,7 +6790,7 @@ def bench_lateness(seconds=8):
         for task in scheduler.tasks.values():           # all are due at the same moment
             task.schedule.start = schedule.start
         threading.Timer(seconds, lambda: scheduler.call_soon(scheduler.stop)).start()
-        scheduler.serve()
+        scheduler.serve(lambda: None)
         late = sorted(late[2 * count:])                 # without the start
         print(f'lateness of {count:4} jobs a second: p50 {late[len(late) // 2] * 1000:6.2f} ms, '
               f'p99 {late[int(len(late) * .99)] * 1000:6.2f} ms, max {late[-1] * 1000:6.2f} ms '

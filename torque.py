@@ -46,7 +46,6 @@ import logging
 import operator
 import os
 import queue
-import random
 import re
 import sched
 import select
@@ -641,6 +640,8 @@ class Task:
     Its worker writes how runs went; the main thread writes when it is due. `waiting`,
     `running_since`, `overdue` and `limit` are guarded by the scheduler's lock.
     """
+    TOLD = ('name', 'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed',
+            'last_error')               # by --status
     at_start = False                    # a calendar task is due at once, too
     due: float | None = None            # in the clock of the schedule
     last_due: float | None = None
@@ -786,6 +787,7 @@ class Scheduler:
             return
         delay = 0.0
         if task.schedule.jitter:
+            import random
             delay = random.uniform(0, task.schedule.jitter)
         self.clock_of(task).enterabs(task.due + delay, next(self.order), self.come_due,
                                      (task, delay))
@@ -933,11 +935,12 @@ class Scheduler:
         if function is not None:
             function()
 
-    def serve(self) -> None:
-        """Run tasks until stop() is called."""
+    def serve(self, chore: Callable[[], None]) -> None:
+        """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
         while not self.stopping:
             seconds = THREAD_PAUSE
             try:
+                chore()
                 seconds = self.step()
             except Exception:                   # as from a filter that a job gave the log
                 with contextlib.suppress(Exception):
@@ -4776,7 +4779,7 @@ config_ini = Config()
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
-PID_FILE_PAUSE = 30.0           # seconds from one look after the pid file to the next
+PID_FILE_PAUSE = 1              # seconds between looks after the pid file, at each wake, at least
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
 SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
 
@@ -4793,7 +4796,9 @@ def open_own(path: str, flags: int) -> int:
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     status = os.fstat(file)
-    own = status.st_uid == os.geteuid() or (os.geteuid() == 0 and flags == os.O_RDONLY)
+    own = status.st_uid == os.geteuid()
+    if os.geteuid() == 0 and flags == os.O_RDONLY:
+        own = True
     if own and stat.S_ISREG(status.st_mode):
         return file
     os.close(file)
@@ -4827,10 +4832,11 @@ class PidFile:
     def keep(self) -> bool:
         """Lock the file and write our pid, where that is not done; False where another has it."""
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.lstat(self.path), os.fstat(self.file)):
+            there = os.lstat(self.path)
+            if os.path.samestat(there, os.fstat(self.file)):
                 return True
         try:
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
         file = open_own(self.path, os.O_RDWR | os.O_CREAT)
@@ -4876,8 +4882,10 @@ class PidFile:
 
     def read(self) -> tuple[int, str]:
         """Return the owner of the file, and what is written in it."""
-        with open(open_own(self.path, os.O_RDONLY), encoding='ascii', errors='replace') as stream:
-            return os.fstat(stream.fileno()).st_uid, stream.read(20).strip()
+        file = open_own(self.path, os.O_RDONLY)
+        with open(file, encoding='ascii', errors='replace') as stream:
+            owner = os.fstat(file).st_uid
+            return owner, stream.read(20).strip()
 
     def connect(self, seconds: float) -> tuple[socket.socket, int]:
         """Return a connection to the daemon, and its pid."""
@@ -4891,8 +4899,10 @@ class PidFile:
                                 f'{error.strerror or error}') from None
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, user, _ = struct.unpack('3i', peer)
-        # Root may speak with one whose user owns the pid file, and whose pid it holds.
-        if user != os.geteuid() and (os.geteuid() != 0 or self.read() != (user, str(pid))):
+        allowed = user == os.geteuid()
+        if os.geteuid() == 0 and not allowed:
+            allowed = self.read() == (user, str(pid))
+        if not allowed:
             sock.close()
             raise LoggableError(f'{self.socket}: a process of another user answers; it is left '
                                 'alone')
@@ -4988,9 +4998,12 @@ class Memory:
             content = json.load(stream)
         if content['version'] != 1:
             raise ValueError(f"version {content['version']!r}")
-        now = time.time()               # what is later, a clock that was wrong has written
-        return {name: min(float(when), now) for name, when in content['starts'].items()
-                if 0 < when < 1 << 33}
+        now = time.time()
+        starts = {}
+        for name, when in content['starts'].items():
+            if 0 < when < 1 << 33:
+                starts[name] = min(float(when), now)    # a clock that was wrong wrote later ones
+        return starts
 
     def started(self, job: PlannedJob) -> None:
         """Note that a job starts: at once where a crash would have it called missed."""
@@ -4999,10 +5012,11 @@ class Memory:
         if job.config.catch_up:
             self.save(-1)                       # on disk before it does anything
             return
-        due = None
+        rare = False
         if not job.schedule.elapsed:
             due = job.schedule.next(when)
-        if elapsed_time() - self.saved_at > self.PAUSE or (due and due - when > self.PAUSE):
+            rare = due is not None and due - when > self.PAUSE
+        if rare or elapsed_time() - self.saved_at > self.PAUSE:
             self.save(1)                        # a disk that hangs holds up no other job
 
     def plan(self, jobs: Iterable[PlannedJob]) -> None:
@@ -5090,8 +5104,11 @@ def systemd_notify(state: str) -> None:
     address = os.environ.get('NOTIFY_SOCKET', '')
     if not address.startswith(('/', '@')):
         return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(state.encode(), address.replace('@', '\0', 1))
+    if address[0] == '@':
+        address = '\0' + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendto(state.encode(), address)
 
 
 def scrubbed(text: str) -> str:
@@ -5123,15 +5140,23 @@ def others_may(mode: int, path: str) -> bool:
     return False
 
 
+def find_secret(config: Config) -> str:
+    """Return the name of a setting that holds a secret, '' where there is none."""
+    for section in config.values():
+        for key, value in section.items():
+            if value and (re.search(SECRET + '$', key) or redacted(value) != str(value)):
+                return key
+    return ''
+
+
 def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
     """Return what lets others read secrets or run commands as this user."""
     risks = []
     if os.geteuid() == 0:
         risks.append(AS_ROOT)
-    secrets = [key for section in config.values() for key, value in section.items()
-               if value and (re.search(SECRET + '$', key) or redacted(value) != str(value))]
-    if secrets and others_may(0o044, config.path):
-        risks.append(f'{config.path} holds {secrets[0]} and can be read by others: chmod 600')
+    secret = find_secret(config)
+    if secret and others_may(0o044, config.path):
+        risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
     if others_may(0o002, config.state_dir):
         risks.append(f'{config.state_dir}, the state folder, can be written by every user: '
                      'chmod 700')
@@ -5175,7 +5200,8 @@ def byte_code(source: str) -> str:
         content = stream.read()
     # PEP 552, byte code that names the hash of its source: a time of whole seconds would not
     # tell two changes in the same second apart.
-    head = importlib.util.MAGIC_NUMBER + struct.pack('<I', 3) + importlib.util.source_hash(content)
+    head = importlib.util.MAGIC_NUMBER + struct.pack('<I', 3)
+    head += importlib.util.source_hash(content)
     with contextlib.suppress(FileNotFoundError), open(path, 'rb') as stream:
         if stream.read(len(head)) == head:
             return path
@@ -5203,6 +5229,7 @@ def run_from_byte_code() -> None:
 
 class Daemon:
     """A running torque: its jobs, their tasks, and what it tells of itself."""
+    TOLD = ('pid', 'started', 'starting', 'stopping', 'reloading', 'refusals', 'mistakes')
 
     def __init__(self, config: Config, pid_file: PidFile):
         self.config = config
@@ -5216,6 +5243,7 @@ class Daemon:
         self.memory = Memory(config.state_dir)
         self.repeats = Repeats()
         self.began = elapsed_time()
+        self.looked_at = self.began             # after the pid file
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
         self.missed: list[str] = []             # what was due while torque did not run
@@ -5244,7 +5272,6 @@ class Daemon:
             if planned in missed:
                 made_up = ' (made up for now)' if planned.config.catch_up else ''
                 self.missed.append(planned.name + made_up)
-        self.scheduler.later(PID_FILE_PAUSE, self.look_after_pid_file)
 
     def leave_child(self) -> None:
         """Let a process that a job forks have none of what is the daemon's."""
@@ -5294,7 +5321,8 @@ class Daemon:
         if not url or os.getpid() != self.pid:
             return
         base, mark, query = url.partition('?')
-        self.pinger.send(base.rstrip('/') + way + mark + query, scrubbed(text[:10000]))
+        url = base.rstrip('/') + way + mark + query
+        self.pinger.send(url, scrubbed(text[:10000]))
 
     def serve(self, verb: str) -> None:
         """Run jobs on schedule until a signal comes, and end the process."""
@@ -5306,7 +5334,7 @@ class Daemon:
             self.log.info('missed while torque was not running: %s', ', '.join(self.missed))
         self.starting = False
         systemd_notify('READY=1')
-        self.scheduler.serve()
+        self.scheduler.serve(self.look_after_pid_file)
         if not self.reloading:
             systemd_notify('STOPPING=1')
         hung = ', '.join(self.finish())
@@ -5354,7 +5382,9 @@ class Daemon:
 
     def look_after_pid_file(self) -> None:
         """Make pid file and socket again where somebody removed them; end for another daemon."""
-        self.scheduler.later(PID_FILE_PAUSE, self.look_after_pid_file)
+        if elapsed_time() < self.looked_at + PID_FILE_PAUSE:
+            return
+        self.looked_at = elapsed_time()
         try:
             ours = self.pid_file.keep()
         except UserError as error:
@@ -5452,9 +5482,11 @@ class Daemon:
                 os.remove(self.pid_file.socket)
             self.server.bind(self.pid_file.socket)
             self.server.listen(5)
-            threading.Thread(target=self.answer, args=(self.server,), daemon=True).start()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
+            return
+        if not in_thread(self.answer, self.server):
+            os.remove(self.pid_file.socket)     # it is tried again with the pid file
 
     def answer(self, server: socket.socket) -> None:
         """Tell the status to whoever connects, one after another; a thread."""
@@ -5475,16 +5507,18 @@ class Daemon:
         log_file = None
         for handler in logging.getLogger('torque').handlers:
             log_file = getattr(handler, 'baseFilename', None)
-        status = {name: getattr(self, name) for name in (
-            'pid', 'started', 'starting', 'stopping', 'reloading', 'refusals', 'mistakes')}
-        status.update(
-            version=VERSION, config=self.path, log_file=log_file,
-            uptime=elapsed_time() - self.began, grace=self.config.torque.grace,
-            rtorrent=[engine_status(engine) for engine in list(self.config.engines.values())],
-            jobs=[])
+        status = {name: getattr(self, name) for name in self.TOLD}
+        status['version'] = VERSION
+        status['config'] = self.path
+        status['log_file'] = log_file
+        status['uptime'] = elapsed_time() - self.began
+        status['grace'] = self.config.torque.grace
+        status['rtorrent'] = [engine_status(engine) for engine in self.config.engines.values()]
+        status['jobs'] = []
         for _, task in sorted(self.scheduler.tasks.items()):
-            status['jobs'].append(task_status(task))
-            status['jobs'][-1]['next_run'] = self.scheduler.next_run(task)
+            job = task_status(task)
+            job['next_run'] = self.scheduler.next_run(task)
+            status['jobs'].append(job)
         return status
 
 
@@ -5500,9 +5534,7 @@ def engine_status(engine: Engine) -> dict:
 
 def task_status(task: Task) -> dict:
     """Return the state of a job, for --status."""
-    status = {name: getattr(task, name) for name in (
-        'name', 'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed',
-        'last_error')}
+    status = {name: getattr(task, name) for name in task.TOLD}
     status['state'] = 'idle'
     if task.overdue:
         status['state'] = 'overdue'
@@ -5514,11 +5546,12 @@ def task_status(task: Task) -> dict:
 
 
 def print_table(rows: list[tuple]) -> None:
-    """Print rows of text in columns."""
-    shown = [[one_line(cell) for cell in row] for row in rows]
+    """Print rows in columns."""
+    shown = [[one_line(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown)]
     for row in shown:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print('  '.join(cells).rstrip())
 
 
 def show_moment(moment: float | None) -> str:
@@ -5532,32 +5565,47 @@ def print_status(status: dict) -> None:
     """Print a daemon's status as a table."""
     parts = [f"torque {status['version']}", f"pid {status['pid']}",
              f"up {show_duration(status['uptime'])}"]
-    parts += [word for word in ('reloading', 'stopping') if status[word]]
+    for word in ('reloading', 'stopping'):
+        if status[word]:
+            parts.append(word)
     parts.append(status['config'])
     if status['log_file']:
         parts.append(f"log {status['log_file']}")
     print(one_line(', '.join(parts)))
     for engine in status['rtorrent']:
-        state = 'not asked yet'
-        if engine['away_for'] is not None:
-            state = f"has not answered for {show_duration(engine['away_for'])}"
-        elif engine['version']:
-            state = 'answers'
-        name = f"rTorrent {engine['version'] or ''}".rstrip()
-        print(one_line(f"{name} at {engine['address']}: {state}"))
-    rows = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED', 'NEXT RUN',
-             'LAST ERROR')]
+        print(one_line(engine_line(**engine)))
+    rows: list[tuple] = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED',
+                          'NEXT RUN', 'LAST ERROR')]
     for job in status['jobs']:
-        state = job['state']
-        if job['running_since'] is not None:
-            state += f" since {show_moment(job['running_since'])}"
-        took = '-'
-        if job['last_duration'] is not None:
-            took = show_duration(job['last_duration'])
-        rows.append((job['name'], state, show_moment(job['last_start']), took, str(job['runs']),
-                     str(job['failures']), str(job['missed']), show_moment(job['next_run']),
-                     one_line(job['last_error'] or '-')[:100]))
+        rows.append(job_row(job))
     print_table(rows)
+
+
+def engine_line(address: str, version: str | None, away_for: float | None) -> str:
+    """Return a line about an rTorrent."""
+    if away_for is not None:
+        state = f'has not answered for {show_duration(away_for)}'
+    elif version:
+        state = 'answers'
+    else:
+        state = 'not asked yet'
+    name = f"rTorrent {version or ''}".rstrip()
+    return f'{name} at {address}: {state}'
+
+
+def job_row(job: dict) -> tuple:
+    """Return the row of a job in the table of --status."""
+    state = job['state']
+    if job['running_since'] is not None:
+        state += f" since {show_moment(job['running_since'])}"
+    took = '-'
+    if job['last_duration'] is not None:
+        took = show_duration(job['last_duration'])
+    last_start = show_moment(job['last_start'])
+    next_run = show_moment(job['next_run'])
+    last_error = one_line(job['last_error'] or '-')[:100]
+    return (job['name'], state, last_start, took, job['runs'], job['failures'], job['missed'],
+            next_run, last_error)
 
 
 def detach() -> int:
@@ -5606,7 +5654,7 @@ class LogFormat(logging.Formatter):
         super().__init__(form, '%Y-%m-%d %H:%M:%S')
 
     def format(self, record: logging.LogRecord) -> str:
-        record.job = record.name.partition('.')[2] or record.name
+        record.job = one_line(record.name.partition('.')[2] or record.name)
         record.text = scrubbed(one_line(record.getMessage()))
         return super().format(record)
 
