@@ -842,17 +842,7 @@ class TickTest(Folder):
         self.scheduler = torque.Scheduler(lambda: self.clocks.now, lambda: self.clocks.up)
         self.ran = []
         self.release = threading.Event()
-        self.addCleanup(self.stop)
-
-    def stop(self):
-        """Let hung runs end, and all threads with them."""
-        self.release.set()
-        self.scheduler.stop()
-        for task in self.scheduler.tasks.values():
-            if task.worker:
-                task.waiting = 1
-                self.scheduler.wake(task)
-                task.worker.join(10)
+        self.addCleanup(self.release.set)
 
     def add(self, text, name='job', **kwargs):
         return self.scheduler.add(torque.Task(
@@ -5551,6 +5541,16 @@ class DaemonFolder(Folder):
         before = len(self.marks(name, word))
         wait_for(lambda: len(self.marks(name, word)) >= before + count, 20 + count)
 
+    def give_to_nobody(self):
+        """Let nobody own the folder."""
+        need('setpriv')
+        if os.geteuid() or subprocess.call(['setpriv', '--reuid=65534', '--clear-groups',
+                                            sys.executable, '-c', ''], stderr=-3):
+            self.skipTest('only root may be nobody, who has to reach this Python')
+        os.makedirs(f'{self.folder}/state', exist_ok=True)
+        for path in (self.folder, f'{self.folder}/state'):
+            os.chown(path, 65534, 65534)
+
     def ask(self):
         return self.pid_file.ask(20)
 
@@ -5715,11 +5715,8 @@ class DaemonControlTest(DaemonFolder):
                 other.stop()
                 os.remove(self.pid_file.socket)
 
-    @unittest.skipIf(os.geteuid(), 'only root may be somebody else')
     def test_nobody_else_is_ended(self):
-        os.makedirs(f'{self.folder}/state')
-        for path in (self.folder, f'{self.folder}/state'):
-            os.chown(path, 65534, 65534)
+        self.give_to_nobody()
         other = self.serve_other('other.close()', 'setpriv', '--reuid=65534', '--clear-groups')
         sock, pid = self.pid_file.connect(5)    # as root may
         sock.close()
@@ -6097,71 +6094,57 @@ class ReloadTest(DaemonFolder):
 
 
 class ByteCodeTest(DaemonFolder):
-    """The daemon is run from byte code, and nothing else is different."""
-
     def setUp(self):
         super().setUp()
-        shutil.copy(torque.__file__, self.folder)
-        self.write('looks.py', '''\
+        self.program = shutil.copy(torque.__file__, self.folder)
+        self.write('looks.py', """\
             import json, sys, torque
-            class Job:
+            class Job(torque.Job):
                 def __init__(self, config):
-                    found = dict(
-                        argv=sys.argv, path=sys.path, file=torque.__file__, unbuffered=sys.flags.
-                        dev_mode, same=torque is sys.modules['__main__'], count=sum(
-                            getattr(module, 'EngineStats', None) is not None
-                            for module in set(sys.modules.values())))
+                    same = torque is sys.modules['__main__']
                     with open(f'{config.state_dir}/found', 'w') as stream:
-                        json.dump(found, stream)
+                        json.dump([torque.__file__, sys.argv, sys.path, same], stream)
                 def run(self):
                     pass
-            ''')
+            """)
         self.ini('job.l.handler = looks:Job\njob.l.schedule = every 1h\n')
 
-    def found(self, *flags, cwd=None, script=None, **environment):
-        """Start a daemon; return what a job finds, and the command line of the process."""
-        environment = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '', **environment}
-        program = Program([sys.executable, *flags, script or f'{self.folder}/torque.py', '-c',
-                           self.path], env=environment, cwd=cwd)
+    def run_it(self, *flags, cwd=None, script=None, forbidden=''):
+        """Run a daemon; return the words of its process, what a job finds, and the version."""
+        program = Program([sys.executable, *flags, script or self.program, '-c', self.path],
+                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': forbidden}, cwd=cwd)
         self.addCleanup(program.stop)
-        wait_for(lambda: program.seen('started with') or program.process.poll() is not None)
-        found = json.loads(open_text(f'{self.folder}/state/found'))
+        wait_for(lambda: program.seen('started with'))
         words = open_text(f'/proc/{program.process.pid}/cmdline').split('\0')[:-1]
+        found, told = json.loads(open_text(f'{self.folder}/state/found')), self.ask()
         self.assertEqual(program.stop(), 0, program.lines)
-        return found, words
+        return words, found, told['version']
 
     def test_everything_is_found_as_before(self):
-        for flags, cwd, script in (((), None, None), (('-X', 'dev', '-W', 'ignore'), None, None),
+        for flags, cwd, script in (((), None, None), (('-u', '-X', 'dev'), None, None),
                                    ((), self.folder, 'torque.py')):
-            found, words = self.found(*flags, cwd=cwd, script=script)
+            words, (file, argv, path, same), _ = self.run_it(*flags, cwd=cwd, script=script)
             self.assertEqual(words[:-3], [sys.executable, *flags])
             self.assertRegex(words[-3], r'/__pycache__/torque\..*\.pyc$')
             self.assertEqual(words[-2:], ['-c', self.path])
-            self.assertEqual((found['file'], found['argv']), (
-                f'{self.folder}/torque.py', [f'{self.folder}/torque.py', '-c', self.path]))
-            self.assertEqual((found['same'], found['count']), (True, 1))
-            self.assertIn(self.folder, found['path'])
-            self.assertFalse([path for path in found['path'] if 'pycache' in path])
+            self.assertEqual((file, argv, same),
+                             (self.program, [self.program, '-c', self.path], True))
+            self.assertIn(self.folder, path)
+            self.assertNotIn('pycache', str(path))
 
     def test_forbidden_or_impossible_it_goes_on_as_it_is(self):
-        self.assertIn(f'{self.folder}/torque.py', self.found('-B')[1])
-        self.assertIn(f'{self.folder}/torque.py', self.found(PYTHONDONTWRITEBYTECODE='1')[1])
-        self.assertFalse(os.path.exists(f'{self.folder}/__pycache__'))
+        self.assertIn(self.program, self.run_it('-B')[0])
+        self.assertIn(self.program, self.run_it(forbidden='1')[0])
         self.write('__pycache__', '')
-        self.assertIn(f'{self.folder}/torque.py', self.found()[1])
+        self.assertIn(self.program, self.run_it()[0])
 
     def test_stale_byte_code_is_not_run(self):
-        self.found()
-        self.assertTrue(os.path.exists(f'{self.folder}/__pycache__'))
-        path = f'{self.folder}/torque.py'
-        before, good = os.stat(path), open_text(path)
-        self.write('torque.py', good.replace("VERSION = '1.0'", "VERSION = '7.7'"))
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))     # and of the same size
-        program = Program([sys.executable, path, '-c', self.path],
-                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': ''})
-        self.addCleanup(program.stop)
-        wait_for(lambda: program.seen('started with'))
-        self.assertEqual(self.ask()['version'], '7.7')
+        self.assertEqual(self.run_it()[2], '1.0')
+        before = os.stat(self.program)
+        self.write('torque.py', open_text(self.program).replace("VERSION = '1.0'",
+                                                                "VERSION = '7.7'"))
+        os.utime(self.program, ns=(before.st_atime_ns, before.st_mtime_ns))
+        self.assertEqual(self.run_it()[2], '7.7')
 
 
 class CatchUpTest(DaemonFolder):
@@ -6597,13 +6580,7 @@ class FaultTest(DaemonFolder):
 
     def as_nobody(self, *command, processes=1000):
         """Start torque, or another program, as nobody, who may have so many threads."""
-        need('setpriv')
-        if os.geteuid() or subprocess.call(['setpriv', '--reuid=65534', '--clear-groups',
-                                            sys.executable, '-c', ''], stderr=-3):
-            self.skipTest('only root may be nobody, who has to reach this Python')
-        os.makedirs(f'{self.folder}/state', exist_ok=True)
-        for path in (self.folder, f'{self.folder}/state'):
-            os.chown(path, 65534, 65534)
+        self.give_to_nobody()
         return Program(['prlimit', f'--nproc={processes}', 'setpriv', '--reuid=65534',
                         '--clear-groups', '--inh-caps=-all', '--bounding-set=-all',
                         *(command or (sys.executable, os.path.join(HERE, 'torque.py'), '-c',
