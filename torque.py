@@ -677,7 +677,8 @@ class Task:
         error: BaseException | None = None
         try:
             self.run()
-        except BaseException as raised:         # SystemExit, too, must not end a worker
+        except BaseException as raised:
+            # SystemExit, too, must not end a worker.
             error = raised
         if os.getpid() != pid:
             end_child(error)
@@ -862,7 +863,8 @@ class Scheduler:
             worker = threading.Thread(target=self.work, args=(task,), daemon=True)
             try:
                 worker.start()
-            except RuntimeError as error:       # no more threads
+            except RuntimeError as error:
+                # No more threads: its due times stay counted, and it is tried again.
                 if self.repeats.seen('threads', self.elapsed()):
                     self.log.error('no new worker thread: %s', error)
                 self.later(THREAD_PAUSE, self.wake, task)
@@ -873,7 +875,8 @@ class Scheduler:
     def call_overdue(self, task: Task, started: float) -> None:
         """Say of a run that it takes longer than it may."""
         with self.lock:
-            if task.running_since != started:   # it has just ended
+            if task.running_since != started:
+                # That run has just ended.
                 return
             task.overdue = True
         if task.repeats.seen('overdue', self.elapsed()):
@@ -883,7 +886,8 @@ class Scheduler:
     def work(self, task: Task) -> None:
         """Run a task each time it is woken; the thread of that task."""
         while True:
-            waits = task.wake.acquire(blocking=False)   # it came due during its last run
+            # Woken already: it came due during its last run.
+            waits = task.wake.acquire(blocking=False)
             if not waits:
                 task.wake.acquire()
             with self.lock:
@@ -900,11 +904,13 @@ class Scheduler:
                 task.overdue = False
                 task.runs += 1
                 if task.limit is not None:
-                    with contextlib.suppress(ValueError):       # it has happened
+                    with contextlib.suppress(ValueError):
+                        # The event has happened: the run is overdue.
                         self.intervals.cancel(task.limit)
                     task.limit = None
             if self.stopping:
-                self.calls.put(None)            # finish() waits for this
+                # The main thread may be in finish(), and wait for the last run.
+                self.calls.put(None)
 
     def run_task(self, task: Task, times: int, waited: bool) -> None:
         """Run a task once for all the due times that it has waited for."""
@@ -912,7 +918,8 @@ class Scheduler:
         if task.max_runtime:
             task.limit = self.later(task.max_runtime, self.call_overdue, task,
                                     task.running_since)
-            self.calls.put(None)                # the main thread may sleep longer than that
+            # The main thread may be asleep for longer than that.
+            self.calls.put(None)
         if times > 1 and waited:
             task.merged(times, 'during the last one', started)
         elif times > 1:
@@ -942,7 +949,8 @@ class Scheduler:
             try:
                 chore()
                 seconds = self.step()
-            except Exception:                   # as from a filter that a job gave the log
+            except Exception:
+                # A filter that a job gave to the log may raise anything.
                 with contextlib.suppress(Exception):
                     self.log.exception('this should not happen')
             self.wait(seconds)
@@ -4849,7 +4857,8 @@ class PidFile:
         if self.file >= 0:
             os.close(self.file)
         self.file = file
-        with contextlib.suppress(OSError):      # on a full disk the lock has to do
+        with contextlib.suppress(OSError):
+            # On a full disk the lock alone has to do.
             os.ftruncate(file, 0)
             os.pwrite(file, b'%d\n' % os.getpid(), 0)
         return True
@@ -4858,7 +4867,8 @@ class PidFile:
     def lock(file: int) -> bool:
         """Lock an open file; tell whether nobody else has it."""
         import fcntl
-        for _ in range(20):                     # is_locked() of another process has it briefly
+        for _ in range(20):
+            # A process that only looks, in is_locked(), has the lock for a moment.
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
@@ -4951,7 +4961,8 @@ class PidFile:
         while self.is_locked() and not pid:
             try:
                 pid = self.signal(signal.SIGTERM)
-            except LoggableError:               # it may have just begun to start over
+            except LoggableError:
+                # It may have just begun to start over.
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.02)
@@ -4988,7 +4999,8 @@ class Memory:
             self.starts = self.read()
         except FileNotFoundError:
             pass
-        except Exception as error:              # whatever a disk may have made of it
+        except Exception as error:
+            # A disk may have made anything of it.
             self.log.warning('%s is not usable, starting without it: %s', self.path,
                              quoted(error, 80))
 
@@ -5002,7 +5014,8 @@ class Memory:
         starts = {}
         for name, when in content['starts'].items():
             if 0 < when < 1 << 33:
-                starts[name] = min(float(when), now)    # a clock that was wrong wrote later ones
+                # A clock that was wrong may have written a time to come.
+                starts[name] = min(float(when), now)
         return starts
 
     def started(self, job: PlannedJob) -> None:
@@ -5010,14 +5023,16 @@ class Memory:
         when = time.time()
         self.starts[job.name] = when
         if job.config.catch_up:
-            self.save(-1)                       # on disk before it does anything
+            # It is on disk before the job does anything.
+            self.save(-1)
             return
         rare = False
         if not job.schedule.elapsed:
             due = job.schedule.next(when)
             rare = due is not None and due - when > self.PAUSE
         if rare or elapsed_time() - self.saved_at > self.PAUSE:
-            self.save(1)                        # a disk that hangs holds up no other job
+            # A disk that hangs holds up no other job.
+            self.save(1)
 
     def plan(self, jobs: Iterable[PlannedJob]) -> None:
         """Note when jobs are planned for the first time: what they miss, they miss from then."""
@@ -5037,7 +5052,8 @@ class Memory:
             return
         try:
             starts = dict(self.starts)
-            if starts != self.saved:            # of many at once the first saves them all
+            if starts != self.saved:
+                # Of many that start at once the first saves them all.
                 self.saved_at = elapsed_time()
                 replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
                 self.saved = starts
@@ -5053,7 +5069,8 @@ class Memory:
             return False
         start = self.starts[job.name]
         if not job.config.catch_up:
-            start += self.PAUSE                 # later starts may not have been saved
+            # Of starts that nobody waits for the last may not have been saved.
+            start += self.PAUSE
         due = job.schedule.next(min(start, now))
         return due is not None and due <= now
 
@@ -5071,13 +5088,15 @@ class Pinger:
     def send(self, url: str, text: str = '') -> None:
         """Queue one ping."""
         host = '/'.join(url.split('/', 3)[:3])
-        with self.lock, contextlib.suppress(queue.Full):
-            if host not in self.queues:
-                waiting: queue.Queue = queue.Queue(self.MOST_WAITING)
+        with self.lock:
+            waiting = self.queues.get(host)
+            if waiting is None:
+                waiting = queue.Queue(self.MOST_WAITING)
                 if not in_thread(self.work, waiting):
                     return
                 self.queues[host] = waiting
-            self.queues[host].put_nowait((url, text))
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait((url, text))
 
     def work(self, waiting: queue.Queue) -> None:
         """Send the pings to one monitor, one after another; a thread."""
@@ -5096,7 +5115,8 @@ class Pinger:
 
     def busy(self) -> bool:
         """Tell whether some ping is still on its way."""
-        return any(waiting.unfinished_tasks for waiting in list(self.queues.values()))
+        waiting = list(self.queues.values())
+        return any(one.unfinished_tasks for one in waiting)
 
 
 def systemd_notify(state: str) -> None:
@@ -5186,7 +5206,8 @@ def interpreter() -> list[str]:
     with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
         words = stream.read().split('\0')[:-1]
     flags = words[1:len(words) - len(sys.argv)]
-    if flags[-1:] == ['-m']:                    # the name of a module follows, not of a file
+    if flags[-1:] == ['-m']:
+        # The name of a module followed; now it is that of a file.
         flags.pop()
     return [sys.executable, *flags]
 
@@ -5217,7 +5238,8 @@ def run_from_byte_code() -> None:
     """
     if __name__ != '__main__' or sys.dont_write_bytecode:
         return
-    with contextlib.suppress(Exception):        # whatever it is: it goes on as it is
+    with contextlib.suppress(Exception):
+        # Whatever is in the way, it goes on from source.
         words = [*interpreter(), byte_code(__file__), *sys.argv[1:]]
         sys.stdout.flush()
         os.environ[SOURCE] = __file__
@@ -5265,13 +5287,14 @@ class Daemon:
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
         now = time.time()
-        missed = [job for job in self.config.jobs if self.memory.missed(job, now)]
-        self.memory.plan(self.config.jobs)
         for planned in self.config.jobs:
-            self.scheduler.add(self.task(planned, planned in missed))
-            if planned in missed:
-                made_up = ' (made up for now)' if planned.config.catch_up else ''
-                self.missed.append(planned.name + made_up)
+            missed = self.memory.missed(planned, now)
+            task = self.scheduler.add(self.task(planned, missed))
+            if missed and planned.config.catch_up:
+                self.missed.append(f'{task.name} (made up for now)')
+            elif missed:
+                self.missed.append(task.name)
+        self.memory.plan(self.config.jobs)
 
     def leave_child(self) -> None:
         """Let a process that a job forks have none of what is the daemon's."""
@@ -5327,11 +5350,14 @@ class Daemon:
     def serve(self, verb: str) -> None:
         """Run jobs on schedule until a signal comes, and end the process."""
         warn_of(list_risks(self.config, self.jobs.values()))
-        plural = '' if len(self.jobs) == 1 else 's'
+        noun = 'jobs'
+        if len(self.jobs) == 1:
+            noun = 'job'
         names = ', '.join(sorted(self.jobs)) or 'none is active'
-        self.log.info('%s with %d job%s: %s', verb, len(self.jobs), plural, names)
+        self.log.info('%s with %d %s: %s', verb, len(self.jobs), noun, names)
         if self.missed:
-            self.log.info('missed while torque was not running: %s', ', '.join(self.missed))
+            self.log.info('missed while torque was not running: %s',
+                          ', '.join(sorted(self.missed)))
         self.starting = False
         systemd_notify('READY=1')
         self.scheduler.serve(self.look_after_pid_file)
@@ -5362,23 +5388,28 @@ class Daemon:
         for name in hung:
             if hasattr(self.jobs[name], 'end_run'):
                 self.jobs[name].end_run()
-        cleaning = {}
-        for name, job in self.jobs.items():
-            if name not in hung:                # each in a thread: it may take for ever
-                cleaning[name] = in_thread(clean_up, name, job)
         end = max(end, elapsed_time() + 0.8)
-        for name, thread in cleaning.items():
-            if thread is None:
-                clean_up(name, self.jobs[name])
-                continue
-            thread.join(max(end - elapsed_time(), 0))
-            if thread.is_alive():
-                hung.add(name)
-        end = min(end, elapsed_time() + 3)      # a deaf monitor is not waited for longer
+        hung |= self.clean_up(self.jobs.keys() - hung, end)
+        # A deaf monitor is not waited for longer.
+        end = min(end, elapsed_time() + 3)
         while self.pinger.busy() and elapsed_time() < end:
             time.sleep(0.01)
         self.memory.save(0.5)
         return sorted(hung)
+
+    def clean_up(self, names: Iterable[str], end: float) -> set[str]:
+        """Have jobs clean up, until then; return the names of those that still do."""
+        threads = {}
+        for name in names:
+            # Each has a thread of its own, because it may take for ever.
+            thread = in_thread(clean_up, name, self.jobs[name])
+            if thread is None:
+                clean_up(name, self.jobs[name])
+            else:
+                threads[name] = thread
+        for thread in threads.values():
+            thread.join(max(end - elapsed_time(), 0))
+        return {name for name, thread in threads.items() if thread.is_alive()}
 
     def look_after_pid_file(self) -> None:
         """Make pid file and socket again where somebody removed them; end for another daemon."""
@@ -5431,12 +5462,13 @@ class Daemon:
             self.checker.kill()
             return [f'the check of the files took longer than {CHECK_TIMEOUT} s']
         lines = told.decode('utf-8', 'replace').splitlines()
-        if self.checker.returncode in (EXIT_CONFIG, EXIT_USAGE):
+        status = self.checker.returncode
+        if status == EXIT_OK:
+            return []
+        if status in (EXIT_CONFIG, EXIT_USAGE):
             return lines
-        if self.checker.returncode:
-            return [f'torque.py ended with status {self.checker.returncode}: '
-                    + ' '.join(lines[-1:])]
-        return []
+        last = ' '.join(lines[-1:])             # of a traceback
+        return [f'torque.py ended with status {status}: {last}']
 
     def refuse(self, mistakes: list[str]) -> None:
         """Go on as before, for there are mistakes in the files."""
@@ -5451,10 +5483,12 @@ class Daemon:
         """Become a new torque: same process, same lock, everything else from the disk."""
         if hung:
             self.log.warning('cut short by the reload: %s', hung)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)    # one in between would end it
+        # A signal that finds no handler would end the process.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        if self.stopping:                         # the signal came just now
+        if self.stopping:
+            # SIGTERM came just now, in the last moment when it is noticed.
             return
         try:
             os.chdir(self.folder)
@@ -5471,7 +5505,8 @@ class Daemon:
         """Open the socket that tells the status, served by a thread of its own."""
         if self.server:
             with contextlib.suppress(OSError):
-                self.server.shutdown(socket.SHUT_RDWR)  # which ends its thread
+                # This ends accept() in the thread of the socket.
+                self.server.shutdown(socket.SHUT_RDWR)
             self.server.close()
         self.server = socket.socket(socket.AF_UNIX)
         try:
@@ -5486,14 +5521,16 @@ class Daemon:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
             return
         if not in_thread(self.answer, self.server):
-            os.remove(self.pid_file.socket)     # it is tried again with the pid file
+            # It is made again when the pid file is looked after.
+            os.remove(self.pid_file.socket)
 
     def answer(self, server: socket.socket) -> None:
         """Tell the status to whoever connects, one after another; a thread."""
         while server.fileno() >= 0:
             try:
                 sock, _ = server.accept()
-            except OSError:                     # closed, or no more open files
+            except OSError:
+                # The socket is closed, or there can be no more open files.
                 time.sleep(0.5)
                 continue
             with contextlib.suppress(Exception), sock:
@@ -5513,9 +5550,11 @@ class Daemon:
         status['log_file'] = log_file
         status['uptime'] = elapsed_time() - self.began
         status['grace'] = self.config.torque.grace
-        status['rtorrent'] = [engine_status(engine) for engine in self.config.engines.values()]
+        engines = self.config.engines.values()
+        status['rtorrent'] = [engine_status(engine) for engine in engines]
         status['jobs'] = []
-        for _, task in sorted(self.scheduler.tasks.items()):
+        for name in sorted(self.scheduler.tasks):
+            task = self.scheduler.tasks[name]
             job = task_status(task)
             job['next_run'] = self.scheduler.next_run(task)
             status['jobs'].append(job)
@@ -5524,12 +5563,13 @@ class Daemon:
 
 def engine_status(engine: Engine) -> dict:
     """Return the state of an rTorrent, for --status."""
-    version = '/'.join(text or '' for text in engine.versions)
-    status: dict[str, Any] = {'address': engine.address.where, 'away_for': None,
-                              'version': version.strip('/') or None}
+    version = None
+    if any(engine.versions):
+        version = '/'.join(engine.versions)
+    away_for = None
     if engine.gone_since is not None:
-        status['away_for'] = elapsed_time() - engine.gone_since
-    return status
+        away_for = elapsed_time() - engine.gone_since
+    return {'address': engine.address.where, 'version': version, 'away_for': away_for}
 
 
 def task_status(task: Task) -> dict:
@@ -5617,7 +5657,8 @@ def detach() -> int:
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        text = os.read(reader, 16)      # not to its end: a child may have it open
+        # It is not read to its end, because a child of a job may have it open.
+        text = os.read(reader, 16)
         if not text:
             os._exit(EXIT_FAILED)
         os._exit(int(text))
@@ -5635,7 +5676,8 @@ def report_start(writer: int, status: int) -> None:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         os.close(null)
-    with contextlib.suppress(OSError):          # it may have been interrupted
+    with contextlib.suppress(OSError):
+        # The first process may have been interrupted.
         os.write(writer, str(status).encode())
     os.close(writer)
 
@@ -5694,7 +5736,8 @@ def log_file_handler(path: str) -> logging.Handler:
 
 def set_up_log(level: int, log_file: str | None) -> None:
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
-    logging.raiseExceptions = False             # a closed stderr must not end anything
+    # A closed stderr must not end anything.
+    logging.raiseExceptions = False
     handler: logging.Handler = logging.StreamHandler()
     if log_file:
         handler = log_file_handler(log_file)
@@ -5734,7 +5777,8 @@ def run_once(config: Config) -> int:
     try:
         if task.attempt():
             return EXIT_OK
-        if not task.failing_told:               # as where rTorrent is away
+        if not task.failing_told:
+            # The log has another line on it, as where rTorrent is away.
             task.log.error('failed: %s', task.last_error)
     finally:
         clean_up(planned.name, job)
@@ -5744,7 +5788,8 @@ def run_once(config: Config) -> int:
 def next_runs(schedule: Schedule, now: float) -> str:
     """Return the next three due times of a schedule, as text."""
     due: float | None = now
-    if isinstance(schedule, Interval):          # it counts from the start, which would be now
+    if isinstance(schedule, Interval):
+        # Intervals count from the start of torque, which would be now.
         schedule.start = now
         due = now - 0.001
     dates: list[str] = []
@@ -5819,7 +5864,8 @@ def list_jobs() -> int:
 def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     """Return the pid file that goes with a configuration, and the time that an end may take."""
     options = Settings()
-    with contextlib.suppress(UserError):        # it may be broken or gone by now
+    with contextlib.suppress(UserError):
+        # The file may be broken or gone by now.
         options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
                           '', [])
     name = arguments.pid_file or beside(path, options.pid_file)
@@ -5840,7 +5886,8 @@ def reload(daemon: PidFile) -> int:
             raise LoggableError('the daemon has ended; its log says why')
         try:
             now = daemon.ask()
-        except LoggableError:                   # it is just starting over
+        except LoggableError:
+            # The daemon is just starting over.
             continue
         if now['started'] != before['started']:
             if not now['starting']:
@@ -5857,7 +5904,8 @@ def control(arguments: Any, path: str) -> int:
     daemon, patience = pid_file(arguments, path)
     if not daemon.is_locked():
         if not arguments.pid_file:
-            read_files(path, ())                # raises where it could have named another
+            # This raises where the file cannot be read, and might name another pid file.
+            read_files(path, ())
         print('{}' if arguments.json else 'torque is not running')
         return EXIT_NOT_RUNNING
     if arguments.stop:
@@ -5897,7 +5945,8 @@ def background_log(arguments: Any, path: str) -> str:
     log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
     if not log_file:
         log_file = os.path.join(config_ini.state_dir, 'torque.log')
-        with contextlib.suppress(OSError):      # what is wrong, the log file tells
+        with contextlib.suppress(OSError):
+            # What is wrong with the folder, opening the log will say.
             os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
     return log_file
 
@@ -5916,48 +5965,56 @@ def goes_to_background(arguments: Any) -> bool:
     return not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
 
 
-def run_daemon(arguments: Any, path: str, level: int) -> int:
+def start_daemon(arguments: Any, path: str, lock: PidFile, patience: float,
+                 reloaded: bool) -> Daemon | None:
+    """Return a daemon whose jobs are made; None where another one has the lock."""
+    load(config_ini, arguments, path)
+    if reloaded and goes_to_background(arguments):
+        set_up_log(log_level(arguments), background_log(arguments, path))
+    if arguments.restart and not reloaded:
+        # The other is ended only now that the configuration is known to be good.
+        lock.stop(patience)
+    if not lock.keep():
+        if not arguments.cron:
+            pid = lock.read()[1]
+            print_error(f'torque is running already, with pid {pid} ({lock.path})')
+        return None
+    daemon = Daemon(config_ini, lock)
+    daemon.begin()
+    if goes_to_background(arguments) and not reloaded:
+        # The risks are told twice, once on the terminal and once in the log.
+        warn_of(list_risks(config_ini, daemon.jobs.values()))
+        set_up_log(log_level(arguments), background_log(arguments, path))
+    return daemon
+
+
+def run_daemon(arguments: Any, path: str) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
-    background = goes_to_background(arguments)
     lock, patience = pid_file(arguments, path)
     reloaded = lock.inherit()
     if arguments.cron and not reloaded and lock.is_locked():
-        return EXIT_RUNNING                     # silently, before the file's warnings are repeated
+        return EXIT_RUNNING
     writer = None
-    if background and not reloaded:
+    if goes_to_background(arguments) and not reloaded:
         writer = detach()
     status = EXIT_FAILED
+    daemon = None
     try:
-        load(config_ini, arguments, path)
-        if background and reloaded:
-            set_up_log(level, background_log(arguments, path))
-        if arguments.restart and not reloaded:  # not before the configuration is known to be good
-            lock.stop(patience)
-        if not lock.keep():
-            if not arguments.cron:
-                pid = lock.read()[1]
-                print_error(f'torque is running already, with pid {pid} ({lock.path})')
-            status = EXIT_RUNNING
-            return status
-        daemon = Daemon(config_ini, lock)
-        daemon.begin()
-        if background and not reloaded:         # once for the terminal, once for the log
-            warn_of(list_risks(config_ini, daemon.jobs.values()))
-            set_up_log(level, background_log(arguments, path))
-        status = EXIT_OK
+        daemon = start_daemon(arguments, path, lock, patience, reloaded)
+        status = EXIT_OK if daemon else EXIT_RUNNING
+    except UserError as error:
+        status = EXIT_CONFIG
+        print_error(str(error))
+        if reloaded:
+            # Nobody may see its stderr any more.
+            logging.getLogger('torque.main').error('%s', error)
+    finally:
         if writer is not None:
             report_start(writer, status)
-        daemon.serve('reloaded' if reloaded else 'started')
-    except UserError as error:
-        print_error(str(error))
-        if reloaded and background:             # nobody sees stderr any more
-            logging.getLogger('torque.main').error('%s', error)
-        status = EXIT_CONFIG
-    finally:
         if status != EXIT_OK:
-            if writer is not None:
-                report_start(writer, status)
             end_process(status)
+    if daemon:
+        daemon.serve('reloaded' if reloaded else 'started')
     return status
 
 
@@ -6002,7 +6059,8 @@ def parse_arguments(words: list[str] | None) -> Any:
 
 def log_level(arguments: Any) -> int:
     """Return from which level on the log is shown."""
-    if arguments.check_files:                   # what is noteworthy, the new daemon will say
+    if arguments.check_files:
+        # What is noteworthy the new daemon will say.
         return logging.CRITICAL
     if arguments.debug:
         return TRACE
@@ -6020,15 +6078,14 @@ def obey(arguments: Any, from_source: bool) -> int:
               arguments.run_once is not None)
     if from_source and not any(others):
         run_from_byte_code()
-    level = log_level(arguments)
-    set_up_log(level, arguments.log_file)
+    set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
         return list_jobs()
     path = arguments.config or find_ini()
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
     if not any(others):
-        return run_daemon(arguments, path, level)
+        return run_daemon(arguments, path)
     if arguments.check_files:
         return check_files(arguments, path)
     load(config_ini, arguments, path)
@@ -6047,7 +6104,8 @@ def print_error(text: str) -> None:
 
 def take_place() -> bool:
     """Make this the module torque, whatever it was started from; tell whether that is source."""
-    sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
+    # `import torque` in a module of jobs gives this program, not a second copy of it.
+    sys.modules['torque'] = sys.modules[__name__]
     source = os.environ.pop(SOURCE, '')
     if source:
         # Python takes the folder of the byte code for that of the program.
@@ -6062,11 +6120,13 @@ def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     from_source = take_place()
     arguments = parse_arguments(words)
-    for stream in (sys.stdout, sys.stderr):             # whatever it can encode: no traceback
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end in a traceback.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors='backslashreplace')       # type: ignore[union-attr]
-    fd = os.open(os.devnull, os.O_RDWR)                 # what of 0 to 2 is closed must not
-    while fd < 3:                                       # become a file of ours
+    # A standard stream that is closed must not become a file of ours.
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
         fd = os.dup(fd)
     os.close(fd)
     try:
@@ -6081,10 +6141,12 @@ def main(words: list[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
-    except BrokenPipeError:                             # as with `--list-jobs | head`
+    except BrokenPipeError:
+        # The reader of a pipe is gone, as with `--list-jobs | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_OK
-    except OSError as error:                            # a full disk
+    except OSError as error:
+        # As on a full disk.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print_error(f'torque: {error}')
         return EXIT_FAILED
