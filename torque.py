@@ -813,8 +813,8 @@ class Scheduler:
         back = self.offset - offset
         self.offset = offset
         if back > 0.5:
-            self.log.info('the clock was set back by %s', show_duration(back))
             self.set_back()
+            self.log.info('the clock was set back by %s', show_duration(back))
         until = self.elapsed() + MAX_SLEEP
         for clock in (self.calendar, self.intervals):
             delay = clock.run(blocking=False)
@@ -865,9 +865,9 @@ class Scheduler:
                 worker.start()
             except RuntimeError as error:
                 # No more threads: its due times stay counted, and it is tried again.
+                self.later(THREAD_PAUSE, self.wake, task)
                 if self.repeats.seen('threads', self.elapsed()):
                     self.log.error('no new worker thread: %s', error)
-                self.later(THREAD_PAUSE, self.wake, task)
                 return
             task.worker = worker
         task.wake.release()
@@ -898,7 +898,9 @@ class Scheduler:
                 task.running_since = task.last_start = self.wall()
             # What is called here may raise anything, the filters of a log, too.
             with contextlib.suppress(BaseException):
-                self.run_task(task, times, waits)
+                self.tell_merged(task, times, waits)
+            with contextlib.suppress(BaseException):
+                self.run_task(task)
             with self.lock:
                 task.running_since = None
                 task.overdue = False
@@ -912,18 +914,21 @@ class Scheduler:
                 # The main thread may be in finish(), and wait for the last run.
                 self.calls.put(None)
 
-    def run_task(self, task: Task, times: int, waited: bool) -> None:
-        """Run a task once for all the due times that it has waited for."""
+    def tell_merged(self, task: Task, times: int, waited: bool) -> None:
+        """Log that several due times become one run, and why."""
+        if times > 1 and waited:
+            task.merged(times, 'during the last one', self.elapsed())
+        elif times > 1:
+            task.merged(times, 'while the machine or torque was held up', self.elapsed())
+
+    def run_task(self, task: Task) -> None:
+        """Run a task once, and measure it."""
         started = self.elapsed()
         if task.max_runtime:
             task.limit = self.later(task.max_runtime, self.call_overdue, task,
                                     task.running_since)
             # The main thread may be asleep for longer than that.
             self.calls.put(None)
-        if times > 1 and waited:
-            task.merged(times, 'during the last one', started)
-        elif times > 1:
-            task.merged(times, 'while the machine or torque was held up', started)
         try:
             task.attempt()
         finally:
@@ -4787,7 +4792,7 @@ config_ini = Config()
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
-PID_FILE_PAUSE = 1              # seconds between looks after the pid file, at each wake, at least
+PID_FILE_PAUSE = 1              # seconds, at least, from one look after the pid file to the next
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
 SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
 
@@ -4921,19 +4926,18 @@ class PidFile:
     def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
         """Return what the running daemon says of itself."""
         end = time.monotonic() + seconds
-        content = b''
+        content = bytearray()
+        status = None
         sock, pid = self.connect(seconds)
-        with sock:
-            try:
+        with sock, contextlib.suppress(OSError, ValueError, RecursionError):
+            piece = sock.recv(65536)
+            while piece and len(content) < STATUS_LIMIT:
+                content += piece
+                sock.settimeout(max(end - time.monotonic(), 0.001))
                 piece = sock.recv(65536)
-                while piece and len(content) < STATUS_LIMIT:
-                    content += piece
-                    sock.settimeout(max(end - time.monotonic(), 0.001))
-                    piece = sock.recv(65536)
+            if not piece:
                 status = json.loads(content)
-            except (OSError, ValueError, RecursionError):
-                status = None
-        if not isinstance(status, dict):
+        if not isinstance(status, dict) or not status.keys() >= {'grace', 'jobs', 'started'}:
             raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
         return status
 
