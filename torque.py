@@ -4797,8 +4797,8 @@ LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file
 SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
 
 
-def open_own(path: str, flags: int) -> int:
-    """Open a file in a folder that others may write to: no link, no pipe, and of this user.
+def open_plain(path: str, flags: int) -> int:
+    """Open a plain file of this user, in a folder that others may write to: no link, no pipe.
 
     Root may read files of others. Raises FileNotFoundError, and UserError for all the rest.
     """
@@ -4852,7 +4852,7 @@ class PidFile:
             os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
-        file = open_own(self.path, os.O_RDWR | os.O_CREAT)
+        file = open_plain(self.path, os.O_RDWR | os.O_CREAT)
         if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
             os.close(file)
             raise UserError(f'pid file {self.path}: this is something else; it is left alone')
@@ -4884,7 +4884,7 @@ class PidFile:
         """Tell whether a daemon runs."""
         import fcntl
         try:
-            file = open_own(self.path, os.O_RDONLY)
+            file = open_plain(self.path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:
@@ -4897,7 +4897,7 @@ class PidFile:
 
     def read(self) -> tuple[int, str]:
         """Return the owner of the file, and what is written in it."""
-        file = open_own(self.path, os.O_RDONLY)
+        file = open_plain(self.path, os.O_RDONLY)
         with open(file, encoding='ascii', errors='replace') as stream:
             owner = os.fstat(file).st_uid
             return owner, stream.read(20).strip()
@@ -5010,7 +5010,7 @@ class Memory:
 
     def read(self) -> dict[str, float]:
         """Return what the file says."""
-        with open(open_own(self.path, os.O_RDONLY), encoding='utf-8') as stream:
+        with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
             content = json.load(stream)
         if content['version'] != 1:
             raise ValueError(f"version {content['version']!r}")
