@@ -15,7 +15,9 @@ Sections, each using only what stands above it:
     Scheduler           due times and the worker threads that meet them
     RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
     Engine              one rTorrent: where it is, what it offers, its figures
+    Files               what a path leads to, what rTorrent sees of it; whole copies
     Torrents            fields of torrents, and lists of them
+    Data                whose data it is; removals that are written down first
     Filter and template conditions on torrents; text and commands with values put in
     Jobs                Job, and the built-in ones
     Config              torque.ini -> Config -> jobs
@@ -57,7 +59,7 @@ import struct
 import threading
 import time
 from datetime import date, datetime, timedelta
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
@@ -1561,9 +1563,10 @@ class Engine:
     """
     making = threading.local()          # .jobs is true in the thread that makes them
 
-    def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT):
+    def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
+                 same_files: bool = False):
         self.address = parse_address(url)
-        self.timeout, self.limit = timeout, limit
+        self.timeout, self.limit, self.same_files = timeout, limit, same_files
         self.log = logging.getLogger('torque.engine')
         self.lock = threading.Lock()            # guards gone_since
         self.proxy: Proxy | None = None
@@ -1571,7 +1574,8 @@ class Engine:
         self.stamp: Any = None
         self.pid: int | None = None
         self.methods: frozenset = frozenset()
-        self.engine_id, self.session_path, self.versions = '', '', ('', '')
+        self.engine_id, self.session_path, self.cwd, self.versions = '', '', '', ('', '')
+        self.said: set[str] = set()             # what is worth a line of the log only once
         self.views: frozenset = frozenset()
         self.aliases: dict[str, list[str]] = {}         # of trackers: name -> beginnings of URLs
         self.startup: float | None = None
@@ -1624,7 +1628,7 @@ class Engine:
             raise RpcError(f'{self.address.where}: system.listMethods: this is no list of '
                            f'commands: {quoted(methods)}')
         names = ('view.list', 'session.name', 'session.path', 'system.client_version',
-                 'system.library_version', 'system.pid', 'startup_time',
+                 'system.library_version', 'system.pid', 'system.cwd', 'startup_time',
                  'network.rpc.use_jsonrpc')
         answers = proxy.batch((name, '') for name in names)
         known = {name: value for name, value in zip(names, answers)
@@ -1632,6 +1636,7 @@ class Engine:
         self.methods, views = frozenset(methods), known.get('view.list')
         self.views = frozenset(views if isinstance(views, list) else ())
         self.session_path = str(known.get('session.path', ''))
+        self.cwd = str(known.get('system.cwd', ''))
         self.engine_id = str(known.get('session.name', self.address.where))
         self.versions = (str(known.get('system.client_version', '?')),
                          str(known.get('system.library_version', '?')))
@@ -1652,6 +1657,12 @@ class Engine:
         """Return the answers to commands, as ask() does; these are never sent twice."""
         self.open()                     # look first, whether it is there
         return Proxy(self.send, self.address.where, False, self.notice).batch(calls)
+
+    def say_once(self, text: str) -> None:
+        """Log a warning about this rTorrent, if it has not been said yet."""
+        if text not in self.said:
+            self.said.add(text)
+            self.log.warning('%s: %s', self.address.where, text)
 
     def has(self, method: str) -> bool:
         """Tell whether this rTorrent offers a command."""
@@ -1770,6 +1781,231 @@ def find_url(rc_file: str | None) -> str:
                     '-D scgi_url=ADDRESS sets it for once')
 
 
+# --- Files -----------------------------------------------------------------------------------
+# A path enters, a fact about the disk leaves. What a path leads to is known by its identity,
+# (st_dev, st_ino): bind mounts, links and letters of another case do not change that, while the
+# path itself is only a text. Files are written and copied whole or not at all. No threads.
+
+Identity = Tuple[int, int]              # st_dev, st_ino
+# By these a system says that there is no such file, whatever else may be wrong.
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+COPIED_AT_ONCE = 1 << 20                # bytes
+# Some rTorrents show these for other characters: ? for any byte, %XX, a line feed for \r.
+DOUBTFUL = re.compile('[?\ufffd\n\ud800-\udfff]|%[0-9A-Fa-f]{2}')
+
+
+def identity(path: str) -> Identity | None:
+    """Return the identity of what a path leads to, None where nothing is there.
+
+    Raises OSError where that cannot be told, as in a folder that may not be read.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError:                  # a NUL in it: no file has such a name
+        return None
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        raise
+    return status.st_dev, status.st_ino
+
+
+def sync(path: str) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Make one line that names the file of what the system refuses inside."""
+    try:
+        yield
+    except OSError as error:
+        raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a private file, but no link; an `opener` of open()."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def open_private(path: str) -> Any:
+    """Open a file that only its user may read, for writing; its folder is made if need be."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    return open(path, 'w', encoding='utf-8', opener=open_own)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a private file whole or not at all, whatever happens meanwhile."""
+    with writing(path):
+        with open_private(path + '.new') as stream:
+            stream.write(text)
+        sync(path + '.new')
+        os.replace(path + '.new', path)
+
+
+def disk_of(path: str) -> tuple[int | None, int | None]:
+    """Return the device that holds a path, or would, and its free bytes; None: not known."""
+    while path and not os.path.exists(path):
+        path = os.path.dirname(path)
+    try:
+        disk = os.statvfs(path)
+        return os.stat(path).st_dev, disk.f_bavail * disk.f_frsize
+    except (OSError, ValueError):
+        return None, None
+
+
+def same_content(path: str, other: str) -> bool:
+    """Tell whether two regular files hold the same bytes; links are no regular files."""
+    for name in (path, other):
+        if os.path.islink(name) or not os.path.isfile(name):
+            return False
+    if identity(path) == identity(other):
+        return True
+    with open(path, 'rb') as one, open(other, 'rb') as two:
+        if os.fstat(one.fileno()).st_size != os.fstat(two.fileno()).st_size:
+            return False
+        while True:
+            content = one.read(COPIED_AT_ONCE)
+            if content != two.read(COPIED_AT_ONCE):
+                return False
+            if not content:
+                return True
+
+
+def give_owner(path: str, status: os.stat_result) -> bool:
+    """Give a file or folder the owner of another, and tell whether it has that one now."""
+    with contextlib.suppress(OSError):
+        os.chown(path, status.st_uid, status.st_gid)
+    return os.stat(path).st_uid == status.st_uid
+
+
+def copy_file(path: str, copy: str) -> None:
+    """Make a new file with content, holes, times, mode and owner of another, on the disk."""
+    import shutil
+    with open(path, 'rb') as source, open(copy, 'xb') as target:
+        size, at = os.fstat(source.fileno()).st_size, 0
+        target.truncate(size)
+        while at < size:
+            try:
+                at = os.lseek(source.fileno(), at, os.SEEK_DATA)
+            except OSError:             # ENXIO: only a hole is left
+                break
+            end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                content = os.pread(source.fileno(), min(end - at, COPIED_AT_ONCE), at)
+                if not content:
+                    raise LoggableError(f'{quoted(path)} became shorter while it was copied')
+                at += os.pwrite(target.fileno(), content, at)
+    if not give_owner(copy, os.stat(path)):
+        raise LoggableError(f'{quoted(copy)} cannot be given to the owner of {quoted(path)}')
+    with contextlib.suppress(OSError):  # not every file system has modes
+        shutil.copystat(path, copy)
+    sync(copy)
+
+
+def make_folders(folder: str) -> None:
+    """Make a folder and those above it; new ones belong to the owner of the one they lie in."""
+    parent = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        make_folders(parent)
+        os.mkdir(folder)
+        give_owner(folder, os.stat(parent))
+
+
+def make_empty(folder: str) -> str:
+    """Make a folder and return it; an empty one that is there already will do."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+    os.mkdir(folder, 0o700)
+    return folder
+
+
+def discard(folder: str) -> None:
+    """Delete a folder of torque's own and all in it."""
+    import shutil
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rename_new(path: str, new: str) -> None:
+    """Give a file or folder another name that nothing has; OSError where something has it."""
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, 'exists: nothing is overwritten', new)
+    os.rename(path, new)
+    sync(os.path.dirname(new))
+
+
+def listening_process(path: str) -> int:
+    """Return the pid of who listens on a Unix socket, as the kernel knows it."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(path)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return struct.unpack('3i', credentials)[0]
+
+
+def rtorrent_process(engine: Engine) -> int | None:
+    """Return the pid of rTorrent on this machine, None where that cannot be told.
+
+    Behind a port, the lock in its session folder has to name this host and that process.
+    """
+    if engine.address.kind == 'unix':
+        return listening_process(engine.address.path)
+    if not engine.address.is_local():
+        return None
+    pid, session, cwd = without_errors(engine.ask(
+        [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
+    with open(os.path.join(cwd, session, 'rtorrent.lock'), encoding='utf-8') as stream:
+        locked = stream.read(300).strip()
+    if locked == f'{socket.gethostname()}:+{pid}':
+        return pid
+    return None
+
+
+def why_unseen(engine: Engine) -> str:
+    """Return why the paths of an rTorrent may not mean our files; '' where they do.
+
+    Its process has to see the same mounts from the same root. RpcError where it is away.
+    """
+    if engine.same_files:
+        return ''
+    try:
+        pid = rtorrent_process(engine)
+        if not pid:
+            return 'it is not known to run on this machine'
+        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
+            if not stream.read().startswith('rtorrent'):
+                return f'process {pid}, which listens there, is not rTorrent'
+        with open(f'/proc/{pid}/mountinfo', 'rb') as theirs, \
+                open('/proc/self/mountinfo', 'rb') as ours:
+            if theirs.read() != ours.read():
+                return 'it sees other mounts than torque, as in a container'
+    except (OSError, ValueError) as error:
+        return f'it is not known to run on this machine: {error}'
+    return ''
+
+
+def sees_same_files(engine: Engine) -> bool:
+    """Tell whether the paths of an rTorrent mean our files; where not, the log has why, once."""
+    why = why_unseen(engine)
+    if why:
+        engine.say_once(f'where its data lies is not known: {why}; where its paths are those of '
+                        'torque, set same_files = yes')
+    return not why
+
+
+def require_same_files(engine: Engine) -> None:
+    """Raise LoggableError where the paths of an rTorrent may not mean our files."""
+    why = why_unseen(engine)
+    if why:
+        raise LoggableError(f'the files of rTorrent at {engine.address.where} may not be those of '
+                            f'torque: {why}; where you know that they are, set same_files = yes')
+
+
 # --- Torrents --------------------------------------------------------------------------------
 # Names of fields enter, rows leave: a Torrent maps a field's name to its value. A field is
 # worked out from raw values: what a d. command answers, or a second question ("files",
@@ -1802,7 +2038,8 @@ class Torrent(dict):
 class TorrentField(NamedTuple):
     """A field: the type that conditions see, and how its value comes from the raw ones."""
     kind: str                           # text bool number size time duration tags files
-    needs: tuple                        # raw values: commands, SOURCES, now, aliases, session
+    needs: tuple                        # raw values: commands, SOURCES, now, aliases, session,
+                                        # cwd, seen (are rTorrent's files those of torque?)
     value: Callable | None = None       # a function of them in this order; None: the one itself
     on_disk: bool = False               # needs a look at the disk
 
@@ -1812,9 +2049,17 @@ class TorrentField(NamedTuple):
         return self.on_disk or bool(SOURCES.keys() & self.needs)
 
 
-def data_path(base: str, directory: str, name: str, multi: int) -> str:
-    """Return where the data is; rTorrent tells the base path only of items opened once."""
-    return base or directory and (directory if multi else os.path.join(directory, name))
+def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
+    """Return where the data is; the base path of what is not open is old, or empty."""
+    if not directory or is_open and base:
+        place = base
+    elif multi:
+        place = directory
+    else:
+        place = os.path.join(directory, name)
+    if not place:
+        return ''
+    return os.path.join(cwd, place)
 
 
 def first_number(*values: Any) -> int:
@@ -1898,15 +2143,36 @@ def guess_traits(name: str, rows: list) -> list[str]:
     return [found, kind or 'other'] if found else []
 
 
-def disk_of(path: str) -> tuple[int | None, int | None]:
-    """Return the device that holds a path, or would, and its free bytes; None: not known."""
-    while path and not os.path.exists(path):
-        path = os.path.dirname(path)
+def has_no_data(seen: Any, *raw: Any) -> bool | None:
+    """Tell whether an item has no data where it should be; None where that is not known.
+
+    Not known is also what lies in a folder that is missing or empty: its disk may not be mounted.
+    """
+    path = data_path(*raw)
+    if not seen or DOUBTFUL.search(path):
+        return None
     try:
-        disk = os.statvfs(path)
-        return os.stat(path).st_dev, disk.f_bavail * disk.f_frsize
+        if not os.listdir(os.path.dirname(path)):
+            return None
     except (OSError, ValueError):
-        return None, None
+        return None
+    return not os.path.lexists(path)
+
+
+def seen_path(seen: Any, *raw: Any) -> str | None:
+    """Return where data is with all links resolved; None where that is not known."""
+    path = data_path(*raw)
+    if not seen or DOUBTFUL.search(path) or not os.path.isdir(os.path.dirname(path)):
+        return None
+    return os.path.realpath(path)
+
+
+def space_at(seen: Any, *raw: Any) -> int | None:
+    """Return the free bytes on the disk that holds the data; None where that is not known."""
+    path = seen_path(seen, *raw)
+    if path is None:
+        return None
+    return disk_of(path)[1]
 
 
 def same_fields(kind: str, names: str, value: Callable | None = None) -> dict[str, TorrentField]:
@@ -1915,7 +2181,7 @@ def same_fields(kind: str, names: str, value: Callable | None = None) -> dict[st
             (text.partition('=') for text in names.split())}
 
 
-PATH = ('d.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
+PATH = ('cwd', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file', 'd.is_open')
 STARTED = ('d.custom=tm_started', 'd.timestamp.started')
 COMPLETED = ('d.custom=tm_completed', 'd.timestamp.finished')
 TORRENT_FIELDS = {
@@ -1930,9 +2196,9 @@ TORRENT_FIELDS = {
     **same_fields('tags', 'views'),
     **same_fields('tags', 'tagged=custom=tags', lambda tags: tags.lower().split()),
     'path': TorrentField('text', PATH, data_path),
-    'realpath': TorrentField('text', PATH, lambda *raw: os.path.realpath(data_path(*raw)), True),
-    'is_ghost': TorrentField('bool', PATH, lambda *raw: not os.path.lexists(data_path(*raw)), True),
-    'free': TorrentField('size', PATH, lambda *raw: disk_of(data_path(*raw))[1], True),
+    'realpath': TorrentField('text', ('seen', *PATH), seen_path, True),
+    'is_ghost': TorrentField('bool', ('seen', *PATH), has_no_data, True),
+    'free': TorrentField('size', ('seen', *PATH), space_at, True),
     'sessionfile': TorrentField('text', ('session', 'd.hash'), lambda folder, info_hash:
                                 f'{folder}{info_hash}.torrent' if folder else ''),
     'done': TorrentField('number', ('d.completed_bytes', 'd.size_bytes'), lambda done, size:
@@ -2028,7 +2294,10 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
     tested = condition.fields if condition else ()
     left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
     raw: dict = {'now': itertools.repeat(now), 'aliases': itertools.repeat(engine.aliases),
-                 'session': itertools.repeat(engine.session_path)}
+                 'session': itertools.repeat(engine.session_path),
+                 'cwd': itertools.repeat(engine.cwd)}
+    if any('seen' in field.needs for field in left.values()):
+        raw['seen'] = itertools.repeat(sees_same_files(engine))
     raw.update(fetch_columns(engine, view, [need for field in left.values() for need in field.needs
                                             if need not in raw and need not in SOURCES]))
     torrents = [Torrent() for _ in raw['d.hash']]
@@ -2052,6 +2321,588 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
     add_fields(torrents, raw, left)
     return [torrent for torrent in torrents if condition.match(torrent, now)] \
         if left.keys() & tested else torrents
+
+
+# --- Data ------------------------------------------------------------------------------------
+# Whose data is it? An Item of rTorrent enters; what leaves is its OwnData, proven to be its own,
+# or a LoggableError that says why not: every doubt keeps the data. A Removal is a note in
+# state_dir, on the disk before anything changes: it carries a removal out, and a later run
+# finishes what a crash has left. Notes are locked by who handles them, so other threads and
+# processes may remove something else at the same time. An owner is (address of rTorrent, hash).
+
+# What of a name any rTorrent shows as it is; see DOUBTFUL.
+NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
+NOTE = 'removal.'                       # names of notes begin so
+
+
+class ItemFile(NamedTuple):
+    """A file as rTorrent tells of it; each field is an f. command."""
+    path: str
+    frozen_path: str                    # where rTorrent has opened it
+    size_bytes: int
+    completed_chunks: int
+    size_chunks: int
+    is_created: int                     # does rTorrent find a file there, right now?
+
+
+class Item(NamedTuple):
+    """An item as rTorrent tells of it at one moment; each field up to `files` is a d. command."""
+    hash: str
+    name: str
+    is_open: int
+    state: int
+    hashing: int
+    base_path: str
+    directory: str
+    directory_base: str
+    is_multi_file: int
+    completed_bytes: int
+    timestamp_started: int
+    files: list[ItemFile]
+    cwd: str                            # where relative paths start from
+    default_folder: str                 # where items are put when nothing else is said
+    session: str                        # folder of the session
+    engine: Engine
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        return self.engine.address.where, self.hash
+
+    def absolute(self, path: str) -> str:
+        """Return what a path of rTorrent is from anywhere."""
+        return os.path.join(self.cwd, path)
+
+    def tell(self, *commands: tuple) -> None:
+        """Have rTorrent do commands, without the hash in them, with the item."""
+        without_errors(self.engine.tell(
+            [(name, self.hash, *params) for name, *params in commands]))
+
+
+class OwnFile(NamedTuple):
+    """A file that is proven to be an item's own."""
+    path: str
+    device: int
+    inode: int
+
+
+class OwnData(NamedTuple):
+    """What an item has on the disk."""
+    root: str                           # its folder, or its only file
+    files: list[OwnFile]
+    folders: list[str]                  # they go when they are empty; the deepest first
+
+
+def ask_item(engine: Engine, info_hash: str) -> Item:
+    """Return an item as it is now; raises HashNotFound where there is none."""
+    fields = Item._fields[:Item._fields.index('files')]
+    calls: list[tuple] = [
+        ('d.' + name.replace('timestamp_', 'timestamp.'), info_hash) for name in fields]
+    columns = [f'f.{name}=' for name in ItemFile._fields]
+    calls.append(('f.multicall', info_hash, '', *columns))
+    calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
+    *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
+    files = [ItemFile(*row) for row in rows]
+    return Item(*facts, files, cwd, default, session, engine)
+
+
+@contextlib.contextmanager
+def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
+    """Give an item that rTorrent has open, and whether it was closed before.
+
+    Base paths of a closed item are old, or empty: it is opened, and afterwards closed again.
+    """
+    item = ask_item(engine, info_hash)
+    if item.hashing:
+        raise LoggableError('it is being checked')
+    if item.is_open:
+        yield item, False
+        return
+    try:
+        item.tell(('d.open',))
+        yield ask_item(engine, info_hash), True
+    finally:
+        with contextlib.suppress(RpcError):     # it may be erased by now
+            item.tell(('d.close',))
+
+
+def start_again(item: Item) -> None:
+    """Bring an item to the state that it had when it was asked for."""
+    if item.state:
+        # In one request, for a crash between them would leave it stopped. d.start alone does
+        # nothing where d.state is 1 already.
+        item.tell(('d.open',), ('d.stop',), ('d.start',))
+    elif item.is_open:
+        item.tell(('d.open',))
+    else:
+        item.tell(('d.close',))
+
+
+def erase(item: Item) -> None:
+    """Erase an item from rTorrent; raises RpcError where that has not happened for sure."""
+    commands = [(name, item.hash) for name in ('d.stop', 'd.close', 'd.erase')]
+    try:
+        erased = item.engine.tell(commands)[-1]
+    except Unreachable as error:
+        # An answer that never came is no answer, neither yes nor no.
+        there, = item.engine.ask([('d.hash', item.hash)])
+        if isinstance(there, HashNotFound):
+            return
+        raise Unreachable(f'{error}; it is still there') from None
+    without_errors([erased])
+
+
+def plain_parts(names: Iterable[str]) -> list[str]:
+    r"""Return what of names comes through every rTorrent as it is.
+
+    >>> plain_parts(['caf\xe9 1.bin']) == plain_parts(['caf? 1.bin'])
+    True
+    """
+    return [NOT_PLAIN.sub('', name) for name in names]
+
+
+def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
+    """Return the true name of an item and the paths of its files, as its metafile has them.
+
+    Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
+    """
+    import hashlib
+    try:
+        with open(path, 'rb') as stream:
+            meta, info_bytes = bdecode(stream.read(METAFILE_LIMIT))
+        if hashlib.sha1(info_bytes).hexdigest().upper() != info_hash:
+            raise ValueError('it is that of another item')
+        info = meta[b'info']
+        paths = [entry[b'path'] for entry in info.get(b'files', ())]
+        for entry, parts in zip(info.get(b'files', ()), paths):
+            if entry.get(b'path.utf-8', parts) != parts:
+                raise ValueError('a file has two names in it')
+        name = os.fsdecode(info[b'name'])
+        return name, [os.fsdecode(b'/'.join(parts)) for parts in paths] or [name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoggableError('its name came through badly, and its metafile in the session '
+                            f'folder does not tell the true one: {error_text(error)}') from None
+
+
+def true_paths(item: Item) -> tuple[str, list[str]]:
+    """Return where the data of an open item is, and the names of its files in there."""
+    for file in item.files:
+        expected = item.base_path
+        if item.is_multi_file:
+            expected += '/' + file.path
+        if not item.base_path or file.frozen_path != expected:
+            raise LoggableError(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
+                                f'lies at {quoted(item.base_path)}')
+    root, shown = item.absolute(item.base_path), [file.path for file in item.files]
+    if not any(map(DOUBTFUL.search, [root, *shown])):
+        return root, shown
+    metafile = item.absolute(f'{item.session}/{item.hash}.torrent')
+    name, names = names_of_metafile(metafile, item.hash)
+    folder, last = os.path.split(root)
+    if plain_parts([last]) == plain_parts([name]):
+        last = name
+    true_root = os.path.join(folder, last)
+    # Surrogates are right in a name that the metafile tells, but not in what rTorrent told.
+    doubtful = DOUBTFUL.search(folder) or last != name and DOUBTFUL.search(last)
+    if doubtful or plain_parts(shown) != plain_parts(names):
+        raise LoggableError(f'its path {quoted(root)} came through badly')
+    return true_root, names
+
+
+def check_file(path: str, file: ItemFile) -> OwnFile | None:
+    """Return a file of an item, None where it is not there; LoggableError where in doubt."""
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise LoggableError(f'{quoted(path)}: {error.strerror}') from None
+        if file.is_created:
+            raise LoggableError(f'rTorrent sees {quoted(path)}, and torque does not') from None
+        return None
+    if not file.is_created:
+        raise LoggableError(f'torque sees {quoted(path)}, and rTorrent does not')
+    if not stat.S_ISREG(status.st_mode):
+        raise LoggableError(f'{quoted(path)} is a link, or no file')
+    is_whole = file.completed_chunks == file.size_chunks > 0
+    if is_whole and status.st_size != file.size_bytes:
+        raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
+                            f'{file.size_bytes} that it is complete with')
+    return OwnFile(path, status.st_dev, status.st_ino)
+
+
+def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
+    """Return the folders that files are in, up to `root`; the deepest first."""
+    found = {root}
+    for path in paths:
+        folder = os.path.dirname(path)
+        while folder not in found:
+            found.add(folder)
+            folder = os.path.dirname(folder)
+    return sorted(found, key=len, reverse=True)
+
+
+def own_data(item: Item, fresh: bool) -> OwnData:
+    """Return what an open item has on the disk, proven to be its own; else LoggableError.
+
+    fresh: it was not open before.
+    """
+    if not item.is_open:
+        raise LoggableError('rTorrent cannot open it')
+    require_same_files(item.engine)
+    root, names = true_paths(item)
+    paths, folders = [root], []
+    if item.is_multi_file:
+        paths = [f'{root}/{name}' for name in names]
+        folders = folders_up_to(root, paths)
+    for folder in folders:
+        if os.path.islink(folder) or os.path.basename(folder) == '..':
+            raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
+    files = [check_file(path, file) for path, file in zip(paths, item.files)]
+    own = [file for file in files if file]
+    # A user's file may lie where an item that has nothing yet would have its own.
+    begun = item.timestamp_started and not fresh
+    if own and not item.completed_bytes and not begun:
+        raise LoggableError(f'{quoted(root)} may not be its own: rTorrent has no piece of it')
+    # Other downloads may come to lie in a folder that is not named after this one.
+    common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
+    named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
+    if folders and (not named or identity(root) in common):
+        folders.remove(root)
+    return OwnData(root, own, folders)
+
+
+def freed_by(data: OwnData) -> int:
+    """Return the bytes that deleting data frees: none of a file with a hard link elsewhere."""
+    links = collections.Counter((file.device, file.inode) for file in data.files)
+    freed = 0
+    for file in data.files:
+        status = os.lstat(file.path)
+        if links[file.device, file.inode] == status.st_nlink:
+            freed += status.st_blocks * 512 // status.st_nlink
+    return freed
+
+
+class Users:
+    """Which items use which folders and lone files, by identity.
+
+    All items of all rTorrents that are given; LoggableError where what one uses is not known.
+    """
+
+    def __init__(self, engines: Iterable[Engine]):
+        self.engines = {engine.address.where: engine for engine in engines}
+        self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
+        self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
+        self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
+        for engine in self.engines.values():
+            self.add_engine(engine)
+
+    def add_engine(self, engine: Engine) -> None:
+        """Add all items of an rTorrent, by directory and by base path: one may be old."""
+        needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
+        columns = fetch_columns(engine, 'default', needs)
+        cwd, = without_errors(engine.ask([('system.cwd', '')]))
+        for info_hash, base, directory, name, is_multi in zip(*columns.values()):
+            if directory and not is_multi:
+                directory = os.path.join(directory, name)
+            try:
+                for place in {base, directory} - {''}:
+                    for path in self.meanings(os.path.join(cwd, place)):
+                        self.add((engine.address.where, info_hash), path)
+            except OSError as error:
+                raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
+                                    f'{quoted(error.filename)}: {error.strerror}') from None
+
+    def meanings(self, path: str) -> list[str]:
+        """Return the paths on the disk that one may mean which came through badly."""
+        if not DOUBTFUL.search(path):
+            return [path]
+        paths = ['/']
+        for part in path.split('/'):
+            found = []
+            for folder in paths:
+                names = [part]
+                if DOUBTFUL.search(part):
+                    names = self.like(folder, part)
+                found += [os.path.join(folder, name) for name in names]
+            paths = found
+        return paths
+
+    def like(self, folder: str, name: str) -> list[str]:
+        """Return the names in a folder that one may mean."""
+        if folder not in self.names:
+            self.names[folder] = {}
+            if identity(folder):
+                there = os.listdir(folder)
+                for plain, other in zip(plain_parts(there), there):
+                    self.names[folder].setdefault(plain, []).append(other)
+        return self.names[folder].get(plain_parts([name])[0], [])
+
+    def add(self, owner: tuple[str, str], path: str) -> None:
+        """Add a file, or a folder with all that is below it, links followed."""
+        left, known = [path], set()
+        while left:
+            path = left.pop()
+            found = identity(path)
+            if found is None or found in known:
+                continue
+            known.add(found)
+            try:
+                with os.scandir(path) as entries:
+                    left += [entry.path for entry in entries
+                             if entry.is_symlink() or entry.is_dir(follow_symlinks=False)]
+                self.folders.setdefault(found, []).append((owner, path))
+            except NotADirectoryError:
+                folder = identity(os.path.dirname(os.path.realpath(path)))
+                self.files.setdefault(found, []).append((owner, path, folder))
+            except FileNotFoundError:   # it has gone meanwhile
+                continue
+
+    def of(self, data: OwnData, but: Iterable[tuple[str, str]] = ()) -> dict[tuple, str]:
+        """Return who may use some of the data, owner -> path, without those in `but`."""
+        users: dict[tuple, str] = {}
+        for file in data.files:
+            folder = identity(os.path.dirname(file.path))
+            if folder in self.folders:
+                users.update(self.folders[folder])
+            for owner, path, other in self.files.get((file.device, file.inode), ()):
+                # In another folder it is a hard link, which does not need this one.
+                if folder == other or os.lstat(file.path).st_nlink == 1:
+                    users[owner] = path
+        return {owner: path for owner, path in users.items() if owner not in but}
+
+    def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
+        """Tell whether an item has all files of data in its own list, too."""
+        where, info_hash = owner
+        item = ask_item(self.engines[where], info_hash)
+        known = set()
+        for base in {item.base_path, item.directory} - {''}:
+            known.add(identity(item.absolute(base)))
+            for file in item.files:
+                known.add(identity(item.absolute(f'{base}/{file.path}')))
+        return all((file.device, file.inode) in known for file in data.files)
+
+
+def copy_data(data: OwnData, root: str) -> None:
+    """Have a whole copy of data at a new root, as hard links where that is possible."""
+    import shutil
+    folders = {}                        # of the copy -> its original
+    for file in data.files:
+        copy = root + file.path[len(data.root):]
+        folder, original = os.path.dirname(copy), os.path.dirname(file.path)
+        os.makedirs(folder, exist_ok=True)
+        while len(original) >= len(data.root):
+            folders[folder] = original
+            folder, original = os.path.dirname(folder), os.path.dirname(original)
+        before = os.lstat(file.path)
+        try:
+            os.link(file.path, copy)
+        except OSError:                 # another file system, or one without hard links
+            copy_file(file.path, copy)
+        after = os.lstat(file.path)
+        if before.st_ino != file.inode or (before.st_size, before.st_mtime_ns) != (
+                after.st_size, after.st_mtime_ns):
+            raise LoggableError(f'{quoted(file.path)} changed while it was copied')
+    for folder, original in folders.items():
+        give_owner(folder, os.stat(original))
+        with contextlib.suppress(OSError):
+            shutil.copystat(original, folder)
+        sync(folder)
+    sync(os.path.dirname(root))
+
+
+def require_room(data: OwnData, folder: str) -> None:
+    """Raise LoggableError where the disk of a folder, made or not, has no room for data."""
+    device, free = disk_of(folder)
+    needed = 0
+    for file in data.files:
+        if file.device != device:       # else a hard link will do
+            needed += os.lstat(file.path).st_blocks * 512
+    if needed > (free or 0):
+        raise LoggableError(f'no room: {show_size(needed)} are needed at {quoted(folder)}, '
+                            f'{show_size(free or 0)} are free')
+
+
+class Removal:
+    """A note of what is going to be removed: JSON in its first line, then steps that were done.
+
+    It is on the disk before anything changes, and goes last. Until close() it is locked.
+    """
+
+    def __init__(self, path: str, stream: Any, facts: dict[str, Any], steps: list[str]):
+        self.path, self.stream = path, stream
+        self.facts, self.steps = facts, steps
+        files = [OwnFile(*file) for file in facts['files']]
+        self.data = OwnData(facts['root'], files, facts['folders'])
+
+    def __str__(self) -> str:
+        return f"{quoted(self.facts['name'])} {self.facts['hash']}"
+
+    @classmethod
+    def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
+        """Write a note. Raises LoggableError where another run has one for the same item."""
+        import fcntl
+        facts.update(data._asdict(), name=item.name, hash=item.hash,
+                     engine=item.engine.address.where, session=item.session)
+        path = os.path.join(folder, NOTE + item.hash)
+        unfinished = f'{path}.{os.getpid()}.{threading.get_ident()}'
+        with writing(path):
+            stream = open_private(unfinished)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stream.write(json.dumps(facts) + '\n')
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.link(unfinished, path)       # it is locked from its first moment on
+                sync(folder)
+            except BaseException as error:
+                stream.close()
+                if isinstance(error, FileExistsError):
+                    raise LoggableError(f'another run is at it, or was ended: {path}') from None
+                raise
+            finally:
+                os.remove(unfinished)
+        return cls(path, stream, facts, [])
+
+    @classmethod
+    def take_up(cls, path: str) -> Removal | None:
+        """Return the note that an ended run has left, None where its run goes on."""
+        import fcntl
+        try:
+            stream = open(path, 'r+', encoding='utf-8', opener=open_own)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_nlink:      # else it was dropped just now
+                first, *steps = stream.read().splitlines()
+                return cls(path, stream, json.loads(first), steps)
+        except BlockingIOError:
+            pass
+        except (ValueError, KeyError, TypeError) as error:
+            # It was not whole yet: nothing had begun.
+            logging.getLogger('torque.data').info('%s is no note of a removal: %s', path, error)
+            os.remove(path)
+        stream.close()
+        return None
+
+    def mark(self, step: str) -> None:
+        """Add a step that was done, on the disk when this returns."""
+        with writing(self.path):
+            self.stream.write(step + '\n')
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+        self.steps.append(step)
+
+    def remove_files(self) -> int:
+        """Delete the files that are still the same, then empty folders; count the others.
+
+        Raises LoggableError where the system refuses to.
+        """
+        others, refused = 0, None
+        for file in self.data.files:
+            folder, name = os.path.split(file.path)
+            handle = None
+            try:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) == (file.device, file.inode):
+                    os.unlink(name, dir_fd=handle)
+                else:
+                    others += 1
+            except OSError as error:
+                if error.errno not in NOT_THERE:
+                    refused = error
+            finally:
+                if handle is not None:
+                    os.close(handle)
+        for folder in self.data.folders:
+            with contextlib.suppress(OSError):      # something else is in it
+                os.rmdir(folder)
+        if refused:
+            raise LoggableError(f'not all data at {quoted(self.data.root)} is deleted: '
+                                f'{refused.strerror}; it is tried again in the next run')
+        return others
+
+    def drop(self) -> None:
+        """Remove the note: all is done, or nothing is to be done."""
+        with contextlib.suppress(OSError):
+            os.remove(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Let others have the note."""
+        self.stream.close()
+
+
+def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
+    """Give the notes of an rTorrent that ended runs have left, each locked until the next."""
+    names = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = sorted(os.listdir(folder))
+    for name in names:
+        removal = None
+        if name.startswith(NOTE):
+            removal = Removal.take_up(os.path.join(folder, name))
+        if removal:
+            with contextlib.closing(removal):
+                if removal.facts['engine'] == engine.address.where:
+                    yield removal
+
+
+def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
+    """Return why the data of a note that was left is kept, '' where it is to go.
+
+    It goes where its item was erased for sure, and nobody uses the data by now.
+    """
+    facts = removal.facts
+    if [facts['session']] != engine.ask([('session.path', '')]):
+        return 'that was another rTorrent'
+    if 'erased' not in removal.steps:
+        hashes = fetch_columns(engine, 'default', ['d.hash'])['d.hash']
+        if facts['hash'] in hashes:
+            return 'its item was not erased'
+        if not hashes:
+            return 'rTorrent has no items at all'
+    if not facts['shared']:
+        for path in Users(engines).of(removal.data).values():
+            return f'another item uses {quoted(path)}'
+    return ''
+
+
+class PromisedSpace:
+    """Bytes of each disk that deleting should have freed and that have not appeared yet.
+
+    Snapshots and open files keep them. A file remembers, for a week at most.
+    """
+    KEPT = 7 * 86400                    # seconds
+
+    def __init__(self, path: str):
+        self.path, self.text = path, '{}'
+        self.disks: dict[str, list[float]] = {}     # device -> bytes, free then, Unix seconds
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            with open(path, encoding='utf-8') as stream:
+                self.text = stream.read()
+            for disk, (promised, free, since) in json.loads(self.text).items():
+                self.disks[disk] = [float(promised), float(free), float(since)]
+
+    def owed(self, disk: int, free: int, now: float) -> float:
+        """Return what has not appeared yet, now that a disk has `free` bytes."""
+        promised, before, since = self.disks.get(str(disk), (0, 0, 0))
+        if not 0 <= now - since < self.KEPT:
+            return 0
+        left = max(promised - max(free - before, 0), 0)
+        self.disks[str(disk)] = [left, free, since]
+        return left
+
+    def add(self, disk: int, free: int, freed: int, now: float) -> None:
+        """Expect a disk that has `free` bytes to have so many more soon."""
+        self.disks[str(disk)] = [self.owed(disk, free, now) + freed, free, now]
+
+    def save(self) -> None:
+        """Keep this for later runs and processes."""
+        text = json.dumps(self.disks)
+        if text != self.text:
+            replace_file(self.path, text)
+            self.text = text
 
 
 # --- Filter and template ---------------------------------------------------------------------
@@ -2656,9 +3507,11 @@ class Settings(dict):
 class JobConfig(Settings):
     """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active.
 
-    engine is the job's rTorrent. state_dir is where it may keep a file.
+    engine is the job's rTorrent, engines are all of the configuration. state_dir is where it may
+    keep a file.
     """
     engine: Any
+    engines: Any
     state_dir: str
     alone: bool                         # a single run, beside the daemon perhaps
     __setattr__ = object.__setattr__
@@ -2743,40 +3596,6 @@ class EngineStats(Job):
         self.LOG.info('%s rTorrent %s%s; %s torrents, %s active; %s; rpc %.1f ms',
                       stats.engine_id, stats.version, started, torrents, active,
                       ', '.join(rates), stats.rpc_time * 1000)
-
-
-def sync(path: str) -> None:
-    """Have a file or folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Let what goes wrong in here be one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
-
-
-def open_private(path: str) -> Any:
-    """Open a file of the user's own to be written, in a folder of his own, made if need be."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    return open(path, 'w', encoding='utf-8',
-                opener=lambda path, flags: os.open(path, flags, 0o600))
-
-
-def replace_file(path: str, text: str) -> None:
-    """Write a file of the user's own, whole or not at all, whatever happens meanwhile."""
-    with writing(path):
-        with open_private(path + '.new') as stream:
-            stream.write(text)
-        sync(path + '.new')
-        os.replace(path + '.new', path)
 
 
 def parse_pairs(text: str) -> dict[str, str]:
@@ -3072,7 +3891,7 @@ def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torr
 
 
 class Choice(Job):
-    """What jobs share that work on the torrents of a view that meet a condition."""
+    """What jobs share that handle the torrents of a view that meet a condition."""
     options: Any = (
         Option('view', str, 'main', 'view of rTorrent that is looked at'),
         Option('matcher', parse_condition, '', 'condition that a torrent must meet'),
@@ -3085,6 +3904,9 @@ class Choice(Job):
         super().__init__(config)
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
+        self.failures: list[Exception] = []             # of torrents, in this run
+        self.held: collections.Counter = collections.Counter()  # reason -> torrents, in this run
+        self.repeats = Repeats()
 
     def use(self, option: str, make: Callable, text: str) -> Any:
         """Return the template that is made of an option, and have known what it needs."""
@@ -3101,45 +3923,64 @@ class Choice(Job):
         return in_order(list_torrents(self.engine, config.view or 'main', [
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
 
-    def hold_back(self, before: list[Torrent], after: list[Torrent], why: str) -> list[Torrent]:
-        """Log which torrents are left alone for now; return the others."""
-        kept = {torrent['hash'] for torrent in after}
-        left = [torrent for torrent in before if torrent['hash'] not in kept]
-        for torrent in left:
-            self.LOG.log(logging.INFO if self.dry_run else logging.DEBUG,
-                         'held back: %s: %s', torrent, why)
-        if left and self.deletes and not self.dry_run:
-            self.LOG.info('%d held back: %s', len(left), why)
-        return after
+    def engines(self) -> list[Engine]:
+        """Return all rTorrents of the configuration, that of the job among them."""
+        return [self.engine, *(self.config.engines or ())]
 
-    def each(self, torrents: list[Torrent], work: Callable[[Torrent], Any],
+    def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
+        """Log which torrents are left alone for now."""
+        level = logging.DEBUG
+        if self.dry_run:
+            level = logging.INFO
+        for torrent in torrents:
+            self.LOG.log(level, 'held back: %s: %s', torrent, why)
+            self.held[why] += 1
+
+    def failed(self, torrent: Torrent, error: Exception) -> None:
+        """Log why a torrent failed: in full once, then summed up."""
+        self.failures.append(error)
+        again = self.repeats.seen((torrent['hash'], str(error)), elapsed_time())
+        if self.dry_run:
+            self.hold_back([torrent], str(error))
+        elif again and again[0]:
+            self.LOG.warning('%s: still, %d times in %s: %s', torrent, again[0],
+                             show_duration(again[1]), error)
+        elif again:
+            self.LOG.warning('%s: %s', torrent, error)
+
+    def each(self, torrents: list[Torrent], handle: Callable[[Torrent], bool],
              most: int | None = None) -> None:
-        """Do the work on torrents, so many at most; one that fails costs its own turn only.
+        """Handle the torrents, until so many were changed; one that fails costs its turn only.
 
-        Work that says False had nothing to do, which does not count either.
-        After a while they are looked at again: the user may have changed them meanwhile.
+        handle: tells whether it changed the torrent. After a while they are looked at again: the
+        user may have changed them meanwhile.
         """
-        failures, done, listed = [], 0, elapsed_time()
+        done, listed = 0, elapsed_time()
+        self.failures = []
         current = {torrent['hash']: torrent for torrent in torrents}
         for at, torrent in enumerate(torrents):
-            if done == most:                    # one that failed does not count
-                self.hold_back(torrents[at:], [], f'the limit is {most}')
+            if done == most:
+                self.hold_back(torrents[at:], f'the limit is {most}')
                 break
             if elapsed_time() - listed > self.FRESH:
-                current = {found['hash']: found for found in self.chosen()}
+                current = {now['hash']: now for now in self.chosen()}
                 listed = elapsed_time()
             if torrent['hash'] not in current:
                 self.LOG.info('%s does not meet the condition any more', torrent)
                 continue
             try:
-                done += work(current[torrent['hash']]) is not False
+                if handle(current[torrent['hash']]):
+                    done += 1
             except Unreachable:
                 raise
             except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
-                self.LOG.warning('%s: %s', torrent, error)
-                failures.append(error)
-        if failures:
-            raise LoggableError(f'{len(failures)} torrents failed, the last: {failures[-1]}')
+                self.failed(torrent, error)
+        if self.deletes and not self.dry_run:
+            for why, count in self.held.items():
+                self.LOG.info('%d held back: %s', count, why)
+        if self.failures:
+            raise LoggableError(f'{len(self.failures)} torrents failed, the last: '
+                                f'{self.failures[-1]}')
 
 
 class QueueManager(Job):
@@ -3248,169 +4089,137 @@ class QueueManager(Job):
                 proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
 
 
-def erase(args: str, item: Torrent) -> list:
-    """Return the commands that take an item out of rTorrent."""
+def start_commands(item: Torrent, args: str) -> list[tuple]:
+    """Start, unless it is active."""
+    if item['is_active']:
+        return []
+    return [('d.start',)]
+
+
+def stop_commands(item: Torrent, args: str) -> list[tuple]:
+    """Stop, also what is to be started when there is a place."""
+    if item['is_active'] or item['d_state']:
+        return [('d.stop',)]
+    return []
+
+
+def close_commands(item: Torrent, args: str) -> list[tuple]:
+    """Stop and close."""
+    if item['is_open'] or item['d_state']:
+        return [('d.stop',), ('d.close',)]
+    return []
+
+
+def open_commands(item: Torrent, args: str) -> list[tuple]:
+    """Open, without starting."""
+    if item['is_open']:
+        return []
+    return [('d.open',)]
+
+
+def check_commands(item: Torrent, args: str) -> list[tuple]:
+    """Check the data."""
+    return [('d.check_hash',)]
+
+
+def ignore_commands(item: Torrent, args: str) -> list[tuple]:
+    """Have it ignored by rTorrent's own ratio groups and the like."""
+    if item['is_ignored']:
+        return []
+    return [('d.ignore_commands.set', 1)]
+
+
+def heed_commands(item: Torrent, args: str) -> list[tuple]:
+    """Undo ignore."""
+    if not item['is_ignored']:
+        return []
+    return [('d.ignore_commands.set', 0)]
+
+
+def delete_commands(item: Torrent, args: str) -> list[tuple]:
+    """Take it out of rTorrent; the data stays."""
     return [('d.stop',), ('d.close',), ('d.erase',)]
 
 
-# action -> fields that it needs, and what makes of its args and an item the commands with the
-# item's hash, none where there is nothing to do
-DO: dict[str, tuple[str, Callable[[str, Torrent], list]]] = {
-    'start': ('is_active', lambda args, item: [('d.start',)] * (not item['is_active'])),
-    'stop': ('is_active d_state', lambda args, item: [('d.stop',)] * bool(
-        item['is_active'] or item['d_state'])),
-    'close': ('is_open d_state', lambda args, item: [('d.stop',), ('d.close',)] * bool(
-        item['is_open'] or item['d_state'])),
-    'open': ('is_open', lambda args, item: [('d.open',)] * (not item['is_open'])),
-    'hash_check': ('', lambda args, item: [('d.check_hash',)]),
-    'ignore': ('is_ignored', lambda args, item: [('d.ignore_commands.set', 1)] * (
-        not item['is_ignored'])),
-    'heed': ('is_ignored', lambda args, item: [('d.ignore_commands.set', 0)] * item['is_ignored']),
-    'delete': ('is_hashing', erase),
-    'cull': ('is_hashing path is_multi_file is_complete done d_base_path', erase),
-    'tag': ('tagged', lambda args, item: change_tags(set.union, args, item)),
-    'untag': ('tagged', lambda args, item: change_tags(set.difference, args, item)),
-    'custom': ('', lambda args, item: [
-        (f'd.custom{key}.set', value) if re.fullmatch('[1-5]', key) else
-        ('d.custom.set', key, value) for key, _, value in [args.partition('=')]]),
-    'prio': ('prio', lambda args, item: [
-        ('d.priority.set', int(args)), ('d.update_priorities',)] * (item['prio'] != int(args))),
-    'throttle': ('throttle is_active', lambda args, item: [] if item['throttle'] == args else [
-        *[('d.stop',)] * item['is_active'], ('d.throttle_name.set', args),
-        *[('d.start',)] * item['is_active']]),
-    'exec': ('', lambda args, item: []), 'log': ('', lambda args, item: [])}
+def tags_command(item: Torrent, tags: set[str]) -> list[tuple]:
+    """Give it these tags, unless it has them."""
+    if tags == {*item['tagged']}:
+        return []
+    return [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
+
+
+def tag_commands(item: Torrent, args: str) -> list[tuple]:
+    """Add tags."""
+    return tags_command(item, {*item['tagged'], *args.lower().replace(',', ' ').split()})
+
+
+def untag_commands(item: Torrent, args: str) -> list[tuple]:
+    """Take tags away."""
+    return tags_command(item, {*item['tagged']}.difference(args.lower().replace(',', ' ').split()))
+
+
+def custom_commands(item: Torrent, args: str) -> list[tuple]:
+    """Set a custom value, KEY=VALUE."""
+    key, _, value = args.partition('=')
+    if key in ('1', '2', '3', '4', '5'):
+        return [(f'd.custom{key}.set', value)]
+    return [('d.custom.set', key, value)]
+
+
+def prio_commands(item: Torrent, args: str) -> list[tuple]:
+    """Set the priority."""
+    if item['prio'] == int(args):
+        return []
+    return [('d.priority.set', int(args)), ('d.update_priorities',)]
+
+
+def throttle_commands(item: Torrent, args: str) -> list[tuple]:
+    """Put it into a throttle group, which rTorrent allows only while it is stopped."""
+    change = ('d.throttle_name.set', args)
+    if item['throttle'] == args:
+        return []
+    if item['is_active']:
+        return [('d.stop',), change, ('d.start',)]
+    return [change]
+
+
+# Action -> fields that it needs, and the commands for an item, without its hash, that it comes to;
+# none where there is nothing to do. What has no such function is a method of Action.
+CLOSED = '; it is closed: which files are its own is known once it has been opened for that'
+ACTION_COMMANDS: dict[str, tuple[str, Callable | None]] = {
+    'start': ('is_active', start_commands), 'stop': ('is_active d_state', stop_commands),
+    'close': ('is_open d_state', close_commands), 'open': ('is_open', open_commands),
+    'hash_check': ('', check_commands), 'ignore': ('is_ignored', ignore_commands),
+    'heed': ('is_ignored', heed_commands), 'delete': ('is_hashing', delete_commands),
+    'cull': ('is_hashing is_open path d_completed_bytes', None), 'tag': ('tagged', tag_commands),
+    'untag': ('tagged', untag_commands), 'custom': ('', custom_commands),
+    'prio': ('prio', prio_commands), 'throttle': ('throttle is_active', throttle_commands),
+    'exec': ('', None), 'log': ('', None)}
 WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
-
-
-def change_tags(change: Callable, args: str, item: Torrent) -> list:
-    """Return the command that changes the tags of an item; none where that changes nothing."""
-    tags = change({*item['tagged']}, args.lower().replace(',', ' ').split())
-    return [] if tags == {*item['tagged']} else [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
 
 
 def parse_word(known: Iterable[str], text: str) -> str:
     """Return a word that has to be one of those known."""
     if text not in known:
-        what = f'{text!r} is not known' if text else 'is not set'
+        what = 'is not set'
+        if text:
+            what = f'{text!r} is not known'
         raise UserError(f"{what}; allowed are {' '.join(known)}{nearest(text, known)}")
     return text
-
-
-def lies_in(path: str, folder: str) -> bool:
-    """Tell whether a path is a folder or below it, both real paths."""
-    return os.path.commonpath([path, folder]) == os.path.commonpath([folder])       # // is /
-
-
-def links_below(folder: str) -> Iterator[str]:
-    """Give the symbolic links in a folder."""
-    left = [folder]
-    while left:
-        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    yield entry.path
-                elif entry.is_dir():
-                    left.append(entry.path)
-
-
-# These may stand for anything else that is on the disk: some rTorrents put them for others.
-MANGLED = re.compile('(?:[?\ufffd]|%[0-9A-Fa-f]{0,2})+')
-
-
-def may_be(path: str) -> list[str]:
-    """Return a path, and what is on the disk that it may mean, too, where it is mangled."""
-    import glob
-    parts = MANGLED.split(path)
-    return [path, *(found for found in glob.glob('*'.join(map(glob.escape, parts)))
-                    if not (found.isascii() and found.isprintable()))] if parts[1:] else [path]
-
-
-def places_in_use(engine: Engine) -> list[tuple[str, str, str]]:
-    """Return (hash, path, real path) of all items' data, and of the links in it.
-
-    The real path is empty where a path is not absolute.
-    """
-    return [(item['hash'], path, os.path.isabs(path) and os.path.realpath(path) or '')
-            for item in list_torrents(engine, 'default', ['path']) if item['path']
-            for place in may_be(item['path']) for path in (place, *links_below(place))]
-
-
-def used_by_other(used: list[tuple[str, str, str]], hashes: Iterable[str], *places: str) -> str:
-    """Return a path by which an item other than these may use data at places, '' for none."""
-    reals = [os.path.realpath(place) for place in places]
-    return next((path for item, path, found in used if item not in hashes and (
-        not found or any(lies_in(found, real) or lies_in(real, found) for real in reals))), '')
-
-
-def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False) -> list[str]:
-    """Return the files of an item that exist at `base`, by rTorrent's own list of them.
-
-    Raises LoggableError where that is doubtful, as before rTorrent has opened it or has found
-    a piece of it; with `whole` also over a symbolic link, and a file with data that is not
-    there: not every name comes through as it is.
-    """
-    if not os.path.isabs(base):
-        raise LoggableError(f'its path {quoted(base)} is not absolute')
-    found, multi = {}, torrent['is_multi_file'] and not os.path.islink(base)
-    if not torrent['d_base_path'] and not torrent['done'] and os.path.lexists(base):
-        raise LoggableError(f'{quoted(base)} may not be its own: rTorrent has not opened it')
-    for name, size, chunks in engine.open().f.multicall(
-            torrent['hash'], '', 'f.path=', 'f.size_bytes=', 'f.completed_chunks='):
-        path = os.path.join(base, name) if multi else base
-        if os.path.islink(path) or os.path.isfile(path):
-            found[path] = os.lstat(path).st_size
-            if multi and not lies_in(os.path.realpath(os.path.dirname(path)),
-                                     os.path.realpath(base)):
-                raise LoggableError(f'{quoted(path)} leads out of {quoted(base)}')
-        elif size and chunks and MANGLED.search(base + name):
-            raise LoggableError(f'{quoted(path)} is not there by this name: its data would stay')
-        wrong = 'is a link' if os.path.islink(path) else \
-            'is not there' if size and chunks and path not in found else \
-            'is not whole' if size and torrent['is_complete'] and found.get(path) != size else ''
-        if wrong and whole:
-            raise LoggableError(f'{quoted(path)} {wrong}')
-    return list(found)
-
-
-def freed_by(files: list[str]) -> int:
-    """Return the bytes that deleting files frees: none of one with a hard link elsewhere."""
-    stats = [os.lstat(path) for path in files]
-    links = collections.Counter((stat.st_dev, stat.st_ino) for stat in stats)
-    return sum(stat.st_blocks * 512 // stat.st_nlink for stat in stats
-               if links[stat.st_dev, stat.st_ino] == stat.st_nlink)
-
-
-def remove_files(files: Iterable[str], base: str) -> None:
-    """Delete files, and the folders below and at `base` that are empty then."""
-    failed = None
-    for path in files:
-        try:
-            os.remove(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            failed = error
-        with contextlib.suppress(OSError):              # not empty: something else is in it
-            while path != base:
-                path = os.path.dirname(path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.rmdir(path)
-    if failed:
-        raise LoggableError(f'not all is deleted: {failed}')
 
 
 class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
         *Choice.options,
-        Option('action', functools.partial(parse_word, DO), '', ' '.join(DO)),
+        Option('action', functools.partial(parse_word, ACTION_COMMANDS), '', ' '.join(ACTION_COMMANDS)),
         Option('args', str, '', 'template for tag untag throttle log, KEY=VALUE for custom, 0 to '
                                 '3 for prio, commands of rTorrent for exec'),
         Option('limit', parse_count, '', 'most torrents in a run; left out, all, or 10 to delete'),
         Option('confirm', parse_count, '1', 'act on what met the condition so many runs in a row'),
         Option('until_free', parse_size, '0', 'cull one by one until this much is free; 0: all'),
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
-               'data that another item uses: keep or delete'))
+               'data that another item has, too: keep or delete'))
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -3434,86 +4243,63 @@ class Action(Choice):
                  f'{args!r}: tags have no sign; the actions are tag and untag')):
             if wrong:
                 raise UserError(why, option='args')
-        args = '' if (action, args) == ('throttle', 'none') else args
+        if (action, args) == ('throttle', 'none'):
+            args = ''
         self.deletes = action in ('delete', 'cull')
-        self.fields = tuple(DO[action][0].split())
-        self.template = self.use('args', CommandTemplate if action == 'exec' else Template, args)
+        self.fields = tuple(ACTION_COMMANDS[action][0].split())
+        make = Template
+        if action == 'exec':
+            make = CommandTemplate
+        self.template = self.use('args', make, args)
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
-        self.gone: set[str] = set()             # a dry run of a cull would have erased these
+        self.gone: list[tuple] = []             # owners that this dry run would have erased
+        self.promised: Any = None               # PromisedSpace of this run
 
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
-        config, self.gone = self.config, set()
+        config = self.config
         met, self.met = self.met, {}            # a listing that fails ends all runs in a row
+        self.gone = []
+        self.held.clear()
+        self.promised = PromisedSpace(os.path.join(config.state_dir, 'promised.json'))
+        if config.action == 'cull' and not self.dry_run:
+            self.finish_removals()
         torrents = self.chosen()
         self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
-        # a single dry run shows what will be done once enough runs agree
-        confirm = 1 if self.dry_run and config.alone else config.confirm
+        confirm, limit = config.confirm, config.limit
         if self.dry_run:
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
-        ready = self.hold_back(torrents, [
-            torrent for torrent in torrents if self.met[torrent['hash']] >= confirm],
-            f'it has not yet met the condition in {confirm} runs in a row')
-        if self.deletes:                # 0.9.8 may hang, and what is done is not known
-            ready = self.hold_back(ready, [torrent for torrent in ready
-                                           if not torrent['is_hashing']], 'it is being checked')
-        limit = 10 if self.deletes and config.limit is None else config.limit
-        if config.until_free:
-            ready = self.until_free(ready, limit)
-        self.each(ready, self.perform, limit)
-
-    def until_free(self, torrents: list[Torrent], limit: int) -> list[Torrent]:
-        """Return those, in order, whose deletion makes enough free on their disk."""
-        promised: dict = collections.defaultdict(int)
-        chosen: list[Torrent] = []
-        enough, useless = [], []
-        used = places_in_use(self.engine) if torrents else []
-        for at, torrent in enumerate(torrents):
-            if len(chosen) == limit:
-                self.hold_back(torrents[at:], [], f'the limit is {limit}')
-                break
-            device, free = disk_of(torrent['path'])
-            try:
-                if free is None or free + promised[device] >= self.config.until_free:
-                    enough.append(torrent)
-                elif freed := freed_by(self.own_files(torrent, used)):
-                    promised[device] += freed
-                    chosen.append(torrent)
-                else:
-                    useless.append(torrent)
-            except Unreachable:
-                raise
-            except (LoggableError, OSError, ValueError) as error:
-                self.LOG.warning('%s: %s', torrent, error)
-        self.hold_back(enough, [], f'{show_size(self.config.until_free)} are free without it')
-        self.hold_back(useless, [], 'deleting it frees nothing')
-        return chosen
-
-    def own_files(self, torrent: Torrent, used: list[tuple[str, str, str]]) -> list[str]:
-        """Return the files to delete with an item: none that another item uses."""
-        user = self.config.shared == 'keep' and used_by_other(
-            used, {torrent['hash'], *self.gone}, torrent['path'])
-        if user:
-            self.LOG.info('the data of %s stays: another item uses %s', torrent, quoted(user))
-            return []
-        if os.path.islink(torrent['path']):
-            raise LoggableError(f"{quoted(torrent['path'])} is a link: its data would stay")
-        files = item_files(self.engine, torrent, torrent['path'])
-        if not files and torrent['is_complete']:
-            raise LoggableError(f"there is no data at {quoted(torrent['path'])}; the action delete "
-                                'is for an item without')
-        for folder in {os.path.dirname(file) for file in files}:
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise LoggableError(f'nothing can be deleted in {quoted(folder)}')
-        return files
+        if self.dry_run and config.alone:       # it shows what is done once enough runs agree
+            confirm = 1
+        if self.deletes and limit is None:
+            limit = 10
+        ready = []
+        for torrent in torrents:
+            if self.met[torrent['hash']] < confirm:
+                self.hold_back([torrent],
+                               f'it has not yet met the condition in {confirm} runs in a row')
+            elif self.deletes and torrent['is_hashing']:
+                # 0.9.8 may hang for good, and what is complete is not known.
+                self.hold_back([torrent], 'it is being checked')
+            else:
+                ready.append(torrent)
+        try:
+            self.each(ready, self.perform, limit)
+        finally:
+            if config.until_free and not self.dry_run:
+                self.promised.save()
 
     def perform(self, torrent: Torrent) -> bool:
         """Do the action on one torrent; tell whether there was anything to do."""
-        action = self.config.action
+        action, commands = self.config.action, ACTION_COMMANDS[self.config.action][1]
+        if action == 'cull':
+            return self.cull(torrent)
         shown = self.template.render(torrent)
-        calls = [(method, torrent['hash'], *rest)
-                 for method, *rest in DO[action][1](shown, torrent)]
-        if action == 'exec':
+        calls = []
+        if commands:
+            calls = [(method, torrent['hash'], *rest)
+                     for method, *rest in commands(torrent, shown)]
+        elif action == 'exec':
             calls = [('branch', torrent['hash'], 'd.hash=', text)
                      for text in self.template.commands(torrent)]
         if not calls and action != 'log':
@@ -3521,18 +4307,127 @@ class Action(Choice):
             return False
         if self.deletes and torrent['is_hashing']:      # since the run began
             raise LoggableError('it is being checked')
-        files = self.own_files(torrent, places_in_use(self.engine)) if action == 'cull' else []
-        if not self.announce(action, torrent, shown and quoted(shown), action == 'cull' and
-                             f"with {len(files)} files at {quoted(torrent['path'])}"):
-            self.gone.add(torrent['hash'])
-            return True
-        answers = self.engine.open().batch(calls) if calls else []
-        for answer in answers[-1:] if self.deletes else answers:        # erased is erased
-            if isinstance(answer, RpcError):
-                raise answer
-        if files:
-            remove_files(files, torrent['path'])
+        if self.announce(action, torrent, shown and quoted(shown)) and calls:
+            answers = self.engine.tell(calls)
+            if self.deletes:
+                answers = answers[-1:]                  # erased is erased
+            without_errors(answers)
         return True
+
+    # What follows is the action cull.
+
+    def cull(self, torrent: Torrent) -> bool:
+        """Erase an item and delete its data, unless anything about that is doubtful."""
+        if self.is_enough(torrent['path']):
+            free = show_size(self.config.until_free)
+            self.hold_back([torrent], f'{free} are free without it')
+            return False
+        require_same_files(self.engine)
+        if self.dry_run and not torrent['is_open']:
+            self.announce('cull', torrent, CLOSED)
+            self.promise(torrent['path'], torrent['d_completed_bytes'])
+            return True
+        with opened(self.engine, torrent['hash']) as (item, fresh):
+            data = own_data(item, fresh)
+            if not data.files and item.completed_bytes:
+                raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
+                                    'is for an item without')
+            data, why = self.without_users(item, data)
+            for folder in {os.path.dirname(file.path) for file in data.files}:
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise LoggableError(f'nothing can be deleted in {quoted(folder)}')
+            freed = freed_by(data)
+            if self.config.until_free and not freed:
+                self.hold_back([torrent], 'deleting it frees nothing')
+                return False
+            shown = f'with {len(data.files)} files at {quoted(data.root)}'
+            if self.announce('cull', torrent, why or shown):
+                self.erase_with_data(item, data, freed)
+            else:
+                self.gone.append(item.owner)
+                self.promise(data.root, freed)
+        return True
+
+    def without_users(self, item: Item, data: OwnData) -> tuple[OwnData, str]:
+        """Return the data that goes with an item, and why not all of it.
+
+        Data that another item has in its own list, too, stays for that one. Where they only
+        overlap the item is held back, for afterwards nobody would know of the rest.
+        """
+        if self.config.shared == 'delete' or not data.files:
+            return data, ''
+        users = Users(self.engines())
+        others = users.of(data, [item.owner, *self.gone])
+        for owner, path in others.items():
+            if users.has_all(owner, data):
+                return data._replace(files=[], folders=[]), \
+                    f'alone, its data stays: another item uses {quoted(path)}'
+        for path in others.values():
+            raise LoggableError(f'another item may use its data: {quoted(path)}')
+        return data, ''
+
+    def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
+        """Write down what is going to be removed, erase the item, and delete the data."""
+        device, free = disk_of(data.root)
+        shared = self.config.shared == 'delete'
+        removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
+        with contextlib.closing(removal):
+            try:
+                erase(item)
+            except Unreachable:         # the note stays, and the next run asks again
+                raise
+            except RpcError:
+                removal.drop()
+                start_again(item)
+                raise
+            try:
+                removal.mark('erased')
+                self.delete(removal)
+            except LoggableError as error:      # the item is gone, and counts
+                self.failures.append(error)
+                self.LOG.warning('%s', error)
+        if device is not None and free is not None:
+            self.promised.add(device, free, freed, time.time())
+
+    def delete(self, removal: Removal) -> None:
+        """Delete the data of a note, and the note; LoggableError where some cannot be deleted."""
+        others = removal.remove_files()
+        if others:
+            self.LOG.warning('%d files at %s stay: they were changed meanwhile', others,
+                             quoted(removal.data.root))
+        removal.drop()
+
+    def finish_removals(self) -> None:
+        """Finish what earlier runs could not; while that fails, nothing more is deleted."""
+        for removal in left_removals(self.config.state_dir, self.engine):
+            if 'new' in removal.facts:          # it is of a Move
+                continue
+            root = quoted(removal.data.root)
+            why = why_keep(removal, self.engine, self.engines())
+            if why:
+                self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
+                                 removal, root, why)
+                removal.drop()
+            else:
+                require_same_files(self.engine)
+                self.LOG.info('removing the rest of %s at %s', removal, root)
+                self.delete(removal)
+
+    def is_enough(self, path: str) -> bool:
+        """Tell whether the disk of a path has what until_free asks for, with what is promised."""
+        if not self.config.until_free:
+            return False
+        device, free = disk_of(path)
+        if device is None or free is None:
+            return True                 # what deleting would bring is not known
+        owed = self.promised.owed(device, free, time.time())
+        return free + owed >= self.config.until_free
+
+    def promise(self, path: str, freed: int) -> None:
+        """Count what deleting data at a path would free, in a dry run."""
+        device, free = disk_of(path)
+        if device is not None and free is not None:
+            self.promised.add(device, free, freed, time.time())
 
 
 class Command(Job):
@@ -3642,187 +4537,237 @@ class ItemCommand(Choice, Command):
             proxy.d.save_full_session(torrent['hash'])
 
 
-def same_file(path: str, copy: str) -> bool:
-    """Tell whether another path is a copy, or hard link; times may be rounded to 2 s."""
-    try:
-        one, other = os.lstat(path), os.lstat(copy)
-    except OSError:
-        return False
-    return (one.st_mode >> 12, one.st_size) == (other.st_mode >> 12, other.st_size) and \
-        abs(one.st_mtime - other.st_mtime) <= 2 and os.path.realpath(path) != os.path.realpath(copy)
-
-
-def discard(path: str) -> None:
-    """Delete a file, or a folder and all in it, if it is there."""
-    import shutil
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.remove(path)
-
-
-def copy_whole(files: list[str], source: str, copy: str) -> None:
-    """Have a copy of data on the disk, as hard links where that is possible."""
-    import shutil
-    discard(copy)                       # what a crash left
-    if os.path.lexists(copy):
-        raise LoggableError(f'{quoted(copy)} cannot be deleted')
-    for path in files:
-        place = copy + path[len(source):]
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        try:
-            os.link(path, place)
-        except OSError:                 # another file system, or one without hard links
-            shutil.copyfile(path, place)
-            with contextlib.suppress(OSError):          # not every file system has modes
-                shutil.copystat(path, place)
-        if not same_file(path, place):
-            raise LoggableError(f'{quoted(path)} changed while it was copied')
-        sync(place)
-    for folder, _, _ in os.walk(copy):
-        sync(folder)
-
-
 class Move(Choice):
     """Move the data of torrents that meet a condition, and tell rTorrent.
 
-    The data becomes whole at the target first, as hard links or as copies, under a temporary
-    name; then rTorrent is told; then the source is removed. After a crash at any moment the
-    torrent points at whole data, and the next run goes on by the MARK, `SOURCE//TARGET`.
+    The data becomes whole at the target first, as hard links or as copies, in a temporary
+    folder; then rTorrent is told; then the source is removed. A Removal has noted all that:
+    after a crash at any moment the torrent has whole data, and the next run goes on.
     """
     options = (
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
-    MARK = 'torque_move'                # a custom value of rTorrent
-    fields = ('path', 'is_multi_file', 'is_complete', 'is_hashing', 'is_open', 'done', 'd_state',
-              'd_base_path', f'custom_{MARK}')
+    fields = ('path', 'is_open')
+    PAUSES = (60, 3600)                 # seconds, after the first failure and at most
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
-        self.closed = parse_condition(f'custom_{self.MARK}=?* d_state=1 is_open=no is_hashing=no')
+        # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
+        # some. hash -> until when it is left alone, and for how long, in elapsed seconds
+        self.pauses: dict[str, tuple[float, float]] = {}
 
     def run(self) -> None:
-        """Move what meets the condition, beside no other Move of this state_dir."""
-        import fcntl
-        path = os.path.join(self.config.state_dir, 'move.lock')
-        with writing(path):
-            lock = open_private(path)
-        with lock:
-            try:                                # against other Moves and --run-once, too
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LoggableError('another Move is at work') from None
-            chosen = self.chosen()
-            self.reopen({torrent['hash'] for torrent in chosen})
-            self.each(chosen, self.move)
+        """Move what meets the condition, after what an ended run has left."""
+        if not self.dry_run:
+            for removal in left_removals(self.config.state_dir, self.engine):
+                if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
+                    self.take_up(removal)
+        self.each(self.chosen(), self.move)
 
-    def reopen(self, chosen: set[str]) -> None:
-        """Start again what an earlier process has closed to move it, and is not met any more.
+    def is_paused(self, info_hash: str) -> bool:
+        """Tell whether an item is left alone after a failure."""
+        until, _ = self.pauses.get(info_hash, (0, 0))
+        return elapsed_time() < until
 
-        Not the others: 0.9.8 aborts over more than 10 tracker requests of an item in 10 s.
-        """
-        for torrent in list_torrents(self.engine, 'default', Move.fields, self.closed):
-            if torrent['hash'] not in chosen and self.announce(
-                    'starting again, for its move was cut short:', torrent):
-                self.start_again(torrent)
+    def pause(self, info_hash: str) -> None:
+        """Leave an item alone, after every failure for longer."""
+        _, last = self.pauses.get(info_hash, (0, 0))
+        first, most = self.PAUSES
+        seconds = min(max(2 * last, first), most)
+        self.pauses[info_hash] = elapsed_time() + seconds, seconds
 
-    def move(self, torrent: Torrent) -> None:
-        """Move one item, unless anything about it is doubtful."""
+    def move(self, torrent: Torrent) -> bool:
+        """Move one item, unless anything about that is doubtful."""
         folder = os.path.expanduser(self.template.render(torrent))
-        source, mark = torrent['path'], torrent[f'custom_{self.MARK}']
-        if not folder:
-            return
+        if not folder or self.is_paused(torrent['hash']):
+            return False
         if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
             raise LoggableError(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
-        target = os.path.join(folder, os.path.basename(source))
-        if os.path.isabs(source) and os.path.realpath(source) == os.path.realpath(target):
-            if mark.endswith(f'//{target}'):
-                old = mark[:-len(target) - 2]
-                if self.announce('removing what was moved:', torrent, 'at', quoted(old)):
-                    self.finish(torrent, old, target)
-            return
-        files = item_files(self.engine, torrent, source, whole=True)
-        user = used_by_other(places_in_use(self.engine), [torrent['hash']], source, target)
-        again = mark == f'{source}//{target}' and all(
-            same_file(path, target + path[len(source):]) for path in files)
-        for wrong, why in (
-                (not files, f'there is no data at {quoted(source)}'),
-                (user, f'another item uses {quoted(user)}'),
-                (torrent['is_hashing'], 'it is being checked'),
-                (lies_in(os.path.realpath(folder), os.path.realpath(source)),
-                 f'{quoted(folder)} lies in it'),
-                (os.path.lexists(target) and not again,
-                 f'{quoted(target)} exists: nothing is overwritten')):
-            if wrong:
-                raise LoggableError(f'not moved: {why}')
-        if self.announce('moving', torrent, 'from', quoted(source), 'to', quoted(folder)):
-            self.carry_out(torrent, files, target)
+        place = identity(folder)
+        if place and place == identity(os.path.dirname(torrent['path'])):
+            return False
+        require_same_files(self.engine)
+        if self.dry_run and not torrent['is_open']:
+            return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
+        with opened(self.engine, torrent['hash']) as (item, fresh):
+            data = own_data(item, fresh)
+            root = quoted(data.root)
+            if place and place == identity(os.path.dirname(data.root)):
+                return False
+            target = os.path.join(folder, os.path.basename(data.root))
+            try:
+                self.check(item, data, target)
+            except LoggableError as error:
+                raise LoggableError(f'not moved: {error}') from None
+            if self.announce('moving', torrent, 'from', root, 'to', quoted(folder)):
+                if fresh:
+                    item = item._replace(is_open=0)     # as it shall be afterwards
+                self.carry_out(item, data, target)
+        return True
 
-    def carry_out(self, torrent: Torrent, files: list[str], target: str) -> None:
+    def check(self, item: Item, data: OwnData, target: str) -> None:
+        """Raise LoggableError where an item is better not moved."""
+        if not data.files:
+            raise LoggableError(f'there is no data at {quoted(data.root)}')
+        for file in item.files:
+            if file.size_bytes and file.completed_chunks and not file.is_created:
+                raise LoggableError(f'{quoted(file.frozen_path)} is not there')
+        folder = os.path.dirname(target)
+        above = folder
+        while above != os.path.dirname(above):
+            if identity(above) == identity(data.root):
+                raise LoggableError(f'{quoted(folder)} lies in it')
+            above = os.path.dirname(above)
+        users, there = Users(self.engines()), self.data_at(data, target)
+        for part in (data, there):
+            for path in users.of(part, [item.owner]).values():
+                raise LoggableError(f'another item uses {quoted(path)}')
+        if not os.path.lexists(target):
+            require_room(data, folder)
+        elif len(there.files) < len(data.files):
+            raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
+
+    @staticmethod
+    def data_at(data: OwnData, target: str) -> OwnData:
+        """Return those files of data that are at the target, too, and have the same size."""
+        files = []
+        for file in data.files:
+            path = target + file.path[len(data.root):]
+            with contextlib.suppress(OSError):
+                status, size = os.lstat(path), os.lstat(file.path).st_size
+                if stat.S_ISREG(status.st_mode) and status.st_size == size:
+                    files.append(OwnFile(path, status.st_dev, status.st_ino))
+        return OwnData(target, files, [])
+
+    def carry_out(self, item: Item, data: OwnData, target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
-        proxy, item, folder = self.engine.open(), torrent['hash'], os.path.dirname(target)
-        copy = os.path.join(folder, f'.torque-{item}')
-        old, new = proxy.d.directory_base(item), target if torrent['is_multi_file'] else folder
-        proxy.d.custom.set(item, self.MARK, f"{torrent['path']}//{target}")
-        proxy.d.close(item)             # d.state stays: a crash does not make it forget
+        folder = os.path.dirname(target)
+        make_folders(folder)
+        copy = make_empty(os.path.join(folder, f'.torque-{item.hash}'))
+        new = folder
+        if item.is_multi_file:
+            new = target
         try:
-            if not os.path.lexists(target):
-                copy_whole(files, torrent['path'], copy)
-                if proxy.d.is_open(item):
-                    raise LoggableError('it was opened while its data was copied')
-                if os.path.lexists(target):
-                    raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-                os.rename(copy, target)
-                sync(folder)
-            proxy.d.directory_base.set(item, new)
-            if proxy.d.directory_base(item) != new:
-                raise LoggableError(f'rTorrent took {quoted(new)} for something else')
-            self.open_data(item, len(files), target)            # only this renews d.base_path
-            proxy.d.save_full_session(item)
+            removal = Removal.begin(
+                self.config.state_dir, item, data, new=new, target=target, copy=copy,
+                copy_identity=identity(copy), state=item.state, is_open=item.is_open)
         except BaseException:
-            discard(copy)
-            proxy.d.close(item)
-            proxy.d.directory_base.set(item, old)
-            self.start_again(torrent)
-            if not os.path.lexists(target):
-                proxy.d.custom.set(item, self.MARK, '')
+            os.rmdir(copy)
             raise
-        self.finish(torrent, torrent['path'], target)
+        with contextlib.closing(removal):
+            try:
+                self.bring(item, removal)
+            except BaseException:
+                self.undo(item, removal)
+                raise
+            self.finish(item, removal)
 
-    def open_data(self, item: str, count: int, target: str) -> None:
-        """Have rTorrent open an item; LoggableError where it does not find so many files."""
-        proxy = self.engine.open()
-        proxy.d.open(item)
-        if sum(row[0] for row in proxy.f.multicall(item, '', 'f.is_created=')) < count:
-            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
-                                'the old place, too')
+    def bring(self, item: Item, removal: Removal) -> None:
+        """Have the data at the target, and rTorrent use it there."""
+        data, new, target = removal.data, removal.facts['new'], removal.facts['target']
+        item.tell(('d.close',))         # d.state stays as it is
+        if os.path.lexists(target):
+            for file in data.files:
+                if not same_content(file.path, target + file.path[len(data.root):]):
+                    raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
+        else:
+            made = self.made(removal)
+            copy_data(data, made)
+            if ask_item(self.engine, item.hash).is_open:
+                raise LoggableError('it was opened while its data was copied')
+            rename_new(made, target)
+            removal.mark('copied')
+        item.tell(('d.directory_base.set', new))
+        if ask_item(self.engine, item.hash).directory_base != new:
+            raise LoggableError(f'rTorrent took {quoted(new)} for something else')
+        self.open_data(item, removal)
+        item.tell(('d.save_full_session',))
 
-    def start_again(self, torrent: Torrent) -> None:
-        """Bring an item to the state that it had."""
-        names = ('d.stop', 'd.start') if torrent['d_state'] else \
-            () if torrent['is_open'] else ('d.close',)
-        for answer in self.engine.open().batch([        # at once: a crash between would stop it
-                (name, torrent['hash']) for name in ('d.open', *names)]):
-            if isinstance(answer, RpcError):
-                raise answer
+    @staticmethod
+    def made(removal: Removal) -> str:
+        """Return the root of the copy in the temporary folder."""
+        return os.path.join(removal.facts['copy'], os.path.basename(removal.data.root))
 
-    def finish(self, torrent: Torrent, source: str, target: str) -> None:
-        """Remove those files of an item at its old place that are at the new one, too."""
+    def open_data(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent open an item; LoggableError where it does not find all files."""
+        item.tell(('d.open',))
+        now = ask_item(self.engine, item.hash)
+        if sum(file.is_created for file in now.files) < len(removal.data.files):
+            target = quoted(removal.facts['target'])
+            raise LoggableError(f'rTorrent cannot open the data at {target}: it stays at the old '
+                                'place, too')
+
+    def undo(self, item: Item, removal: Removal) -> None:
+        """Have an item use its old place again, and remove what was made at the new one.
+
+        Where rTorrent is away all stays as it is, for the next run.
+        """
+        self.pause(item.hash)
+        item.tell(('d.close',), ('d.directory_base.set', item.directory_base))
+        if 'copied' in removal.steps:
+            os.rename(removal.facts['target'], self.made(removal))
+        self.discard_copy(removal)
+        start_again(item)
+        removal.drop()
+
+    @staticmethod
+    def discard_copy(removal: Removal) -> None:
+        """Delete the temporary folder of a move, if it is still that one."""
+        copy = removal.facts['copy']
+        if identity(copy) == tuple(removal.facts['copy_identity']):
+            discard(copy)
+
+    def finish(self, item: Item, removal: Removal) -> None:
+        """Remove the files of an item at its old place, which are at the new one, too."""
+        data, target = removal.data, removal.facts['target']
+        self.discard_copy(removal)
+        left = [file for file in data.files if os.path.lexists(file.path)]
         try:
-            if used_by_other(places_in_use(self.engine), [torrent['hash']], source):
-                raise LoggableError(f'{quoted(source)} stays, too: another item uses it')
-            files = item_files(self.engine, torrent, target)
-            self.open_data(torrent['hash'], len(files), target)
-            places = [(path, source + path[len(target):]) for path in files]
-            remove_files([old for path, old in places
-                          if same_file(path, old) or not os.path.lexists(old)], source)
+            why = ''
+            if len(self.data_at(data._replace(files=left), target).files) < len(left):
+                why = f'{quoted(target)} does not have all of it'
+            for path in Users(self.engines()).of(data, [item.owner]).values():
+                why = f'another item uses {quoted(path)}'
+            if why:
+                self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
+            else:
+                removal.remove_files()
+        except BaseException:
+            self.pause(item.hash)
+            raise
         finally:
-            self.start_again(torrent)
-        self.engine.open().d.custom.set(torrent['hash'], self.MARK, '')
-        self.engine.open().d.save_full_session(torrent['hash'])
+            start_again(item)
+        self.pauses.pop(item.hash, None)
+        removal.drop()
+
+    def take_up(self, removal: Removal) -> None:
+        """Finish a move that an ended run has begun, or undo it where rTorrent was not told."""
+        facts, item = removal.facts, None
+        with contextlib.suppress(HashNotFound):
+            item = ask_item(self.engine, facts['hash'])
+        if item is None or item.session != facts['session']:
+            self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
+                             'does not have it any more', removal, quoted(removal.data.root))
+            self.discard_copy(removal)
+            removal.drop()
+            return
+        require_same_files(self.engine)
+        told = item.absolute(item.directory_base) == facts['new']
+        item = item._replace(state=facts['state'], is_open=facts['is_open'])
+        if told:
+            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['target']))
+            self.open_data(item, removal)
+            self.finish(item, removal)
+        else:
+            self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                          removal)
+            self.discard_copy(removal)
+            start_again(item)
+            removal.drop()
 
 
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
@@ -4395,6 +5340,8 @@ CORE_OPTIONS = (                        # what any job has
     Option('active', parse_bool, 'yes', 'no: the job is ignored'),
     Option('dry_run', parse_bool, 'no', 'only say what would be done'),
     Option('scgi_url', str, '', 'rTorrent of this job; left out, that of [TORQUE]'),
+    Option('same_files', parse_bool, '', 'its paths mean files of this machine, though torque '
+                                         'cannot prove it; left out, as in [TORQUE]'),
     Option('log_level', parse_level, '', 'DEBUG, INFO, WARNING or ERROR'),
     Option('max_runtime', parse_duration, '', 'a run is called overdue after this time'),
     Option('catch_up', parse_bool, 'no', 'make up at the start for a run missed before'),
@@ -4403,6 +5350,8 @@ CORE_OPTIONS = (                        # what any job has
 TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('scgi_url', str, '', 'where rTorrent answers; left out, rtorrent_rc tells'),
     Option('rtorrent_rc', str, '', "rTorrent's configuration"),
+    Option('same_files', parse_bool, 'no', 'its paths mean files of this machine, though torque '
+                                           'cannot prove it'),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
     Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
@@ -4703,6 +5652,7 @@ class Config(Settings):
         self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
         self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
         self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
+        self.scgi_entry = ini.sections['TORQUE'].get('scgi_url')
         self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
@@ -4715,24 +5665,34 @@ class Config(Settings):
         for name, entries in groups.items():
             if name == only or only is None and is_active(name, entries, ini):
                 planned = plan_job(name, entries, ini, dry_run)
-                planned.config.engine = self.find_engine(entries, f'job.{name}.', ini) \
-                    if planned.config.scgi_url else self.engine
+                planned.config.engine = self.engine
+                if planned.config.scgi_url or planned.config.same_files is not None:
+                    planned.config.engine = self.find_engine(entries, f'job.{name}.', ini)
                 planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
                 self.jobs.append(planned)
+            elif only is not None and entries.get('scgi_url') and not is_off(entries):
+                self.find_engine(entries, f'job.{name}.', ini)  # its items have data, too
+        for planned in self.jobs:
+            planned.config.engines = [*self.engines.values()]
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
     def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
         """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
         entry, key = entries.get('scgi_url'), prefix + 'scgi_url'
+        if prefix and not (entry and entry.value):
+            entry, key = self.scgi_entry, 'scgi_url'
         url = entry.value if entry else ''
         try:
             if not url and ini.mistakes:        # it may be among what was not understood
                 return None
             if not url:
                 url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
+            same_files = self.torque.same_files
+            if prefix and 'same_files' in entries:
+                same_files = entries['same_files'].value.lower() in TRUE
             made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT,
-                       self.torque.rpc_limit or RPC_LIMIT)
+                       self.torque.rpc_limit or RPC_LIMIT, same_files)
             if made_of not in self.engines:
                 self.engines[made_of] = Engine(*made_of)
                 self.engines[made_of].aliases = self.aliases
