@@ -7192,7 +7192,7 @@ class ReloadTest(DaemonFolder):
             with self.subTest(text):
                 os.remove(self.path) if text is None else self.write('torque.ini', good + text)
                 self.assert_refused(words)
-                self.assertTrue(program.seen('ERROR', 'not reloaded', words))
+                wait_for(lambda words=words: program.seen('ERROR', 'not reloaded', words))
         self.assertEqual([job['name'] for job in self.ask()['jobs']], ['tick'])
         self.more()
         self.assertEqual(len(self.marks(word='made')), 1)

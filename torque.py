@@ -5751,6 +5751,7 @@ config_ini = Config()
 
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
+STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
 PID_FILE_PAUSE = 1              # seconds, at least, from one look after the pid file to the next
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
@@ -5870,8 +5871,9 @@ class PidFile:
             sock.connect(self.socket)
         except OSError as error:
             sock.close()
-            raise LoggableError(f'torque is starting, or cannot be reached at {self.socket}: '
-                                f'{error.strerror or error}') from None
+            why = error.strerror or error
+            raise LoggableError('torque is starting, or cannot be reached at '
+                                f'{self.socket}: {why}') from None
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, user, _ = struct.unpack('3i', peer)
         allowed = user == os.geteuid()
@@ -5897,7 +5899,7 @@ class PidFile:
                 piece = sock.recv(65536)
             if not piece:
                 status = json.loads(content)
-        if not isinstance(status, dict) or not status.keys() >= {'grace', 'jobs', 'started'}:
+        if not isinstance(status, dict) or not status.keys() >= STATUS_KEYS:
             raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
         return status
 
@@ -6095,14 +6097,23 @@ def systemd_notify(state: str) -> None:
             sock.sendto(state.encode(), address)
 
 
+def scrubbed_word(word: re.Match) -> str:
+    """Return a word with *** for what stands between the user of a URL and the last @."""
+    login, _, host = word[0].rpartition('@')
+    start = re.search(r'\w://[^\s:/@]*:', login)
+    if start is None:
+        return word[0]
+    return f'{login[:start.end()]}***@{host}'
+
+
 def scrubbed(text: str) -> str:
     """Return text without the passwords of URLs in it.
 
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
     'at http://me:***@host/RPC2: refused'
     """
-    # Bounded, or a long text full of addresses would take time by the square of its length.
-    return re.sub(r'(\w://[^\s:/@]{0,200}):\S{0,200}@', r'\1:***@', text)
+    # Word by word: one pattern for it all would take time by the square of a text's length.
+    return re.sub(r'\S+', scrubbed_word, text)
 
 
 def end_process(status: int) -> None:
@@ -6320,8 +6331,8 @@ class Daemon:
         names = ', '.join(sorted(self.jobs)) or 'none is active'
         self.log.info('%s with %d %s: %s', verb, len(self.jobs), noun, names)
         if self.missed:
-            self.log.info('missed while torque was not running: %s',
-                          ', '.join(sorted(self.missed)))
+            names = ', '.join(sorted(self.missed))
+            self.log.info('missed while torque was not running: %s', names)
         self.starting = False
         systemd_notify('READY=1')
         self.scheduler.serve(self.look_after_pid_file)
@@ -6567,8 +6578,8 @@ def show_moment(moment: float | None) -> str:
 
 def print_status(status: dict) -> None:
     """Print a daemon's status as a table."""
-    parts = [f"torque {status['version']}", f"pid {status['pid']}",
-             f"up {show_duration(status['uptime'])}"]
+    up = show_duration(status['uptime'])
+    parts = [f"torque {status['version']}", f"pid {status['pid']}", f'up {up}']
     for word in ('reloading', 'stopping'):
         if status[word]:
             parts.append(word)
