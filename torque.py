@@ -729,6 +729,8 @@ class Task:
 
     def merged(self, times: int, when: str, now: float) -> None:
         """Note that due times became one run, without flooding the log."""
+        if times < 2:
+            return
         self.missed += times - 1
         seen = self.repeats.seen(when, now)
         if seen is None:
@@ -899,8 +901,11 @@ class Scheduler:
                 task.waiting = 0
                 task.running_since = task.last_start = self.wall()
             # What is called here may raise anything, the filters of a log, too.
+            reason = 'while the machine or torque was held up'
+            if waits:
+                reason = 'during the last one'
             with contextlib.suppress(BaseException):
-                self.tell_merged(task, times, waits)
+                task.merged(times, reason, self.elapsed())
             with contextlib.suppress(BaseException):
                 self.run_task(task)
             with self.lock:
@@ -915,13 +920,6 @@ class Scheduler:
             if self.stopping:
                 # The main thread may be in finish(), and wait for the last run.
                 self.calls.put(None)
-
-    def tell_merged(self, task: Task, times: int, waited: bool) -> None:
-        """Log that several due times become one run, and why."""
-        if times > 1 and waited:
-            task.merged(times, 'during the last one', self.elapsed())
-        elif times > 1:
-            task.merged(times, 'while the machine or torque was held up', self.elapsed())
 
     def run_task(self, task: Task) -> None:
         """Run a task once, and measure it."""
@@ -5799,12 +5797,14 @@ class PidFile:
         file = os.environ.pop(LOCK, '')
         if not file:
             return False
+        # flock() belongs to the open file: opened anew, it would be refused even to its holder.
         self.file = int(file)
         os.set_inheritable(self.file, False)
         return True
 
     def keep(self) -> bool:
         """Lock the file and write our pid, where that is not done; False where another has it."""
+        # A file that was removed or replaced still has our lock, and keeps nobody out.
         with contextlib.suppress(OSError):
             there = os.lstat(self.path)
             if os.path.samestat(there, os.fstat(self.file)):
@@ -5874,8 +5874,10 @@ class PidFile:
             why = error.strerror or error
             raise LoggableError('torque is starting, or cannot be reached at '
                                 f'{self.socket}: {why}') from None
+        # The kernel says who called listen(), as pid, uid, gid: struct ucred, unix(7).
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, user, _ = struct.unpack('3i', peer)
+        # Root may speak with one whose user owns the pid file, and whose pid it holds.
         allowed = user == os.geteuid()
         if os.geteuid() == 0 and not allowed:
             allowed = self.read() == (user, str(pid))
@@ -5932,6 +5934,7 @@ class PidFile:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.02)
+        # A supervisor may have started the next one already, which is not waited for.
         while self.is_locked() and os.path.exists(f'/proc/{pid}'):
             if time.monotonic() > end:
                 raise LoggableError(f'process {pid} has not ended in {seconds:g} s')
@@ -6090,6 +6093,7 @@ def systemd_notify(state: str) -> None:
     address = os.environ.get('NOTIFY_SOCKET', '')
     if not address.startswith(('/', '@')):
         return
+    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
     if address[0] == '@':
         address = '\0' + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -6178,6 +6182,7 @@ def warn_of(risks: Iterable[str]) -> None:
 
 def interpreter() -> list[str]:
     """Return this interpreter and the flags that it was started with."""
+    # Python itself does not keep all of them: -u and -X are nowhere in sys.flags as they stood.
     with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
         words = stream.read().split('\0')[:-1]
     flags = words[1:len(words) - len(sys.argv)]
@@ -6425,6 +6430,7 @@ class Daemon:
     def find_mistakes(self) -> list[str]:
         """Return what a new program has to say against the files as they are now."""
         import subprocess
+        # A new process has no module in memory: torque.py and those of jobs are read as they are.
         words = [*interpreter(), __file__, *sys.argv[1:], '--check-files']
         try:
             self.checker = subprocess.Popen(
@@ -6458,7 +6464,7 @@ class Daemon:
         """Become a new torque: same process, same lock, everything else from the disk."""
         if hung:
             self.log.warning('cut short by the reload: %s', hung)
-        # A signal that finds no handler would end the process.
+        # Until the new program has its handlers, SIGHUP would end it; ignored it stays ignored.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
@@ -6470,6 +6476,7 @@ class Daemon:
             os.set_inheritable(self.pid_file.file, True)
             os.environ[LOCK] = str(self.pid_file.file)
             words = [*interpreter(), __file__, *sys.argv[1:]]
+            # All threads end here, and all that is open is closed, but for the lock.
             logging.shutdown()
             os.execv(words[0], words)
         except OSError as error:
@@ -6509,6 +6516,7 @@ class Daemon:
                 time.sleep(0.5)
                 continue
             with contextlib.suppress(Exception), sock:
+                # Who does not read is not waited for: the next may be a person.
                 sock.settimeout(2)
                 sock.sendall(json.dumps(self.status()).encode())
                 # Closing is no end while a child that a job has just forked has a copy.
@@ -6639,6 +6647,7 @@ def detach() -> int:
         os._exit(int(text))
     os.close(reader)
     os.setsid()
+    # Without a second fork, a terminal that is opened later could become that of the daemon.
     if os.fork():
         os._exit(EXIT_OK)
     return writer
