@@ -3535,12 +3535,11 @@ class LoadingDouble:
         return self.items.get(target, 0)
 
     def take(self, content, is_raw):
-        import hashlib
         tied = '' if is_raw else os.fsdecode(content)
         if tied:
             with open(tied, 'rb') as stream:
                 content = stream.read()
-        self.items[hashlib.sha1(torque.bdecode(content)[1]).hexdigest().upper()] = tied
+        self.items[torque.parse_metafile(content).info_hash] = tied
 
 
 class WatchTest(Folder):
