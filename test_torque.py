@@ -4477,6 +4477,13 @@ class ActionTest(WithDouble):
             'have no sign': {'action': 'tag', 'args': '+a -b'},
             'write 1=VALUE': {'action': 'custom', 'args': 'label=x'}})
 
+    def test_classes_of_characters_are_warned_of(self):
+        for action, warned in (('cull', True), ('delete', True), ('stop', False)):
+            job = make_job(torque.Action, self.engine, action=action,
+                           matcher='name=[TGx]* size>1 NOT name="a [b]"')
+            self.assertEqual([text.split(': ')[1] for text in job.risks()],
+                             ['name=[TGx]*', 'name=a [b]'] if warned else [])
+
     def test_deleting_is_limited(self):
         for number in range(12):
             self.engine.add(self.path(f'{number:02}'))

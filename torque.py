@@ -4450,10 +4450,6 @@ class Job:
                 return True
         return setting.startswith(cls.families)
 
-    def risks(self) -> list[str]:
-        """Return what lets others harm the user by this job, a text each, to be warned of."""
-        return []
-
     def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
         """Return the torrents of a view that meet a condition, with the fields it names.
 
@@ -4473,7 +4469,7 @@ class Job:
         return os.path.join(self.config.state_dir, name)
 
     def risks(self) -> list[str]:
-        """Return what lets others read or do more than they should, a line each."""
+        """Return what to be warned of before it does harm, a line each."""
         return []
 
     def end_run(self) -> None:
@@ -5358,6 +5354,13 @@ class Action(Choice):
         self.gone: list[tuple] = []             # owners that this dry run would have erased
         self.promised: Any = None               # PromisedSpace of this run
 
+    def risks(self) -> list[str]:
+        """Return the conditions of a deleting rule that may mean more than meets the eye."""
+        if not self.deletes:
+            return []
+        return [f'job.{self.config.job_name}.matcher: {text}: [...] stands for one of the characters '
+                'in it, as in a shell' for text in self.config.matcher.classes]
+
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
         config = self.config
@@ -6159,11 +6162,6 @@ class TreeWatch(Job):
                 if os.stat(root).st_mode & 0o002:
                     texts.append(f'{root}, which is watched, can be written by every user')
         return texts
-
-    def risks(self) -> list[str]:
-        """Return folders where anybody may drop metafiles."""
-        return [f'{root}, which is watched, can be written by every user' for root in self.roots
-                if os.stat(root).st_mode & 0o002]
 
     def run(self) -> None:
         """Look through the trees, and see to it that changes are watched."""
