@@ -2086,14 +2086,19 @@ class FakeRTorrent:
         self.asked.append(('d.start', info_hash))
         self.items[int(info_hash, 16)].update({'d.state': 1, 'd.is_open': 1, 'd.is_active': 1})
 
-    def call(self, *words):
-        self.asked.append(words)
+    def print(self, *words):
+        self.asked.append(('print', *words))
 
-    def batch(self, calls):
+    def reach(self):
+        pass
+
+    def ask(self, calls):
         calls = list(calls)
         self.asked += calls
         return [self.broken.get(call[0], self.broken.get(call[1])) or self.answer(*call)
                 for call in calls]
+
+    tell = ask
 
     def answer(self, method, target, *params):
         items = [item for item in self.items if params[0] in item.get('views', params)]
@@ -2318,18 +2323,18 @@ class LiveTorrentsTest(unittest.TestCase):
                 (at % 58 == 1 and at % 3, 'd.pause'), (at % 6 == 1, 'd.ignore_commands.set', 1),
                 (at % 29 == 2 and at % 3, 'd.check_hash')) if when]
         for start in range(0, len(loads), 100):
-            cls.proxy.batch(loads[start:start + 100])
+            cls.engine.tell(loads[start:start + 100])
         wait_for(lambda: cls.proxy.view.size('', 'main') == cls.count)
-        cls.proxy.batch(calls)
-        wait_for(lambda: all(cls.proxy.batch(('d.complete', item) for item in complete)))
+        cls.engine.tell(calls)
+        wait_for(lambda: all(cls.engine.ask(('d.complete', item) for item in complete)))
         some = sorted(complete)[:40]
-        cls.proxy.batch([('d.stop', item) for item in some] + [
+        cls.engine.tell([('d.stop', item) for item in some] + [
             ('d.close', item) for item in some[:30]])
         for item in some[:10]:                          # these lose their data, and fail
             path = cls.proxy.d.base_path(item)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        cls.proxy.batch(('d.start', item) for item in some[:10])
-        wait_for(lambda: not any(cls.proxy.batch(('d.state', item) for item in some[:10])))
+        cls.engine.tell(('d.start', item) for item in some[:10])
+        wait_for(lambda: not any(cls.engine.ask(('d.state', item) for item in some[:10])))
 
     @classmethod
     def take_stock(cls):
@@ -2352,7 +2357,7 @@ class LiveTorrentsTest(unittest.TestCase):
         hashes, result = cls.proxy.download_list(''), {}
 
         def ask(calls):
-            answers = iter(cls.proxy.batch(calls))
+            answers = iter(cls.engine.ask(calls))
             return lambda count: [next(answers) for _ in range(count)]
         take = ask(call for item in hashes for call in (
             *((word, item) for word in SINGLE), *(('d.custom', item, key) for key in CUSTOMS)))
@@ -2593,7 +2598,7 @@ class LiveQueueTest(Folder):
     def state(self):
         """Return the hashes that take a place, that are started, and that are hashed."""
         words = ('complete', 'state', 'is_open', 'is_active', 'hashing')
-        answers = iter(self.engine.open().batch(
+        answers = iter(self.engine.ask(
             (f'd.{word}', item) for item in self.names for word in words))
         rows = {item: [next(answers) for _ in words] for item in self.names}
         return ({item for item, row in rows.items() if not row[0] and any(row[1:])},
@@ -2616,8 +2621,8 @@ class LiveQueueTest(Folder):
                 os.remove(f'{self.folder}/data/{self.names[item]}')
         elif what == 'erase':
             del self.names[item]
-        self.engine.open().call('d.' + {'finish': 'check_hash', 'fail': 'check_hash',
-                                        'hand': 'start'}.get(what, what), item)
+        command = {'finish': 'check_hash', 'fail': 'check_hash', 'hand': 'start'}.get(what, what)
+        getattr(self.engine.open(), f'd.{command}')(item)
         return what
 
     def restart(self, number):
@@ -3331,7 +3336,7 @@ class LiveInfluxDBTest(Folder):
             self.assertEqual((row['version'], row['x'], row['odd tag']),
                              ('/'.join(daemon.engine.versions), 'y', 'a b'))
             for name, command in torque.GAUGES.items():
-                expected = (daemon.engine.open().call(command, '')
+                expected = (getattr(daemon.engine.open(), command)('')
                             if daemon.engine.has(command) else None)
                 if name not in ('open_sockets', 'open_files'):
                     self.assertEqual(row.get(name), expected, name)
@@ -3463,8 +3468,11 @@ class LoadingDouble(torque.Engine):
         self.items, self.loads, self.printed = {}, [], []
         self.away, self.sees_files, self.takes, self.limit = False, True, True, 1 << 20
 
-    def open(self):
-        return torque.Proxy(self.send, 'double')
+    def reach(self):
+        pass
+
+    def notice(self, error):
+        pass
 
     def send(self, body, content_type):
         if self.away or len(body) > self.limit:
@@ -3905,7 +3913,7 @@ class LiveWatchTest(Folder):
         self.wait_seen(program, 'WARNING engine')
         self.start()
         self.wait_items(self.hashes)
-        self.assertEqual(dict(zip(self.hashes, self.proxy.batch([
+        self.assertEqual(dict(zip(self.hashes, self.rtorrent.engine.ask([
             ('d.tied_to_file', info_hash) for info_hash in self.hashes]))), self.hashes)
         self.assertEqual(program.stop(), 0)
         self.assertEqual(program.seen('is loaded already'), [])
@@ -3930,12 +3938,14 @@ class LiveWatchTest(Folder):
                 '{% endif %} ; print={{info_name}},{{pathname}}\n')
             self.wait_seen(program, 'twice.torrent', 'is loaded already')
             self.wait_items(names)
+            engine = self.rtorrent.engine
+            engine.reach()
             for info_hash, name in names.items():
-                if name.isascii() or self.proxy.speaks_json and '\udcff' not in name:
+                if name.isascii() or engine.speaks_json and '\udcff' not in name:
                     with self.subTest(name):
                         self.assertEqual(
-                            [self.proxy.d.custom1(info_hash), self.proxy.d.custom2(info_hash),
-                             self.proxy.d.custom(info_hash, 'target')],
+                            engine.ask([('d.custom1', info_hash), ('d.custom2', info_hash),
+                                        ('d.custom', info_hash, 'target')]),
                             [name, name, f'/done/{name}/{name}'])
             for name in junk:
                 self.assertTrue(program.seen('WARNING', f"/{name}.TORRENT' is no metafile"), name)
@@ -4057,21 +4067,26 @@ class Double:
         self.before, self.step = lambda method, target: None, lambda: None
 
     def __getattr__(self, name):
-        return torque.Method(self, name)
+        return xmlrpc.client._Method(lambda method, params: self.call(method, *params), name)
 
     def open(self):
         return self
 
     def call(self, method, *params):
-        value = self.batch([(method, *params)])[0]
+        value = self.ask([(method, *params)])[0]
         if isinstance(value, torque.RpcError):
             raise value
         return value
 
-    def batch(self, calls):
+    def reach(self):
+        pass
+
+    def ask(self, calls):
         self.step()
         return [self.before(method, target) or self.answer(method, target, *params)
                 for method, target, *params in calls]
+
+    tell = ask
 
     def add(self, path, files=None, **values):
         """Add an item, the data with it; return its hash."""
@@ -5351,7 +5366,7 @@ class CommandLineTest(ConfigCase):
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))
@@ -5515,7 +5530,7 @@ class Tick:
         if self.config.fail:
             raise torque.LoggableError(self.config.fail)
         if self.config.ask:
-            self.mark('pid-%d' % self.config.engine.open().call('system.pid', ''))
+            self.mark('pid-%d' % self.config.engine.open().system.pid(''))
         if self.config.persisted:
             with open(os.path.join(self.config.state_dir, 'starts.json')) as stream:
                 self.mark('at-' + stream.read().split('"%s": ' % self.config.job_name)[1][:10])
@@ -6264,7 +6279,7 @@ class FaultTest(DaemonFolder):
             server = self.rtorrent(command=RTORRENTS[1])
             self.answered(server)
             self.assertEqual(self.ask()['rtorrent'][0]['version'].split('/')[0],
-                             torque.Proxy(server.engine.send, '').system.client_version(''))
+                             server.engine.open().system.client_version(''))
 
     def test_socket_is_replaced(self):
         first, second = self.rtorrent(), self.rtorrent('second')

@@ -2149,6 +2149,13 @@ TORRENT_FIELDS = {
     'traits': TorrentField('tags', ('d.name', 'files'), guess_traits)}
 
 
+# Parts of the names of d. commands that change something, or the beginnings of parts
+CHANGING = frozenset(
+    'add check clear close create delete disable disconnect enable erase initialize insert open '
+    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
+    'update'.split())
+
+
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
     found = TORRENT_FIELDS.get(name)
@@ -2162,7 +2169,8 @@ def torrent_field(name: str) -> TorrentField:
     if re.fullmatch('kind_([0-9]{1,2}|100)', name):
         return TorrentField('tags', ('files',), lambda rows: file_kinds(rows, int(rest)))
     if re.fullmatch(r'd_[a-z][\w.]*', name):
-        if not only_reads(f'd.{rest}', ()):     # as a column it would be done to every torrent
+        # As a column it would be done to every torrent
+        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
@@ -2171,11 +2179,11 @@ def torrent_field(name: str) -> TorrentField:
 def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, tuple]:
     """Return what d. commands answer for all torrents of a view: command -> values."""
     columns = list(dict.fromkeys(needs))
-    rows, size = engine.open().batch([('d.multicall2', '', view, *(
+    rows, size = engine.ask([('d.multicall2', '', view, *(
         need if '=' in need else need + '=' for need in columns)), ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
-            raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
+            raise RpcError(f'view {view!r}: {answer}', answer.code)
     whole = rows if isinstance(rows, list) and {*map(type, rows)} <= {list} \
         and {*map(len, rows)} <= {len(columns)} else []
     if len(whole) != size:
@@ -2200,7 +2208,8 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
     One round trip, and one more where slow fields are needed. Raises RpcError, also when the
     list is shorter than the view: half a list must not pass for the whole.
     """
-    now, proxy = time.time(), engine.open()
+    engine.reach()                              # for its session_path
+    now = time.time()
     tested = condition.fields if condition else ()
     left = {name: torrent_field(name) for name in ['hash', 'name', *tested, *fields]}
     raw: dict = {'now': itertools.repeat(now), 'aliases': itertools.repeat(engine.aliases),
@@ -2220,7 +2229,7 @@ def list_torrents(engine: Engine, view: str, fields: Iterable[str],
         keep([condition.cheap(torrent, now) for torrent in torrents])
     for source, (method, cells) in SOURCES.items():
         if any(source in field.needs for field in left.values()):
-            raw[source] = proxy.batch((method, item, '', *cells) for item in raw['d.hash'])
+            raw[source] = engine.ask((method, item, '', *cells) for item in raw['d.hash'])
             keep([not isinstance(rows, HashNotFound) for rows in raw[source]])
             for rows in raw[source]:
                 if isinstance(rows, RpcError):
@@ -2891,7 +2900,7 @@ class Job:
         if self.dry_run:
             self.announce(method, *map(quoted, params))
             return None
-        return self.engine.open().call(method, *params)
+        return without_errors(self.engine.tell([(method, *params)]))[0]
 
 
 class EngineStats(Job):
@@ -3414,7 +3423,7 @@ class QueueManager(Job):
         proxy.d.start(torrent['hash'])
         if self.config.log_to_client and not self.config.quiet:
             with contextlib.suppress(RpcError):         # older ones take no emoji, for example
-                proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
+                proxy.print('', f"torque: started {quoted(torrent['name'])}")
 
 
 def erase(args: str, item: Torrent) -> list:
@@ -3523,8 +3532,9 @@ def item_files(engine: Engine, torrent: Torrent, base: str, whole: bool = False)
     found, multi = {}, torrent['is_multi_file'] and not os.path.islink(base)
     if not torrent['d_base_path'] and not torrent['done'] and os.path.lexists(base):
         raise LoggableError(f'{quoted(base)} may not be its own: rTorrent has not opened it')
-    for name, size, chunks in engine.open().f.multicall(
-            torrent['hash'], '', 'f.path=', 'f.size_bytes=', 'f.completed_chunks='):
+    rows = without_errors(engine.ask([(
+        'f.multicall', torrent['hash'], '', 'f.path=', 'f.size_bytes=', 'f.completed_chunks=')]))[0]
+    for name, size, chunks in rows:
         path = os.path.join(base, name) if multi else base
         if os.path.islink(path) or os.path.isfile(path):
             found[path] = os.lstat(path).st_size
@@ -3695,7 +3705,7 @@ class Action(Choice):
                              f"with {len(files)} files at {quoted(torrent['path'])}"):
             self.gone.add(torrent['hash'])
             return True
-        answers = self.engine.open().batch(calls) if calls else []
+        answers = self.engine.tell(calls) if calls else []
         for answer in answers[-1:] if self.deletes else answers:        # erased is erased
             if isinstance(answer, RpcError):
                 raise answer
@@ -3971,7 +3981,7 @@ class Move(Choice):
         """Bring an item to the state that it had."""
         names = ('d.stop', 'd.start') if torrent['d_state'] else \
             () if torrent['is_open'] else ('d.close',)
-        for answer in self.engine.open().batch([        # at once: a crash between would stop it
+        for answer in self.engine.tell([                # at once: a crash between would stop it
                 (name, torrent['hash']) for name in ('d.open', *names)]):
             if isinstance(answer, RpcError):
                 raise answer
@@ -4404,13 +4414,10 @@ class TreeWatch(Job):
             with contextlib.suppress(RpcError):
                 proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{shown}')
 
-    def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
+    def send(self, proxy: Any, path: str, meta: Metafile, start: bool, texts: list) -> None:
         """Load by path where rTorrent sees the file, else by content; wait for the item."""
-        if not all(re.fullmatch('[ -\ud7ff]*', text) for text in (path, *texts)):
-            path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
-            proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
         patience = 1 + len(meta.content) / 5e6
-        pattern = re.search(r'[*?[]', os.fsdecode(path))        # rTorrent would look for others
+        pattern = re.search(r'[*?[]', path)        # rTorrent would look for others
         by_path = self.by_path is not False and not pattern
         if by_path:
             (proxy.load.start if start else proxy.load.normal)('', path, *texts)
@@ -4435,7 +4442,7 @@ class TreeWatch(Job):
             proxy.d.save_full_session(meta.info_hash)
 
     @staticmethod
-    def appears(proxy: Proxy, item: str, seconds: float) -> bool:
+    def appears(proxy: Any, item: str, seconds: float) -> bool:
         """Tell whether an item comes up in time."""
         end, pause = time.monotonic() + seconds, 0.0002
         while True:
@@ -4566,7 +4573,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('scgi_url', str, '', 'where rTorrent answers; left out, rtorrent_rc tells'),
     Option('rtorrent_rc', str, '', "rTorrent's configuration"),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
-    Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
+    Option('rpc_limit', parse_size, '64m', 'largest answer of rTorrent that is read'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
     Option('pid_file', str, '', 'left out, torque.pid in state_dir'),
@@ -4899,8 +4906,7 @@ class Config(Settings):
             if made_of not in self.engines:
                 engine = self.former.get(made_of)
                 if not engine:
-                    engine = Engine(*made_of)
-                    engine.aliases = self.aliases
+                    engine = Engine(*made_of, self.aliases)
                 self.engines[made_of] = engine
             return self.engines[made_of]
         except UserError as error:
@@ -4933,7 +4939,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
     mistakes = []
-    Engine.making.jobs = True
     try:
         for planned in plans:
             try:
@@ -4953,8 +4958,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
         for name, job in made.items():
             clean_up(name, job)
         raise
-    finally:
-        Engine.making.jobs = False
     return made
 
 
@@ -5761,7 +5764,7 @@ def check(config: Config) -> int:
     print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
-            engine.open()
+            engine.reach()
             print(f"{engine.address.where}: rTorrent {'/'.join(engine.versions)} answers")
         except RpcError as error:
             if not error.told:
