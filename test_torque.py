@@ -27,6 +27,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import unittest
 import urllib.parse
@@ -215,7 +216,8 @@ class RTorrent(Program):
         if self.process.poll() is not None:
             raise AssertionError(f'rTorrent ended: {self.lines}')
         with contextlib.suppress(torque.RpcError):
-            return torque.Proxy(self.engine.send, self.url).system.pid('')
+            content = self.engine.send(torque.xml_request('system.pid', ['']), 'text/xml')
+            return torque.xml_reply(content)
 
     def load(self, content, info_hash, *commands, start=False):
         """Load a metafile by content and wait until the item is there."""
@@ -1242,9 +1244,9 @@ class RpcCase(Folder):
             return caught.exception
 
     def assert_trouble(self, words, engine, kind=torque.RpcError):
-        """Open; the error has to name the address and what was asked."""
+        """Ask; the error has to name the address and what was asked."""
         return self.assert_error(f'{engine.address.where}: system.listMethods: |{words}',
-                                 engine.open, kind=kind)
+                                 engine.reach, kind=kind)
 
     def value_or_error(self, function, *params):
         """Call; any value and any RpcError of one line will do."""
@@ -1267,23 +1269,35 @@ class RpcCase(Folder):
         return torque.Engine(self.server.url, 9)
 
 
+# what scgi_url says >> host, port or path, user, password
+ADDRESSES = '''
+scgi://localhost:5000 >> localhost 5000
+127.0.0.1:5000 >> 127.0.0.1 5000
+scgi://:5000 >> 127.0.0.1 5000
+scgi://0.0.0.0:5000/ >> 127.0.0.1 5000
+seed:$PORT >> seed 81
+scgi://[::1]:5000 >> ::1 5000
+scgi:///run/x.sock >> /run/x.sock
+/a b#?:1.sock >> /a b#?:1.sock
+~/x.sock >> /home/me/x.sock
+scgi://~/x.sock >> /home/me/x.sock
+$DIR/x.sock >> /d/x.sock
+scgi://${DIR}/x.sock >> /d/x.sock
+http://host >> http://host/RPC2
+https://me@host:444/x >> https://host:444/x me
+http://me:p%40ss:$PORT@host/ >> http://host/ me p@ss:81
+'''
+
+
 class AddressTest(RpcCase):
+    @mock.patch.dict(os.environ, PORT='81', DIR='/d', HOME='/home/me')
     def test_spellings_are_understood(self):
-        home = os.path.expanduser('~')
-        for text, *expected in (
-                ('scgi://localhost:5000', 'localhost', 5000), ('127.0.0.1:5000', '127.0.0.1', 5000),
-                ('scgi://:5000', '127.0.0.1', 5000), ('scgi://0.0.0.0:5000/', '127.0.0.1', 5000),
-                (' seed:$PORT ', 'seed', 81), ('scgi://[::1]:5000', '::1', 5000),
-                ('scgi:///run/x.sock', '/run/x.sock'), ('/a b#?:1.sock', '/a b#?:1.sock'),
-                ('~/x.sock', f'{home}/x.sock'), ('scgi://~/x.sock', f'{home}/x.sock'),
-                ('$DIR/x.sock', '/d/x.sock'), ('scgi://${DIR}/x.sock', '/d/x.sock'),
-                ('http://host', 'http://host/RPC2', None, None),
-                ('https://me@host:444/x', 'https://host:444/x', 'me', None),
-                ('http://me:p%40ss:$PORT@host/', 'http://host/', 'me', 'p@ss:81')):
-            with self.subTest(text=text), mock.patch.dict(os.environ, PORT='81', DIR='/d'):
-                found = torque.parse_address(text)
-                parts = {'tcp': [found.host, found.port], 'unix': [found.path],
-                         'http': [found.path, found.user, found.password]}
+        for line in ADDRESSES.strip().splitlines():
+            text, expected = line.split(' >> ')
+            with self.subTest(text):
+                found = torque.parse_address(f' {text} ')
+                parts = {'tcp': f'{found.host} {found.port}', 'unix': found.path,
+                         'http': f'{found.path} {found.user} {found.password}'.strip()}
                 self.assertEqual(parts[found.kind], expected)
                 self.assertEqual(torque.parse_address(found.where).where, found.where)
                 self.assertEqual(torque.parse_address(found.where)[:5], found[:5])
@@ -1293,7 +1307,7 @@ class AddressTest(RpcCase):
     def test_other_text_is_refused(self):
         for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',
                      'ftp://host:1', 'scgi://host:port', 'scgi://host:99999', 'unix:///rt.sock',
-                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2'):
+                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2', '/x\0y'):
             self.assert_error(f'{text!r}|allowed are|scgi://host:port|http(s)://',
                               torque.parse_address, text, kind=torque.UserError)
 
@@ -1338,7 +1352,7 @@ class XmlTest(RpcCase):
         one = xml_answer(1, '')
         for inner in (b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'&b;',
                       b'<no>1</no>', b'<string>&#xD800;</string>', b'<string>&#x110000;</string>',
-                      b'<struct><member><value>1</value></member></struct>', b'<value>' * 50000):
+                      b'<struct><member><value>1</value></member></struct>'):
             self.value_or_error(torque.xml_reply, one.replace(b'<int>1</int>', inner))
         for content in (b'', b' ', b'\0', b'0', b'<html>', one + one, one[:-9]):
             self.assert_error('not XML-RPC', torque.xml_reply, content)
@@ -1376,15 +1390,15 @@ class XmlTest(RpcCase):
                         self.assertEqual(found, re.sub('\r\n?', '\n', name))
 
     def test_requests_carry_every_value(self):
-        values = ('', ' & <b> ]]> "\'', '\xe9\U0001f600\n\t', *NUMBERS, b'\0\xff', [], ['a', [{}]],
+        values = ('', ' & <b> ]]> "\'', '\xe9\n\t', *NUMBERS[:6], b'\0\xff', [], ['a', [{}]],
                   {'k': 1, 'a&<b': [b'x']}, '%20 $d.name=')
         content = torque.xml_request('d.x', values)
-        self.assertEqual(xmlrpc.client.loads(content, True), (values, 'd.x'))
-        content = torque.xml_request('m', ['', True, (1, False), '/\udcff'])
+        self.assertEqual(xmlrpc.client.loads(content, use_builtin_types=True), (values, 'd.x'))
+        content = torque.xml_request(
+            'm', [2 ** 31, True, (1, False), '/\udcff', '\U0001f600', 'a\r'])
         self.assertNotIn(b'<boolean', content)          # which older rTorrents refuse
-        self.assertIn(b'<string>/\xff</string>', content)
-        content = content.replace(b'\xff', b'')
-        self.assertEqual(xmlrpc.client.loads(content)[0], ('', 1, [1, 0], '/'))
+        self.assertEqual(xmlrpc.client.loads(content, use_builtin_types=True)[0], (
+            str(2 ** 31), 1, [1, 0], b'/\xff', b'\xf0\x9f\x98\x80', b'a\r'))
 
     def test_refuses_what_cannot_be_sent(self):
         for value, word in ((None, 'None'), (1.5, 'float'), (object(), 'object'), ({1}, 'set'),
@@ -1439,77 +1453,112 @@ class Commands:
 
 class JsonTest(RpcCase):
     def test_batches_keep_order(self):
-        proxy = self.start(None, True, **{'d.name': lambda info_hash: info_hash.lower()}).open()
+        engine = self.start(None, True, **{'d.name': lambda info_hash: info_hash.lower()})
         calls = [('d.name', 'A'), ('nosuch', ''), ('d.name', 'B'), ('system.pid', ''), ('no', '')]
-        del self.double.seen[:]
-        answers = proxy.batch(calls)
-        self.assertEqual(self.double.seen, [('json', [call[0] for call in calls])])
-        self.assertEqual([answers[0], *answers[2:4]], ['a', 'b', 1 << 30])
-        self.assertEqual([error.code for error in answers[1::3]], [-32601, -32601])
-        self.assertEqual((proxy.batch([('nosuch', '')])[0].code, proxy.batch([])), (-32601, []))
-        self.assertEqual(proxy.batch([('d.name', f'N{number}') for number in range(1234)]),
-                         [f'n{number}' for number in range(1234)])
-        self.assert_error(f'{proxy.where}: nosuch: |-32601|none', proxy.nosuch, '')
+        for codec, door in ('json', engine.ask), ('xml', engine.tell):
+            answers = door(calls)
+            self.assertEqual(self.double.seen[-1], (codec, [call[0] for call in calls]))
+            self.assertEqual([answers[0], *answers[2:4]], ['a', 'b', 1 << 30])
+            code = MISSING[codec == 'json']
+            self.assertEqual([error.code for error in answers[1::3]], [code, code])
+            self.assertEqual((door([('nosuch', '')])[0].code, door([])), (code, []))
+            self.assertEqual(door([('d.name', f'N{number}') for number in range(1234)]),
+                             [f'n{number}' for number in range(1234)])
+            self.assert_error(f'{engine.address.where}: nosuch: |{code}|none',
+                              torque.without_errors, door(calls[:2]))
 
     def test_lost_answers_are_asked_again(self):
-        proxy = self.start(None, True, **{
-            'd.hash': 'A', 'd.name': {'A': '\udcff', 'B': 'x', 'C': '\udcff'}.get}).open()
+        engine = self.start(None, True, **{
+            'd.hash': 'A', 'd.name': {'A': '\udcff', 'B': 'x', 'C': '\udcff'}.get})
         for item, name in ('A', '\ufffd'), ('B', 'x'), ('C', '\ufffd'):     # the question is XML's
-            self.assertEqual(proxy.d.name(item), name)
+            self.assertEqual(engine.ask([('d.name', item)]), [name])
         self.assertEqual(self.double.asked('d.name'), ['json', 'xml', 'xml', 'xml'])
-        answers = proxy.batch([('d.name', 'A'), ('d.nosuch', ''), ('d.hash', 'A')])
+        answers = engine.ask([('d.name', 'A'), ('d.nosuch', ''), ('d.hash', 'A')])
         self.assertEqual((answers[::2], answers[1].code), (['\ufffd', 'A'], -506))
-        self.assertEqual((proxy.d.hash('A'), proxy.system.pid('')), ('A', 1 << 30))
+        self.assertEqual(engine.ask([('d.hash', 'A')]), ['A'])
         self.assertEqual(self.double.asked('d.hash'), ['json', 'xml', 'json'])
 
     def test_changes_are_never_repeated(self):
-        proxy = self.start(None, True, **dict.fromkeys(
-            ('d.start', 'd.name', 'd.multicall2'), '\udcff')).open()
-        for call in ((proxy.d.start, 'A'), (proxy.batch, [('d.name', 'A'), ('d.start', 'A')]),
-                     (proxy.d.multicall2, '', 'main', 'd.name=', 'd.start=')):
-            del self.double.seen[:]
-            self.assert_error(f'{proxy.where}: |were run|lost|UTF-8', *call)
-            self.assertEqual([codec for codec, _ in self.double.seen], ['json'])
-
-    def test_reading_is_told_from_changing(self):
-        fields = 'd.multicall2', '', 'main', 'd.hash='
-        reads = (('d.name', 'A'), ('d.custom', 'A', 'start'), ('view.list',), ('view.size', '', ''),
-                 ('system.listMethods',), (*fields, 'd.custom=stop', 'd.timestamp.started='),
-                 ('t.multicall', 'A', '', 't.url='), ('throttle.global_up.max_rate', ''),
-                 ('d.multicall.filtered', '', 'main', 'and={d.complete=,greater=d.ratio=}'))
-        changes = (('d.start', 'A'), ('d.try_stop', 'A'), ('d.custom1.set', 'A', ''),
-                   ('d.erase', 'A'), ('d.delete_tied', 'A'), ('d.check_hash', 'A'),
-                   ('d.views.push_back_unique', 'A', 'x'), ('load.start', '', '/x'),
-                   ('execute', '', 'x'), ('execute.throw', '', 'x'), ('session.save', ''),
-                   ('system.shutdown.normal',), ('view.add', '', 'x'), ('method.insert', '', 'x'),
-                   ('log.execute', '', '/x'), ('no.such', ''), ('network.scgi.open_local', '', '/'),
-                   ('throttle.global_up.max_rate.set', '', 1), (*fields, 'd.stop='),
-                   ('throttle.global_up.max_rate.set_kb', '', 1), ('d.custom.set_if_z', 'A', 'k'),
-                   ('view.sort_new', '', 'main', 'less=d.name='), ('view.sort_current', '', 'x'),
-                   (*fields, 'cat="$d.custom1.set=x"'), (*fields, 'branch=d.complete=,d.stop='),
-                   (*fields, 'or=((d.custom1.set,x)),d.name='), (*fields, 'cat=(d.custom1.set,x)'))
-        for call in reads + changes:
-            with self.subTest(call=call):
-                self.assertIs(torque.only_reads(call[0], call[1:]), call in reads)
+        engine = self.start(None, True, **{'d.start': '\udcff'})
+        self.assertEqual(engine.tell([('d.start', 'A')]), ['\ufffd'])
+        self.assertEqual(self.double.asked('d.start'), ['xml'])
+        self.server.answer = Server.request             # takes it, and does not answer
+        self.assert_error('d.start: |without an answer', engine.tell, [('d.start', 'A')])
 
     def test_any_sendable_parameter_goes(self):
-        proxy = self.start(None, True, echo=lambda target, value: value).open()
+        engine = self.start(None, True, echo=lambda target, value: value)
         for value in ([1, ['a']], {'a': [2]}, [], 2 ** 53 + 1, -2 ** 40, '\x01\U0001f600"\\'):
-            self.assertEqual(proxy.echo('', value), value)
+            self.assertEqual(engine.ask([('echo', '', value)]), [value])
         for value in (object(), {1}, [{1}]):
-            self.assert_error(f'{proxy.where}: echo: |cannot be sent', proxy.echo, '', value)
+            self.assert_error(f'{engine.address.where}: echo: |cannot be sent', engine.ask,
+                              [('echo', '', value)])
 
     def test_odd_answers_give_one_line(self):
-        rng, one = random.Random(3), b'{"id":0,"jsonrpc":"2.0","result":[1,"\\u0001"]}'
-        self.assertEqual(torque.json_reply(one, 1), [[1, '\1']])
-        for content in (b'', b'<html>', b'5', b'null', b'"x"', b'[]', b'[5]', b'[null]', b'{',
-                        b'[' * 100000, b'{"result":1', b'[%s,%s]' % (one, one)):
-            self.assert_error('not JSON-RPC', torque.json_reply, content, 1)
-        for error in (b'{}', b'{"error":5}', b'{"error":"x"}', b'{"error":null}', b'{"error":[]}'):
-            for count, content in (1, error), (2, error), (2, b'[%s,%s]' % (one, error)):
-                self.value_or_error(torque.json_reply, content, count)
+        rng, one = random.Random(3), '{"id":0,"jsonrpc":"2.0","result":[1,"\\u0001"]}'
+        self.assertEqual(torque.json_answers(one, 1), [[1, '\1']])
+        for content in ('', '<html>', '5', 'null', '"x"', '[5]', '[null]', '{', '{"result":1'):
+            self.assert_error('not JSON-RPC', torque.json_answers, content, 1)
+        for content in '[]', f'[{one},{one}]':
+            self.assert_error('did not answer every call', torque.json_answers, content, 1)
+        for error in ('{}', '{"error":5}', '{"error":"x"}', '{"error":null}', '{"error":[]}'):
+            for count, content in (1, error), (2, error), (2, f'[{one},{error}]'):
+                self.value_or_error(torque.json_answers, content, count)
         for _ in range(500):
-            self.value_or_error(torque.json_reply, damaged(rng, one), 1)
+            content = damaged(rng, one.encode()).decode('utf-8', 'replace')
+            self.value_or_error(torque.json_answers, content, 1)
+
+
+class ProxyTest(RpcCase):
+    """What jobs that people write get from engine.open()."""
+
+    def test_it_is_a_server_proxy(self):
+        engine = self.start(None, True, echo=lambda target, *values: list(values))
+        proxy = engine.open()
+        self.assertIsInstance(proxy, xmlrpc.client.ServerProxy)
+        self.assertEqual(self.double.seen, [])          # nothing is asked before the first call
+        self.assertEqual(proxy.echo('', 'a&b', 7, [True], -2 ** 40, {'a': 2 ** 31}),
+                         ['a&b', 7, [1], str(-2 ** 40), {'a': str(2 ** 31)}])
+        self.assertEqual(self.double.seen, [('xml', ['echo'])])
+        with proxy:
+            self.assertEqual(proxy.system.pid(''), 1 << 30)
+
+    def test_faults_are_our_errors(self):
+        engine = self.start(None, **{
+            'd.name': xmlrpc.client.Fault(-501, 'Could not find info-hash.')})
+        for method, code, kind in (('d.name', -501, torque.HashNotFound),
+                                   ('no.such', -506, torque.RpcError)):
+            error = self.assert_error(f'{engine.address.where}: {method}: |{code}',
+                                      getattr(engine.open(), method), kind=kind)
+            self.assertEqual(error.code, code)
+
+    def test_names_that_expat_cannot_read_arrive(self):
+        engine = self.start(None, **{'d.name': 'a\1\udcff'})
+        self.assertEqual(engine.open().d.name('A'), 'a\1\ufffd')
+
+    def test_many_calls_at_once(self):
+        engine = self.start(None, **{'d.name': str.lower})
+        many = xmlrpc.client.MultiCall(engine.open())
+        many.d.name('A')
+        many.system.pid('')
+        self.assertEqual(list(many()), ['a', 1 << 30])
+        self.assertEqual(self.double.seen, [('xml', ['d.name', 'system.pid'])])
+        many.no.such('')
+        with self.assertRaises(xmlrpc.client.Fault):
+            list(many())
+
+    def test_deadly_calls_are_refused_at_all_doors(self):
+        engine = self.start(None, True)
+        engine.reach()
+        del self.double.seen[:]
+        proxy, inner = engine.open(), [{'methodName': 'f.path', 'params': ['A' * 40]}]
+        for call in (('f.path', 'A' * 40), ('f.path',), ('f.path', 'A:t0'),
+                     ('system.multicall', inner), ('branch', 'A', 'd.hash=', 'f.path='),
+                     ('t.multicall', 'A', '', 'f.path='), ('load.start', '', '/x', 'f.path='),
+                     ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
+            for door in (engine.ask, engine.tell):
+                self.assert_error('HASH:fINDEX', door, [('system.pid', ''), call])
+            self.assert_error('HASH:fINDEX', getattr(proxy, call[0]), *call[1:])
+        self.assertEqual(self.double.seen, [])
 
 
 GOOD = scgi_answer(xml_answer([], *STYLES[1]))
@@ -1571,7 +1620,7 @@ class TransportTest(RpcCase):
                 (f'of {size} bytes came in 0.3 s', GOOD[:-90], GOOD[-90:]),
                 ('longer than its Content-Length', GOOD + b'more'),
                 ('longer than its Content-Length', head + b'99\r\n\r\n', b'', 300),
-                ('256.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
+                ('64.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
                 ('not one of rTorrent', head, b'', 300),
                 ('not one of rTorrent', head + b'-5\r\n\r\n12345'),
                 ('not one of rTorrent', head + b'9' * 5000 + b'\r\n\r\n'),
@@ -1599,7 +1648,7 @@ class TransportTest(RpcCase):
                 ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:-20], b'', 0, True),
                 ('0.3 s', good[:9], good[9:]), ('0.3 s', good[:-90], good[-90:]),
                 ('broke off', chunked + b'ff\r\nabc'), ('', chunked + b'zz\r\n'),
-                ('not XML-RPC', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
+                ('instead of an answer', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
                 ('1.0 MiB, the limit', head + b'Content-Length: 314572800\r\n\r\n', b'', 300),
                 ('1.0 MiB, the limit', head + b'\r\n', b'', 300),
                 ('1.0 MiB, the limit', chunked + b'fffffff\r\n', b'', 300),
@@ -1609,7 +1658,8 @@ class TransportTest(RpcCase):
                 ('HTTP 302 Found', page(b'', '302 Found', 'Location: /x')),
                 ('HTTP 401', page(HTML, '401 No', 'WWW-Authenticate: Negotiate')),
                 ('not XML-RPC', page(xml_answer([])[:-9])),
-                ('untrusted|scgi://', page(xml_answer(UNTRUSTED)))):
+                ('untrusted|scgi://', page(xml_answer(UNTRUSTED))),
+                ('untrusted', page(xml_answer(UNTRUSTED), '500 No', 'Content-Type: text/html'))):
             double, seconds = plays(*answer), 0.3 if '0.3' in words else 9
             url = self.web(lambda connection, head, body, double=double: double(connection))
             self.assert_trouble(words, torque.Engine(url, seconds, 1 << 20))
@@ -1625,7 +1675,7 @@ class TransportTest(RpcCase):
                                    page(b'no', '401 No', f'WWW-Authenticate: {challenge}'))
             url = self.web(answer)
             engine = torque.Engine(url.replace('://', '://me:p%40ss@'), 9)
-            self.assertEqual(engine.open().system.pid(''), 1 << 30)
+            self.assertEqual(engine.ask([('system.pid', '')]), [1 << 30])
             for login in ('me:wr0ng@', 'me@', ''):
                 engine = torque.Engine(url.replace('://', f'://{login}'), 9)
                 error = self.assert_trouble('HTTP 401', engine)
@@ -1655,11 +1705,48 @@ class TransportTest(RpcCase):
     def test_oversized_requests_are_named(self):
         answers = iter([Commands().scgi] * 2 + [lambda connection: connection.recv(1)])
         server = self.serve(lambda connection: next(answers)(connection))
-        proxy = torque.Engine(server.url, 9).open()
-        self.assert_error('load.raw: |request of|too large', proxy.load.raw, '', bytes(8 << 20))
+        engine = torque.Engine(server.url, 9)
+        self.assert_error('load.raw: |request of|too large', engine.tell,
+                          [('load.raw', '', bytes(8 << 20))])
 
 
 # --- Engine ------------------------------------------------------------------------------------
+
+# The rc of rTorrent's wiki; and rcs, with | for the end of a line, >> what scgi_url they give
+WIKI = '''method.insert = cfg.basedir, private|const|string, (cat,"/x/")
+    method.insert = cfg.session, private|const|string, (cat,(cfg.basedir),"s/")
+    method.insert = cfg.log, private|const|string, (cat,(cfg.basedir),(system.time),".log")
+    session.path.set = (cat, (cfg.session))\nnetwork.scgi.open_local ='''
+RC_SPELLINGS = r'''
+WIKI /x/rpc.sock >> /x/rpc.sock
+WIKI "/x/a b.sock" >> /x/a b.sock
+WIKI ~/rpc.sock >> HOME/rpc.sock
+WIKI \ |   /x/rpc.sock >> /x/rpc.sock
+WIKI (cat,(session.path),rpc.sock) >> /x/s/rpc.sock
+WIKI (cat, (session.path), "../rpc.sock") >> /x/s/../rpc.sock
+WIKI "$cat=$session.path=,rpc.sock" >> /x/s/rpc.sock
+WIKI (cat, \ | (cfg.basedir), \ | rpc.sock) >> /x/rpc.sock
+WIKI (cat,(system.env,HOME),/rpc.sock) >> HOME/rpc.sock
+WIKI /x/rpc.sock ; print = "x ; y" >> /x/rpc.sock
+network.scgi.open_local=/x/rpc.sock >> /x/rpc.sock
+scgi_local = /x/rpc.sock >> /x/rpc.sock
+scgi_local = (cat,(session.path),x) | session = ~/s >> HOME/s/x
+# scgi_local = /old |  #scgi_local = /old | print = "a ; b" ; scgi_local = /x/new >> /x/new
+schedule2 = x,0,0,"execute.nothrow=chmod,770,/x" | scgi_local = /x/rpc.sock >> /x/rpc.sock
+network.scgi.open_port = 127.0.0.1:5000 >> 127.0.0.1:5000
+network.scgi.open_port = "127.0.0.1:5000" >> 127.0.0.1:5000
+scgi_port = localhost:5000 >> localhost:5000
+scgi_port = :5000 >> :5000
+scgi_port = (cat,"127.0.0.1:",5000) >> 127.0.0.1:5000
+import = more/common.rc >> /x/common.sock
+import = loop.rc >> /x/loop.sock
+try_import = ~/more/common.rc >> /x/common.sock
+import = (cat,(system.env,HOME),/more/common.rc) >> /x/common.sock
+try_import = /no/such.rc | scgi_local = /x/rpc.sock >> /x/rpc.sock
+method.insert = my.dir, private|const|string, HOME/more/ | import = more/outer.rc >> /x/common.sock
+import = more/common.rc | network.scgi.open_local = (cat,(session.path),x) >> /deep/x
+'''
+
 
 class EngineTest(RpcCase):
     def stop(self):
@@ -1673,7 +1760,7 @@ class EngineTest(RpcCase):
     def test_looks_once(self):
         engine = self.start()
         for _ in range(3):
-            engine.open().session.name('')
+            engine.ask([('session.name', '')])
             self.assertEqual((engine.has('view.size'), engine.has('schedule2')), (True, False))
         self.assertEqual((self.looks(), len(self.double.seen)), (1, 5))
         self.assertEqual((engine.engine_id, engine.versions), ('double:1', ('0.9.8', '0.13.8')))
@@ -1681,7 +1768,7 @@ class EngineTest(RpcCase):
 
     def test_looks_again_after_a_restart(self):
         engine = self.start()
-        engine.open()
+        engine.reach()
         self.stop()
         self.start(**{'session.name': 'double:2', 'new.one': 1})
         self.assertEqual((engine.has('new.one'), self.looks()), (True, 1))
@@ -1693,9 +1780,9 @@ class EngineTest(RpcCase):
         for speaks_json in (False, True):
             with self.subTest(speaks_json=speaks_json):
                 engine = self.start(None, speaks_json)
-                code = self.assert_error('nosuch: ', engine.open().nosuch, '').code
-                self.assertEqual((code, self.looks()), (MISSING[speaks_json], 1))
-                engine.open().session.name('')
+                error = engine.ask([('nosuch', '')])[0]
+                self.assertEqual((error.code, self.looks()), (MISSING[speaks_json], 1))
+                engine.ask([('session.name', '')])
                 self.assertEqual((engine.has('nosuch'), self.looks()), (False, 2))
 
     def test_stats_are_one_question(self):
@@ -1705,7 +1792,7 @@ class EngineTest(RpcCase):
         engine = self.start(**{
             **dict(zip(rates, range(6))), 'network.max_open_files': 128, 'network.open_sockets': no,
             'view.size': lambda target, view: len(view) if view != 'messages' else no})
-        engine.open()
+        engine.reach()
         del self.double.seen[:]
         stats = engine.stats()
         self.assertEqual(len(self.double.seen), 1)
@@ -1737,45 +1824,66 @@ class EngineTest(RpcCase):
     def test_odd_batches_give_one_line(self):
         for odd in (0, [], [0] * 11, [[]] * 11, ['x'] * 11, [{}] * 11, [None] * 11):
             engine = self.start(None)
-            engine.open()
+            engine.reach()
             self.server.answer = plays(scgi_answer(xml_answer(odd)))
             self.value_or_error(engine.stats)
 
+    def test_odd_types_give_one_line(self):
+        rng, names = random.Random(4), (*torque.ABOUT, *torque.GAUGES.values(), 'view.size')
+        for number in range(200):
+            odd = {name: as_text(some_value(rng)) for name in names if rng.random() < 0.5}
+            if number % 10 == 0:
+                odd['system.listMethods'] = some_value(rng)
+            engine = self.start(None, **odd)
+            self.value_or_error(lambda engine=engine: (engine.stats(), engine.uptime))
+            self.assertIsInstance(engine.session_path, str)
+            self.assertIsInstance(engine.pid, int)
+
+    def test_deep_nesting_is_one_line(self):
+        engine = self.start(None, use=1)
+        engine.reach()
+        for depth in (10, 900, 1000, 50000):
+            text, inner = '[' * depth + ']' * depth, '<value><array><data>' * depth
+            inner += '</data></array></value>' * depth
+            xml = xml_answer('x', '').replace(b'<value><string>x</string></value>', inner.encode())
+            for by_json, body in (True, f'{{"result":{text}}}'.encode()), (False, xml):
+                engine.speaks_json = by_json
+                self.server.answer = plays(scgi_answer(body))
+                self.value_or_error(lambda: repr(engine.ask([('d.name', 'A')])))
+
+    def test_answers_are_read_in_little_memory(self):
+        row, text = ['A' * 40, 'name', 300, 2 ** 33, 1, '/srv/data/name', ''], 'x' * 2000000
+        engine = self.start(None)
+        engine.reach()
+        for by_json, value in (
+                (False, [row] * 9000), (True, [row] * 9000), (False, [['A' * 40]] * 30000),
+                (True, [['A' * 40]] * 30000), (False, [[300]] * 30000), (False, text), (True, text),
+                (False, '&"' * 300000), (False, [['n\U0001f600me', *row]] * 9000)):
+            content = xml_answer([[value]], *STYLES[1])
+            if by_json:
+                content = json.dumps([{'result': value}]).encode()
+            engine.speaks_json = by_json
+            with self.subTest(by_json=by_json, value=str(value)[:60]), mock.patch.object(
+                    engine, 'send', lambda *_, content=content: bytearray(content)):
+                tracemalloc.start()
+                try:
+                    found = engine.ask([('x', '')])[0]
+                    self.assertLess(tracemalloc.get_traced_memory()[1] / len(content), 6)
+                finally:
+                    tracemalloc.stop()
+                self.assertEqual(found, value)
+        for content in b'[%s]' % b','.join([b'[]'] * 99999), b'["%s"]' % (b'\xc3' * 99999):
+            self.assert_error('memory|rpc_limit', torque.json_text, content, 6 * len(content))
+
     def test_rc_spellings(self):
-        home, local, where = self.folder, 'network.scgi.open_local', '/x/rpc.sock'
-        self.write('more/common.rc', f'{local} = /x/common.sock\nimport = deeper.rc\n')
+        self.write('more/common.rc', 'scgi_local = /x/common.sock\nimport = deeper.rc\n')
         self.write('more/deeper.rc', 'session.path.set = /deep\n')
-        self.write('more/outer.rc', 'import = (cat,(cfg.here),common.rc)\n')
-        self.write('loop.rc', 'import = loop.rc\nscgi_local = /x/loop.sock\n')
-        wiki = '''method.insert = cfg.basedir, private|const|string, (cat,"/x/")
-            method.insert = cfg.session, private|const|string, (cat,(cfg.basedir),"s/")
-            method.insert = cfg.log, private|const|string, (cat,(cfg.basedir),(system.time),".log")
-            session.path.set = (cat, (cfg.session))\nnetwork.scgi.open_local = '''
-        for text, expected in (
-                (wiki + where, where), (wiki + '"/x/a b.sock"', '/x/a b.sock'),
-                (wiki + '~/rpc.sock', f'{home}/rpc.sock'), (f'{wiki}\\\n  {where}', where),
-                (wiki + '(cat,(session.path),rpc.sock)', '/x/s/rpc.sock'),
-                (wiki + '(cat, (session.path), "../rpc.sock")', '/x/s/../rpc.sock'),
-                (wiki + '"$cat=$session.path=,rpc.sock"', '/x/s/rpc.sock'),
-                (wiki + '(cat, \\\n  (cfg.basedir), \\\n  rpc.sock)', where),
-                (wiki + '(cat,(system.env,HOME),/rpc.sock)', f'{home}/rpc.sock'),
-                (f'{wiki}{where} ; print = "x ; y"', where), (f'{local}={where}', where),
-                (f'scgi_local = {where}', where),
-                (f'{local} = (cat,(session.path),x)\nsession = ~/s', f'{home}/s/x'),
-                (f'# {local} = /old\n #{local} = /old\nprint = "a ; b" ; {local} = {where}', where),
-                (f'schedule2 = x,0,0,"execute.nothrow=chmod,770,/x"\n{local} = {where}', where),
-                ('network.scgi.open_port = 127.0.0.1:5000', '127.0.0.1:5000'),
-                ('network.scgi.open_port = "127.0.0.1:5000"', '127.0.0.1:5000'),
-                ('scgi_port = localhost:5000', 'localhost:5000'), ('scgi_port = :5000', ':5000'),
-                ('scgi_port = (cat,"127.0.0.1:",5000)', '127.0.0.1:5000'),
-                ('import = more/common.rc', '/x/common.sock'), ('import = loop.rc', '/x/loop.sock'),
-                ('try_import = ~/more/common.rc', '/x/common.sock'),
-                ('import = (cat,(system.env,HOME),/more/common.rc)', '/x/common.sock'),
-                (f'try_import = /no/such.rc\nscgi_local = {where}', where),
-                (f'method.insert = cfg.here, private|const|string, {home}/more/\n'
-                 'import = more/outer.rc', '/x/common.sock'),
-                (f'import = more/common.rc\n{local} = (cat,(session.path),x)', '/deep/x')):
-            with self.subTest(text=text), mock.patch.dict(os.environ, HOME=home):
+        self.write('more/outer.rc', 'import = (cat,(my.dir),common.rc)\n')
+        self.write('loop.rc', 'import = ./loop.rc\n' * 9 + 'scgi_local = /x/loop.sock\n')
+        for line in RC_SPELLINGS.strip().splitlines():
+            text, expected = line.replace('HOME/', self.folder + '/').split(' >> ')
+            text = text.replace('WIKI', WIKI).replace(' | ', '\n')
+            with self.subTest(text), mock.patch.dict(os.environ, HOME=self.folder):
                 found = torque.find_url(self.write('rt.rc', b'# caf\xe9\n' + text.encode()))
                 self.assertEqual(torque.parse_address(found), torque.parse_address(expected))
 
@@ -1785,11 +1893,12 @@ class EngineTest(RpcCase):
                 ('', 'rt.rc'), (f'#{local} = /x', 'rt.rc'), ('import = /no/such.rc', '/no/such.rc'),
                 (f'{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'execute.capture'),
                 (f'{local} = (cat,(session.path),rpc.sock)', 'session.path'),
+                ('import = /x\0y', 'null'), ('import = /', 'directory'),
                 (f'{local} = (a)\nmethod.insert = a, string, (a)', 'refers to itself')):
             self.assert_error(f'{words}|set scgi_url', torque.find_url, self.write('rt.rc', text),
                               kind=torque.UserError)
         with mock.patch.dict(os.environ, HOME=self.folder):
-            names = '~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc', '/no.rc'
+            names = '~/.config/rtorrent/rtorrent.rc', '~/.rtorrent.rc', '/no.rc'
             for name, words in (None, '|'.join(names[:2])), (names[2], names[2]):
                 self.assert_error(f'scgi_url|{words}', torque.find_url, name, kind=torque.UserError)
             self.write(names[1][2:], 'scgi_local = /x/second.sock')
@@ -1840,14 +1949,14 @@ class LiveRpcTest(RpcCase):
     @on_each
     def test_hostile_names_arrive(self, server, proxy):
         emoji = server.load(*metafile(b'\xf0\x9f\x98\x80 \xc3\xa9'))
-        if proxy.speaks_json:
-            self.assertEqual(proxy.d.name(emoji), '\U0001f600 \xe9')
+        if server.engine.speaks_json:
+            self.assertEqual(server.engine.ask([('d.name', emoji)]), ['\U0001f600 \xe9'])
         hashes = [server.load(*metafile(b'a-%s-z' % raw, size))
                   for size, raw in enumerate(HOSTILE, 1)]
         rows = {row[0]: row[1:] for row in proxy.d.multicall2(
             '', 'main', 'd.hash=', 'd.size_bytes=', 'd.name=', 'd.left_bytes=')}
         self.assertEqual(len(rows), proxy.view.size('', 'main'))
-        batched = proxy.batch([('d.name', info_hash) for info_hash in hashes])
+        batched = server.engine.ask([('d.name', info_hash) for info_hash in hashes])
         for size, (raw, info_hash, name) in enumerate(zip(HOSTILE, hashes, batched), 1):
             with self.subTest(raw=raw):
                 self.assertEqual(rows[info_hash][::2], [size, size])
@@ -1860,7 +1969,7 @@ class LiveRpcTest(RpcCase):
         for place in range(3):
             calls = [('system.pid', ''), ('view.list', '')]
             calls.insert(place, ('no.such', ''))
-            answers = proxy.batch(calls)
+            answers = server.engine.ask(calls)
             self.assertIn(answers.pop(place).code, MISSING)
             self.assertEqual((answers[0], answers[1][0]), (server.process.pid, 'main'))
         error = self.assert_error(f'{server.engine.address.where}: no.such: ', proxy.no.such, '')
@@ -1872,11 +1981,13 @@ class LiveRpcTest(RpcCase):
             'piece length': 1 << 24, 'pieces': bytes(20 * 384)}))
         self.assertEqual(proxy.d.size_bytes(info_hash), 6 << 30)
         for number in (2 ** 31, -2 ** 40, 2 ** 62):
+            self.assertEqual(server.engine.ask([('value', '', number), ('cat', '', number)]),
+                             [number, str(number)])
             self.assertEqual(proxy.value('', number), number)
             self.assertEqual(proxy.cat('', number), str(number))
         self.assertLess(abs(proxy.system.time_usec('') - time.time() * 1e6), 1e9)
         proxy.d.custom.set(info_hash, 'k', str(2 ** 60))
-        self.assertEqual(proxy.batch([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
+        self.assertEqual(server.engine.tell([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
                          [str(2 ** 60), 2 ** 40])
 
     @on_each
@@ -1889,7 +2000,7 @@ class LiveRpcTest(RpcCase):
             self.assertEqual(sorted(fault), ['faultCode', 'faultString'])
             self.assertIsInstance(fault['faultCode'], int)
             self.assertIn(word, fault['faultString'])
-        self.assert_error('info-hash', proxy.d.name, 'F' * 40, kind=torque.HashNotFound)
+        self.assert_error('d.name: |info-hash', proxy.d.name, 'F' * 40, kind=torque.HashNotFound)
 
     @on_each
     def test_stats_agree_with_single_calls(self, server, proxy):
@@ -1940,6 +2051,8 @@ class LiveRpcTest(RpcCase):
                              (proxy.load.raw, '', b'x', 'd.start= ; print=$f.path=')):
                     self.value_or_error(*call)
                     self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
+                self.assertEqual(proxy.d.multicall2('', 'main', 'f.multicall=,f.path='),
+                                 [[[['deadly']]]])
 
     def test_restarts_are_noticed(self):
         for command in RTORRENTS:
@@ -2012,14 +2125,19 @@ class FakeRTorrent:
                     {'d.state': 1, 'd.is_open': 1, 'd.is_active': 1})
         return [self.broken.get(target, 0) for _, target, *_ in calls]
 
-    def call(self, *words):
-        self.asked.append(words)
+    def print(self, *words):
+        self.asked.append(('print', *words))
 
-    def batch(self, calls):
+    def reach(self):
+        pass
+
+    def ask(self, calls):
         calls = list(calls)
         self.asked += calls
         return [self.broken.get(call[0], self.broken.get(call[1])) or self.answer(*call)
                 for call in calls]
+
+    tell = ask
 
     def answer(self, method, target, *params):
         items = [item for item in self.items if params[0] in item.get('views', params)]
@@ -2254,18 +2372,18 @@ class LiveTorrentsTest(unittest.TestCase):
                 (at % 58 == 1 and at % 3, 'd.pause'), (at % 6 == 1, 'd.ignore_commands.set', 1),
                 (at % 29 == 2 and at % 3, 'd.check_hash')) if when]
         for start in range(0, len(loads), 100):
-            cls.proxy.batch(loads[start:start + 100])
+            cls.engine.tell(loads[start:start + 100])
         wait_for(lambda: cls.proxy.view.size('', 'main') == cls.count)
-        cls.proxy.batch(calls)
-        wait_for(lambda: all(cls.proxy.batch(('d.complete', item) for item in complete)))
+        cls.engine.tell(calls)
+        wait_for(lambda: all(cls.engine.ask(('d.complete', item) for item in complete)))
         some = sorted(complete)[:40]
-        cls.proxy.batch([('d.stop', item) for item in some] + [
+        cls.engine.tell([('d.stop', item) for item in some] + [
             ('d.close', item) for item in some[:30]])
         for item in some[:10]:                          # these lose their data, and fail
             path = cls.proxy.d.base_path(item)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        cls.proxy.batch(('d.start', item) for item in some[:10])
-        wait_for(lambda: not any(cls.proxy.batch(('d.state', item) for item in some[:10])))
+        cls.engine.tell(('d.start', item) for item in some[:10])
+        wait_for(lambda: not any(cls.engine.ask(('d.state', item) for item in some[:10])))
 
     @classmethod
     def take_stock(cls):
@@ -2288,7 +2406,7 @@ class LiveTorrentsTest(unittest.TestCase):
         hashes, result = cls.proxy.download_list(''), {}
 
         def ask(calls):
-            answers = iter(cls.proxy.batch(calls))
+            answers = iter(cls.engine.ask(calls))
             return lambda count: [next(answers) for _ in range(count)]
         take = ask(call for item in hashes for call in (
             *((word, item) for word in SINGLE), *(('d.custom', item, key) for key in CUSTOMS)))
@@ -2567,7 +2685,7 @@ class LiveQueueTest(Folder):
     def state(self):
         """Return the hashes that take a place, that are started, and that are hashed."""
         words = ('complete', 'state', 'is_open', 'is_active', 'hashing')
-        answers = iter(self.engine.open().batch(
+        answers = iter(self.engine.ask(
             (f'd.{word}', item) for item in self.names for word in words))
         rows = {item: [next(answers) for _ in words] for item in self.names}
         return ({item for item, row in rows.items() if not row[0] and any(row[1:])},
@@ -2590,8 +2708,8 @@ class LiveQueueTest(Folder):
                 os.remove(f'{self.folder}/data/{self.names[item]}')
         elif what == 'erase':
             del self.names[item]
-        self.engine.open().call('d.' + {'finish': 'check_hash', 'fail': 'check_hash',
-                                        'hand': 'start'}.get(what, what), item)
+        command = {'finish': 'check_hash', 'fail': 'check_hash', 'hand': 'start'}.get(what, what)
+        getattr(self.engine.open(), f'd.{command}')(item)
         return what
 
     def restart(self, number):
@@ -3407,7 +3525,7 @@ class LiveInfluxDBTest(Folder):
             self.assertEqual((row['version'], row['x'], row['odd tag']),
                              ('/'.join(daemon.engine.versions), 'y', 'a b'))
             for name, command in torque.GAUGES.items():
-                expected = (daemon.engine.open().call(command, '')
+                expected = (getattr(daemon.engine.open(), command)('')
                             if daemon.engine.has(command) else None)
                 if name not in ('open_sockets', 'open_files'):
                     self.assertEqual(row.get(name), expected, name)
@@ -4101,7 +4219,7 @@ class LiveWatchTest(Folder):
         self.wait_seen(program, 'WARNING engine')
         self.start()
         self.wait_items(self.hashes)
-        self.assertEqual(dict(zip(self.hashes, self.proxy.batch([
+        self.assertEqual(dict(zip(self.hashes, self.rtorrent.engine.ask([
             ('d.tied_to_file', info_hash) for info_hash in self.hashes]))), self.hashes)
         self.assertEqual(program.stop(), 0)
         self.assertEqual(program.seen('is loaded already'), [])
@@ -4126,8 +4244,10 @@ class LiveWatchTest(Folder):
                 '{% endif %} ; print={{info_name}},{{pathname}}\n')
             self.wait_seen(program, 'twice.torrent', 'is loaded already')
             self.wait_items(names)
+            engine = self.rtorrent.engine
+            engine.reach()
             for info_hash, name in names.items():
-                if name.isascii() or self.proxy.speaks_json and '\udcff' not in name:
+                if name.isascii() or engine.speaks_json and '\udcff' not in name:
                     with self.subTest(name):
                         self.assertEqual(
                             [self.proxy.d.custom1(info_hash), self.proxy.d.custom2(info_hash),
@@ -4290,13 +4410,13 @@ class Double:
         self.end = weakref.finalize(self, shutil.rmtree, self.state_dir, True)
 
     def __getattr__(self, name):
-        return torque.Method(self, name)
+        return xmlrpc.client._Method(lambda method, params: self.call(method, *params), name)
 
     def open(self):
         return self
 
     def call(self, method, *params):
-        value = self.batch([(method, *params)])[0]
+        value = self.ask([(method, *params)])[0]
         if isinstance(value, torque.RpcError):
             raise value
         return value
@@ -6874,7 +6994,7 @@ class CommandLineTest(ConfigCase):
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))
@@ -7038,7 +7158,7 @@ class Tick:
         if self.config.fail:
             raise torque.LoggableError(self.config.fail)
         if self.config.ask:
-            self.mark('pid-%d' % self.config.engine.open().call('system.pid', ''))
+            self.mark('pid-%d' % self.config.engine.open().system.pid(''))
         if self.config.persisted:
             with open(os.path.join(self.config.state_dir, 'starts.json')) as stream:
                 self.mark('at-' + stream.read().split('"%s": ' % self.config.job_name)[1][:10])
@@ -7915,7 +8035,7 @@ class FaultTest(DaemonFolder):
             server = self.rtorrent(command=RTORRENTS[1])
             self.answered(server)
             self.assertEqual(self.ask()['rtorrent'][0]['version'].split('/')[0],
-                             torque.Proxy(server.engine.send, '').system.client_version(''))
+                             server.engine.open().system.client_version(''))
 
     def test_socket_is_replaced(self):
         first, second = self.rtorrent(), self.rtorrent('second')
@@ -8295,11 +8415,11 @@ def bench_decode():
     for count in (1000, 10000):
         rows = [REPLY_ROW] * count
         content = reply_xml(rows)
-        text = json.dumps({'jsonrpc': '2.0', 'id': 0, 'result': rows}).encode()
-        assert torque.xml_reply(content) == rows == torque.json_reply(text, 1)[0]
+        text = json.dumps({'jsonrpc': '2.0', 'id': 0, 'result': rows})
+        assert torque.xml_reply(content) == rows == torque.json_answers(text, 1)[0]
         loads = fastest(lambda: xmlrpc.client.loads(content))
         ours, by_json = (fastest(lambda: torque.xml_reply(content)),
-                         fastest(lambda: torque.json_reply(text, 1)))
+                         fastest(lambda: torque.json_answers(text, 1)))
         print(f'decode {count:6} rows: xmlrpc.client {loads:6.1f} ms, torque XML {ours:6.1f} ms '
               f'({loads / ours:.1f} x), JSON {by_json:5.1f} ms ({loads / by_json:.1f} x)')
 
@@ -8479,9 +8599,9 @@ def bench_torrents():
         with tempfile.TemporaryDirectory() as folder:
             seeding = fill_session(folder, count)
             daemon = RTorrent(folder)
-            engine, proxy = daemon.engine, daemon.engine.open()
-            proxy.batch([('d.check_hash', info_hash) for info_hash in seeding])
-            wait_for(lambda: all(proxy.batch(('d.complete', item) for item in seeding)), 120)
+            engine = daemon.engine
+            engine.tell([('d.check_hash', info_hash) for info_hash in seeding])
+            wait_for(lambda: all(engine.ask(('d.complete', item) for item in seeding)), 120)
             run_rule = [lambda: torque.list_torrents(engine, 'main', (), condition)]
             run_list = [lambda: torque.list_torrents(engine, 'main', BENCH_FIELDS)]
             assert len(run_rule[0]()) == len(seeding) and len(run_list[0]()) == count

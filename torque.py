@@ -13,7 +13,7 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
@@ -1113,16 +1113,24 @@ class Scheduler:
 
 
 # --- RPC -------------------------------------------------------------------------------------
-# A URL becomes an Address; a request body goes to it within a deadline and the body of the
-# answer comes back, over SCGI (one netstring of headers, one request per connection) or HTTP.
-# XML-RPC and JSON-RPC texts are made and read here. A Proxy puts it together:
-# proxy.d.name(HASH). "where" is an address as it may be shown: never with a password.
+# A scgi_url becomes an Address. The body of a request goes to it, and the body of the answer
+# comes back within a deadline, over SCGI (one netstring of headers, one request a connection)
+# or HTTP. Calls, (method, *params) each, become such bodies in XML-RPC or JSON-RPC, and answers
+# become values. "where" is an address as it may be shown: never with a password. No state, and
+# any thread. Unreachable: no answer came; any other RpcError: rTorrent answered, but not so.
 
-RPC_TIMEOUT = 30.0                      # seconds for a whole call
-RPC_LIMIT = 256 << 20                   # bytes of one answer
-MISSING = (-506, -32601)                # codes of faults: there is no such command
-BATCH = 500                             # calls in one request; rTorrent takes 512 KiB at most
-HEAD_LIMIT = 8192                       # bytes before the body of an SCGI answer
+# Seconds for a whole call
+RPC_TIMEOUT = 30.0
+# Bytes of one answer
+RPC_LIMIT = 64 << 20
+# Most times its limit that a value may take in memory
+WEIGHT = 6
+# Codes of faults: there is no such command
+MISSING = (-506, -32601)
+# Calls in one request; rTorrent takes 512 KiB at most
+BATCH = 500
+# Bytes before the body of an SCGI answer
+HEAD_LIMIT = 8192
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
@@ -1133,8 +1141,8 @@ class Address(NamedTuple):
     path: str = ''
     host: str = ''
     port: int = 0
-    user: str | None = None
-    password: str | None = None
+    user: str = ''
+    password: str = ''
     exposed: bool = False               # rTorrent's port is open to the network
 
     def __repr__(self) -> str:
@@ -1161,32 +1169,38 @@ def parse_address(text: str) -> Address:
     ('127.0.0.1', '/x.sock')
     """
     from urllib.parse import unquote, urlsplit
-    allowed = ('allowed are scgi://host:port, scgi:///path, a socket path, '
-               'http(s)://[user:password@]host/RPC2')
+    refused = UserError(f'{redacted(text)!r} is no address; allowed are scgi://host:port, '
+                        'scgi:///path, a socket path, http(s)://[user:password@]host/RPC2')
     spelt = os.path.expandvars(text.strip())
+    if '://' not in spelt:
+        spelt = 'scgi://' + spelt
     try:
-        url = urlsplit(spelt if '://' in spelt else 'scgi://' + spelt)
+        url = urlsplit(spelt)
         host, port = url.hostname or '', url.port or 0
-    except ValueError:                          # what it says may hold a password
-        raise UserError(f'{redacted(text)!r} is no address; {allowed}') from None
+    # What it says may hold a password
+    except ValueError:
+        raise refused from None
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        clean = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path or '/RPC2'}"
-        return Address('http', clean, clean, host, port, url.username and unquote(url.username),
-                       url.password and unquote(url.password))
-    path = spelt.partition('://')[2] or spelt
-    if url.scheme == 'scgi' and path.startswith(('/', '~')):
+        netloc = url.netloc.rpartition('@')[2]
+        clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
+        return Address('http', clean, clean, host, port, unquote(url.username or ''),
+                       unquote(url.password or ''))
+    path = spelt.partition('://')[2]
+    if url.scheme == 'scgi' and path.startswith(('/', '~')) and '\0' not in path:
         path = os.path.expanduser(path)
         return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
-        raise UserError(f'{redacted(text)!r} is no address; {allowed}')
-    everywhere = host in ('', '0.0.0.0', '::')
-    exposed = everywhere or not LOOPBACK.match(host)
-    host = '127.0.0.1' if everywhere else host
-    shown = f'[{host}]' if ':' in host else host
+        raise refused
+    exposed = not LOOPBACK.match(host)
+    if host in ('', '0.0.0.0', '::'):
+        host = '127.0.0.1'
+    shown = host
+    if ':' in host:
+        shown = f'[{host}]'
     return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
 
 
-def arm(sock: Any, end: float) -> None:
+def set_deadline(sock: Any, end: float) -> None:
     """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
     left = end - time.monotonic()
     if left <= 0:
@@ -1210,58 +1224,91 @@ def describe(error: OSError) -> str:
     return f'the connection failed: {error.strerror or error}'
 
 
+def too_large(limit: int) -> RpcError:
+    """Return the error for an answer above the limit."""
+    return RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+
+
+def connect(address: Address, seconds: float) -> socket.socket:
+    """Return a socket that is connected to rTorrent."""
+    if address.kind == 'tcp':
+        return socket.create_connection((address.host, address.port), seconds)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def answer_end(received: bytearray, limit: int) -> int:
     """Return how long an answer will be with its head, 0 while the head is not complete."""
     stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
     if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
         return 0
-    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d{1,15}) *\r\n',
-                    received[:stop + 2], re.I | re.S)
-    if not head:
+    size = re.search(rb'\r\ncontent-length: {0,9}(\d{1,15}) {0,9}\r\n', received[:stop + 2], re.I)
+    if not size or not received.startswith(b'Status:'):
         raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
-    if int(head[1]) > limit:
-        raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-    return stop + 4 + int(head[1])
+    if int(size[1]) > limit:
+        raise too_large(limit)
+    return stop + 4 + int(size[1])
+
+
+def scgi_receive(sock: socket.socket, seconds: float, end: float, limit: int) -> bytearray:
+    """Return the body of an SCGI answer."""
+    received, size = bytearray(), 0
+    try:
+        while not size or len(received) < size:
+            set_deadline(sock, end)
+            chunk = sock.recv(1 << 18)
+            if not chunk and not received:
+                raise Unreachable('the connection was closed without an answer')
+            if not chunk:
+                raise Unreachable(f'the answer broke off after {len(received)} bytes')
+            received += chunk
+            size = size or answer_end(received, limit)
+    except socket.timeout:
+        if not received:
+            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
+                              'or hung') from None
+        raise Unreachable(f'only {len(received)} of {size or "?"} bytes came in '
+                          f'{seconds:g} s') from None
+    if len(received) > size:
+        raise Unreachable('the answer is longer than its Content-Length says')
+    del received[:received.index(b'\r\n\r\n') + 4]
+    return received
 
 
 def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
+                 limit: int) -> bytearray:
     """Send one SCGI request and return the body of its answer.
 
-    Raises Unreachable; the text says what happened, the caller adds where and which method.
+    Raises RpcError; the text says what happened, the caller adds where and which method.
     """
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
-    received, size, state, end = bytearray(), 0, 'connect', time.monotonic() + seconds
+    end = time.monotonic() + seconds
     try:
-        with socket.socket(socket.AF_UNIX) if address.kind == 'unix' else \
-                socket.create_connection((address.host, address.port), seconds) as sock:
-            arm(sock, end)
-            if address.kind == 'unix':
-                sock.connect(address.path)
-            state = 'send'
-            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
-            state = 'receive'
-            while not size or len(received) < size:
-                arm(sock, end)
-                chunk = sock.recv(1 << 18)
-                if not chunk:
-                    raise Unreachable(
-                        f'the answer broke off after {len(received)} bytes' if received else
-                        'the connection was closed without an answer')
-                received += chunk
-                size = size or answer_end(received, limit)
+        sock = connect(address, seconds)
     except socket.timeout:
-        waited = f'{seconds:g} s'
-        raise Unreachable(
-            f'no connection within {waited}' if state == 'connect' else
-            f'only {len(received)} of {size or "?"} bytes came in {waited}' if received else
-            f'connected, but no answer in {waited}: reading its session, or hung') from None
+        raise Unreachable(f'no connection within {seconds:g} s') from None
     except OSError as error:
-        raise Unreachable(f'the connection was closed during a request of {len(body)} bytes: too '
-                          'large for it?' if state == 'send' else describe(error)) from None
-    if len(received) > size:
-        raise Unreachable('the answer is longer than its Content-Length says')
-    return bytes(received[received.index(b'\r\n\r\n') + 4:])
+        raise Unreachable(describe(error)) from None
+    with sock:
+        try:
+            set_deadline(sock, end)
+            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
+        except socket.timeout:
+            # It may be slow to read: what it answers tells
+            pass
+        except OSError:
+            raise Unreachable(f'the connection was closed during a request of {len(body)} '
+                              'bytes: too large for it?') from None
+        try:
+            return scgi_receive(sock, seconds, end, limit)
+        except OSError as error:
+            raise Unreachable(describe(error)) from None
 
 
 class HttpAnswer(NamedTuple):
@@ -1269,116 +1316,205 @@ class HttpAnswer(NamedTuple):
     status: int
     reason: str
     headers: Any
-    body: bytes
+    body: bytearray
 
 
-def http_handler(end: float, close: contextlib.ExitStack) -> Any:
-    """Return urllib's handler of both schemes: no read outlasts `end`, errors are answers.
+class TimedReader(io.RawIOBase):
+    """A socket to read from until a moment; what http.client takes for the socket itself."""
 
-    close: what closes them, for urllib forgets those that asked for a login.
+    def __init__(self, sock: Any, end: float):
+        super().__init__()
+        self.sock, self.end = sock, end
+        self.raw = sock.makefile('rb', buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        set_deadline(self.sock, self.end)
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def http_opener(url: str, user: str, password: str, end: float,
+                close: contextlib.ExitStack) -> Any:
+    """Return urllib's opener: with proxies and both kinds of login, but no redirections.
+
+    No read outlasts `end`. close: closes all answers, for urllib forgets those before a login.
     """
     import http.client
-    import urllib.request
+    import urllib.request as lib
 
-    class Reader(socket.SocketIO):
-        def readinto(self, buffer: Any) -> int | None:
-            arm(self._sock, end)                        # type: ignore[attr-defined]
-            return super().readinto(buffer)
+    def response(sock: Any, **options: Any) -> Any:
+        reader: Any = TimedReader(sock, end)
+        return close.enter_context(http.client.HTTPResponse(reader, **options))
 
-    class Response(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            self.fp.raw.__class__ = Reader              # type: ignore[attr-defined]
+    class Handler(lib.HTTPHandler, lib.HTTPSHandler):
+        def do_open(self, http_class: Any, *args: Any, **options: Any) -> Any:
+            def connection(*args: Any, **options: Any) -> Any:
+                made = http_class(*args, **options)
+                made.response_class = response
+                return made
+            return super().do_open(connection, *args, **options)
 
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-            timed = type('Timed', (http_class,), {'response_class': Response})
-            return close.enter_context(
-                super().do_open(timed, req, **options))         # type: ignore[arg-type]
+    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
+    if user:
+        passwords.add_password(None, url, user, password)
+    digest: Any = lib.HTTPDigestAuthHandler(passwords)
+    # One try; urllib would make six
+    digest.retried = 5
+    proxies: dict | None = None                 # those of the environment
+    if re.match(r'https?://(localhost|127\.|\[::1\])', url):
+        proxies = {}
+    opener = lib.OpenerDirector()
+    opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
+    for handler in (lib.ProxyHandler(proxies), Handler(), lib.HTTPErrorProcessor(), digest,
+                    lib.HTTPBasicAuthHandler(passwords), lib.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    return opener
 
-        def http_error_default(self, request: Any, answer: Any, *about: Any) -> Any:
-            return answer
 
-    return Handler()
+def http_body(answer: Any, limit: int) -> bytearray:
+    """Return the whole body of a web server's answer."""
+    content = bytearray()
+    # urllib itself refused, as a second login
+    if not answer.fp:
+        return content
+    while len(content) <= limit:
+        chunk = answer.read(1 << 16)
+        content += chunk
+        if not chunk:
+            break
+    if len(content) > limit:
+        raise too_large(limit)
+    # What is still to come by its Content-Length
+    if getattr(answer, 'length', 0):
+        raise Unreachable(f'the answer broke off after {len(content)} bytes')
+    return content
+
+
+def http_trouble(error: Exception, seconds: float) -> str:
+    """Return what to say of an error on the way to a web server."""
+    reason = getattr(error, 'reason', error)
+    if isinstance(reason, socket.timeout):
+        return f'no whole answer in {seconds:g} s'
+    if isinstance(reason, OSError):
+        return describe(reason)
+    if 'IncompleteRead' in str(reason):
+        return 'the answer broke off'
+    if 'scheme' in str(reason):
+        return 'HTTP 401: it asks for a login neither basic nor digest'
+    return f'not an answer of a web server: {quoted(reason)}'
 
 
 def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
-              user: str | None = None, password: str | None = None) -> HttpAnswer:
+              user: str = '', password: str = '') -> HttpAnswer:
     """POST to a web server; it may ask for a login by basic or digest authentication.
 
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
     """
     import http.client
     import urllib.error
-    import urllib.request as lib
-    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
-    if user is not None:
-        passwords.add_password(None, url, user, password or '')
-    digest = lib.HTTPDigestAuthHandler(passwords)
-    digest.retried = 5                  # type: ignore  # one try; urllib would make six
-    opener, close = lib.OpenerDirector(), contextlib.ExitStack()
-    opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
-    local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
-    for handler in (lib.ProxyHandler({} if local else None), digest, lib.HTTPErrorProcessor(),
-                    lib.HTTPBasicAuthHandler(passwords),
-                    http_handler(time.monotonic() + seconds, close)):
-        opener.add_handler(handler)
-    try:
-        with close:
-            answer = opener.open(lib.Request(url, body, headers), timeout=seconds)
-            content = answer.read(limit + 1)
-            size = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
-        if len(content) > limit:
-            raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-        if size.isdigit() and int(size) > len(content):
-            raise Unreachable(f'the answer broke off after {len(content)} of {size} bytes')
-        return HttpAnswer(answer.code, str(answer.reason), answer.headers, content)
-    except urllib.error.HTTPError as error:             # a digest login was refused
-        return HttpAnswer(error.code, str(error.reason), error.headers, b'')
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, 'reason', error)
-        if isinstance(error, http.client.IncompleteRead):
-            said = f'the answer broke off after {len(error.partial)} bytes'
-        elif isinstance(reason, socket.timeout):
-            said = f'no whole answer in {seconds:g} s'
-        elif isinstance(reason, OSError):
-            said = describe(reason)
-        elif 'scheme' in str(reason):
-            said = 'HTTP 401: it asks for a login neither basic nor digest'
-        else:
-            said = f'not an answer of a web server: {quoted(reason)}'
-        raise Unreachable(said) from None
+    import urllib.request
+    with contextlib.ExitStack() as close:
+        opener = http_opener(url, user, password, time.monotonic() + seconds, close)
+        try:
+            request = urllib.request.Request(url, body, headers)
+            try:
+                answer = opener.open(request, timeout=seconds)
+            # Any status but 2xx
+            except urllib.error.HTTPError as error:
+                answer = error
+            return HttpAnswer(answer.code, str(answer.reason), answer.headers,
+                              http_body(answer, limit))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Unreachable(http_trouble(error, seconds)) from None
 
 
 def http_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
-    """Send a request to an HTTP mount of rTorrent and return the body of its answer."""
+                 limit: int) -> bytearray:
+    """Send a request to an HTTP mount of rTorrent and return the body of its answer.
+
+    What rTorrent says comes through with any status and content type.
+    """
     answer = http_post(address.path, body, {'Content-Type': content_type}, seconds, limit,
                        address.user, address.password)
+    start = answer.body[:1000]
+    if b'<methodResponse' in start or b'"jsonrpc"' in start:
+        return answer.body
     if answer.status == 401:
         raise Unreachable('HTTP 401: user or password is wrong or missing')
-    if answer.status != 200 or 'html' in answer.headers.get('content-type', ''):
-        raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
-                          f'rTorrent: {quoted(beginning(answer.body))}')
-    return answer.body
+    raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
+                      f'rTorrent: {quoted(beginning(answer.body))}')
 
 
 def rpc_fault(fault: Any) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
     if not isinstance(fault, dict):
         return RpcError(f'a fault without a code: {quoted(fault)}')
-    code, message = (fault.get('faultCode', fault.get('code')),
-                     fault.get('faultString', fault.get('message')))
-    if 'info-hash' in str(message):
-        return HashNotFound(f'fault {code}: {quoted(message)}', code)
-    hint = ('; the web server in between marks its connections as untrusted: use scgi:// here'
-            if 'untrusted' in str(message) else '')
-    return RpcError(f'fault {code}: {quoted(message)}{hint}', code)
+    code = fault.get('faultCode', fault.get('code'))
+    message = str(fault.get('faultString', fault.get('message')))
+    if not isinstance(code, int):
+        code = None
+    said = f'fault {code}: {quoted(message)}'
+    if 'info-hash' in message:
+        return HashNotFound(said, code)
+    if 'untrusted' in message:
+        said += ('; the web server in between marks its connections as untrusted: '
+                 'use scgi:// here')
+    return RpcError(said, code)
 
 
-# XML-RPC. rTorrent takes and gives integers of 64 bits as <i8>, which xmlrpc.client refuses to
-# send; and expat, below xmlrpc.client, fails over control characters and bytes that are not
-# UTF-8, which rTorrent passes on from torrents. So both directions are our own.
+def json_text(content: bytes | bytearray, room: int) -> str:
+    """Return JSON text; RpcError if it and its value may take more than `room` bytes of memory."""
+    # In CPython one emoji makes all characters of a text take 4 bytes; a number or a short text
+    # takes 40 bytes and more, a list or a dict 90
+    width = 1
+    if not content.isascii():
+        width = 4
+    weight = 2 * width * len(content)
+    for mark, size in ((b',', 40), (b'[', 90), (b'{', 90)):
+        weight += size * content.count(mark)
+    if weight > room:
+        raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
+                       'times the limit (rpc_limit)')
+    return content.decode('utf-8', 'replace')
+
+
+# XML-RPC. Requests are our own since xmlrpc.client takes 6 MiB and 14 ms to import; answers since
+# expat, below it, fails over control characters and bytes that are not UTF-8, which rTorrent
+# passes on from torrents, and takes three times as long.
+
+# Other text goes as base64, which rTorrent takes for any text: older ones refuse emoji and
+# control characters, no XML carries \r or bytes that are not UTF-8.
+PLAIN_TEXT = re.compile('[\t\n -\ud7ff]*')
+
+
+def sendable(value: Any) -> Any:
+    """Return a value as both xmlrpc.client and rTorrent take it, in what it holds as well."""
+    if isinstance(value, (list, tuple)):
+        return [sendable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: sendable(item) for name, item in value.items()}
+    # Older ones refuse <boolean>
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
+        # rTorrent takes text for numbers
+        return str(value)
+    if isinstance(value, str) and not PLAIN_TEXT.fullmatch(value):
+        try:
+            return value.encode('utf-8', 'surrogateescape')
+        except UnicodeEncodeError:
+            raise RpcError(f'{quoted(value)} cannot be sent to rTorrent') from None
+    return value
+
 
 def xml_escape(text: Any) -> str:
     """Return text as character data."""
@@ -1386,14 +1522,14 @@ def xml_escape(text: Any) -> str:
 
 
 def xml_value(value: Any) -> str:
-    """Return a <value>; numbers are i8, booleans too (older rTorrents refuse <boolean>)."""
+    """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
         return f'<value><string>{xml_escape(value)}</string></value>'
     if isinstance(value, int):
-        return f'<value><i8>{int(value)}</i8></value>'
+        return f'<value><i8>{value}</i8></value>'
     if isinstance(value, bytes):
         return f'<value><base64>{binascii.b2a_base64(value).decode()}</base64></value>'
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return f"<value><array><data>{''.join(map(xml_value, value))}</data></array></value>"
     if isinstance(value, dict):
         members = ''.join(f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
@@ -1404,19 +1540,26 @@ def xml_value(value: Any) -> str:
 
 
 def xml_request(method: str, params: Iterable) -> bytes:
-    """Return a methodCall; file names that are not UTF-8 go out as the bytes they are."""
-    values = ''.join(f'<param>{xml_value(value)}</param>' for value in params)
-    text = (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
-            f'<params>{values}</params></methodCall>')
-    try:
-        return text.encode('utf-8', 'surrogateescape')
-    except UnicodeEncodeError as error:
-        raise RpcError(f'{quoted(error.object[error.start])} cannot be sent to rTorrent') from None
+    """Return a methodCall."""
+    values = ''.join(f'<param>{xml_value(value)}</param>' for value in sendable(list(params)))
+    return (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
+            f'<params>{values}</params></methodCall>').encode()
 
 
-# An answer is turned into JSON text by replacing its tags, in this order, and JSON's grammar finds
-# what does not fit together. \0, which no XML holds, stands for the end of a value for a while.
+def xml_batch(calls: list[tuple]) -> bytes:
+    """Return one methodCall for many calls."""
+    entries = [{'methodName': method, 'params': params} for method, *params in calls]
+    return xml_request('system.multicall', [entries])
 
+
+# An answer becomes JSON text by replacing its tags, in this order, so that the C code of `bytes`
+# and `json` does all the work, and JSON's grammar finds what does not fit together:
+#
+#     <value><array><data>\r\n<value><i8>7</i8></value>\r\n</data></array></value>
+#     [\r\n7\0\r\n]\0                         tags replaced; \0, which no XML holds, ends a value
+#     [\n7],                                  \0 is a comma, but for the last value of a list
+#
+# A tag that stands in no pair (<double>, <ex:i8>) is left, and xmlrpc.client reads that answer.
 XML_AS_JSON = (
     ('\\', r'\\'), ('"', r'\"'), ('<value><string>', '"'), ('</string></value>', '"\0'),
     ('<value><i8>', ''), ('</i8></value>', '\0'), ('<value><i4>', ''), ('</i4></value>', '\0'),
@@ -1436,67 +1579,87 @@ XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
 XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
 
 
-def xml_loads(text: str) -> Any:
-    """Return the value in an unusual answer, read by xmlrpc.client."""
-    if '<!' in text:
-        raise RpcError('the answer has a DTD or the like, which is refused')
+def xml_loads(content: bytes | bytearray, limit: int) -> Any:
+    """Return the value in an unusual answer, read by xmlrpc.client, which takes more memory."""
+    if b'<!' in content:
+        raise Unreachable('the answer has a DTD or the like, which is refused')
+    if len(content) > limit // 2:
+        raise Unreachable('the answer is not XML-RPC as rTorrent writes it, and too large for it')
     import xmlrpc.client
     try:
-        return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
+        value = xmlrpc.client.loads(content.decode('utf-8', 'replace'), use_builtin_types=True)
+        # It reads what is nested too deep for anybody else
+        repr(value)
+        return value[0][0]
     except xmlrpc.client.Fault as fault:
         raise rpc_fault(vars(fault)) from None
-    except Exception:                           # of many kinds, as the damage has it
-        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
+    # Of many kinds, as the damage has it
+    except Exception:
+        raise Unreachable(f'the answer is not XML-RPC: {quoted(beginning(content))}') from None
 
 
-def xml_from_base64(found: re.Match) -> str:
+def xml_from_base64(found: re.Match) -> bytes:
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
-    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
-    return '<string>%s</string>' % xml_escape(text).replace('\r', '&#13;')
+    text = xml_escape(binascii.a2b_base64(found[1]).decode('utf-8', 'replace'))
+    return b'<string>%s</string>' % text.replace('\r', '&#13;').encode()
 
 
-def xml_entity(found: re.Match) -> str:
-    """Return the character of an entity as JSON has it."""
-    base = {'#': 10, '#x': 16}.get(found[1])
-    return json.dumps(chr(int(found[2], base)) if base else XML_ENTITIES[found[2]])[1:-1]
+def xml_as_json(inner: bytes) -> bytes:
+    """Return JSON text for what stands in the <param> of an answer; ValueError where it cannot."""
+    # NUL is a mark below
+    inner = inner.replace(b'\0', b'?')
+    if b'<base64>' in inner:
+        inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
+    for tag, mark in XML_AS_JSON:
+        inner = inner.replace(tag, mark)
+    if b'<' in inner:
+        raise ValueError('a tag that rTorrent does not send')
+    if b'&' in inner:
+        if inner.count(b'&') > sum(inner.count(entity) for entity, _ in XML_ENTITIES):
+            raise ValueError('an entity that rTorrent does not send')
+        for entity, character in XML_ENTITIES:
+            inner = inner.replace(entity, character)
+    return inner.rstrip(b'\n,')
 
 
-def xml_reply(content: bytes) -> Any:
+def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
-    text = content.decode('utf-8', 'replace').replace('\0', '\ufffd')    # NUL is a mark below
+    head = XML_HEAD.match(content)
+    tail = XML_TAIL.search(content, max(len(content) - 100, 0))
+    if not head or not tail:
+        return xml_loads(content, limit)
+    # Text and value take enough memory
+    with memoryview(content) as view:
+        inner = bytes(view[head.end():tail.start()])
     try:
-        if '<base64>' in text:
-            text = re.sub('<base64>([^<]*)</base64>', xml_from_base64, text)
-        answer = XML_ANSWER.fullmatch(text)
-        if not answer:
-            raise ValueError('not what rTorrent sends')
-        inner = answer[2]
-        for tag, mark in XML_AS_JSON:
-            inner = inner.replace(tag, mark)
-        if '<' in inner:
-            raise ValueError('a tag that rTorrent does not send')
-        if '&' in inner:
-            inner = XML_ENTITY.sub(xml_entity, inner)
-        value = json.loads(inner.rstrip('\n,'), strict=False)
-    except (ValueError, LookupError, OverflowError, RecursionError):
-        return xml_loads(text)
-    if answer[1]:
+        inner = xml_as_json(inner)
+        text = json_text(inner, WEIGHT * limit - len(content))
+        del inner
+        value = json.loads(text, strict=False)
+    except ValueError:
+        return xml_loads(content, limit)
+    if head[1]:
         raise rpc_fault(value)
     return value
 
 
+def xml_answers(content: bytes | bytearray, count: int, limit: int = RPC_LIMIT) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed."""
+    entries = xml_reply(content, limit)
+    if not isinstance(entries, list) or len(entries) != count:
+        raise RpcError('system.multicall did not answer every call')
+    answers = []
+    for entry in entries:
+        if isinstance(entry, list) and entry:
+            answers.append(entry[0])
+        else:
+            answers.append(rpc_fault(entry))
+    return answers
+
+
 # JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
 # character, but a single name that is not UTF-8 turns a whole answer into an error.
-
 JSON_NOT_UTF8 = 'type_error.316'
-VERBS = frozenset(      # each begins a part of the name of a command that changes something
-    'add adjust call check clear close create delete disable disconnect enable erase filter insert '
-    'pause persistent prune push remove resume save set shutdown sort start stop try unset '
-    'update'.split())
-ACTIONS = frozenset(    # such parts that begin like others which only tell something
-    'open open_local open_port open_systemd send_scrape tracker_announce'.split())
-READS = frozenset('d f t p view session system throttle network pieces directory download_list '
-                  'equal not and or greater less match compare cat value false if'.split())
 
 
 def only_reads(method: str, params: Iterable) -> bool:
@@ -1516,29 +1679,36 @@ def json_request(calls: list[tuple]) -> bytes:
         if isinstance(param, bytes) else param for param in params]}
         for number, (method, *params) in enumerate(calls)]
     try:
-        return json.dumps(items if len(items) > 1 else items[0]).encode()
+        return json.dumps(items).encode()
     except (TypeError, ValueError) as error:
         raise RpcError(f'this cannot be sent to rTorrent: {error}') from None
 
 
-def json_reply(content: bytes, count: int) -> list:
-    """Return the results of `count` calls, an RpcError in the place of each that failed.
+def json_answers(text: str, count: int) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed.
 
     Raises it where there is no answer to all, as when one text in it is not UTF-8.
     """
-    try:
-        items = json.loads(content.decode('utf-8', 'replace'))
-    except (ValueError, RecursionError):
-        items = None
-    if isinstance(items, dict):
-        if 'error' in items and (count > 1 or JSON_NOT_UTF8 in str(items['error'])):
-            raise rpc_fault(items['error'])
+    items = None
+    with contextlib.suppress(ValueError):
+        items = json.loads(text)
+    if not isinstance(items, list):
         items = [items]
-    if not isinstance(items, list) or len(items) != count or not all(
-            isinstance(item, dict) for item in items):
-        raise RpcError(f'the answer is not JSON-RPC: {quoted(beginning(content))}')
-    return [item['result'] if 'result' in item else rpc_fault(item.get('error'))
-            for item in items]
+    answers = []
+    for item in items:
+        if not isinstance(item, dict):
+            raise Unreachable(f'the answer is not JSON-RPC: {quoted(text[:80])}')
+        if 'result' in item:
+            answers.append(item['result'])
+            continue
+        fault = rpc_fault(item.get('error'))
+        if len(items) < count or JSON_NOT_UTF8 in str(fault):
+            # One for all
+            raise fault
+        answers.append(fault)
+    if len(answers) != count:
+        raise RpcError('the batch did not answer every call')
+    return answers
 
 
 # Commands that take arguments as data; others (multicall, branch ...) run them.
@@ -1599,135 +1769,99 @@ def refuse_deadly(method: str, params: list) -> None:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
-class Method:
-    """The name of a command, dots and all; calling it calls the command."""
+class Transport:
+    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
 
-    def __init__(self, proxy: Proxy, name: str):
-        self._proxy, self._name = proxy, name
+    def __init__(self, carry: Callable[[bytes], Any]):
+        self.carry = carry
 
-    def __getattr__(self, name: str) -> Method:
-        return Method(self._proxy, f'{self._name}.{name}')
+    def request(self, host: str, handler: str, body: bytes, verbose: bool = False) -> tuple:
+        """Return what a call answers, alone in a tuple; host and handler are placeholders."""
+        return (self.carry(body),)
 
-    def __call__(self, *params: Any) -> Any:
-        return self._proxy.call(self._name, *params)
+    def close(self) -> None:
+        """Do nothing: there is a connection for each call."""
 
 
-class Proxy:
-    """Calls rTorrent as xmlrpc.client.ServerProxy does: proxy.d.name(HASH).
+@functools.lru_cache(None)
+def proxy_class() -> Any:
+    """Return the class of what Engine.open() gives, a ServerProxy that takes more values."""
+    import xmlrpc.client
 
-    send: request body and content type in, body of the answer out. notice: told after every
-    exchange what failed, also that a command is missing, or None. All of it raises RpcError.
-    """
+    class Proxy(xmlrpc.client.ServerProxy):
+        # What every call of a ServerProxy goes through is its private __request.
+        def _ServerProxy__request(self, method: str, params: tuple) -> Any:
+            refuse_deadly(method, params)
+            request = super()._ServerProxy__request         # type: ignore[misc]
+            return request(method, tuple(sendable(params)))
 
-    def __init__(self, send: Callable[[bytes, str], bytes], where: str, speaks_json: bool = False,
-                 notice: Callable[[RpcError | None], None] = lambda error: None):
-        self.send, self.where, self.speaks_json, self.notice = send, where, speaks_json, notice
-        self.xml_only: set = set()      # questions whose answer JSON could not carry
-
-    def __getattr__(self, name: str) -> Method:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return Method(self, name)
-
-    def call(self, method: str, *params: Any) -> Any:
-        """Return what one command answers."""
-        if method == 'system.multicall':
-            return [{'faultCode': value.code, 'faultString': str(value)}
-                    if isinstance(value, RpcError) else [value] for value in self.batch(
-                        [(entry['methodName'], *entry['params']) for entry in params[0]])]
-        value = self.ask([(method, *params)])[0]
-        if isinstance(value, RpcError):
-            raise type(value)(f'{self.where}: {method}: {value}', value.code)
-        return value
-
-    def batch(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to many (method, *params) in one round trip, or few if very many.
-
-        In the place of a call that failed is its RpcError.
-        """
-        calls = list(calls)
-        return [answer for start in range(0, len(calls), BATCH)
-                for answer in self.ask(calls[start:start + BATCH])]
-
-    def ask(self, calls: list[tuple]) -> list:
-        """Return the answers to calls that go out in one request."""
-        name = calls[0][0] if len(calls) == 1 else f'a batch from {calls[0][0]} on'
-        try:
-            for method, *params in calls:
-                refuse_deadly(method, params)
-            answers = self.exchange(calls)
-        except RpcError as error:
-            found = type(error)(f'{self.where}: {name}: {error}', error.code)
-            self.notice(found)
-            raise found from None
-        self.notice(next((answer for answer in answers if isinstance(answer, RpcError)
-                          and answer.code in MISSING), None))
-        return answers
-
-    def exchange(self, calls: list[tuple]) -> list:
-        """Return the answers by JSON where it serves, else by XML."""
-        question = repr([(method, *params[1:]) for method, *params in calls])
-        if self.speaks_json and question not in self.xml_only:
-            content = self.send(json_request(calls), 'application/json')
-            try:
-                return json_reply(content, len(calls))
-            except RpcError as error:
-                if JSON_NOT_UTF8 not in str(error):
-                    raise
-                if not all(only_reads(method, params) for method, *params in calls):
-                    raise RpcError(f'the commands were run, but their answer is lost: {error}'
-                                   ) from None
-            if len(self.xml_only) >= 1000:
-                self.xml_only.clear()
-            self.xml_only.add(question)
-        if len(calls) == 1:
-            content = self.send(xml_request(calls[0][0], calls[0][1:]), 'text/xml')
-            try:
-                return [xml_reply(content)]
-            except RpcError as error:
-                return [error]
-        body = xml_request('system.multicall', [[
-            {'methodName': method, 'params': params} for method, *params in calls]])
-        answers = xml_reply(self.send(body, 'text/xml'))
-        if not isinstance(answers, list) or len(answers) != len(calls):
-            raise RpcError('system.multicall did not answer every call')
-        return [answer[0] if isinstance(answer, list) and answer else rpc_fault(answer)
-                for answer in answers]
+    return Proxy
 
 
 # --- Engine ----------------------------------------------------------------------------------
-# A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent. Its
-# open() gives a Proxy and looks once at what this rTorrent is and offers, again after a
-# restart. It says in the log, once, when its rTorrent is gone and when it is back.
+# A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
+# doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
+# first question, and again after a restart, it looks what this rTorrent is and offers. It says in
+# the log, once, when its rTorrent is gone and when it is back. Any thread may use it.
 
-VIEWS = ('default', 'main', 'started', 'stopped', 'complete', 'incomplete', 'seeding',
-         'leeching', 'active', 'messages')
-GAUGES = {                              # Stats field -> rTorrent command
-    'up_rate': 'throttle.global_up.rate', 'up_limit': 'throttle.global_up.max_rate',
-    'up_total': 'throttle.global_up.total', 'down_rate': 'throttle.global_down.rate',
-    'down_limit': 'throttle.global_down.max_rate', 'down_total': 'throttle.global_down.total',
-    'open_sockets': 'network.open_sockets', 'max_open_sockets': 'network.max_open_sockets',
-    'open_files': 'network.open_files', 'max_open_files': 'network.max_open_files'}
-# One look at rTorrent: uptime and rpc_time in seconds, rates in bytes a second, 0 is no limit;
-# views has the size of each. What it does not tell is None.
-Stats: Any = collections.namedtuple('Stats', (          # type: ignore[misc]
-    'engine_id', 'version', 'uptime', *GAUGES, 'views', 'rpc_time'))
-RC_FILES = ('~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc')
+VIEWS = ('default main started stopped complete incomplete seeding leeching active '
+         'messages').split()
+# Stats field -> rTorrent command
+GAUGES = {
+    'up_rate': 'throttle.global_up.rate',
+    'up_limit': 'throttle.global_up.max_rate',
+    'up_total': 'throttle.global_up.total',
+    'down_rate': 'throttle.global_down.rate',
+    'down_limit': 'throttle.global_down.max_rate',
+    'down_total': 'throttle.global_down.total',
+    'open_sockets': 'network.open_sockets',
+    'max_open_sockets': 'network.max_open_sockets',
+    'open_files': 'network.open_files',
+    'max_open_files': 'network.max_open_files'}
+ABOUT = ('view.list session.name session.path system.client_version system.library_version '
+         'system.pid startup_time network.rpc.use_jsonrpc').split()
+RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
+            '~/.rtorrent.rc']
 RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
+# Characters of an rc that are read
+RC_LIMIT = 1 << 20
 
 
-def process_start(pid: int | None, address: Address) -> float | None:
+class Stats(NamedTuple):
+    """The figures of an rTorrent; rates in bytes a second; None is what it does not tell."""
+    engine_id: str
+    version: str
+    uptime: float | None                # seconds
+    up_rate: int | None
+    up_limit: int | None                # 0 is none
+    up_total: int | None
+    down_rate: int | None
+    down_limit: int | None
+    down_total: int | None
+    open_sockets: int | None
+    max_open_sockets: int | None
+    open_files: int | None
+    max_open_files: int | None
+    views: dict[str, int | None]        # of each of VIEWS, how many items it has
+    rpc_time: float                     # seconds that rTorrent took to tell all this
+
+
+def process_start(pid: int, address: Address) -> float | None:
     """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
-    if not pid or not address.is_local():
+    if not address.is_local():
         return None
     try:
         with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
             name, _, fields = stat.read().partition('(')[2].rpartition(')')
-        if not name.startswith('rtorrent'):             # the pid belongs to a container
+        # The pid belongs to a container
+        if not name.startswith('rtorrent'):
             return None
-        return time.time() - elapsed_time() + int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
+        # Ticks after boot at which it began: proc(5)
+        ticks = int(fields.split()[19])
     except (OSError, ValueError, IndexError):
         return None
+    booted = time.time() - elapsed_time()
+    return booted + ticks / os.sysconf('SC_CLK_TCK')
 
 
 def without_errors(answers: list) -> list:
@@ -1738,20 +1872,33 @@ def without_errors(answers: list) -> list:
     return answers
 
 
+def typed(answer: Any, unknown: Any) -> Any:
+    """Return an answer if it is of the same type as `unknown`, else that."""
+    if isinstance(answer, type(unknown)):
+        return answer
+    return unknown
+
+
+def texts(answer: Any) -> frozenset[str]:
+    """Return the texts in an answer that is a list."""
+    return frozenset(item for item in typed(answer, []) if isinstance(item, str))
+
+
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
-    But a job that is being made may open() one that is not there yet: its calls fail until it is.
+    What it is and offers is in the attributes once ask(), tell(), has() or reach() was called.
+    aliases: of trackers, name -> beginnings of their URLs.
     """
-    making = threading.local()          # .jobs is true in the thread that makes them
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
                  same_files: bool = False):
         self.address = parse_address(url)
         self.timeout, self.limit, self.same_files = timeout, limit, same_files
         self.log = logging.getLogger('torque.engine')
-        self.lock = threading.Lock()            # guards gone_since
-        self.proxy: Proxy | None = None
+        # Guards gone_since
+        self.lock = threading.Lock()
+        # In elapsed time
         self.gone_since: float | None = None
         self.stamp: Any = None
         self.pid: int | None = None
@@ -1761,37 +1908,105 @@ class Engine:
         self.views: frozenset = frozenset()
         self.aliases: dict[str, list[str]] = {}         # of trackers: name -> beginnings of URLs
         self.startup: float | None = None
+        self.speaks_json = False
+        # Questions whose answer JSON could not carry
+        self.xml_only: set[str] = set()
 
-    def open(self) -> Proxy:
-        """Return a Proxy to call rTorrent with, after a look at what it offers."""
+    def open(self) -> Any:
+        """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
+        transport = Transport(self.carry)
+        return proxy_class()('http://rtorrent/RPC2', transport=transport)
+
+    def carry(self, body: bytes) -> Any:
+        """Return the answer to one methodCall."""
+        method = body.partition(b'<methodName>')[2].partition(b'<')[0].decode()
+        with self.exchange(method):
+            return xml_reply(self.send(body, 'text/xml'), self.limit)
+
+    def ask(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to many questions, (method, *params) each, in one round trip.
+
+        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
+        """
+        self.reach()
+        return self.in_parts(calls, self.best_answers)
+
+    def tell(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to commands, as ask() does; these are never sent twice."""
+        self.reach()
+        return self.in_parts(calls, self.answers_by_xml)
+
+    def in_parts(self, calls: Iterable[tuple], get: Callable[[list[tuple]], list]) -> list:
+        """Return the answers to calls, of which each request takes BATCH."""
+        left, answers = list(calls), []
+        for start in range(0, len(left), BATCH):
+            part = left[start:start + BATCH]
+            name = part[0][0]
+            if len(part) > 1:
+                name = f'a batch from {name} on'
+            with self.exchange(name):
+                for method, *params in part:
+                    refuse_deadly(method, params)
+                found = get(part)
+            for (method, *_), answer in zip(part, found):
+                if isinstance(answer, RpcError):
+                    answer = self.failed(answer, method)
+                answers.append(answer)
+        return answers
+
+    def best_answers(self, calls: list[tuple]) -> list:
+        """Return the answers to questions that go out together, by JSON where it serves."""
+        question = repr([(method, *params[1:]) for method, *params in calls])
+        if not self.speaks_json or question in self.xml_only:
+            return self.answers_by_xml(calls)
+        text = json_text(self.send(json_batch(calls), 'application/json'), WEIGHT * self.limit)
         try:
-            return self.reach()
-        except Unreachable:
-            if not getattr(self.making, 'jobs', False):
+            return json_answers(text, len(calls))
+        except RpcError as error:
+            if JSON_NOT_UTF8 not in str(error):
                 raise
-            return Proxy(self.send, self.address.where, False, self.notice)
+        if len(self.xml_only) >= 1000:
+            self.xml_only.clear()
+        self.xml_only.add(question)
+        return self.answers_by_xml(calls)
 
-    def reach(self) -> Proxy:
-        """Return the same, also while jobs are made only of an rTorrent that is there."""
-        stamp, proxy = None, self.proxy
-        with contextlib.suppress(OSError):      # a restarted rTorrent makes a new socket file
-            found = os.stat(self.address.path)
-            stamp = found.st_ino, found.st_ctime_ns
-        if proxy is None or stamp != self.stamp:
-            proxy, self.stamp = self.look(), stamp
-        return proxy
+    def answers_by_xml(self, calls: list[tuple]) -> list:
+        """Return the answers to calls that go out together, by XML."""
+        content = self.send(xml_batch(calls), 'text/xml')
+        return xml_answers(content, len(calls), self.limit)
 
-    def send(self, body: bytes, content_type: str) -> bytes:
+    def send(self, body: bytes, content_type: str) -> bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        request = http_request if self.address.kind == 'http' else scgi_request
+        request = scgi_request
+        if self.address.kind == 'http':
+            request = http_request
         self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         return request(self.address, body, content_type, self.timeout, self.limit)
+
+    @contextlib.contextmanager
+    def exchange(self, name: str) -> Iterator[None]:
+        """Let what fails in here say where and in which call, and notice whether it does."""
+        try:
+            try:
+                yield
+            except RecursionError:
+                raise RpcError('the answer is nested too deep') from None
+        except RpcError as error:
+            named = self.failed(error, name)
+            self.notice(named)
+            raise named from None
+        self.notice(None)
+
+    def failed(self, error: RpcError, method: str) -> RpcError:
+        """Return the error that says where and which call failed; look again if need be."""
+        if isinstance(error, Unreachable) or error.code in MISSING:
+            # It may have been restarted or upgraded
+            self.stamp = None
+        return type(error)(f'{self.address.where}: {method}: {error}', error.code)
 
     def notice(self, error: RpcError | None) -> None:
         """Log that rTorrent has gone, or is back; an error that says so counts as told."""
         with self.lock:
-            if error is not None:
-                self.proxy = None       # was it restarted or upgraded? look again
             if isinstance(error, Unreachable):
                 error.told = True
                 if self.gone_since is None:
@@ -1802,7 +2017,18 @@ class Engine:
                               show_duration(elapsed_time() - self.gone_since))
                 self.gone_since = None
 
-    def look(self) -> Proxy:
+    def reach(self) -> None:
+        """Look what rTorrent is and offers, unless that is known; RpcError if it is away."""
+        stamp = None
+        # A restarted rTorrent makes a new socket file
+        with contextlib.suppress(OSError):
+            found = os.stat(self.address.path)
+            stamp = found.st_ino, found.st_ctime_ns
+        if self.stamp is None or stamp != self.stamp[0]:
+            self.look()
+            self.stamp = (stamp,)
+
+    def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
         proxy = Proxy(self.send, self.address.where, False, self.notice)
         methods = proxy.call('system.listMethods')
@@ -1859,35 +2085,50 @@ class Engine:
     @property
     def uptime(self) -> float | None:
         """Seconds since rTorrent was started, None where that cannot be known."""
-        return None if self.startup is None else max(time.time() - self.startup, 0)
+        if self.startup is None:
+            return None
+        return max(time.time() - self.startup, 0)
 
-    def stats(self) -> Any:
-        """Return rTorrent's figures as Stats, asked in one round trip."""
-        proxy = self.open()
-        commands = [command for command in GAUGES.values() if command in self.methods]
+    def stats(self) -> Stats:
+        """Return rTorrent's figures, asked in one round trip."""
+        self.reach()
+        calls: dict[str, tuple] = {'pid': ('system.pid', '')}
+        for name, command in GAUGES.items():
+            if command in self.methods:
+                calls[name] = (command, '')
+        for view in VIEWS:
+            calls[view] = ('view.size', '', view)
         began = time.perf_counter()
-        answers = proxy.batch([('system.pid', '')] + [(name, '') for name in commands]
-                              + [('view.size', '', view) for view in VIEWS])
+        answers = self.ask(calls.values())
         rpc_time = time.perf_counter() - began
-        pid, *values = (None if isinstance(value, RpcError) else value for value in answers)
-        if pid is not None and pid != self.pid:         # it was restarted: look again
-            self.look()
-        gauges = dict(zip(commands, values))
-        return Stats._make([self.engine_id, '/'.join(self.versions), self.uptime,
-                            *map(gauges.get, GAUGES.values()),
-                            dict(zip(VIEWS, values[len(commands):])), rpc_time])
+        told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
+        # It was restarted
+        if told.get('pid', self.pid) != self.pid:
+            self.stamp = None
+            self.reach()
+        return Stats(
+            engine_id=self.engine_id,
+            version='/'.join(self.versions),
+            uptime=self.uptime,
+            views={view: told.get(view) for view in VIEWS},
+            rpc_time=rpc_time,
+            **{name: told.get(name) for name in GAUGES})
 
 
 def split_outside(text: str, mark: str) -> list[str]:
     """Return text split at marks that are outside of quotes and parentheses."""
-    parts, depth = [''], 0
+    parts: list[list[str]] = [[]]
+    depth = 0
     for piece in re.findall(r'"[^"]*"?|[^"]', text):
-        depth += {'(': 1, ')': -1, '{': 1, '}': -1}.get(piece, 0)
+        if piece in '({':
+            depth += 1
+        elif piece in ')}':
+            depth -= 1
         if piece == mark and depth <= 0:
-            parts.append('')
+            parts.append([])
         else:
-            parts[-1] += piece
-    return parts
+            parts[-1].append(piece)
+    return [''.join(part) for part in parts]
 
 
 def rc_value(text: str, settings: dict, depth: int = 0) -> str:
@@ -1895,50 +2136,73 @@ def rc_value(text: str, settings: dict, depth: int = 0) -> str:
     text = text.strip()
     if depth > 20:
         raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
-    if text.startswith('"') and text.endswith('"') and len(text) > 1:
+    if len(text) > 1 and text[0] == text[-1] == '"':
         text = text[1:-1]
-    if not text.startswith('$') and not (text.startswith('(') and text.endswith(')')):
+    if text.startswith('$'):
+        inner = text[1:].replace('=', ',', 1)
+    elif text.startswith('(') and text.endswith(')'):
+        inner = text[1:-1]
+    else:
         return text
-    inner = text[1:-1] if text.startswith('(') else text[1:].replace('=', ',', 1)
-    name, *args = (part.strip() for part in split_outside(inner, ','))
+    name, *args = split_outside(inner, ',')
+    name = name.strip()
     values = [rc_value(arg, settings, depth + 1) for arg in args]
     if name == 'cat':
         return ''.join(values)
     if name == 'system.env':
-        return os.environ.get(values[0] if values else '', '')
-    if name in settings:
-        value = rc_value(settings[name], settings, depth + 1)
-        return os.path.join(os.path.expanduser(value), '') if name == 'session.path' else value
-    raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
-                    'set scgi_url in [TORQUE]')
+        return os.environ.get(''.join(values), '')
+    if name not in settings:
+        raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
+                        'set scgi_url in [TORQUE]')
+    value = rc_value(settings[name], settings, depth + 1)
+    if name == 'session.path':
+        value = os.path.join(os.path.expanduser(value), '')
+    return value
 
 
-def read_rc(path: str, settings: dict, depth: int = 0) -> None:
-    """Add the commands of an rc and of the files it imports to settings; later ones win."""
+def read_rc(path: str, settings: dict, seen: set[str]) -> None:
+    """Add the commands of an rc and of the files it imports to settings; later ones win.
+
+    seen: the files that are read, none of which is read again: one may import itself.
+    """
     try:
+        path = os.path.realpath(path)
+        if path in seen:
+            return
+        seen.add(path)
         with open(path, encoding='utf-8', errors='replace') as stream:
-            text = stream.read().replace('\\\n', ' ')
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; set scgi_url in [TORQUE]') from None
+            text = stream.read(RC_LIMIT).replace('\\\n', ' ')
+    # Its name may hold a NUL
+    except (OSError, ValueError) as error:
+        raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
     for line in text.splitlines():
-        if line.lstrip().startswith('#'):
-            continue
-        for command in split_outside(line, ';'):
-            key, equals, value = (part.strip() for part in command.partition('='))
-            if not equals:
-                continue
-            if key in ('import', 'try_import') and depth < 10:
-                forgiven = [UserError] if key == 'try_import' else []
-                with contextlib.suppress(*forgiven):
-                    target = os.path.expanduser(rc_value(value, settings))
-                    target = os.path.join(os.path.dirname(path), target)
-                    read_rc(target, settings, depth + 1)
-            elif key == 'method.insert':
-                name, *rest = split_outside(value, ',')
-                if len(rest) > 1:
-                    settings[name.strip()] = rest[-1].strip()
-            else:
-                settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
+        if not line.lstrip().startswith('#'):
+            for command in split_outside(line, ';'):
+                read_command(path, command, settings, seen)
+
+
+def import_rc(path: str, value: str, settings: dict, seen: set[str]) -> None:
+    """Read what an rc imports; its name may be worked out from settings."""
+    target = os.path.expanduser(rc_value(value, settings))
+    read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
+
+
+def read_command(path: str, command: str, settings: dict, seen: set[str]) -> None:
+    """Add a command of an rc to settings, if it is one that tells something."""
+    key, equals, value = (part.strip() for part in command.partition('='))
+    if key == 'import':
+        import_rc(path, value, settings, seen)
+    elif key == 'try_import':
+        with contextlib.suppress(UserError):
+            import_rc(path, value, settings, seen)
+    elif key == 'method.insert':
+        name, *rest = split_outside(value, ',')
+        if len(rest) > 1:
+            settings[name.strip()] = rest[-1].strip()
+    elif key == 'session':
+        settings['session.path'] = value
+    elif equals:
+        settings[re.sub(r'\.set$', '', key)] = value
 
 
 def find_url(rc_file: str | None) -> str:
@@ -1946,20 +2210,26 @@ def find_url(rc_file: str | None) -> str:
 
     rc_file None: the first of RC_FILES that exists. Raises UserError naming what was read.
     """
-    for name in [rc_file] if rc_file else RC_FILES:
+    names = RC_FILES
+    if rc_file:
+        names = [rc_file]
+    for name in names:
         path = os.path.expanduser(os.path.expandvars(name))
         if not os.path.isfile(path):
             continue
         settings: dict = {}
-        read_rc(path, settings)
+        read_rc(path, settings, set())
         for key in RC_ADDRESS:
-            if key in settings:
-                url = rc_value(settings[key], settings)
-                return os.path.expanduser(url) if key.endswith('local') else 'scgi://' + url
+            if key not in settings:
+                continue
+            url = rc_value(settings[key], settings)
+            if key.endswith('local'):
+                return os.path.expanduser(url)
+            return 'scgi://' + url
         raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
                         'set scgi_url in [TORQUE]')
     raise UserError('is not set in [TORQUE], and there is no '
-                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from; "
+                    f"{' or '.join(names)} (rtorrent_rc) to take it from; "
                     '-D scgi_url=ADDRESS sets it for once')
 
 
@@ -2537,6 +2807,13 @@ def all_fields() -> dict[str, TorrentField]:
 
 
 TORRENT_FIELDS = all_fields()
+
+
+# Parts of the names of d. commands that change something, or the beginnings of parts
+CHANGING = frozenset(
+    'add check clear close create delete disable disconnect enable erase initialize insert open '
+    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
+    'update'.split())
 
 
 def torrent_field(name: str) -> TorrentField:
@@ -7374,8 +7651,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
         for name, job in made.items():
             clean_up(name, job)
         raise
-    finally:
-        Engine.making.jobs = False
     return made
 
 
