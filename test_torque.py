@@ -2038,18 +2038,11 @@ class LiveRpcTest(RpcCase):
                 proxy, info_hash = server.engine.open(), server.load(*metafile('deadly'))
                 for target in (info_hash, info_hash.lower(), info_hash + ':t0', ''):
                     self.assert_error('f.path|HASH:f', proxy.f.path, target)
-                inner = [{'methodName': 'f.path', 'params': [info_hash]}]
-                for call in ((proxy.f.size_bytes, info_hash), (proxy.f.path,),
-                             (proxy.batch, [('system.pid', ''), ('f.path', info_hash)]),
-                             (proxy.batch, [('system.multicall', inner)]),
-                             (proxy.system.multicall, inner),
-                             (proxy.t.multicall, info_hash, '', 'f.path='),
-                             (proxy.d.multicall2, '', 'main', 'd.hash=', 'f.path='),
-                             (proxy.d.multicall2, '', 'main', 'cat=$f.path='),
-                             (proxy.d.multicall.filtered, '', 'main', 'd.hash=', 'd.x=(f.path)'),
-                             (proxy.branch, info_hash, 'd.hash=', 'f.path='),
-                             (proxy.load.raw, '', b'x', 'd.start= ; print=$f.path=')):
-                    self.value_or_error(*call)
+                for call in (('f.size_bytes', info_hash), ('f.path',),
+                             ('t.multicall', info_hash, '', 'f.path='),
+                             ('branch', info_hash, 'd.hash=', 'f.path='),
+                             ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
+                    self.value_or_error(server.engine.tell, [('system.pid', ''), call])
                     self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
                 self.assertEqual(proxy.d.multicall2('', 'main', 'f.multicall=,f.path='),
                                  [[[['deadly']]]])
@@ -2125,19 +2118,14 @@ class FakeRTorrent:
                     {'d.state': 1, 'd.is_open': 1, 'd.is_active': 1})
         return [self.broken.get(target, 0) for _, target, *_ in calls]
 
-    def print(self, *words):
-        self.asked.append(('print', *words))
+    def call(self, *words):
+        self.asked.append(words)
 
-    def reach(self):
-        pass
-
-    def ask(self, calls):
+    def batch(self, calls):
         calls = list(calls)
         self.asked += calls
         return [self.broken.get(call[0], self.broken.get(call[1])) or self.answer(*call)
                 for call in calls]
-
-    tell = ask
 
     def answer(self, method, target, *params):
         items = [item for item in self.items if params[0] in item.get('views', params)]
@@ -2708,8 +2696,8 @@ class LiveQueueTest(Folder):
                 os.remove(f'{self.folder}/data/{self.names[item]}')
         elif what == 'erase':
             del self.names[item]
-        command = {'finish': 'check_hash', 'fail': 'check_hash', 'hand': 'start'}.get(what, what)
-        getattr(self.engine.open(), f'd.{command}')(item)
+        self.engine.tell([('d.' + {'finish': 'check_hash', 'fail': 'check_hash',
+                                   'hand': 'start'}.get(what, what), item)])
         return what
 
     def restart(self, number):
@@ -3525,7 +3513,7 @@ class LiveInfluxDBTest(Folder):
             self.assertEqual((row['version'], row['x'], row['odd tag']),
                              ('/'.join(daemon.engine.versions), 'y', 'a b'))
             for name, command in torque.GAUGES.items():
-                expected = (getattr(daemon.engine.open(), command)('')
+                expected = (daemon.engine.ask([(command, '')])[0]
                             if daemon.engine.has(command) else None)
                 if name not in ('open_sockets', 'open_files'):
                     self.assertEqual(row.get(name), expected, name)
@@ -4219,7 +4207,7 @@ class LiveWatchTest(Folder):
         self.wait_seen(program, 'WARNING engine')
         self.start()
         self.wait_items(self.hashes)
-        self.assertEqual(dict(zip(self.hashes, self.rtorrent.engine.ask([
+        self.assertEqual(dict(zip(self.hashes, self.server.engine.ask([
             ('d.tied_to_file', info_hash) for info_hash in self.hashes]))), self.hashes)
         self.assertEqual(program.stop(), 0)
         self.assertEqual(program.seen('is loaded already'), [])
@@ -4244,10 +4232,8 @@ class LiveWatchTest(Folder):
                 '{% endif %} ; print={{info_name}},{{pathname}}\n')
             self.wait_seen(program, 'twice.torrent', 'is loaded already')
             self.wait_items(names)
-            engine = self.rtorrent.engine
-            engine.reach()
             for info_hash, name in names.items():
-                if name.isascii() or engine.speaks_json and '\udcff' not in name:
+                if name.isascii() or self.rtorrent.engine.speaks_json and '\udcff' not in name:
                     with self.subTest(name):
                         self.assertEqual(
                             [self.proxy.d.custom1(info_hash), self.proxy.d.custom2(info_hash),
@@ -4409,24 +4395,12 @@ class Double:
         self.state_dir = tempfile.mkdtemp(prefix='torque-')
         self.end = weakref.finalize(self, shutil.rmtree, self.state_dir, True)
 
-    def __getattr__(self, name):
-        return xmlrpc.client._Method(lambda method, params: self.call(method, *params), name)
-
-    def open(self):
-        return self
-
-    def call(self, method, *params):
-        value = self.ask([(method, *params)])[0]
-        if isinstance(value, torque.RpcError):
-            raise value
-        return value
-
     def ask(self, calls):
         self.step()
         return [self.before(method, target) or self.answer(method, target, *params)
                 for method, target, *params in calls]
 
-    batch = tell = ask
+    tell = ask
 
     def add(self, path, files=None, **values):
         """Add an item, the data with it; return its hash."""
@@ -6994,7 +6968,7 @@ class CommandLineTest(ConfigCase):
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))
@@ -8415,11 +8389,11 @@ def bench_decode():
     for count in (1000, 10000):
         rows = [REPLY_ROW] * count
         content = reply_xml(rows)
-        text = json.dumps({'jsonrpc': '2.0', 'id': 0, 'result': rows})
-        assert torque.xml_reply(content) == rows == torque.json_answers(text, 1)[0]
+        text = json.dumps({'jsonrpc': '2.0', 'id': 0, 'result': rows}).encode()
+        assert torque.xml_reply(content) == rows == torque.json_reply(text, 1)[0]
         loads = fastest(lambda: xmlrpc.client.loads(content))
         ours, by_json = (fastest(lambda: torque.xml_reply(content)),
-                         fastest(lambda: torque.json_answers(text, 1)))
+                         fastest(lambda: torque.json_reply(text, 1)))
         print(f'decode {count:6} rows: xmlrpc.client {loads:6.1f} ms, torque XML {ours:6.1f} ms '
               f'({loads / ours:.1f} x), JSON {by_json:5.1f} ms ({loads / by_json:.1f} x)')
 

@@ -44,6 +44,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import io
 import itertools
 import json
 import logging
@@ -1561,22 +1562,48 @@ def xml_batch(calls: list[tuple]) -> bytes:
 #
 # A tag that stands in no pair (<double>, <ex:i8>) is left, and xmlrpc.client reads that answer.
 XML_AS_JSON = (
-    ('\\', r'\\'), ('"', r'\"'), ('<value><string>', '"'), ('</string></value>', '"\0'),
-    ('<value><i8>', ''), ('</i8></value>', '\0'), ('<value><i4>', ''), ('</i4></value>', '\0'),
-    ('<value><int>', ''), ('</int></value>', '\0'), ('<value><string/></value>', '""\0'),
-    ('<value><boolean>0</boolean></value>', 'false\0'),
-    ('<value><boolean>1</boolean></value>', 'true\0'),
-    ('<value><array><data>', '['), ('</data></array></value>', ']\0'),
-    ('<value><array><data/></array></value>', '[]\0'), ('<value><struct/></value>', '{}\0'),
-    ('<value><struct>', '{'), ('</struct></value>', '}\0'),
-    ('<member>', ''), ('<name>', '"'), ('</name>', '":'), ('</member>', ''),
-    ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
-    ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
-XML_ANSWER = re.compile(
-    r'\s*(?:<\?xml[^>]*\?>\s*)?<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
-    r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
-XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
-XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
+    (b'\\', b'\\\\'),
+    (b'"', b'\\"'),
+    (b'<value><string>', b'"'),
+    (b'</string></value>', b'"\0'),
+    (b'<value><string/></value>', b'""\0'),
+    (b'<value><i8>', b''),
+    (b'</i8></value>', b'\0'),
+    (b'<value><i4>', b''),
+    (b'</i4></value>', b'\0'),
+    (b'<value><int>', b''),
+    (b'</int></value>', b'\0'),
+    (b'<value><boolean>0</boolean></value>', b'false\0'),
+    (b'<value><boolean>1</boolean></value>', b'true\0'),
+    (b'<value><array><data>', b'['),
+    (b'</data></array></value>', b']\0'),
+    (b'<value><array><data/></array></value>', b'[]\0'),
+    (b'<value><struct>', b'{'),
+    (b'</struct></value>', b'}\0'),
+    (b'<value><struct/></value>', b'{}\0'),
+    (b'<member>', b''),
+    (b'</member>', b''),
+    (b'<name>', b'"'),
+    (b'</name>', b'":'),
+    # Line ends are as XML has them
+    (b'\r\n', b'\n'),
+    (b'\r', b'\n'),
+    (b'\0]', b']'),
+    (b'\0\n]', b']'),
+    (b'\0}', b'}'),
+    (b'\0\n}', b'}'),
+    (b'\0\n\n}', b'}'),
+    (b'\0', b','))
+XML_HEAD = re.compile(rb'\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
+                      rb'(?:<params>\s{0,9}<param>|(<fault>))')
+XML_TAIL = re.compile(rb'(?:</param>\s{0,9}</params>|</fault>)\s{0,9}</methodResponse>\s{0,9}\Z')
+XML_ENTITIES = (
+    (b'&lt;', b'<'),
+    (b'&gt;', b'>'),
+    (b'&quot;', b'\\"'),
+    (b'&apos;', b"'"),
+    (b'&#13;', b'\\r'),
+    (b'&amp;', b'&'))
 
 
 def xml_loads(content: bytes | bytearray, limit: int) -> Any:
@@ -1662,22 +1689,10 @@ def xml_answers(content: bytes | bytearray, count: int, limit: int = RPC_LIMIT) 
 JSON_NOT_UTF8 = 'type_error.316'
 
 
-def only_reads(method: str, params: Iterable) -> bool:
-    """Tell whether a call, and the commands in its parameters, change nothing."""
-    words = [method]
-    for param in params:
-        words += re.findall(r'(?<![\w.])[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
-    return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
-               and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
-               for parts in (word.split('.') for word in words))
-
-
-def json_request(calls: list[tuple]) -> bytes:
-    """Return a request of one call, or a batch; its ids count from 0."""
-    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': [
-        'data:application/octet-stream;base64,' + binascii.b2a_base64(param).decode().strip()
-        if isinstance(param, bytes) else param for param in params]}
-        for number, (method, *params) in enumerate(calls)]
+def json_batch(calls: list[tuple]) -> bytes:
+    """Return one request for many calls; their ids count from 0."""
+    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
+             for number, (method, *params) in enumerate(calls)]
     try:
         return json.dumps(items).encode()
     except (TypeError, ValueError) as error:
@@ -1711,61 +1726,29 @@ def json_answers(text: str, count: int) -> list:
     return answers
 
 
-# Commands that take arguments as data; others (multicall, branch ...) run them.
-DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
-                          r'execute[\w.]{0,99}')
-RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
-                       r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
-COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+# rTorrent 0.9.8 aborts over a command on files without the file's index, be it called, among the
+# fields of a list, or one of the commands that others run. The latter may hold names of torrents:
+# they are no commands unless they begin so.
+FILE_COMMAND = re.compile(r'(?<![\w.])f\.(?!multicall)[a-z]')
+RUNS_COMMANDS = re.compile(r'load\.|branch$')
 
 
-def split_commands(text: str, marks: str) -> list[str]:
-    """Return text split at marks that are outside of double quotes."""
-    parts = ['']
-    for piece in COMMAND_PIECE.findall(text):
-        if piece in marks:
-            parts.append('')
-        else:
-            parts[-1] += piece
-    return parts
-
-
-def lacks_file(text: str, depth: int = 0) -> bool:
-    r"""Tell whether commands hold an f. command that is given no file: rTorrent 0.9.8 aborts.
-
-    >>> lacks_file('f.multicall=*,f.path='), lacks_file('branch=d.x=,"d.y=$f.path="')
-    (False, True)
-    """
-    if 'f.' not in text or depth > 20:
-        return depth > 20
-    for command in split_commands(text, ';\n'):
-        command = command.strip()
-        head = re.match(r'([$("\s]{0,9})([\w.]{0,99})', command)
-        opened, name = head.groups()            # type: ignore[union-attr]
-        rest = command[len(opened) + len(name):].lstrip()
-        if name.startswith('f.multicall'):
-            continue                            # the files are given by it
-        if name.startswith('f.') and (rest.startswith('=') or '(' in opened or '$' in opened):
-            return True
-        for word in split_commands(rest[1:], ','):
-            word = word.strip()
-            if word.startswith('"'):
-                word = re.sub(r'\\(.)', r'\1', word[1:].rstrip('"'))
-            is_text = DATA_COMMAND.fullmatch(name) and not word.startswith(('$', '('))
-            if not is_text and not word.startswith('{') and lacks_file(word, depth + 1):
-                return True
-    return False
-
-
-def refuse_deadly(method: str, params: list) -> None:
-    """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
+def refuse_deadly(method: str, params: Iterable) -> None:
+    """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
+    params, deadly = list(params), False
+    # What f.multicall runs has an index
+    words = [param.partition('f.multicall')[0].lstrip('$ ')
+             for param in params if isinstance(param, str)]
     if method == 'system.multicall':
-        for entry in params[0] if params else ():
-            refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = RUNS_TEXT.match(method) and any(
-        isinstance(param, str) and lacks_file(param) for param in params)
-    bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
-    if listing or bare:
+        for entry in params[0]:
+            refuse_deadly(entry['methodName'], entry['params'])
+    elif FILE_COMMAND.match(method):
+        deadly = ':f' not in str(params[:1])
+    elif '.multicall' in method and not method.startswith('f.'):
+        deadly = any(FILE_COMMAND.search(word) for word in words)
+    elif RUNS_COMMANDS.match(method):
+        deadly = any(FILE_COMMAND.match(word) for word in words[1:])
+    if deadly:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
@@ -1818,8 +1801,8 @@ GAUGES = {
     'max_open_sockets': 'network.max_open_sockets',
     'open_files': 'network.open_files',
     'max_open_files': 'network.max_open_files'}
-ABOUT = ('view.list session.name session.path system.client_version system.library_version '
-         'system.pid startup_time network.rpc.use_jsonrpc').split()
+ABOUT = ('view.list session.name session.path system.cwd system.client_version '
+         'system.library_version system.pid startup_time network.rpc.use_jsonrpc').split()
 RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
             '~/.rtorrent.rc']
 RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
@@ -1892,21 +1875,30 @@ class Engine:
     """
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
-                 same_files: bool = False):
+                 aliases: dict[str, list[str]] | None = None, same_files: bool = False):
         self.address = parse_address(url)
-        self.timeout, self.limit, self.same_files = timeout, limit, same_files
+        # Its paths mean our files, whatever can be proven of that
+        self.same_files = same_files
+        self.timeout = timeout
+        self.limit = limit
+        self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
         # Guards gone_since
         self.lock = threading.Lock()
         # In elapsed time
         self.gone_since: float | None = None
-        self.stamp: Any = None
-        self.pid: int | None = None
-        self.methods: frozenset = frozenset()
-        self.engine_id, self.session_path, self.cwd, self.versions = '', '', '', ('', '')
-        self.said: set[str] = set()             # what is worth a line of the log only once
-        self.views: frozenset = frozenset()
-        self.aliases: dict[str, list[str]] = {}         # of trackers: name -> beginnings of URLs
+        # What reach() knows is of this socket file
+        self.stamp: tuple | None = None
+        self.methods = texts([])
+        self.views = texts([])
+        self.engine_id = ''
+        self.session_path = ''
+        self.cwd = ''
+        # What is worth a line of the log only once
+        self.said: set[str] = set()
+        self.versions = ('', '')
+        self.pid = 0
+        # Unix seconds
         self.startup: float | None = None
         self.speaks_json = False
         # Questions whose answer JSON could not carry
@@ -2030,41 +2022,20 @@ class Engine:
 
     def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
-        proxy = Proxy(self.send, self.address.where, False, self.notice)
-        methods = proxy.call('system.listMethods')
-        if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
-            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of '
-                           f'commands: {quoted(methods)}')
-        names = ('view.list', 'session.name', 'session.path', 'system.client_version',
-                 'system.library_version', 'system.pid', 'system.cwd', 'startup_time',
-                 'network.rpc.use_jsonrpc')
-        answers = proxy.batch((name, '') for name in names)
-        known = {name: value for name, value in zip(names, answers)
-                 if not isinstance(value, RpcError)}
-        self.methods, views = frozenset(methods), known.get('view.list')
-        self.views = frozenset(views if isinstance(views, list) else ())
-        self.session_path = str(known.get('session.path', ''))
-        self.cwd = str(known.get('system.cwd', ''))
-        self.engine_id = str(known.get('session.name', self.address.where))
-        self.versions = (str(known.get('system.client_version', '?')),
-                         str(known.get('system.library_version', '?')))
-        self.pid = known.get('system.pid')
-        self.startup = known.get('startup_time') or process_start(self.pid, self.address)
-        proxy.speaks_json = known.get('network.rpc.use_jsonrpc') == 1
-        self.proxy = proxy
-        return proxy
-
-    def ask(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to many questions, (method, *params) each, in one round trip.
-
-        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
-        """
-        return self.open().batch(calls)
-
-    def tell(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to commands, as ask() does; these are never sent twice."""
-        self.open()                     # look first, whether it is there
-        return Proxy(self.send, self.address.where, False, self.notice).batch(calls)
+        self.methods = texts(self.carry(xml_request('system.listMethods', [])))
+        if not self.methods:
+            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of commands')
+        calls = [(command, '') for command in ABOUT]
+        answers = self.in_parts(calls, self.answers_by_xml)
+        views, name, path, cwd, client, library, pid, startup, by_json = answers
+        self.views = texts(views)
+        self.engine_id = typed(name, self.address.where)
+        self.session_path = typed(path, '')
+        self.cwd = typed(cwd, '')
+        self.versions = (typed(client, '?'), typed(library, '?'))
+        self.pid = typed(pid, 0)
+        self.startup = typed(startup, 0) or process_start(self.pid, self.address)
+        self.speaks_json = by_json == 1
 
     def say_once(self, text: str) -> None:
         """Log a warning about this rTorrent, if it has not been said yet."""
@@ -2830,7 +2801,7 @@ def torrent_field(name: str) -> TorrentField:
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
         # as a column, what changes something would be done to every torrent
-        if not only_reads(f'd.{rest}', ()):
+        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
@@ -3032,7 +3003,7 @@ def order_test(kind: str, op: str, text: str) -> Callable:
         return functools.partial(is_in_order, order, parse_time(text))
     if age is None and text != '0':
         raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    test = is_in_order
+    test: Any = is_in_order
     if kind == 'time':
         test = age_is_in_order
     return functools.partial(test, order, age or 0)
@@ -3594,7 +3565,7 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
     *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item(*facts, files, cwd, default, os.path.join(cwd, session), engine)
+    return Item._make([*facts, files, cwd, default, os.path.join(cwd, session), engine])
 
 
 @contextlib.contextmanager
@@ -4545,6 +4516,25 @@ def argument_text(word: str) -> str:
     return text
 
 
+# Commands that take arguments as data; others (multicall, branch ...) run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
+                          r'execute[\w.]{0,99}')
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+# An f. command that is called, outside of f.multicall, which says of which file
+FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|\(\s{0,9}f\.(?!multicall)')
+
+
+def split_commands(text: str, marks: str) -> list[str]:
+    """Return text split at marks that are outside of double quotes."""
+    parts = ['']
+    for piece in COMMAND_PIECE.findall(text):
+        if piece in marks:
+            parts.append('')
+        else:
+            parts[-1] += piece
+    return parts
+
+
 class CommandTemplate(Template):
     r"""Commands of rTorrent, separated by ; or line breaks; one without values stays as it is.
 
@@ -4564,7 +4554,7 @@ class CommandTemplate(Template):
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
-        if lacks_file(text):
+        if FILELESS.search(text.partition('f.multicall')[0]):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
         if MARK not in rest:
@@ -7040,7 +7030,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('same_files', parse_bool, 'no', 'its paths mean files of this machine, though torque '
                                            'cannot prove it'),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
-    Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
+    Option('rpc_limit', parse_size, '64m', 'largest answer of rTorrent that is read'),
     Option('dry_run', parse_bool, 'no', 'all jobs only say what would be done'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
@@ -7596,10 +7586,9 @@ class Config(Settings):
         torque = self.torque
         timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
         limit = torque.rpc_limit or RPC_LIMIT
-        made_of = (url, timeout, limit, bool(same_files))
+        made_of = (url, bool(same_files))
         if made_of not in self.engines:
-            engine = Engine(*made_of)
-            engine.aliases = self.aliases
+            engine = Engine(url, timeout, limit, self.aliases, bool(same_files))
             self.engines[made_of] = engine
             self.all_engines.append(engine)
         return self.engines[made_of]
@@ -7638,7 +7627,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
     mistakes: list[Mistake] = []
-    Engine.making.jobs = True
     try:
         for planned in plans:
             try:
@@ -8711,7 +8699,7 @@ def check(config: Config) -> int:
     print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
-            engine.open()
+            engine.reach()
             versions = one_line('/'.join(engine.versions))
             print(f'{engine.address.where}: rTorrent {versions} answers')
         except RpcError as error:
