@@ -44,18 +44,17 @@ import contextlib
 import errno
 import fnmatch
 import functools
-import heapq
 import itertools
 import json
 import logging
-import logging.handlers
 import operator
 import os
 import queue
-import random
 import re
+import sched
 import select
 import shlex
+import signal
 import socket
 import stat
 import struct
@@ -678,21 +677,40 @@ def parse_schedule(text: str) -> Schedule:
 
 
 # --- Scheduler -------------------------------------------------------------------------------
-# Tasks enter: a name, a Schedule, and a function to call. Two heaps hold due times, one in Unix
-# seconds and one in elapsed seconds (which no clock change touches, and which go on while the
-# machine sleeps). tick() is pure: both times in, tasks to start and seconds to sleep out. A
-# task never overlaps itself: what comes due during its run is merged into one run after it.
+# Tasks enter: a name, a Schedule, and a function to call. Two queues of the library's sched hold
+# what is due, one by Unix seconds and one by elapsed seconds (which no clock change touches, and
+# which go on while the machine sleeps). The main thread serves both; each task that was ever due
+# has a worker thread of its own, so that it cannot overlap itself and nobody waits for another.
+# A due time is a moment at which a run should begin; those that come during a run, or while
+# everything was held up, are counted and become one run.
 
 MAX_SLEEP = 30                  # seconds; a changed clock is noticed within this time
+THREAD_PAUSE = 1.0              # seconds until a thread that was refused is asked for again
+MOST_COUNTED = 1000             # due times that are counted one by one
 TRACE = 5                       # log level of --debug: tracebacks of any failure
-PATIENCE = 0.005                # seconds all workers may be busy before one more is started
-SPARE_WORKERS = 8               # idle threads that are kept
-MOST_MISSED = 1000              # due times that are counted one by one
 
 
 def elapsed_time() -> float:
     """Return seconds that no clock change touches; where the system can, sleep counts too."""
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
+
+
+def no_pause(seconds: float) -> None:
+    """Take the place of the sleep of 0 s that sched has after each event.
+
+    It hands the interpreter to another thread each time, and makes 1,000 events twice as late.
+    """
+
+
+class Repeat:
+    """Events of one kind: how many there were, and when the log had them last."""
+
+    def __init__(self, now: float):
+        self.count = 1
+        self.since = now
+        self.said = now
+        self.pause = 60.0               # seconds from one summary to the next
+        self.recovered = False
 
 
 class Repeats:
@@ -701,28 +719,31 @@ class Repeats:
     The first does; later ones are counted, and summed up after pauses that double from one
     minute to one hour. `now` is elapsed seconds.
     """
+    MOST_KINDS = 100
 
     def __init__(self) -> None:
-        self.rows: dict = {}            # kind -> [count, since, said, pause, recovered]
+        self.kinds: dict[Any, Repeat] = {}
 
     def seen(self, kind: Any, now: float) -> tuple[int, float] | None:
         """Return (0, 0) to say it in full, (times, seconds) to sum up, None for silence."""
-        row = self.rows.get(kind)
-        if row is None or (row[4] and now - row[2] > row[3]):
-            if len(self.rows) >= 100:
-                self.rows.clear()
-            self.rows[kind] = [1, now, now, 60.0, False]
+        row = self.kinds.get(kind)
+        if row is None or (row.recovered and now - row.said > row.pause):
+            if len(self.kinds) >= self.MOST_KINDS:
+                self.kinds.clear()
+            self.kinds[kind] = Repeat(now)
             return 0, 0.0
-        row[0], row[4] = row[0] + 1, False
-        if now - row[2] < row[3]:
+        row.count += 1
+        row.recovered = False
+        if now - row.said < row.pause:
             return None
-        row[2], row[3] = now, min(row[3] * 2, 3600.0)
-        return row[0], now - row[1]
+        row.said = now
+        row.pause = min(row.pause * 2, 3600.0)
+        return row.count, now - row.since
 
     def recovered(self) -> None:
         """What comes after its pause now is new again, not one more of the same."""
-        for row in self.rows.values():
-            row[4] = True
+        for row in self.kinds.values():
+            row.recovered = True
 
 
 def error_text(error: BaseException) -> str:
@@ -732,83 +753,156 @@ def error_text(error: BaseException) -> str:
     return type(error).__name__
 
 
+def kind_of_error(error: BaseException) -> Any:
+    """Return what errors have in common that are the same but for names and numbers in them."""
+    trace = error.__traceback__
+    if isinstance(error, LoggableError) or trace is None:
+        text = f'{type(error).__name__}: {error_text(error)}'[:1000]
+        return re.sub(r"""'[^']*'|"[^"]*"|\b[\da-fA-F]{8,}\b|[\d.]+""", '#', text)
+    while trace.tb_next:
+        trace = trace.tb_next
+    return type(error), trace.tb_frame.f_code, trace.tb_lineno
+
+
+def end_child(error: BaseException | None) -> None:
+    """End a process that a job has forked and that comes back here: it is no second torque."""
+    status = int(error is not None)
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        status = error.code or 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
 class Task:
-    """One job as the scheduler sees it, and how it has gone so far."""
-    due = last_due = None               # type: float | None    # in the clock of the schedule
-    last_start = running_since = None   # type: float | None    # Unix seconds
+    """One job as the scheduler sees it, and how it has gone so far.
+
+    Its worker writes how runs went; the main thread writes when it is due. `waiting`,
+    `running_since`, `overdue` and `limit` are guarded by the scheduler's lock.
+    """
+    TOLD = ('name', 'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed',
+            'last_error')               # by --status
+    at_start = False                    # a calendar task is due at once, too
+    due: float | None = None            # in the clock of the schedule
+    last_due: float | None = None
+    waiting = 0                         # due times without a run so far
+    worker: threading.Thread | None = None
+    running_since: float | None = None  # Unix seconds
+    last_start: float | None = None     # Unix seconds
     last_duration: float | None = None
     last_error: str | None = None
-    runs = failures = missed = waiting = 0
-    overdue = removed = False
-    after_end: Callable[[], None] | None = None     # once it is removed and has ended
-    failing: tuple | None = None        # elapsed seconds at first, was it said, times
+    limit: Any = None                   # the event at which the run becomes overdue
+    overdue = False
+    runs = 0
+    failures = 0
+    missed = 0                          # due times that were merged into others
+    failing_since: float | None = None  # elapsed seconds
+    failed_times = 0                    # since then
+    failing_told = False
 
     def __init__(self, name: str, schedule: Schedule, run: Callable[[], Any],
-                 max_runtime: float | None = None, log: Any = None, at_start: bool = False):
-        self.at_start = at_start                # a calendar task is due at once, too
-        self.name, self.schedule, self.run, self.max_runtime = name, schedule, run, max_runtime
-        self.log = log or logging.getLogger('torque.' + name)
+                 max_runtime: float | None = None):
+        self.name = name
+        self.schedule = schedule
+        self.run = run
+        self.max_runtime = max_runtime          # seconds
+        self.log = logging.getLogger('torque.' + name)
         self.repeats = Repeats()
+        self.wake = threading.Lock()            # released when it is due
+        self.wake.acquire()
+
+    def attempt(self) -> bool:
+        """Call the function once, and log how it went; tell whether it went well."""
+        pid = os.getpid()
+        error: BaseException | None = None
+        try:
+            self.run()
+        except BaseException as raised:
+            # SystemExit, too, must not end a worker.
+            error = raised
+        if os.getpid() != pid:
+            end_child(error)
+        if error is None:
+            self.worked(elapsed_time())
+        else:
+            self.failed(error, elapsed_time())
+        return error is None
 
     def failed(self, error: BaseException, now: float) -> None:
         """Count a failure and log it: in full once, then summed up."""
-        self.failures += 1
         known = isinstance(error, LoggableError)
-        self.last_error = ('' if known else f'{type(error).__name__}: ') + error_text(error)
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        row = self.repeats.seen(
-            re.sub(r"""'[^']*'|"[^"]*"|\b[\da-fA-F]{8,}\b|[\d.]+""", '#', self.last_error)
-            if known or not trace else (type(error), trace.tb_frame.f_code, trace.tb_lineno), now)
-        told = getattr(error, 'told', False)
-        since, said, times = self.failing or (now, False, 0)
-        self.failing = since, said or (row is not None and not told), times + 1
-        if row is None or told:
-            self.log.debug('failed again: %s', self.last_error)
+        text = error_text(error)
+        if not known:
+            text = f'{type(error).__name__}: {text}'
+        self.failures += 1
+        self.last_error = text
+        if self.failing_since is None:
+            self.failing_since = now
+            self.failing_told = False
+            self.failed_times = 0
+        self.failed_times += 1
+        times = self.repeats.seen(kind_of_error(error), now)
+        if times is None or getattr(error, 'told', False):
+            self.log.debug('failed again: %s', text)
             return
-        prefix = f'still failing, {row[0]} times in {show_duration(row[1])}: ' if row[0] else ''
-        traced = self.log.isEnabledFor(TRACE) if known else not prefix
-        self.log.log(logging.WARNING if known else logging.ERROR, '%s%s', prefix, self.last_error,
-                     exc_info=error if traced else None)
-
-    def merged(self, times: int, when: str, now: float) -> None:
-        """Note that due times became one run, without flooding the log."""
-        self.missed += times - 1
-        row = self.repeats.seen(when, now)
-        if row is not None:
-            again = f' ({row[0]} times in {show_duration(row[1])})' if row[0] else ''
-            self.log.info('%d runs came due %s, merged into one%s', times, when, again)
+        self.failing_told = True
+        level = logging.WARNING if known else logging.ERROR
+        traced = self.log.isEnabledFor(TRACE)
+        if times[0]:
+            text = f'still failing, {times[0]} times in {show_duration(times[1])}: {text}'
+        elif not known:
+            traced = True
+        self.log.log(level, '%s', text, exc_info=error if traced else None)
 
     def worked(self, now: float) -> None:
         """Note that a run went well, and say so when the last failure was said."""
         self.last_error = None
-        if self.failing:
-            since, said, times = self.failing
-            if said:
-                self.log.info('works again, after %d failures in %s', times,
-                              show_duration(now - since))
-            self.failing = None
-            self.repeats.recovered()
+        if self.failing_since is None:
+            return
+        if self.failing_told:
+            self.log.info('works again, after %d failures in %s', self.failed_times,
+                          show_duration(now - self.failing_since))
+        self.failing_since = None
+        self.repeats.recovered()
+
+    def merged(self, times: int, when: str, now: float) -> None:
+        """Note that due times became one run, without flooding the log."""
+        if times < 2:
+            return
+        self.missed += times - 1
+        seen = self.repeats.seen(when, now)
+        if seen is None:
+            return
+        again = ''
+        if seen[0]:
+            again = f' ({seen[0]} times in {show_duration(seen[1])})'
+        self.log.info('%d runs came due %s, merged into one%s', times, when, again)
 
 
 class Scheduler:
-    """Starts tasks when they are due, each run in a worker thread to itself."""
+    """Has tasks run when they are due, each in a worker thread of its own.
+
+    step() and what it calls belong to the main thread, work() to the workers. Tests pass clocks
+    of their own and call step().
+    """
 
     def __init__(self, wall: Callable[[], float] = time.time,
                  elapsed: Callable[[], float] = elapsed_time):
-        self.wall, self.elapsed = wall, elapsed
+        self.wall = wall
+        self.elapsed = elapsed
         self.offset = wall() - elapsed()
+        self.calendar = sched.scheduler(wall, no_pause)
+        self.intervals = sched.scheduler(elapsed, no_pause)
+        # Before Python 3.10 events of the same time and priority are equal, and cancel() takes
+        # the wrong one: each has a priority of its own.
+        self.order = itertools.count()
         self.tasks: dict[str, Task] = {}
-        # of (when, name, delay by jitter, task), the first in Unix, the second in elapsed seconds
-        self.heaps: tuple[list, list] = [], []
-        self.limits: dict[Task, float] = {}     # elapsed seconds when a run becomes overdue
-        self.lock = threading.Lock()            # guards running_since, waiting, idle, workers
-        self.work: queue.SimpleQueue = queue.SimpleQueue()
-        self.mail: queue.SimpleQueue = queue.SimpleQueue()      # signal handlers may put here
-        self.idle = self.workers = 0            # idle: those of the workers without a run
-        self.patience = PATIENCE
-        self.stopping = self.hurry = False
+        self.lock = threading.Lock()
+        # SimpleQueue is the one thing in the library that a signal handler may put to while
+        # the same thread is in it.
+        self.calls: queue.SimpleQueue = queue.SimpleQueue()
+        self.stopping = False
+        self.hurry = False
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.scheduler')
 
@@ -817,28 +911,37 @@ class Scheduler:
         self.tasks[task.name] = task
         if isinstance(task.schedule, Interval):
             task.schedule.start = task.due = self.elapsed()
+        elif task.at_start:
+            task.due = self.wall()
         else:
-            task.due = self.wall() if task.at_start else task.schedule.next(self.wall())
-        self.push(task)
+            task.due = task.schedule.next(self.wall())
+        self.enter(task)
         return task
 
-    def remove(self, name: str) -> Task:
-        """Take a task out; a run in progress goes on."""
-        task = self.tasks.pop(name)
-        task.removed = True
-        for heap in self.heaps:                 # they would keep the job in memory until it is due
-            heap[:] = [entry for entry in heap if entry[-1] is not task]
-            heapq.heapify(heap)
-        if task.running_since is None:
-            self.limits.pop(task, None)
-        return task
+    def clock_of(self, task: Task) -> sched.scheduler:
+        """Return the queue that the due times of a task go by."""
+        if task.schedule.elapsed:
+            return self.intervals
+        return self.calendar
 
-    def push(self, task: Task) -> None:
-        """Enter the task's due time into the heap of its clock."""
-        if task.due is not None:
-            delay = random.uniform(0, task.schedule.jitter) if task.schedule.jitter else 0
-            heapq.heappush(self.heaps[task.schedule.elapsed],
-                           (task.due + delay, task.name, delay, task))
+    def enter(self, task: Task) -> None:
+        """Enter the next due time of a task, put off by its jitter."""
+        if task.due is None:
+            return
+        delay = 0.0
+        if task.schedule.jitter:
+            import random
+            delay = random.uniform(0, task.schedule.jitter)
+        self.clock_of(task).enterabs(task.due + delay, next(self.order), self.come_due,
+                                     (task, delay))
+
+    def later(self, seconds: float, action: Callable, *args: Any) -> Any:
+        """Have step() call a function after so many elapsed seconds; return the event."""
+        return self.intervals.enter(seconds, next(self.order), action, args)
+
+    def call_soon(self, function: Callable[[], Any]) -> None:
+        """Have the main thread call a function now; any thread or signal handler may use this."""
+        self.calls.put(function)
 
     def next_run(self, task: Task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
@@ -846,164 +949,166 @@ class Scheduler:
             return task.due
         return self.wall() + task.due - self.elapsed()
 
-    # What follows up to tick() is the pure part.
+    def step(self) -> float:
+        """Wake the tasks that are due; return the seconds until this is to be called again."""
+        offset = self.wall() - self.elapsed()
+        back = self.offset - offset
+        self.offset = offset
+        if back > 0.5:
+            self.set_back()
+            self.log.info('the clock was set back by %s', show_duration(back))
+        until = self.elapsed() + MAX_SLEEP
+        for clock in (self.calendar, self.intervals):
+            delay = clock.run(blocking=False)
+            if delay is not None:
+                until = min(until, self.elapsed() + delay)
+        return max(until - self.elapsed(), 0)
 
-    def come_due(self, task: Task, delay: float, now: float) -> bool:
-        """Move a task to its next due time; tell whether a run is to start."""
+    def set_back(self) -> None:
+        """Enter all dates anew, for the wall clock was set back.
+
+        A small step repeats no run. After a big one the last run belongs to a future that was
+        wrong: it says nothing of what is due now.
+        """
+        self.calendar = sched.scheduler(self.wall, no_pause)
+        now = self.wall()
+        for task in self.tasks.values():
+            if task.schedule.elapsed:
+                continue
+            believed = 60 if task.schedule.every_hour else 3 * 3600
+            if task.last_due is None or task.last_due >= now + believed:
+                task.last_due = now
+            task.due = task.schedule.next(max(now, task.last_due))
+            self.enter(task)
+
+    def come_due(self, task: Task, delay: float) -> None:
+        """Count the due times that have passed, enter the next one, wake the task."""
+        now = self.clock_of(task).timefunc()
         times = 0
         while task.due is not None and task.due + delay <= now:
-            task.last_due, times = task.due, times + 1
-            task.due = task.schedule.next(task.due if times <= MOST_MISSED else now)
-        self.push(task)
-        with self.lock:
-            if task.running_since is not None:
-                task.waiting += times
-                return False
-            task.running_since = self.wall()
-        if times > 1:
-            task.merged(times, 'while the machine or torque was held up', self.elapsed())
-        return True
-
-    def tick(self, wall: float, elapsed: float) -> tuple[list[Task], float]:
-        """Return the tasks that are to start now, and the seconds until the next look."""
-        step = self.offset - (wall - elapsed)
-        self.offset = wall - elapsed
-        if step > 0.5:
-            self.log.info('the clock was set back by %s', show_duration(step))
-            self.heaps[False].clear()
-            for task in self.tasks.values():
-                if not task.schedule.elapsed:
-                    again = step >= (60 if task.schedule.every_hour else 3 * 3600)
-                    after = wall if again else max(wall, task.last_due or wall)
-                    task.due = task.schedule.next(after)
-                    self.push(task)
-        ready: list[Task] = []
-        sleep: float = MAX_SLEEP
-        for task, limit in list(self.limits.items()):   # before new runs begin
-            if task.running_since is None:
-                del self.limits[task]
-            elif limit > elapsed:
-                sleep = min(sleep, limit - elapsed)
+            times += 1
+            task.last_due = task.due
+            if times <= MOST_COUNTED:
+                task.due = task.schedule.next(task.due)
             else:
-                del self.limits[task]
-                task.overdue = True
-                row = task.repeats.seen('overdue', elapsed)
-                task.log.log(logging.WARNING if row else logging.DEBUG, 'still running after %s, '
-                             'its max_runtime', show_duration(task.max_runtime or 0))
-        for heap, now in zip(self.heaps, (wall, elapsed)):
-            while heap and heap[0][0] <= now:
-                _, _, delay, task = heapq.heappop(heap)
-                if self.come_due(task, delay, now):
-                    ready.append(task)
-            if heap:
-                sleep = min(sleep, heap[0][0] - now)
-        return ready, sleep
+                task.due = task.schedule.next(now)
+        self.enter(task)
+        with self.lock:
+            asleep = not task.waiting
+            task.waiting += times
+        if times and asleep:
+            self.wake(task)
 
-    # From here on there are threads.
-
-    def start(self, task: Task) -> None:
-        """Hand a run to the workers; running_since is set already."""
-        if self.stopping:                       # it came due during its last run
-            task.running_since = None
-            return
-        if task.max_runtime:
-            self.limits[task] = self.elapsed() + task.max_runtime
-        self.work.put(task)
-
-    def add_workers(self, most: int) -> None:
-        """Start threads for runs that wait for one."""
-        for _ in range(min(most, self.work.qsize() - self.idle)):
+    def wake(self, task: Task) -> None:
+        """Let the worker of a task begin; start it where there is none yet."""
+        if task.worker is None:
+            worker = threading.Thread(target=self.work, args=(task,), daemon=True)
             try:
-                threading.Thread(target=self.worker, daemon=True).start()
-            except RuntimeError as error:               # no more threads: try again later
-                self.patience = 1.0
+                worker.start()
+            except RuntimeError as error:
+                # No more threads: its due times stay counted, and it is tried again.
+                self.later(THREAD_PAUSE, self.wake, task)
                 if self.repeats.seen('threads', self.elapsed()):
-                    self.log.error('no new worker thread: %s; %d are there', error, self.workers)
+                    self.log.error('no new worker thread: %s', error)
                 return
-            with self.lock:
-                self.idle += 1
-                self.workers += 1
-            self.patience = PATIENCE
+            task.worker = worker
+        task.wake.release()
 
-    def worker(self) -> None:
-        """Run tasks until there are more than enough idle workers."""
+    def call_overdue(self, task: Task, started: float) -> None:
+        """Say of a run that it takes longer than it may."""
+        with self.lock:
+            if task.running_since != started:
+                # That run has just ended.
+                return
+            task.overdue = True
+        if task.repeats.seen('overdue', self.elapsed()):
+            task.log.warning('still running after %s, its max_runtime',
+                             show_duration(task.max_runtime or 0))
+
+    def work(self, task: Task) -> None:
+        """Run a task each time it is woken; the thread of that task."""
         while True:
-            task = self.work.get()
+            # Woken already: it came due during its last run.
+            waits = task.wake.acquire(blocking=False)
+            if not waits:
+                task.wake.acquire()
             with self.lock:
-                self.idle -= 1
-            self.run_task(task)
-            with self.lock:
-                if self.idle >= SPARE_WORKERS:
-                    self.workers -= 1
+                if self.stopping:
                     return
-                self.idle += 1
+                times = task.waiting
+                task.waiting = 0
+                task.running_since = task.last_start = self.wall()
+            # What is called here may raise anything, the filters of a log, too.
+            reason = 'while the machine or torque was held up'
+            if waits:
+                reason = 'during the last one'
+            with contextlib.suppress(BaseException):
+                task.merged(times, reason, self.elapsed())
+            with contextlib.suppress(BaseException):
+                self.run_task(task)
+            with self.lock:
+                task.running_since = None
+                task.overdue = False
+                task.runs += 1
+                if task.limit is not None:
+                    with contextlib.suppress(ValueError):
+                        # The event has happened: the run is overdue.
+                        self.intervals.cancel(task.limit)
+                    task.limit = None
+            if self.stopping:
+                # The main thread may be in finish(), and wait for the last run.
+                self.calls.put(None)
 
     def run_task(self, task: Task) -> None:
-        """Call a task and note how it went; go on with what came due meanwhile."""
-        task.last_start, started = self.wall(), self.elapsed()
+        """Run a task once, and measure it."""
+        started = self.elapsed()
+        if task.max_runtime:
+            task.limit = self.later(task.max_runtime, self.call_overdue, task,
+                                    task.running_since)
+            # The main thread may be asleep for longer than that.
+            self.calls.put(None)
         try:
-            task.run()
-        except BaseException as error:              # SystemExit too must not end a worker
-            task.failed(error, self.elapsed())
-        else:
-            task.worked(self.elapsed())
-        ended = self.elapsed()
-        task.last_duration, task.overdue = ended - started, False
-        with self.lock:
-            task.runs += 1
-            waited, task.waiting = task.waiting, 0
-            again = waited and not self.stopping and not task.removed
-            task.running_since = self.wall() if again else None
-        if waited > 1 and again:
-            task.merged(waited, 'during the last one', ended)
-        if again:
-            self.mail.put(functools.partial(self.start, task))
-        elif self.stopping or task.removed:
-            self.mail.put(task.after_end or bool)       # finish() waits for it, too
+            task.attempt()
+        finally:
+            task.last_duration = self.elapsed() - started
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
-    def serve(self) -> None:
-        """Run tasks until stop() is called; functions put into `mail` are called here."""
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not longer than until call_soon() is used; call what was given to it."""
+        try:
+            function = self.calls.get(timeout=seconds)
+        except queue.Empty:
+            return
+        if function is not None:
+            function()
+
+    def serve(self, chore: Callable[[], None]) -> None:
+        """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
         while not self.stopping:
-            ready, sleep = self.tick(self.wall(), self.elapsed())
-            for task in ready:
-                self.start(task)
-                sleep = min(sleep, task.max_runtime or sleep)
-            waiting = self.work.qsize()
-            if waiting:
-                sleep = min(sleep, self.patience)
-                if not self.workers:
-                    self.add_workers(1)
+            seconds = THREAD_PAUSE
             try:
-                message = self.mail.get(timeout=max(sleep, 0))
-            except queue.Empty:                 # none taken meanwhile: all workers are stuck
-                self.add_workers(10 if self.work.qsize() >= waiting else 1)
-            else:
-                try:
-                    message()
-                except Exception:
+                chore()
+                seconds = self.step()
+            except Exception:
+                # A filter that a job gave to the log may raise anything.
+                with contextlib.suppress(Exception):
                     self.log.exception('this should not happen')
+            self.wait(seconds)
 
-    def stop(self) -> None:
-        """Let serve() return; no new runs start."""
-        self.stopping = True
-
-    def interrupt(self) -> None:
-        """Stop, and when that is under way already without waiting for runs in progress."""
-        self.hurry, self.stopping = self.stopping, True
+    def stop(self, hurry: bool = False) -> None:
+        """Let serve() return; no new runs start. hurry: nor are those in progress waited for."""
+        with self.lock:
+            self.stopping = True
+            self.hurry = self.hurry or hurry
 
     def finish(self, grace: float) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
         end = self.elapsed() + grace
-        with contextlib.suppress(queue.Empty):
-            while True:                         # what has not begun does not begin any more
-                self.work.get_nowait().running_since = None
-        with contextlib.suppress(queue.Empty):
-            while self.running() and not self.hurry:
-                self.mail.get(timeout=max(end - self.elapsed(), 0))()
+        while self.running() and not self.hurry and self.elapsed() < end:
+            self.wait(max(end - self.elapsed(), 0))
         return self.running()
 
 
@@ -4345,10 +4450,6 @@ class Job:
                 return True
         return setting.startswith(cls.families)
 
-    def risks(self) -> list[str]:
-        """Return what lets others harm the user by this job, a text each, to be warned of."""
-        return []
-
     def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
         """Return the torrents of a view that meet a condition, with the fields it names.
 
@@ -4366,6 +4467,13 @@ class Job:
         """Return the path of a file that the job may keep."""
         name = f'{self.config.job_name}.{ending}'.replace('/', '_')
         return os.path.join(self.config.state_dir, name)
+
+    def risks(self) -> list[str]:
+        """Return what to be warned of before it does harm, a line each."""
+        return []
+
+    def end_run(self) -> None:
+        """End what a run has started outside of this process: it has run out of time."""
 
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
@@ -5246,6 +5354,13 @@ class Action(Choice):
         self.gone: list[tuple] = []             # owners that this dry run would have erased
         self.promised: Any = None               # PromisedSpace of this run
 
+    def risks(self) -> list[str]:
+        """Return the conditions of a deleting rule that may mean more than meets the eye."""
+        if not self.deletes:
+            return []
+        return [f'job.{self.config.job_name}.matcher: {text}: [...] stands for one of the characters '
+                'in it, as in a shell' for text in self.config.matcher.classes]
+
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
         config = self.config
@@ -5441,7 +5556,6 @@ def keep_end(stream: Any, kept: bytearray) -> None:
 
 class Command(Job):
     """Run a program."""
-    children: set = set()               # pids of programs that run
     options: Any = (
         Option('args', str, '', 'program and arguments; quotes as in a shell'),
         Option('shell', parse_bool, 'no', 'args is a line for the shell'),
@@ -5452,6 +5566,7 @@ class Command(Job):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
+        self.children: set[int] = set()         # pids of programs that run
         if not config.args:
             raise UserError('is not set', option='args')
         self.words: Any = config.args           # the shell's line, or a list
@@ -5464,12 +5579,15 @@ class Command(Job):
     def run(self) -> None:
         self.execute(self.words, {})
 
-    @classmethod
-    def end_all(cls) -> None:
-        """End the programs that still run, for torque ends."""
-        for pid in list(cls.children):
-            with contextlib.suppress(OSError):
-                os.killpg(pid, 15)              # SIGTERM
+    def end_run(self) -> None:
+        """End the program that still runs, and all it has started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in list(self.children):
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, number)
+            end = elapsed_time() + 3
+            while self.children and elapsed_time() < end:
+                time.sleep(0.01)
 
     def execute(self, words: Any, environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
@@ -7095,7 +7213,6 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
@@ -7115,7 +7232,7 @@ class Config(Settings):
         for name, entries in groups.items():
             if name == only or only is None and not is_off(entries):
                 self.jobs.append(self.plan(name, entries, ini, bool(only)))
-            elif only is not None and not is_off(entries) and 'scgi_url' in entries:
+            elif entries.get('scgi_url') and entries['scgi_url'].value:
                 # No job of this run, but its items have data that others must not touch.
                 self.find_engine(entries['scgi_url'].value, self.torque.same_files,
                                  f'job.{name}.scgi_url', entries, ini)
@@ -7204,25 +7321,11 @@ class Config(Settings):
         limit = torque.rpc_limit or RPC_LIMIT
         made_of = (url, timeout, limit, bool(same_files))
         if made_of not in self.engines:
-            engine = self.former.get(made_of)
-            if not engine:
-                engine = Engine(*made_of)
-                engine.aliases = self.aliases
+            engine = Engine(*made_of)
+            engine.aliases = self.aliases
             self.engines[made_of] = engine
             self.all_engines.append(engine)
         return self.engines[made_of]
-
-    def snapshot(self) -> list:
-        """Return what restore() takes to go back to this configuration."""
-        return [dict(self), dict(vars(self))]
-
-    def restore(self, snapshot: list) -> None:
-        """Go back to an earlier configuration."""
-        values, attributes = snapshot
-        self.update(values)                     # at no moment is it empty
-        for name in set(self).difference(values):
-            del self[name]
-        vars(self).update(attributes)
 
 
 def clean_up(name: str, job: Any) -> None:
@@ -7280,150 +7383,214 @@ config_ini = Config()
 
 
 # --- Daemon ----------------------------------------------------------------------------------
-# The life of the process: the lock on its pid file, what is remembered over restarts, pings of
-# a monitor, reload, and the socket beside the pid file over which --status and --reload ask.
-# What may take long (making jobs, cleanup, answers) has a thread of its own; tasks are changed
-# in the main thread alone, by functions put into the scheduler's mail.
+# The life of the process, from the lock on its pid file to its end or its start over. Planned
+# jobs enter; runs, a log, the status at a socket and pings of a monitor leave. The scheduler is
+# the main thread's. The status, each monitor, each cleanup and the check before a reload have
+# threads of their own, which only read what is the main thread's, or use call_soon().
 
-STATUS_TIMEOUT, RELOAD_TIMEOUT = 10, 60 # seconds that a daemon has to answer over its socket
+STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
+STATUS_LIMIT = 16 << 20         # bytes of it that are read
+STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
+CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
+PID_FILE_PAUSE = 1              # seconds, at least, from one look after the pid file to the next
+LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
+SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
 
 
-@contextlib.contextmanager
-def short_path(path: str) -> Iterator[str]:
-    """Give a name for a Unix socket that fits into the 107 bytes it may have."""
-    if len(os.fsencode(path)) <= 107:
-        yield path
-        return
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+def open_plain(path: str, flags: int) -> int:
+    """Open a plain file of this user, in a folder that others may write to: no link, no pipe.
+
+    Root may read files of others. Raises FileNotFoundError, and UserError for all the rest.
+    """
     try:
-        yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
-    finally:
-        os.close(folder)
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    status = os.fstat(file)
+    own = status.st_uid == os.geteuid()
+    if os.geteuid() == 0 and flags == os.O_RDONLY:
+        own = True
+    if own and stat.S_ISREG(status.st_mode):
+        return file
+    os.close(file)
+    raise UserError(f'{path}: this is no file of your own; it is left alone')
 
 
 class PidFile:
-    """The file with the daemon's pid, locked as long as it lives: what is written does not count.
+    """The file with the daemon's pid, which keeps it locked, and the socket beside it.
 
-    Where somebody has removed it, the socket beside it tells.
+    The lock says whether a daemon runs, the kernel says who answers at the socket: what is
+    written in the file never decides whom a signal is sent to.
     """
 
     def __init__(self, path: str):
         self.path = path
-        self.stream: Any = None
         self.socket = path + '.sock'
+        self.file = -1                          # descriptor, while we hold the lock
+        if len(os.fsencode(self.socket)) > 107:
+            raise UserError(f'pid_file {path}: the name of the socket beside it is longer than '
+                            'the 107 bytes that it may have; set pid_file to a shorter path')
 
-    def acquire(self) -> bool:
-        """Lock the file and write our pid; tell whether nobody else has it."""
-        import fcntl
-        try:
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            stream = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
-        except OSError as error:
-            raise UserError(f'pid file {self.path}: {error.strerror}') from None
-        if self.listener():                     # the file was removed under a daemon
-            stream.close()
+    def inherit(self) -> bool:
+        """Take over the lock from the program that this process was until now, if any."""
+        file = os.environ.pop(LOCK, '')
+        if not file:
             return False
-        if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(stream.fileno(), 65, 0)):
-            stream.close()
-            raise UserError(f'pid file {self.path}: this is something else; it is left alone')
-        for _ in range(20):                     # holder() of another process has it for a moment
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        else:
-            stream.close()
-            return False
-        self.stream = stream
-        os.register_at_fork(after_in_child=stream.close)        # a job's child must not keep it
-        with contextlib.suppress(OSError):      # on a full disk the lock has to do
-            stream.truncate()
-            os.write(stream.fileno(), b'%d\n' % os.getpid())
+        # flock() belongs to the open file: opened anew, it would be refused even to its holder.
+        self.file = int(file)
+        os.set_inheritable(self.file, False)
         return True
 
-    def holder(self) -> int | None:
-        """Return the pid of a running daemon, 0 where it cannot be told, None for no daemon."""
-        import fcntl
+    def keep(self) -> bool:
+        """Lock the file and write our pid, where that is not done; False where another has it."""
+        # A file that was removed or replaced still has our lock, and keeps nobody out.
+        with contextlib.suppress(OSError):
+            there = os.lstat(self.path)
+            if os.path.samestat(there, os.fstat(self.file)):
+                return True
         try:
-            with open(self.path, encoding='ascii', errors='replace') as stream:
-                text, file = stream.read(20).strip(), os.fstat(stream.fileno())
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return self.listener()
-        except BlockingIOError:
-            pass
-        except (FileNotFoundError, NotADirectoryError):
-            return self.listener()
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
-        named = int(text) if text.isdigit() else 0
-        try:                                    # Linux knows whose lock it is, whatever is written
-            with open('/proc/locks', encoding='ascii') as locks:
-                rows = [(words[5], int(words[4])) for words in map(str.split, locks)
-                        if words[1] == 'FLOCK' and words[5].endswith(f':{file.st_ino}')]
-        except OSError:
-            return named
-        place = f'{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}'
-        ours = {pid for where, pid in rows if where == place}
-        if named in (ours or {pid for _, pid in rows}):         # btrfs shows another device there
-            return named
-        return max(ours, default=0)
+        file = open_plain(self.path, os.O_RDWR | os.O_CREAT)
+        if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
+            os.close(file)
+            raise UserError(f'pid file {self.path}: this is something else; it is left alone')
+        if not self.lock(file):
+            os.close(file)
+            return False
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = file
+        with contextlib.suppress(OSError):
+            # On a full disk the lock alone has to do.
+            os.ftruncate(file, 0)
+            os.pwrite(file, b'%d\n' % os.getpid(), 0)
+        return True
 
-    def listener(self) -> int | None:
-        """Return the pid of a daemon that answers, where nobody locks the file."""
-        with contextlib.suppress(LoggableError, LookupError, TypeError, ValueError):
-            return int(self.ask('status', 2)['pid'])
-        return None
+    @staticmethod
+    def lock(file: int) -> bool:
+        """Lock an open file; tell whether nobody else has it."""
+        import fcntl
+        for _ in range(20):
+            # A process that only looks, in is_locked(), has the lock for a moment.
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.01)
+        return False
+
+    def is_locked(self) -> bool:
+        """Tell whether a daemon runs."""
+        import fcntl
+        try:
+            file = open_plain(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    def read(self) -> tuple[int, str]:
+        """Return the owner of the file, and what is written in it."""
+        file = open_plain(self.path, os.O_RDONLY)
+        with open(file, encoding='ascii', errors='replace') as stream:
+            owner = os.fstat(file).st_uid
+            return owner, stream.read(20).strip()
+
+    def connect(self, seconds: float) -> tuple[socket.socket, int]:
+        """Return a connection to the daemon, and its pid."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(seconds)
+        try:
+            sock.connect(self.socket)
+        except OSError as error:
+            sock.close()
+            why = error.strerror or error
+            raise LoggableError('torque is starting, or cannot be reached at '
+                                f'{self.socket}: {why}') from None
+        # The kernel says who called listen(), as pid, uid, gid: struct ucred, unix(7).
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, user, _ = struct.unpack('3i', peer)
+        # Root may speak with one whose user owns the pid file, and whose pid it holds.
+        allowed = user == os.geteuid()
+        if os.geteuid() == 0 and not allowed:
+            allowed = self.read() == (user, str(pid))
+        if not allowed:
+            sock.close()
+            raise LoggableError(f'{self.socket}: a process of another user answers; it is left '
+                                'alone')
+        return sock, pid
+
+    def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
+        """Return what the running daemon says of itself."""
+        end = time.monotonic() + seconds
+        content = bytearray()
+        status = None
+        sock, pid = self.connect(seconds)
+        with sock, contextlib.suppress(OSError, ValueError, RecursionError):
+            piece = sock.recv(65536)
+            while piece and len(content) < STATUS_LIMIT:
+                content += piece
+                sock.settimeout(max(end - time.monotonic(), 0.001))
+                piece = sock.recv(65536)
+            if not piece:
+                status = json.loads(content)
+        if not isinstance(status, dict) or not status.keys() >= STATUS_KEYS:
+            raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
+        return status
+
+    def signal(self, number: int) -> int:
+        """Send a signal to the running daemon; return its pid."""
+        sock, pid = self.connect(STATUS_TIMEOUT)
+        sock.close()
+        if pid <= 0:
+            raise LoggableError(f'{self.path}: the daemon is in another pid namespace')
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        return pid
 
     def stop(self, seconds: float) -> bool:
         """End a running daemon, and tell whether there was one; returns when it is gone.
 
         seconds: how long that may take, unless the daemon says more.
         """
-        import signal
-        pid = self.holder()
-        if pid is None:
+        if not self.is_locked():
             return False
-        with contextlib.suppress(LoggableError, KeyError):
-            seconds = max(seconds, self.ask('status', 2)['grace'] + 20)
+        with contextlib.suppress(LoggableError):
+            seconds = max(seconds, self.ask(2)['grace'] + 20)
         end = time.monotonic() + seconds
-        if not pid:
-            raise LoggableError(f'{self.path} is locked by a process that is not seen from here')
-        try:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        except OSError as error:
-            raise LoggableError(f'process {pid} cannot be ended: {error.strerror}') from None
-        while self.holder() == pid:
+        pid = 0
+        while self.is_locked() and not pid:
+            try:
+                pid = self.signal(signal.SIGTERM)
+            except LoggableError:
+                # It may have just begun to start over.
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
+        # A supervisor may have started the next one already, which is not waited for.
+        while self.is_locked() and os.path.exists(f'/proc/{pid}'):
             if time.monotonic() > end:
                 raise LoggableError(f'process {pid} has not ended in {seconds:g} s')
             time.sleep(0.02)
         return True
 
-    def ask(self, question: str, seconds: float) -> Any:
-        """Return a running daemon's answer to status or reload."""
-        try:
-            with socket.socket(socket.AF_UNIX) as sock, short_path(self.socket) as path:
-                sock.settimeout(seconds)
-                sock.connect(path)
-                sock.sendall(question.encode() + b'\n')
-                return json.loads(b''.join(iter(lambda: sock.recv(65536), b'')))
-        except FileNotFoundError:
-            raise LoggableError(f'there is no {self.socket}: torque is starting, or could not make '
-                                'it') from None
-        except (OSError, ValueError) as error:
-            raise LoggableError(f'the daemon does not answer over {self.socket}: {error}') from None
 
-
-def in_thread(function: Callable[[], Any], here: bool = False) -> threading.Thread | None:
-    """Start a function in a thread; where there can be none call it here, or not at all."""
-    thread = threading.Thread(target=function, daemon=True)
+def in_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:
+    """Start a function in a thread; None where there can be none."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
     try:
         thread.start()
-        return thread
     except RuntimeError:
-        if here:
-            function()
         return None
+    return thread
 
 
 class Memory:
@@ -7432,37 +7599,58 @@ class Memory:
 
     def __init__(self, folder: str):
         self.path = os.path.join(folder, 'starts.json')
-        self.lock, self.saved_at, self.repeats = threading.Lock(), 0.0, Repeats()
+        self.lock = threading.Lock()
+        self.saved_at = 0.0
+        self.repeats = Repeats()
         self.log = logging.getLogger('torque.main')
         self.starts: dict[str, float] = {}      # Unix seconds
         self.saved: dict[str, float] = {}       # what of that is on disk
         try:
-            with open(self.path, encoding='utf-8') as stream:
-                found = json.load(stream)
-            if found['version'] != 1:
-                raise ValueError(f"version {found['version']!r}")
-            self.starts = {name: min(float(when), time.time())      # a clock may have been wrong
-                           for name, when in found['starts'].items() if 0 < when < 1 << 33}
+            self.starts = self.read()
         except FileNotFoundError:
             pass
-        except Exception as error:              # whatever a disk may have made of it
+        except Exception as error:
+            # A disk may have made anything of it.
             self.log.warning('%s is not usable, starting without it: %s', self.path,
                              quoted(error, 80))
 
+    def read(self) -> dict[str, float]:
+        """Return what the file says."""
+        with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
+            content = json.load(stream)
+        if content['version'] != 1:
+            raise ValueError(f"version {content['version']!r}")
+        now = time.time()
+        starts = {}
+        for name, when in content['starts'].items():
+            if 0 < when < 1 << 33:
+                # A clock that was wrong may have written a time to come.
+                starts[name] = min(float(when), now)
+        return starts
+
     def started(self, job: PlannedJob) -> None:
         """Note that a job starts: at once where a crash would have it called missed."""
-        catch_up = job.config.catch_up          # then it is on disk before it does
-        self.starts[job.name] = when = time.time()
-        due = None if job.schedule.elapsed else job.schedule.next(when)
-        if (catch_up or due and due - when > self.PAUSE
-                or elapsed_time() - self.saved_at > self.PAUSE):
-            self.save(-1 if catch_up else 1)    # a disk that hangs holds up no other job
+        when = time.time()
+        self.starts[job.name] = when
+        if job.config.catch_up:
+            # It is on disk before the job does anything.
+            self.save(-1)
+            return
+        rare = False
+        if not job.schedule.elapsed:
+            due = job.schedule.next(when)
+            rare = due is not None and due - when > self.PAUSE
+        if rare or elapsed_time() - self.saved_at > self.PAUSE:
+            # A disk that hangs holds up no other job.
+            self.save(1)
 
     def plan(self, jobs: Iterable[PlannedJob]) -> None:
         """Note when jobs are planned for the first time: what they miss, they miss from then."""
-        new = {job.name for job in jobs if not job.config.dry_run} - self.starts.keys()
-        self.starts.update(dict.fromkeys(new, time.time()))
-        if new:
+        now = time.time()
+        for job in jobs:
+            if not job.config.dry_run:
+                self.starts.setdefault(job.name, now)
+        if self.starts.keys() != self.saved.keys():
             self.save(1)
 
     def save(self, patience: float) -> None:
@@ -7474,7 +7662,8 @@ class Memory:
             return
         try:
             starts = dict(self.starts)
-            if starts != self.saved:            # of many at once the first saves them all
+            if starts != self.saved:
+                # Of many that start at once the first saves them all.
                 self.saved_at = elapsed_time()
                 replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
                 self.saved = starts
@@ -7488,8 +7677,11 @@ class Memory:
         """Tell whether a run came due since the last start, while nobody was there."""
         if job.name not in self.starts or job.schedule.elapsed:
             return False
-        unsaved = 0 if job.config.catch_up else self.PAUSE      # of later starts
-        due = job.schedule.next(min(self.starts[job.name] + unsaved, now))
+        start = self.starts[job.name]
+        if not job.config.catch_up:
+            # Of starts that nobody waits for the last may not have been saved.
+            start += self.PAUSE
+        due = job.schedule.next(min(start, now))
         return due is not None and due <= now
 
 
@@ -7498,28 +7690,33 @@ class Pinger:
     MOST_WAITING = 100                  # pings to one monitor; more are dropped
 
     def __init__(self) -> None:
-        self.lock, self.repeats = threading.Lock(), Repeats()
+        self.lock = threading.Lock()
+        self.repeats = Repeats()
         self.queues: dict[str, queue.Queue] = {}        # by scheme and host
         self.log = logging.getLogger('torque.ping')
 
     def send(self, url: str, text: str = '') -> None:
         """Queue one ping."""
         host = '/'.join(url.split('/', 3)[:3])
-        with self.lock, contextlib.suppress(queue.Full):
-            if host not in self.queues:
-                waiting: queue.Queue = queue.Queue(self.MOST_WAITING)
-                if not in_thread(lambda: self.work(waiting)):
+        with self.lock:
+            waiting = self.queues.get(host)
+            if waiting is None:
+                waiting = queue.Queue(self.MOST_WAITING)
+                if not in_thread(self.work, waiting):
                     return
                 self.queues[host] = waiting
-            self.queues[host].put_nowait((url, text))
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait((url, text))
 
     def work(self, waiting: queue.Queue) -> None:
         """Send the pings to one monitor, one after another; a thread."""
         while True:
             url, text = waiting.get()
+            trouble = ''
             try:
                 answer = http_post(url, text.encode('utf-8', 'replace'), {}, 10)
-                trouble = '' if answer.status < 300 else f'HTTP {answer.status} {answer.reason}'
+                if answer.status >= 300:
+                    trouble = f'HTTP {answer.status} {answer.reason}'
             except Exception as error:
                 trouble = str(error)
             if trouble and self.repeats.seen((url, trouble), elapsed_time()):
@@ -7528,16 +7725,30 @@ class Pinger:
 
     def busy(self) -> bool:
         """Tell whether some ping is still on its way."""
-        return any(waiting.unfinished_tasks for waiting in list(self.queues.values()))
+        waiting = list(self.queues.values())
+        return any(one.unfinished_tasks for one in waiting)
 
 
 def systemd_notify(state: str) -> None:
     """Tell systemd our state, when it wants to know (sd_notify)."""
     address = os.environ.get('NOTIFY_SOCKET', '')
-    if address.startswith(('/', '@')):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX,
-                                                         socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), address.replace('@', '\0', 1))
+    if not address.startswith(('/', '@')):
+        return
+    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
+    if address[0] == '@':
+        address = '\0' + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendto(state.encode(), address)
+
+
+def scrubbed_word(word: re.Match) -> str:
+    """Return a word with *** for what stands between the user of a URL and the last @."""
+    login, _, host = word[0].rpartition('@')
+    start = re.search(r'\w://[^\s:/@]*:', login)
+    if start is None:
+        return word[0]
+    return f'{login[:start.end()]}***@{host}'
 
 
 def scrubbed(text: str) -> str:
@@ -7546,388 +7757,523 @@ def scrubbed(text: str) -> str:
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
     'at http://me:***@host/RPC2: refused'
     """
-    def hidden(word: re.Match) -> str:
-        secret, _, host = word[0].rpartition('@')
-        start = re.search(r'\w://[^\s:/@]*:', secret)
-        return f'{secret[:start.end()]}***@{host}' if start else word[0]
-    return re.sub(r'\S+', hidden, text)
+    # Word by word: one pattern for it all would take time by the square of a text's length.
+    return re.sub(r'\S+', scrubbed_word, text)
 
 
-def end_process(status: int, at_once: bool = False) -> None:
-    """End the process where Python would wait for threads or children of jobs, or crash."""
-    if at_once or {'multiprocessing', 'concurrent.futures.thread'}.intersection(sys.modules) or any(
-            not thread.daemon for thread in threading.enumerate()
-            if thread is not threading.main_thread()):
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
-        os._exit(status)
+def end_process(status: int) -> None:
+    """End the process at once: Python itself would wait for threads and children of jobs."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)
 
 
 AS_ROOT = 'torque runs as root; the user of rTorrent is enough'
 
 
-def warn_of_risks(config: Config, told: set[str]) -> None:
-    """Log what lets others read secrets or run commands as this user, unless it is told."""
-    risks = [(os.geteuid() == 0, AS_ROOT)]
-    secrets = [key for section in config.values() for key, value in section.items() if value and (
-        re.search(SECRET + '$', key) or redacted(value) != str(value))]
+def others_may(mode: int, path: str) -> bool:
+    """Tell whether other users have one of these permissions on a file or folder."""
+    with contextlib.suppress(OSError):
+        return bool(os.stat(path).st_mode & mode)
+    return False
 
-    def others_may(mode: int, path: str) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(os.stat(path).st_mode & mode)
-        return False
-    risks += [(others_may(0o044, config.path),
-               f'{config.path} holds {key} and can be read by others: chmod 600')
-              for key in secrets[:1]]
+
+def find_secret(config: Config) -> str:
+    """Return the name of a setting that holds a secret, '' where there is none."""
+    for section in config.values():
+        for key, value in section.items():
+            if value and (re.search(SECRET + '$', key) or redacted(value) != str(value)):
+                return key
+    return ''
+
+
+def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
+    """Return what lets others read secrets or run commands as this user."""
+    risks = []
+    if os.geteuid() == 0:
+        risks.append(AS_ROOT)
+    secret = find_secret(config)
+    if secret and others_may(0o044, config.path):
+        risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
+    if others_may(0o002, config.state_dir):
+        risks.append(f'{config.state_dir}, the state folder, can be written by every user: '
+                     'chmod 700')
     for engine in config.engines.values():
         address = engine.address
-        risks.append((address.kind == 'unix' and others_may(0o002, address.path),
-                      f'{address.where} is open to every user of this machine: each runs '
-                      'commands as you'))
-        risks.append((address.exposed, f'{address.where}: the RPC port of rTorrent may be open to '
-                      'the network: whoever reaches it runs commands as you; bind it to '
-                      '127.0.0.1 or use a socket'))
-    risks += [(others_may(0o002, root), f'{root}, which is watched, can be written by every user')
-              for job in config.jobs if isinstance(job.make, type) and issubclass(
-                  job.make, TreeWatch) for root in job.make.folders(job.config)]
-    for applies, text in risks:
-        if applies and text not in told:
-            told.add(text)
-            logging.getLogger('torque.main').warning('%s', text)
+        if address.kind == 'unix' and others_may(0o002, address.path):
+            risks.append(f'{address.where} is open to every user of this machine: each runs '
+                         'commands as you')
+        if address.exposed:
+            risks.append(f'{address.where}: the RPC port of rTorrent may be open to the network: '
+                         'whoever reaches it runs commands as you; bind it to 127.0.0.1 or use a '
+                         'socket')
+    for job in jobs:
+        if hasattr(job, 'risks'):
+            risks += job.risks()
+    return list(dict.fromkeys(risks))
+
+
+def warn_of(risks: Iterable[str]) -> None:
+    """Log what is dangerous."""
+    for text in risks:
+        logging.getLogger('torque.main').warning('%s', text)
+
+
+def interpreter() -> list[str]:
+    """Return this interpreter and the flags that it was started with."""
+    # Python itself does not keep all of them: -u and -X are nowhere in sys.flags as they stood.
+    with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
+        words = stream.read().split('\0')[:-1]
+    flags = words[1:len(words) - len(sys.argv)]
+    if flags[-1:] == ['-m']:
+        # The name of a module followed; now it is that of a file.
+        flags.pop()
+    return [sys.executable, *flags]
+
+
+def byte_code(source: str) -> str:
+    """Return the path of the byte code of a program, made if need be."""
+    import importlib.util
+    import py_compile
+    path = importlib.util.cache_from_source(source)
+    with open(source, 'rb') as stream:
+        content = stream.read()
+    # PEP 552, byte code that names the hash of its source: a time of whole seconds would not
+    # tell two changes in the same second apart.
+    head = importlib.util.MAGIC_NUMBER + struct.pack('<I', 3)
+    head += importlib.util.source_hash(content)
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as stream:
+        if stream.read(len(head)) == head:
+            return path
+    py_compile.compile(source, path, doraise=True,
+                       invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    return path
+
+
+def run_from_byte_code() -> None:
+    """Start over from byte code, where that can be.
+
+    Python keeps the syntax tree of a script in memory as long as it runs: 16 MiB.
+    """
+    if __name__ != '__main__' or sys.dont_write_bytecode:
+        return
+    with contextlib.suppress(Exception):
+        # Whatever is in the way, it goes on from source.
+        words = [*interpreter(), byte_code(__file__), *sys.argv[1:]]
+        sys.stdout.flush()
+        os.environ[SOURCE] = __file__
+        try:
+            os.execv(words[0], words)
+        finally:
+            del os.environ[SOURCE]
 
 
 class Daemon:
-    """A running torque: its jobs, their tasks, and how they change."""
+    """A running torque: its jobs, their tasks, and what it tells of itself."""
+    TOLD = ('pid', 'started', 'starting', 'stopping', 'reloading', 'refusals', 'mistakes')
 
-    def __init__(self, config: Config, reload: Callable[[Config], None], pid_file: PidFile):
-        self.config, self.load_again, self.pid_file = config, reload, pid_file
+    def __init__(self, config: Config, pid_file: PidFile):
+        self.config = config
+        self.pid_file = pid_file
+        self.folder = os.getcwd()               # a job may go to another one
         self.path = os.path.realpath(config.path)
+        self.pid = os.getpid()
         self.log = logging.getLogger('torque.main')
-        self.scheduler, self.pinger = Scheduler(), Pinger()
+        self.scheduler = Scheduler()
+        self.pinger = Pinger()
         self.memory = Memory(config.state_dir)
-        self.began, self.reloading = elapsed_time(), threading.Lock()
-        self.options: Settings = config.torque  # in use; those of config may be half loaded
-        self.jobs: dict[str, Any] = {}          # a new one may wait for an old one's last run
-        self.leaving: dict[str, Task] = {}      # taken out, until their cleanup is over
-        self.cleaning: list[threading.Thread] = []      # each has its job's name
-        self.planned: dict[str, PlannedJob] = {}
-        self.files: dict[str, int] = {}         # of modules: when they were changed
-        self.told: set[str] = set()             # risks that are in the log
-        self.missed: list[str] = []             # jobs that were due while torque did not run
+        self.repeats = Repeats()
+        self.began = elapsed_time()
+        self.looked_at = self.began             # after the pid file
+        self.started = time.time()
+        self.jobs: dict[str, Any] = {}
+        self.missed: list[str] = []             # what was due while torque did not run
         self.server: socket.socket | None = None
+        self.checker: Any = None                # the child that checks the files
+        self.starting = True
+        self.stopping = False
+        self.reloading = False
+        self.refusals = 0                       # reloads that were refused
+        self.mistakes: list[str] = []           # of the last one
+        self.exit_status = EXIT_OK
 
     def begin(self) -> None:
         """Make the jobs and their tasks; from now on signals and questions are answered."""
-        import signal
-        signal.signal(signal.SIGHUP, lambda *_: self.scheduler.mail.put(self.reload_soon))
-        os.register_at_fork(after_in_child=lambda: [    # our signals are not those of a job's child
-            signal.signal(number, signal.SIG_DFL)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
+        os.register_at_fork(after_in_child=self.leave_child)
+        signal.signal(signal.SIGHUP, self.on_signal)
+        self.listen()
         self.jobs = make_jobs(self.config.jobs)
-        self.planned = {planned.name: planned for planned in self.config.jobs}
-        self.files = self.module_files()
-        for number, end in ((signal.SIGTERM, self.scheduler.stop),
-                            (signal.SIGINT, self.scheduler.interrupt)):
-            signal.signal(number, lambda *_, end=end: self.scheduler.mail.put(end))
-        self.server = self.listen()
-        self.missed = [name for name, planned in sorted(self.planned.items())
-                       if self.memory.missed(planned, time.time())]
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+        now = time.time()
+        for planned in self.config.jobs:
+            missed = self.memory.missed(planned, now)
+            task = self.scheduler.add(self.task(planned, missed))
+            if missed and planned.config.catch_up:
+                self.missed.append(f'{task.name} (made up for now)')
+            elif missed:
+                self.missed.append(task.name)
         self.memory.plan(self.config.jobs)
-        for name in self.jobs:
-            self.scheduler.add(self.task(name, name in self.missed))
 
-    def serve(self) -> int:
-        """Run jobs on schedule until a signal comes; return the exit status."""
-        warn_of_risks(self.config, self.told)
-        self.log.info('started with %d job%s: %s', len(self.jobs), 's'[:len(self.jobs) != 1],
-                      ', '.join(sorted(self.jobs)) or 'none is active')
-        if self.missed:
-            self.log.info('missed while torque was not running: %s', ', '.join(
-                name + ' (made up for now)' * bool(self.planned[name].config.catch_up)
-                for name in self.missed))
-        systemd_notify('READY=1')
-        self.scheduler.serve()
-        systemd_notify('STOPPING=1')
-        hung = self.finish()
+    def leave_child(self) -> None:
+        """Let a process that a job forks have none of what is the daemon's."""
+        os.close(self.pid_file.file)
         if self.server:
             self.server.close()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
+        if number == signal.SIGHUP:
+            self.scheduler.call_soon(self.reload)
+            return
+        hurry = self.stopping and number == signal.SIGINT
+        self.stopping = True
+        self.scheduler.call_soon(functools.partial(self.scheduler.stop, hurry))
+
+    def task(self, planned: PlannedJob, missed: bool) -> Task:
+        """Return the task of a job; missed: it was due while torque did not run."""
+        job = self.jobs[planned.name]
+        config = planned.config
+        run = job.run
+        if not config.dry_run:
+            run = functools.partial(self.run_job, planned, job)
+        task = Task(planned.name, planned.schedule, run, config.max_runtime)
+        task.log.setLevel((config.log_level or 'NOTSET').upper())
+        task.at_start = getattr(job, 'at_start', False) or (missed and config.catch_up)
+        return task
+
+    def run_job(self, planned: PlannedJob, job: Any) -> None:
+        """Run a job, and tell monitor and memory of it; in the thread of that job."""
+        self.memory.started(planned)
+        self.ping(planned, '/start')
+        try:
+            job.run()
+        except BaseException as error:
+            self.ping(planned, '/fail', f'{type(error).__name__}: {error_text(error)}')
+            raise
+        self.ping(planned, '')
+
+    def ping(self, planned: PlannedJob, way: str, text: str = '') -> None:
+        """Tell the monitor of a job, if it has one."""
+        url = self.config.torque.ping_url
+        if 'ping_url' in planned.source:
+            url = planned.config.ping_url
+        if not url or os.getpid() != self.pid:
+            return
+        base, mark, query = url.partition('?')
+        url = base.rstrip('/') + way + mark + query
+        self.pinger.send(url, scrubbed(text[:10000]))
+
+    def serve(self, verb: str) -> None:
+        """Run jobs on schedule until a signal comes, and end the process."""
+        warn_of(list_risks(self.config, self.jobs.values()))
+        noun = 'jobs'
+        if len(self.jobs) == 1:
+            noun = 'job'
+        names = ', '.join(sorted(self.jobs)) or 'none is active'
+        self.log.info('%s with %d %s: %s', verb, len(self.jobs), noun, names)
+        if self.missed:
+            names = ', '.join(sorted(self.missed))
+            self.log.info('missed while torque was not running: %s', names)
+        self.starting = False
+        systemd_notify('READY=1')
+        self.scheduler.serve(self.look_after_pid_file)
+        if not self.reloading:
+            systemd_notify('STOPPING=1')
+        hung = ', '.join(self.finish())
+        if self.reloading and not self.stopping:
+            self.start_over(hung)
+        if self.exit_status != EXIT_RUNNING:    # then it is another daemon's socket by now
             with contextlib.suppress(OSError):
                 os.remove(self.pid_file.socket)
-        self.log.info('stopped%s', f"; still running: {', '.join(sorted(hung))}" if hung else '')
         if hung:
-            Command.end_all()
-        end_process(EXIT_OK, bool(hung))
-        return EXIT_OK
+            hung = '; still running: ' + hung
+        self.log.info('stopped%s', hung)
+        end_process(self.exit_status)
 
-    def finish(self) -> set[str]:
-        """Let runs in progress end, clean up; return the names of those that still run."""
-        self.scheduler.tasks.update(self.leaving)
-        end, running = elapsed_time() + self.options.grace, self.scheduler.running()
+    def finish(self) -> list[str]:
+        """Let runs in progress end, clean up; return the names of jobs that still run."""
+        grace = self.config.torque.grace
+        end = elapsed_time() + grace
+        if self.checker:
+            self.checker.kill()
+        running = self.scheduler.running()
         if running:
-            self.log.info('stopping; %s may run for %g s more',
-                          ', '.join(task.name for task in running), self.options.grace)
-        hung = {task.name for task in self.scheduler.finish(self.options.grace)}
-        for task in list(self.leaving.values()):
-            if task.after_end and task.running_since is None:
-                task.after_end()
-        for name, job in self.jobs.items():
-            if name not in hung or name in self.leaving:        # one that waits has never run
-                self.clean_up(name, job)
+            names = ', '.join(task.name for task in running)
+            self.log.info('stopping; %s may run for %g s more', names, grace)
+        hung = {task.name for task in self.scheduler.finish(grace)}
+        for name in hung:
+            if hasattr(self.jobs[name], 'end_run'):
+                self.jobs[name].end_run()
         end = max(end, elapsed_time() + 0.8)
-        for thread in self.cleaning:
-            thread.join(max(end - elapsed_time(), 0))
-        hung.update(thread.name for thread in self.cleaning if thread.is_alive())
-        end = min(end, elapsed_time() + 3)      # a deaf monitor is not waited for longer
+        hung |= self.clean_up(self.jobs.keys() - hung, end)
+        # A deaf monitor is not waited for longer.
+        end = min(end, elapsed_time() + 3)
         while self.pinger.busy() and elapsed_time() < end:
             time.sleep(0.01)
         self.memory.save(0.5)
-        return hung
+        return sorted(hung)
 
-    def clean_up(self, name: str, job: Any, then: Callable[[], Any] = lambda: None) -> None:
-        """Clean up after a job in a thread: it may take long, or for ever."""
-        def work() -> None:
-            clean_up(name, job)
-            then()
-        thread = in_thread(work, here=True)
-        if thread:
-            thread.name = name
-            self.cleaning = [*filter(threading.Thread.is_alive, self.cleaning), thread]
+    def clean_up(self, names: Iterable[str], end: float) -> set[str]:
+        """Have jobs clean up, until then; return the names of those that still do."""
+        threads = {}
+        for name in names:
+            # Each has a thread of its own, because it may take for ever.
+            thread = in_thread(clean_up, name, self.jobs[name])
+            if thread is None:
+                clean_up(name, self.jobs[name])
+            else:
+                threads[name] = thread
+        for thread in threads.values():
+            thread.join(max(end - elapsed_time(), 0))
+        return {name for name, thread in threads.items() if thread.is_alive()}
 
-    def task(self, name: str, missed: bool = False) -> Task:
-        """Return a task for a job; missed: it was due while torque was not running."""
-        planned, job = self.planned[name], self.jobs[name]
-        config, log = planned.config, logging.getLogger('torque.' + name)
-        log.setLevel(config.log_level.upper() if config.log_level else logging.NOTSET)
-        at_start = bool(getattr(job, 'at_start', False) or missed and config.catch_up)
+    def look_after_pid_file(self) -> None:
+        """Make pid file and socket again where somebody removed them; end for another daemon."""
+        if elapsed_time() < self.looked_at + PID_FILE_PAUSE:
+            return
+        self.looked_at = elapsed_time()
+        try:
+            ours = self.pid_file.keep()
+        except UserError as error:
+            if self.repeats.seen(str(error), elapsed_time()):
+                self.log.warning('%s', error)
+            return
+        if not ours:
+            self.log.error('another torque has %s by now: this one ends', self.pid_file.path)
+            self.exit_status = EXIT_RUNNING
+            self.stopping = True
+            self.scheduler.stop()
+        elif not os.path.exists(self.pid_file.socket):
+            self.listen()
 
-        def ping(way: str, text: str = '') -> None:
-            own = config.ping_url if 'ping_url' in planned.source else self.options.ping_url
-            url, mark, query = (own or '').partition('?')
-            if url:
-                self.pinger.send(url.rstrip('/') + way + mark + query, scrubbed(text)[:10000])
+    def reload(self) -> None:
+        """Have the files checked, by a child, and start over if there are no mistakes in them."""
+        if self.reloading:
+            return
+        self.reloading = True
+        systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        if not in_thread(self.check_files):
+            self.refuse(['there can be no thread for it'])
 
-        def run() -> None:
-            """Run the job, and tell monitor and memory of it."""
-            self.memory.started(planned)
-            ping('/start')
-            try:
-                job.run()
-            except BaseException as error:
-                ping('/fail', f'{type(error).__name__}: {error_text(error)}')
-                raise
-            ping('')
-        return Task(name, planned.schedule, job.run if config.dry_run else run,
-                    config.max_runtime, log, at_start)
+    def check_files(self) -> None:
+        """Have the main thread do what the check of the files calls for; a thread."""
+        mistakes = self.find_mistakes()
+        if mistakes:
+            self.scheduler.call_soon(functools.partial(self.refuse, mistakes))
+        else:
+            self.scheduler.call_soon(self.scheduler.stop)
 
-    @staticmethod
-    def module_files() -> dict[str, int]:
-        """Return when the files of modules that are not Python's own were changed."""
-        own, files = os.path.dirname(os.__file__), {}
-        for module in list(sys.modules.values()):
-            file = getattr(module, '__file__', None) or own
-            with contextlib.suppress(OSError):
-                files[file] = 0 if file.startswith(own) else os.stat(file).st_mtime_ns
-        return files
+    def find_mistakes(self) -> list[str]:
+        """Return what a new program has to say against the files as they are now."""
+        import subprocess
+        # A new process has no module in memory: torque.py and those of jobs are read as they are.
+        words = [*interpreter(), __file__, *sys.argv[1:], '--check-files']
+        try:
+            self.checker = subprocess.Popen(
+                words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE)
+            told = self.checker.communicate(timeout=CHECK_TIMEOUT)[1]
+        except OSError as error:
+            return [f'the files cannot be checked: {error.strerror}']
+        except subprocess.TimeoutExpired:
+            self.checker.kill()
+            return [f'the check of the files took longer than {CHECK_TIMEOUT} s']
+        lines = told.decode('utf-8', 'replace').splitlines()
+        status = self.checker.returncode
+        if status == EXIT_OK:
+            return []
+        if status in (EXIT_CONFIG, EXIT_USAGE):
+            return lines
+        last = ' '.join(lines[-1:])             # of a traceback
+        return [f'torque.py ended with status {status}: {last}']
 
-    def reload_soon(self) -> None:
-        """Reload in a thread of its own: it may take long to make jobs."""
-        if not in_thread(self.reload):
-            self.log.error('not reloaded: there can be no thread for it')
-
-    def reload(self) -> dict[str, list[str]]:
-        """Read the configuration again and swap jobs; return mistakes, which kept the old."""
-        mistakes, notes = ['an earlier reload is not at its end'], []
-        if self.reloading.acquire(timeout=STATUS_TIMEOUT):
-            try:
-                systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
-                mistakes, changed = self.load_and_swap()
-                notes = [f'{name} has changed: that needs a restart' for name in changed]
-            finally:
-                systemd_notify('READY=1')
-                self.reloading.release()
+    def refuse(self, mistakes: list[str]) -> None:
+        """Go on as before, for there are mistakes in the files."""
+        self.mistakes = mistakes
+        self.refusals += 1
+        self.reloading = False
         for line in mistakes:
             self.log.error('not reloaded: %s', line)
-        for line in notes:
-            self.log.warning('%s', line)
-        return {'mistakes': mistakes, 'notes': notes}
+        systemd_notify('READY=1')
 
-    def load_and_swap(self) -> tuple[list[str], list[str]]:
-        """Return mistakes, and what has changed that cannot be swapped: modules, settings."""
-        before, loaded = self.config.snapshot(), Config()
-        loaded.former = self.config.engines
-        mistakes: list[str] = []
-        try:
-            self.load_again(loaded)
-            self.config.restore(loaded.snapshot())      # what jobs see while they are made
-            made = make_jobs(job for job in self.config.jobs if not self.is_same(job))
-        except Exception as error:
-            self.config.restore(before)
-            mistakes = error.lines if isinstance(error, Mistakes) else [
-                str(error) if isinstance(error, UserError) else origin(error)]
-        changed = [file for file, stamp in self.module_files().items()
-                   if self.files.setdefault(file, stamp) != stamp]
-        if not mistakes:
-            changed += [name for name in ('state_dir', 'pid_file', 'log_file')
-                        if self.config.torque[name] != self.options[name]]
-            swapped = threading.Event()
-
-            def in_main_thread() -> None:
-                """Swap, and let the wait here end whatever comes of that."""
-                try:
-                    self.swap(made)
-                except Exception as error:
-                    mistakes.append(origin(error))
-                swapped.set()
-            self.scheduler.mail.put(in_main_thread)
-            swapped.wait()
-            warn_of_risks(self.config, self.told)
-            self.memory.plan(self.planned.values())
-        return mistakes, changed
-
-    def is_same(self, job: PlannedJob) -> bool:
-        """Tell whether a job is planned as it runs already."""
-        old = self.planned.get(job.name)
-        return old is not None and old.source == job.source \
-            and old.config.engine is job.config.engine
-
-    def swap(self, made: dict[str, Any]) -> None:
-        """Take out jobs that are gone or changed, put in those that are new or changed."""
-        if self.scheduler.stopping:
-            for name, job in made.items():
-                self.clean_up(name, job)
+    def start_over(self, hung: str) -> None:
+        """Become a new torque: same process, same lock, everything else from the disk."""
+        if hung:
+            self.log.warning('cut short by the reload: %s', hung)
+        # Until the new program has its handlers, SIGHUP would end it; ignored it stays ignored.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if self.stopping:
+            # SIGTERM came just now, in the last moment when it is noticed.
             return
-        self.options = self.config.torque
-        for engine in self.config.engines.values():
-            engine.aliases = self.config.aliases
-        self.planned = {job.name: job for job in self.config.jobs}
-        for name in [name for name in self.jobs if name in made or name not in self.planned]:
-            self.retire(name)
-        self.jobs.update(made)
-        for name in made:
-            if name not in self.leaving:
-                self.scheduler.add(self.task(name))
-        self.log.info('reloaded: %d jobs, %d of them new or changed', len(self.planned), len(made))
-
-    def retire(self, name: str) -> None:
-        """Take a job out; after its run and cleanup one of the same name may begin."""
-        job = self.jobs.pop(name)
-        if name in self.leaving:                # it was still waiting for that
-            self.clean_up(name, job)
-            return
-        task = self.leaving[name] = self.scheduler.remove(name)
-
-        def gone() -> None:
-            del self.leaving[name]
-            if name in self.jobs:
-                self.scheduler.add(self.task(name))
-
-        def over() -> None:
-            if task.after_end:                  # once only, however the run and this race
-                task.after_end = None
-                self.clean_up(name, job, lambda: self.scheduler.mail.put(gone))
-        task.after_end = over
-        if task.running_since is None:
-            over()
-
-    def listen(self) -> socket.socket | None:
-        """Open the socket for questions, served by a thread of its own."""
-        server = socket.socket(socket.AF_UNIX)
         try:
+            os.chdir(self.folder)
+            os.set_inheritable(self.pid_file.file, True)
+            os.environ[LOCK] = str(self.pid_file.file)
+            words = [*interpreter(), __file__, *sys.argv[1:]]
+            # All threads end here, and all that is open is closed, but for the lock.
+            logging.shutdown()
+            os.execv(words[0], words)
+        except OSError as error:
+            self.log.error('cannot start over: %s', error)
+            self.exit_status = EXIT_FAILED
+
+    def listen(self) -> None:
+        """Open the socket that tells the status, served by a thread of its own."""
+        if self.server:
+            with contextlib.suppress(OSError):
+                # This ends accept() in the thread of the socket.
+                self.server.shutdown(socket.SHUT_RDWR)
+            self.server.close()
+        self.server = socket.socket(socket.AF_UNIX)
+        try:
+            # Linux makes the socket's file with the mode of the descriptor: at no moment can
+            # anybody else connect.
+            os.fchmod(self.server.fileno(), 0o600)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.pid_file.socket)
-            mask = os.umask(0o177)
-            try:
-                with short_path(self.pid_file.socket) as path:
-                    server.bind(path)
-            finally:
-                os.umask(mask)
-            server.listen(5)
-            os.register_at_fork(after_in_child=server.close)
-            threading.Thread(target=self.answer, args=(server,), daemon=True).start()
-        except (OSError, RuntimeError) as error:
-            server.close()
+            self.server.bind(self.pid_file.socket)
+            self.server.listen(5)
+        except OSError as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
-            return None
-        return server
+            return
+        if not in_thread(self.answer, self.server):
+            # It is made again when the pid file is looked after.
+            os.remove(self.pid_file.socket)
 
     def answer(self, server: socket.socket) -> None:
-        """Accept questions; a thread."""
+        """Tell the status to whoever connects, one after another; a thread."""
         while server.fileno() >= 0:
             try:
-                reply = functools.partial(self.reply, server.accept()[0])
-            except OSError:                     # closed, or no more open files
+                sock, _ = server.accept()
+            except OSError:
+                # The socket is closed, or there can be no more open files.
                 time.sleep(0.5)
-            else:
-                in_thread(reply, here=True)
-
-    def reply(self, sock: socket.socket) -> None:
-        """Answer a question."""
-        with contextlib.suppress(Exception), sock:
-            try:
-                sock.settimeout(STATUS_TIMEOUT)
-                answer = {b'status': self.status, b'reload': self.reload}[sock.recv(100).strip()]
-                sock.sendall(json.dumps(answer()).encode())
-            finally:            # close alone is no end while a child that a job forked has a copy
+                continue
+            with contextlib.suppress(Exception), sock:
+                # Who does not read is not waited for: the next may be a person.
+                sock.settimeout(2)
+                sock.sendall(json.dumps(self.status()).encode())
+                # Closing is no end while a child that a job has just forked has a copy.
                 sock.shutdown(socket.SHUT_RDWR)
 
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
-        up = elapsed_time()
-        uptime, tasks = up - self.began, {**self.leaving, **self.scheduler.tasks}
-        engines = [{'address': engine.address.where,
-                    'version': '/'.join(engine.versions) if any(engine.versions) else None,
-                    'away_for': None if engine.gone_since is None else up - engine.gone_since}
-                   for engine in list(self.config.engines.values())]
-        jobs = [{'name': task.name, 'state': 'overdue' if task.overdue else
-                 'leaving' if task.removed else
-                 'running' if task.running_since is not None else 'idle',
-                 **{name: getattr(task, name) for name in (
-                     'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed')},
-                 'last_error': task.last_error and scrubbed(task.last_error),
-                 'next_run': None if task.removed else self.scheduler.next_run(task)}
-                for _, task in sorted(tasks.items())]
-        return {'pid': os.getpid(), 'version': VERSION, 'config': self.path,
-            'started': time.time() - uptime, 'uptime': uptime, 'grace': self.options.grace,
-            'stopping': self.scheduler.stopping,
-            'log_file': next((log.baseFilename for log in logging.getLogger('torque').handlers
-                              if isinstance(log, logging.FileHandler)), None),
-            'rtorrent': engines, 'jobs': jobs}
+        log_file = None
+        for handler in logging.getLogger('torque').handlers:
+            log_file = getattr(handler, 'baseFilename', None)
+        status = {name: getattr(self, name) for name in self.TOLD}
+        status['version'] = VERSION
+        status['config'] = self.path
+        status['log_file'] = log_file
+        status['uptime'] = elapsed_time() - self.began
+        status['grace'] = self.config.torque.grace
+        engines = self.config.engines.values()
+        status['rtorrent'] = [engine_status(engine) for engine in engines]
+        status['jobs'] = []
+        for name in sorted(self.scheduler.tasks):
+            task = self.scheduler.tasks[name]
+            job = task_status(task)
+            job['next_run'] = self.scheduler.next_run(task)
+            status['jobs'].append(job)
+        return status
+
+
+def engine_status(engine: Engine) -> dict:
+    """Return the state of an rTorrent, for --status."""
+    version = None
+    if any(engine.versions):
+        version = '/'.join(engine.versions)
+    away_for = None
+    if engine.gone_since is not None:
+        away_for = elapsed_time() - engine.gone_since
+    return {'address': engine.address.where, 'version': version, 'away_for': away_for}
+
+
+def task_status(task: Task) -> dict:
+    """Return the state of a job, for --status."""
+    status = {name: getattr(task, name) for name in task.TOLD}
+    status['state'] = 'idle'
+    if task.overdue:
+        status['state'] = 'overdue'
+    elif task.running_since is not None:
+        status['state'] = 'running'
+    if task.last_error:
+        status['last_error'] = scrubbed(task.last_error)
+    return status
 
 
 def print_table(rows: list[tuple]) -> None:
-    """Print rows of text in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    """Print rows in columns."""
+    shown = [[one_line(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    for row in shown:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print('  '.join(cells).rstrip())
+
+
+def show_moment(moment: float | None) -> str:
+    """Return Unix seconds as month, day and time."""
+    if moment is None:
+        return '-'
+    return time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
 
 
 def print_status(status: dict) -> None:
     """Print a daemon's status as a table."""
-    def when(moment: float | None) -> str:
-        return '-' if moment is None else time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
-    print(f"torque {status['version']}, pid {status['pid']}, up "
-          f"{show_duration(status['uptime'])}{', stopping' * status['stopping']}, "
-          f"{status['config']}"
-          + (f", log {status['log_file']}" if status['log_file'] else ''))
+    up = show_duration(status['uptime'])
+    parts = [f"torque {status['version']}", f"pid {status['pid']}", f'up {up}']
+    for word in ('reloading', 'stopping'):
+        if status[word]:
+            parts.append(word)
+    parts.append(status['config'])
+    if status['log_file']:
+        parts.append(f"log {status['log_file']}")
+    print(one_line(', '.join(parts)))
     for engine in status['rtorrent']:
-        print(f"rTorrent {engine['version'] or ''}".rstrip() + f" at {engine['address']}: " + (
-            f"has not answered for {show_duration(engine['away_for'])}"
-            if engine['away_for'] is not None else
-            'answers' if engine['version'] else 'not asked yet'))
-    print_table([('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED', 'NEXT RUN',
-                  'LAST ERROR')] + [
-        (job['name'], job['state'] + ('' if job['running_since'] is None else
-                                      f" since {when(job['running_since'])}"),
-         when(job['last_start']), '-' if job['last_duration'] is None else
-         show_duration(job['last_duration']), str(job['runs']), str(job['failures']),
-         str(job['missed']), when(job['next_run']), one_line(job['last_error'] or '-')[:100])
-        for job in status['jobs']])
+        print(one_line(engine_line(**engine)))
+    rows: list[tuple] = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED',
+                          'NEXT RUN', 'LAST ERROR')]
+    for job in status['jobs']:
+        rows.append(job_row(job))
+    print_table(rows)
 
 
-def detach() -> Callable[[int], None]:
-    """Go into the background; return what is to be called with the exit status of the start.
+def engine_line(address: str, version: str | None, away_for: float | None) -> str:
+    """Return a line about an rTorrent."""
+    if away_for is not None:
+        state = f'has not answered for {show_duration(away_for)}'
+    elif version:
+        state = 'answers'
+    else:
+        state = 'not asked yet'
+    name = f"rTorrent {version or ''}".rstrip()
+    return f'{name} at {address}: {state}'
+
+
+def job_row(job: dict) -> tuple:
+    """Return the row of a job in the table of --status."""
+    state = job['state']
+    if job['running_since'] is not None:
+        state += f" since {show_moment(job['running_since'])}"
+    took = '-'
+    if job['last_duration'] is not None:
+        took = show_duration(job['last_duration'])
+    last_start = show_moment(job['last_start'])
+    next_run = show_moment(job['next_run'])
+    last_error = one_line(job['last_error'] or '-')[:100]
+    return (job['name'], state, last_start, took, job['runs'], job['failures'], job['missed'],
+            next_run, last_error)
+
+
+def detach() -> int:
+    """Go into the background; return the descriptor that report_start() writes to.
 
     The process that was started waits for that, so that what goes wrong at the start still
     reaches the terminal.
@@ -7935,45 +8281,53 @@ def detach() -> Callable[[int], None]:
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        text = os.read(reader, 16)      # not to its end: a child may have it open
-        os._exit(int(text) if text.isdigit() else EXIT_FAILED)
+        # It is not read to its end, because a child of a job may have it open.
+        text = os.read(reader, 16)
+        if not text:
+            os._exit(EXIT_FAILED)
+        os._exit(int(text))
     os.close(reader)
     os.setsid()
+    # Without a second fork, a terminal that is opened later could become that of the daemon.
     if os.fork():
         os._exit(EXIT_OK)
+    return writer
 
-    def started(status: int) -> None:
-        """Let the first process end with that status; close the terminal's streams when up."""
-        if status == EXIT_OK:
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.close(null)
-        with contextlib.suppress(OSError):      # it may have been interrupted
-            os.write(writer, str(status).encode())
-        os.close(writer)
-    return started
+
+def report_start(writer: int, status: int) -> None:
+    """Let the process that waits end with that status; leave the terminal when all is well."""
+    if status == EXIT_OK:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+    with contextlib.suppress(OSError):
+        # The first process may have been interrupted.
+        os.write(writer, str(status).encode())
+    os.close(writer)
 
 
 # --- Command line ----------------------------------------------------------------------------
-# Arguments enter, an exit status leaves. Here alone are signals, the log's form and the
-# end of the process. Signal handlers only put a function into the scheduler's mail.
-
+# Arguments enter, an exit status leaves. Here alone are the log's form and the end of the
+# process; all of it runs in the main thread.
 
 class LogFormat(logging.Formatter):
     """A line a record: control characters in a message are escaped, tracebacks follow below."""
 
     def __init__(self, with_time: bool):
-        super().__init__(('%(asctime)s ' if with_time else '') + '%(levelname)s %(job)s: %(text)s',
-                         '%Y-%m-%d %H:%M:%S')
+        form = '%(levelname)s %(job)s: %(text)s'
+        if with_time:
+            form = '%(asctime)s ' + form
+        super().__init__(form, '%Y-%m-%d %H:%M:%S')
 
     def format(self, record: logging.LogRecord) -> str:
-        record.job = record.name.partition('.')[2] or record.name
+        record.job = one_line(record.name.partition('.')[2] or record.name)
         record.text = scrubbed(one_line(record.getMessage()))
         return super().format(record)
 
     def formatException(self, ei: Any) -> str:
-        return scrubbed(super().formatException(ei).translate({**CONTROL, 10: '\n'}))
+        lines = super().formatException(ei).split('\n')
+        return scrubbed('\n'.join(map(one_line, lines)))
 
 
 def stderr_is_journal() -> bool:
@@ -7985,43 +8339,33 @@ def stderr_is_journal() -> bool:
     return os.environ.get('JOURNAL_STREAM') == f'{stream.st_dev}:{stream.st_ino}'
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """A log of 10 MiB and five older ones; begun anew when somebody moves it away."""
+def log_file_handler(path: str) -> logging.Handler:
+    """Return what writes the log to a private file: 10 MiB, and five older ones."""
+    from logging.handlers import RotatingFileHandler
 
-    def __init__(self, path: str):
-        super().__init__(path, maxBytes=10 << 20, backupCount=5, encoding='utf-8')
+    class LogFile(RotatingFileHandler):
+        def _open(self) -> Any:
+            return open(self.baseFilename, 'a', encoding='utf-8',
+                        opener=lambda path, flags: os.open(path, flags, 0o600))
 
-    def _open(self) -> Any:
-        return open(self.baseFilename, self.mode, encoding=self.encoding,
-                    opener=lambda path, flags: os.open(path, flags, 0o600))
-
-    def doRollover(self) -> None:
-        """Go on in the same file, opened again by emit(), where its folder cannot be written."""
-        with contextlib.suppress(OSError):
-            super().doRollover()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write to the file that now has the name."""
-        try:
-            same = os.path.samestat(os.stat(self.baseFilename),
-                                    os.fstat(self.stream.fileno()))     # type: ignore[union-attr]
-        except (OSError, ValueError, AttributeError):   # gone, or a full disk has closed it
-            same = False
-        if not same:
-            with contextlib.suppress(OSError, ValueError):
-                self.close()                    # emit() opens it again
+        def doRollover(self) -> None:
+            """Go on in the same file where its folder cannot be written."""
             with contextlib.suppress(OSError):
-                os.makedirs(os.path.dirname(self.baseFilename), mode=0o700, exist_ok=True)
-        super().emit(record)
+                super().doRollover()
+
+    try:
+        return LogFile(os.path.expanduser(path), maxBytes=10 << 20, backupCount=5)
+    except OSError as error:
+        raise UserError(f'log file {path}: {error.strerror}') from None
 
 
 def set_up_log(level: int, log_file: str | None) -> None:
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
-    logging.raiseExceptions = False             # a closed stderr must not end anything
-    try:
-        handler = LogFile(os.path.expanduser(log_file)) if log_file else logging.StreamHandler()
-    except OSError as error:
-        raise UserError(f'log file {log_file}: {error.strerror}') from None
+    # A closed stderr must not end anything.
+    logging.raiseExceptions = False
+    handler: logging.Handler = logging.StreamHandler()
+    if log_file:
+        handler = log_file_handler(log_file)
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
     root = logging.getLogger('torque')
     root.handlers[:] = [handler]
@@ -8032,8 +8376,8 @@ def set_up_log(level: int, log_file: str | None) -> None:
 def find_ini() -> str:
     """Return the first configuration file that exists in the usual places."""
     base = os.environ.get('XDG_CONFIG_HOME') or '~/.config'
-    places = [os.path.expanduser(place) for place in (
-        'torque.ini', f'{base}/torque/torque.ini', '~/.pyroscope/torque.ini')]
+    places = ['torque.ini', f'{base}/torque/torque.ini', '~/.pyroscope/torque.ini']
+    places = [os.path.expanduser(place) for place in places]
     for place in places:
         if os.path.isfile(place):
             return place
@@ -8044,125 +8388,174 @@ def find_ini() -> str:
 
 def run_once(config: Config) -> int:
     """Run the one planned job now, in the foreground."""
-    import signal
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     planned, = config.jobs
     job = make_jobs(config.jobs)[planned.name]
-    task = Task(planned.name, planned.schedule, job.run)
+
+    def run() -> None:
+        try:
+            job.run()
+        except KeyboardInterrupt:
+            raise LoggableError('interrupted') from None
+    task = Task(planned.name, planned.schedule, run)
     task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
     try:
-        task.run()
-        return EXIT_OK
-    except KeyboardInterrupt:
-        task.log.warning('interrupted')
-    except BaseException as error:
-        task.failed(error, elapsed_time())
-        if getattr(error, 'told', False):
-            task.log.error('failed: %s', error)
+        if task.attempt():
+            return EXIT_OK
+        if not task.failing_told:
+            # The log has another line on it, as where rTorrent is away.
+            task.log.error('failed: %s', task.last_error)
     finally:
         clean_up(planned.name, job)
     return EXIT_FAILED
+
+
+def next_runs(schedule: Schedule, now: float) -> str:
+    """Return the next three due times of a schedule, as text."""
+    due: float | None = now
+    if isinstance(schedule, Interval):
+        # Intervals count from the start of torque, which would be now.
+        schedule.start = now
+        due = now - 0.001
+    dates: list[str] = []
+    while due is not None and len(dates) < 3:
+        due = schedule.next(due)
+        if due is not None:
+            dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
+    return ', '.join(dates)
 
 
 def check(config: Config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     now = time.time()
     rows = [('JOB', 'HANDLER', 'SCHEDULE', 'NEXT RUNS')]
-    make_jobs(config.jobs)
+    jobs = make_jobs(config.jobs)
     for planned in config.jobs:
-        due: float | None = now
-        dates: list[str] = []
-        if isinstance(planned.schedule, Interval):
-            planned.schedule.start, due = now, now - 0.001
-        while due is not None and len(dates) < 3:
-            due = planned.schedule.next(due)
-            if due is not None:
-                dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
         rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
-                     ', '.join(dates)))
+                     next_runs(planned.schedule, now)))
     print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
             engine.open()
-            print(f"{engine.address.where}: rTorrent {'/'.join(engine.versions)} answers")
+            versions = one_line('/'.join(engine.versions))
+            print(f'{engine.address.where}: rTorrent {versions} answers')
         except RpcError as error:
             if not error.told:
                 logging.getLogger('torque.engine').warning('%s', error)
     for planned in config.jobs:
-        view, engine = planned.config.view or planned.config.viewname, planned.config.engine
+        view = planned.config.view or planned.config.viewname
+        engine = planned.config.engine
         if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
-    warn_of_risks(config, {AS_ROOT})
+    warn_of(text for text in list_risks(config, jobs.values()) if text != AS_ROOT)
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
 
 def explain(config: Config, path: str) -> int:
-    """Print what every TreeWatch would do with a metafile."""
-    lines = [f'{name}: {line}' for name, job in make_jobs(config.jobs).items()
-             if isinstance(job, TreeWatch) for line in job.explain(path)]
-    print('\n'.join(map(one_line, lines)) or 'no TreeWatch job is active')
-    failed = not lines or any(' is not loaded: ' in line for line in lines)
-    return EXIT_FAILED if failed else EXIT_OK
+    """Print what every job that can tell would do with a metafile."""
+    lines = []
+    for name, job in make_jobs(config.jobs).items():
+        if hasattr(job, 'explain'):
+            lines += [one_line(f'{name}: {line}') for line in job.explain(path)]
+    print('\n'.join(lines) or 'no TreeWatch job is active')
+    if not lines or any(' is not loaded: ' in line for line in lines):
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
-    tables: dict = {f"torque:{job.__name__}\n    {(job.__doc__ or '').splitlines()[0]}":
-                    job.options for job in BUILT_IN}
-    for title, options in {**tables, 'any job': CORE_OPTIONS, '[TORQUE]': TORQUE_OPTIONS}.items():
+    tables = {}
+    for job in BUILT_IN:
+        summary = (job.__doc__ or '').splitlines()[0]
+        tables[f'torque:{job.__name__}\n    {summary}'] = job.options
+    tables['any job'] = CORE_OPTIONS
+    tables['[TORQUE]'] = TORQUE_OPTIONS
+    for title, options in tables.items():
         print(title)
         for option in options:
-            also = f' (or {option.alias})' if option.alias else ''
-            print(f'    {option.name:<23} {option.kind:<7} {option.help}{also}'
-                  + (f' [{option.default}]' if option.default != '' else ''))
+            line = f'    {option.name:<23} {option.kind:<7} {option.help}'
+            if option.alias:
+                line += f' (or {option.alias})'
+            if option.default != '':
+                line += f' [{option.default}]'
+            print(line)
         print()
     return EXIT_OK
 
 
 def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     """Return the pid file that goes with a configuration, and the time that an end may take."""
-    try:
+    options = Settings()
+    with contextlib.suppress(UserError):
+        # The file may be broken or gone by now.
         options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
                           '', [])
-    except UserError:                           # it may be broken or gone by now
-        options = Settings()
-    folder = beside(path, options.state_dir) or default_state_dir(path)
     name = arguments.pid_file or beside(path, options.pid_file)
-    return PidFile(os.path.abspath(name or os.path.join(folder, 'torque.pid'))), \
-        (options.grace or 10) + 20
+    if not name:
+        folder = beside(path, options.state_dir) or default_state_dir(path)
+        name = os.path.join(folder, 'torque.pid')
+    return PidFile(os.path.abspath(name)), (options.grace or 10) + 20
+
+
+def reload(daemon: PidFile) -> int:
+    """Have the daemon reload; return the exit status, when it has."""
+    before = daemon.ask()
+    daemon.signal(signal.SIGHUP)
+    end = time.monotonic() + CHECK_TIMEOUT + before['grace'] + 20
+    while time.monotonic() < end:
+        time.sleep(0.02)
+        if not daemon.is_locked():
+            raise LoggableError('the daemon has ended; its log says why')
+        try:
+            now = daemon.ask()
+        except LoggableError:
+            # The daemon is just starting over.
+            continue
+        if now['started'] != before['started']:
+            if not now['starting']:
+                print('reloaded')
+                return EXIT_OK
+        elif now['refusals'] != before['refusals']:
+            print_error('\n'.join(now['mistakes']))
+            return EXIT_CONFIG
+    raise LoggableError('the daemon has not reloaded in time; its log may say why')
 
 
 def control(arguments: Any, path: str) -> int:
     """Speak with a running daemon; return the exit status."""
     daemon, patience = pid_file(arguments, path)
-    if daemon.holder() is None:
+    if not daemon.is_locked():
         if not arguments.pid_file:
-            read_files(path, ())                # raises where it could have named another
+            # This raises where the file cannot be read, and might name another pid file.
+            read_files(path, ())
         print('{}' if arguments.json else 'torque is not running')
         return EXIT_NOT_RUNNING
     if arguments.stop:
         daemon.stop(patience)
         return EXIT_OK
     if arguments.reload:
-        answer = daemon.ask('reload', RELOAD_TIMEOUT)
-        print('\n'.join(answer['notes'] + (answer['mistakes'] or ['reloaded'])),
-              file=sys.stderr if answer['mistakes'] else sys.stdout)
-        return EXIT_CONFIG if answer['mistakes'] else EXIT_OK
-    status = daemon.ask('status', STATUS_TIMEOUT)
+        return reload(daemon)
+    status = daemon.ask()
     if arguments.json:
         print(json.dumps(status, indent=1))
+    elif status['starting']:
+        print('torque is starting')
     else:
         print_status(status)
-    return EXIT_FAILED if any(job['last_error'] or job['state'] == 'overdue'
-                              for job in status['jobs']) else EXIT_OK
+    for job in status['jobs']:
+        if job['last_error'] or job['state'] == 'overdue':
+            return EXIT_FAILED
+    return EXIT_FAILED if status['starting'] else EXIT_OK
 
 
 def load(config: Config, arguments: Any, path: str) -> None:
     """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config.warnings, config.notes = [], []
+    config.warnings = []
+    config.notes = []
     try:
         config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
@@ -8172,46 +8565,82 @@ def load(config: Config, arguments: Any, path: str) -> None:
             log.info('%s', text)
 
 
-def run_daemon(arguments: Any, path: str, level: int) -> int:
+def background_log(arguments: Any, path: str) -> str:
+    """Return the path of the log of a daemon in the background."""
+    log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
+    if not log_file:
+        log_file = os.path.join(config_ini.state_dir, 'torque.log')
+        with contextlib.suppress(OSError):
+            # What is wrong with the folder, opening the log will say.
+            os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
+    return log_file
+
+
+def check_files(arguments: Any, path: str) -> int:
+    """Check what a reload would read, without making jobs; for the daemon."""
+    load(config_ini, arguments, path)
+    if goes_to_background(arguments):
+        log_file_handler(background_log(arguments, path)).close()
+    pid_file(arguments, path)
+    return EXIT_OK
+
+
+def goes_to_background(arguments: Any) -> bool:
+    """Tell whether a daemon is to leave the terminal."""
+    return not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
+
+
+def start_daemon(arguments: Any, path: str, lock: PidFile, patience: float,
+                 reloaded: bool) -> Daemon | None:
+    """Return a daemon whose jobs are made; None where another one has the lock."""
+    load(config_ini, arguments, path)
+    if reloaded and goes_to_background(arguments):
+        set_up_log(log_level(arguments), background_log(arguments, path))
+    if arguments.restart and not reloaded:
+        # The other is ended only now that the configuration is known to be good.
+        lock.stop(patience)
+    if not lock.keep():
+        if not arguments.cron:
+            pid = lock.read()[1]
+            print_error(f'torque is running already, with pid {pid} ({lock.path})')
+        return None
+    daemon = Daemon(config_ini, lock)
+    daemon.begin()
+    if goes_to_background(arguments) and not reloaded:
+        # The risks are told twice, once on the terminal and once in the log.
+        warn_of(list_risks(config_ini, daemon.jobs.values()))
+        set_up_log(log_level(arguments), background_log(arguments, path))
+    return daemon
+
+
+def run_daemon(arguments: Any, path: str) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
-    background = not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
     lock, patience = pid_file(arguments, path)
-    if arguments.cron and lock.holder() is not None:
-        return EXIT_RUNNING                     # silently, before the file's warnings are repeated
-    full_path = os.path.abspath(path)           # a job may go to another folder
-    started = detach() if background else lambda status: None
+    reloaded = lock.inherit()
+    if arguments.cron and not reloaded and lock.is_locked():
+        return EXIT_RUNNING
+    writer = None
+    if goes_to_background(arguments) and not reloaded:
+        writer = detach()
     status = EXIT_FAILED
+    daemon = None
     try:
-        load(config_ini, arguments, path)
-        if arguments.restart:                   # not before the configuration is known to be good
-            lock.stop(patience)
-        if not lock.acquire():
-            if not arguments.cron:
-                print(f'torque is running already, with pid {lock.holder() or "unknown"} '
-                      f'({lock.path})', file=sys.stderr)
-            status = EXIT_RUNNING
-            return status
-        daemon = Daemon(config_ini, lambda config: load(config, arguments, full_path), lock)
-        daemon.begin()
-        if background:                          # once for the terminal, once for the log
-            warn_of_risks(config_ini, set())
-            log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
-            if not log_file:
-                log_file = config_ini.state_dir + '/torque.log'
-                with contextlib.suppress(OSError):      # what is wrong, the log file tells
-                    os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
-            set_up_log(level, log_file)
-        status = EXIT_OK
-        started(status)
-        return daemon.serve()
+        daemon = start_daemon(arguments, path, lock, patience, reloaded)
+        status = EXIT_OK if daemon else EXIT_RUNNING
     except UserError as error:
-        print(error, file=sys.stderr)
         status = EXIT_CONFIG
-        return status
+        print_error(str(error))
+        if reloaded:
+            # Nobody may see its stderr any more.
+            logging.getLogger('torque.main').error('%s', error)
     finally:
+        if writer is not None:
+            report_start(writer, status)
         if status != EXIT_OK:
-            started(status)
             end_process(status)
+    if daemon:
+        daemon.serve('reloaded' if reloaded else 'started')
+    return status
 
 
 def parse_arguments(words: list[str] | None) -> Any:
@@ -8239,9 +8668,10 @@ def parse_arguments(words: list[str] | None) -> Any:
             (('--restart',), 'end it, if it runs, and start another in the background'),
             (('--status',), 'show the running daemon and its jobs'),
             (('--json',), 'with --status: for programs'),
-            (('--reload',), 'let the running daemon read its configuration again'),
+            (('--reload',), 'check the files, and have the running daemon start over from them'),
             (('--check',), 'check the configuration, show what would run'),
-            (('--list-jobs',), 'show built-in jobs and their options')):
+            (('--list-jobs',), 'show built-in jobs and their options'),
+            (('--check-files',), argparse.SUPPRESS)):
         option(*words_of_option, action='store_true', help=text)
     option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
     option('--explain', metavar='FILE', help='show what each TreeWatch would do with a metafile')
@@ -8252,54 +8682,99 @@ def parse_arguments(words: list[str] | None) -> Any:
     return arguments
 
 
-def obey(arguments: Any) -> int:
+def log_level(arguments: Any) -> int:
+    """Return from which level on the log is shown."""
+    if arguments.check_files:
+        # What is noteworthy the new daemon will say.
+        return logging.CRITICAL
+    if arguments.debug:
+        return TRACE
+    if arguments.verbose:
+        return logging.DEBUG
+    if arguments.quiet:
+        return logging.WARNING
+    return logging.INFO
+
+
+def obey(arguments: Any, from_source: bool) -> int:
     """Do what the command line says; return the exit status."""
-    level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
-        logging.WARNING if arguments.quiet else logging.INFO
-    set_up_log(level, arguments.log_file)
+    others = (arguments.list_jobs, arguments.status, arguments.stop, arguments.reload,
+              arguments.explain, arguments.check, arguments.check_files,
+              arguments.run_once is not None)
+    if from_source and not any(others):
+        run_from_byte_code()
+    set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
         return list_jobs()
     path = arguments.config or find_ini()
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
-    if not (arguments.explain or arguments.check or arguments.run_once is not None):
-        return run_daemon(arguments, path, level)
+    if not any(others):
+        return run_daemon(arguments, path)
+    if arguments.check_files:
+        return check_files(arguments, path)
     load(config_ini, arguments, path)
     if arguments.explain:
         return explain(config_ini, arguments.explain)
-    return check(config_ini) if arguments.check else run_once(config_ini)
+    if arguments.check:
+        return check(config_ini)
+    return run_once(config_ini)
+
+
+def print_error(text: str) -> None:
+    """Print what went wrong; names and answers in it may hold anything."""
+    for line in text.split('\n'):
+        print(one_line(line), file=sys.stderr)
+
+
+def take_place() -> bool:
+    """Make this the module torque, whatever it was started from; tell whether that is source."""
+    # `import torque` in a module of jobs gives this program, not a second copy of it.
+    sys.modules['torque'] = sys.modules[__name__]
+    source = os.environ.pop(SOURCE, '')
+    if source:
+        # Python takes the folder of the byte code for that of the program.
+        if sys.path[-1:] == [os.path.dirname(__file__)]:
+            sys.path[-1] = os.path.dirname(source)
+        sys.argv[0] = source
+    globals()['__file__'] = source or os.path.abspath(__file__)
+    return not source
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
+    from_source = take_place()
     arguments = parse_arguments(words)
-    for stream in (sys.stdout, sys.stderr):             # whatever it can encode: no traceback
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end in a traceback.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors='backslashreplace')       # type: ignore[union-attr]
-    fd = os.open(os.devnull, os.O_RDWR)                 # what of 0 to 2 is closed must not
-    while fd < 3:                                       # become a file of ours
+    # A standard stream that is closed must not become a file of ours.
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
         fd = os.dup(fd)
     os.close(fd)
     try:
-        status = obey(arguments)
+        status = obey(arguments, from_source)
         print(end='', flush=True)
         return status
     except UserError as error:
-        print(error, file=sys.stderr)
+        print_error(str(error))
         return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
     except LoggableError as error:
-        print(error, file=sys.stderr)
+        print_error(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
-    except OSError as error:                            # a full disk; the reader of a pipe is gone
+    except BrokenPipeError:
+        # The reader of a pipe is gone, as with `--list-jobs | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):          # as with `--list-jobs | head`
-            return EXIT_OK
-        print(f'torque: {error}', file=sys.stderr)
+        return EXIT_OK
+    except OSError as error:
+        # As on a full disk.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print_error(f'torque: {error}')
         return EXIT_FAILED
-
 
 if __name__ == '__main__':
     sys.exit(main())
