@@ -2359,7 +2359,7 @@ CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', r
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
-GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,500}\]|.', re.S)
+GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,99}\]|.', re.S)
 JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
 
 
@@ -2843,6 +2843,8 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
 
 
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+AFTER_HEAD = {b'l': 'l', b'd': 'k'}
+AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
@@ -2861,7 +2863,7 @@ def bencoded_end(content: bytes, at: int) -> int:
             inside.pop()
             at += 1
         elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
-            inside.append({b'l': 'l', b'd': 'k'}[head])
+            inside.append(AFTER_HEAD[head])
             at += 1
             continue
         else:
@@ -2870,11 +2872,11 @@ def bencoded_end(content: bytes, at: int) -> int:
             raise ValueError(f'not bencoded: it ends before byte {at}')
         if len(inside) == 1:
             return at
-        inside[-1] = {'k': 'v', 'v': 'k', 'l': 'l'}[inside[-1]]
+        inside[-1] = AFTER_VALUE[inside[-1]]
 
 
 def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Give (start, end) of what is in a list, or of the keys and values of a dictionary."""
+    """Give (start, end) of what is in a list."""
     at += 1
     while content[at:at + 1] != b'e':
         end = bencoded_end(content, at)
@@ -2884,14 +2886,18 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
     """Give (key, start, end) of each value of a dictionary."""
-    items = bencoded_items(content, at)
-    for key_start, _ in items:
-        start, end = next(items)
-        yield bdecode(content, key_start), start, end
+    at += 1
+    while content[at:at + 1] != b'e':
+        key = BENCODED.match(content, at)
+        if not key or not key[2]:
+            raise ValueError(f'not bencoded at byte {at}')
+        start = key.end() + int(key[2])
+        at = bencoded_end(content, start)
+        yield content[key.end():start], start, at
 
 
 def bdecode(content: bytes, at: int = 0) -> Any:
-    """Return a value that bencoded_end() has gone over; text stays bytes.
+    """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
     {b'name': b'a'}
@@ -2950,14 +2956,15 @@ def text_of(content: Any) -> str:
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
     import hashlib
-    bencoded_end(content, 0)
     info_at, info_end, tracker = 0, 0, None
-    if content.startswith(b'd'):
-        for key, start, end in bencoded_members(content, 0):
-            if key == b'announce':
-                tracker = scalar_at(content, start)
-            elif key == b'info' and content[start:start + 1] == b'd':
-                info_at, info_end = start, end
+    if not content.startswith(b'd'):
+        bencoded_end(content, 0)
+        raise ValueError('no `info` in it')
+    for key, start, end in bencoded_members(content, 0):
+        if key == b'announce':
+            tracker = scalar_at(content, start)
+        elif key == b'info' and content[start:start + 1] == b'd':
+            info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
     info, last = {}, b''
