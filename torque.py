@@ -2007,7 +2007,9 @@ TRAITS = {
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
-SECOND_LEVEL = ('co', 'com', 'net', 'org', 'ac', 'gov', 'edu')      # as in example.co.uk
+TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
+# As in example.co.uk.
+SECOND_LEVEL = ['co'], ['com'], ['net'], ['org'], ['ac'], ['gov'], ['edu']
 
 
 class TorrentField(NamedTuple):
@@ -2084,7 +2086,8 @@ def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finis
 
 def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
-    paused = first_number(marks.rpartition('P')[2].partition('R')[0])
+    _, _, last = marks.rpartition('P')
+    paused = first_number(last.partition('R')[0])
     if paused or state or not first_number(tm_started, began):
         return paused
     return first_number(changed)
@@ -2118,14 +2121,14 @@ def percent_done(completed: int, size: int) -> float:
 
 def domain_of(url: str) -> str:
     """Return the registered domain of a tracker's host, or its number."""
-    host = re.sub(r'^\w{1,9}://', '', url).partition('/')[0].rpartition('@')[2]
-    host = re.sub(r':[0-9]{1,5}$', '', host).lower()
+    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
     labels = host.split('.')
     if labels[-1].isdigit() or ':' in host:
         return host
-    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
-        return '.'.join(labels[-3:])
-    return '.'.join(labels[-2:])
+    parts = 2
+    if len(labels[-1]) == 2 and labels[-2:-1] in SECOND_LEVEL:
+        parts = 3
+    return '.'.join(labels[-parts:])
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2170,7 +2173,11 @@ def most_leechers(rows: list) -> int:
 
 def trackers_failed(rows: list) -> int:
     """Return how many enabled trackers have failed since they last answered."""
-    return len([row for row in rows if row[1] and row[4] > row[5]])
+    number = 0
+    for _, enabled, _, _, failed, answered in rows:
+        if enabled and failed > answered:
+            number += 1
+    return number
 
 
 def file_names(rows: list) -> list[str]:
@@ -2185,7 +2192,8 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
     """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        kind = os.path.splitext(path)[1].lstrip('.').lower()
+        _, ending = os.path.splitext(path)
+        kind = ending.lstrip('.').lower()
         if re.fullmatch('r[0-9][0-9]', kind):
             kind = 'rar'
         sizes[kind] += size
@@ -2365,7 +2373,8 @@ JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
 
 def mistake(what: str, text: str, at: int, why: Any) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
-    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    before = ' '.join(text[:at].split())
+    after = ' '.join(text[at:].split())
     if len(before) > 90:
         before = '...' + before[-87:]
     if len(after) > 40:
@@ -2396,8 +2405,10 @@ def glob_regex(glob: str) -> str:
 def text_pattern(text: str) -> Callable[[str], Any]:
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
-    if len(text) > MOST_IN_PATTERN or not regex and (
-            len(re.findall(r'\*+', text)) > MOST_STARS or '{{' in text):
+    stars = 0
+    if not regex:
+        stars = len(re.findall(r'\*+', text))
+    if len(text) > MOST_IN_PATTERN or stars > MOST_STARS or '{{' in text and not regex:
         raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
     if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
         # only the usual slip is caught
@@ -2413,8 +2424,10 @@ def text_pattern(text: str) -> Callable[[str], Any]:
 
 def has_class(text: str) -> bool:
     """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    start = text.find('[')
-    return start >= 0 and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/')
+    if text.lstrip('!:').startswith('/'):
+        return False
+    _, _, inside = text.partition('[')
+    return ']' in inside[1:]
 
 
 def parse_age(text: str) -> int | None:
@@ -2466,7 +2479,9 @@ def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
 
 def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
     """Compare what may be a number."""
-    return PLAIN_NUMBER.fullmatch(str(value)[:40]) is not None and order(float(value), limit)
+    if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
+        return False
+    return order(float(value), limit)
 
 
 def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
@@ -2480,7 +2495,7 @@ def is_truth(wanted: bool, value: Any, now: float) -> bool:
 
 
 def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
-    """Tell whether a text matches, or is what the condition says: [x] as it stands is meant, too."""
+    """Tell whether a text matches; [x] as it stands is meant, too."""
     shown = str(value)[:MOST_MATCHED]
     return matches(shown) is not None or shown.lower() == text
 
@@ -2507,7 +2522,8 @@ def order_test(kind: str, op: str, text: str) -> Callable:
     elif op == '=' and text[:1] == '-':
         op, text = '<', text[1:]
     order = ORDER[op]
-    if len(text) > 40 or kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text):
+    plain = PLAIN_NUMBER.fullmatch(text)
+    if len(text) > 40 or kind in ('number', 'any') and not plain:
         raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
     if kind == 'any':
         return functools.partial(number_is_in_order, order, float(text))
@@ -2531,8 +2547,8 @@ def order_test(kind: str, op: str, text: str) -> Callable:
 def is_ordered(kind: str, op: str, text: str) -> bool:
     """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
     if kind == 'any':
-        signed = text[:1] in ('+', '-') and PLAIN_NUMBER.fullmatch(text[1:])
-        return op != '=' or bool(signed)
+        signed = text.startswith(('+', '-'))
+        return op != '=' or signed and PLAIN_NUMBER.fullmatch(text[1:]) is not None
     return kind in ('number', 'size', 'time', 'duration')
 
 
@@ -2608,7 +2624,9 @@ def is_no_name(text: str) -> bool:
     """Tell whether a word alone cannot be meant as the name of a torrent."""
     if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
         return True
-    return not text.startswith('/') and re.search('[=<>]', text) is not None
+    if text.startswith('/'):
+        return False
+    return re.search('[=<>]', text) is not None
 
 
 class Filter:
@@ -2640,10 +2658,8 @@ class Filter:
             now = time.time()
         return self.root.test(row, now, False)
 
-    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+    def cheap(self, row: Mapping, now: float) -> bool:
         """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        if now is None:
-            now = time.time()
         return self.root.test(row, now, True)
 
     def read_word(self) -> None:
@@ -2756,7 +2772,8 @@ def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, 
         if '=' not in command:
             command += '='
         columns.append(command)
-    rows, size = engine.ask([('d.multicall2', '', view, *columns), ('view.size', '', view)])
+    listing = ('d.multicall2', '', view, *columns)
+    rows, size = engine.ask([listing, ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
@@ -2845,6 +2862,7 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
 AFTER_HEAD = {b'l': 'l', b'd': 'k'}
 AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
+UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
@@ -2896,27 +2914,30 @@ def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]
         yield content[key.end():start], start, at
 
 
+def scalar_at(content: bytes, at: int) -> Any:
+    """Return a text or a number, None for a list or a dictionary."""
+    token = BENCODED.match(content, at)
+    if not token:
+        return None
+    if token[1]:
+        return int(token[1])
+    start = token.end()
+    return content[start:start + int(token[2])]
+
+
 def bdecode(content: bytes, at: int = 0) -> Any:
     """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
     {b'name': b'a'}
     """
-    token = BENCODED.match(content, at)
-    if token and token[1]:
-        return int(token[1])
-    if token:
-        return content[token.end():token.end() + int(token[2])]
-    if content[at:at + 1] == b'l':
+    head = content[at:at + 1]
+    if head == b'l':
         return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
-    return {key: bdecode(content, start) for key, start, _ in bencoded_members(content, at)}
-
-
-def scalar_at(content: bytes, at: int | None) -> Any:
-    """Return a text or a number; None where there is nothing, a list or a dictionary."""
-    if at is None or content[at:at + 1] in (b'l', b'd'):
-        return None
-    return bdecode(content, at)
+    if head == b'd':
+        members = bencoded_members(content, at)
+        return {key: bdecode(content, start) for key, start, _ in members}
+    return scalar_at(content, at)
 
 
 class Metafile(NamedTuple):
@@ -2954,7 +2975,7 @@ def text_of(content: Any) -> str:
 
 
 def parse_metafile(content: bytes) -> Metafile:
-    """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
+    """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
     info_at, info_end, tracker = 0, 0, None
     if not content.startswith(b'd'):
@@ -2967,25 +2988,25 @@ def parse_metafile(content: bytes) -> Metafile:
             info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
-    info, last = {}, b''
+    files_at, last = None, b''
+    facts = {}
     for key, start, _ in bencoded_members(content, info_at):
         if key < last:
             raise ValueError('the keys of `info` are not in order')
-        if key in (b'name', b'files', b'length', b'pieces'):
-            info[key] = start
         last = key
-    name, pieces = scalar_at(content, info.get(b'name')), scalar_at(content, info.get(b'pieces'))
-    files_at = info.get(b'files')
-    if files_at is not None and content[files_at:files_at + 1] != b'l':
-        files_at = None
-    single = isinstance(scalar_at(content, info.get(b'length')), int)
-    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        if key in (b'name', b'length', b'pieces'):
+            facts[key] = scalar_at(content, start)
+        elif key == b'files' and content[start:start + 1] == b'l':
+            files_at = start
+    name, pieces = facts.get(b'name'), facts.get(b'pieces')
+    if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
     if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
         raise ValueError('no pieces, or no length in it')
-    if files_at is None and not single:
+    if files_at is None and not isinstance(facts.get(b'length'), int):
         raise ValueError('no pieces, or no length in it')
-    info_hash = hashlib.sha1(memoryview(content)[info_at:info_end]).hexdigest().upper()
+    info = memoryview(content)[info_at:info_end]
+    info_hash = hashlib.sha1(info).hexdigest().upper()
     return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
 
 
@@ -3589,6 +3610,7 @@ class PromisedSpace:
 
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
+CLOSING = {'{': '}}', '%': '%}', '#': '#}'}
 BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
@@ -3659,7 +3681,10 @@ VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
     'default': value_or,
     'get': part_of}
 FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
-FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+FILTER_ARGUMENTS = {                    # how many they take; the others none
+    'replace': (2,),
+    'get': (1, 2),
+    'default': (0, 1)}
 OLD_FILTERS = {                         # pyrocore's names
     'pathbase': 'basename',
     'pathdir': 'dirname',
@@ -3792,7 +3817,7 @@ class Template:
             if not TAG.fullmatch(piece):
                 nodes.append(piece)
                 continue
-            if not piece.endswith({'{': '}}', '%': '%}', '#': '#}'}[piece[1]]):
+            if not piece.endswith(CLOSING[piece[1]]):
                 raise UserError('a {{, {% or {# in this is not closed')
             if '#' in piece[1:3]:
                 continue
