@@ -2345,12 +2345,12 @@ AGE_UNITS = {
 AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
-ORDER = {
+ORDER = {                               # of limit and value, since the limit is known first
     '=': operator.eq,
-    '<': operator.lt,
-    '<=': operator.le,
-    '>': operator.gt,
-    '>=': operator.ge}
+    '<': operator.gt,
+    '<=': operator.ge,
+    '>': operator.lt,
+    '>=': operator.le}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
 MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
@@ -2470,78 +2470,62 @@ def parse_time(text: str) -> float:
                     '03/15/2024 15.03.2024T14:50, Unix seconds')
 
 
-# What a condition does with a value of a row, which comes last but one; `now` comes last.
+# What a condition does with a value of a row, which comes last.
 
-def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
-    """Compare a value with the number in the condition."""
-    return order(value, limit)
-
-
-def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+def number_fits(order: Callable, limit: float, value: Any) -> bool:
     """Compare what may be a number."""
     if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
         return False
-    return order(float(value), limit)
+    return order(limit, float(value))
 
 
-def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
-    """Compare the age of a time."""
-    return order(now - value, age)
-
-
-def is_truth(wanted: bool, value: Any, now: float) -> bool:
+def is_truth(wanted: bool, value: Any) -> bool:
     """Tell whether a value is as true as it should be."""
     return bool(value) is wanted
 
 
-def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
+def is_like(matches: Callable, text: str, value: Any) -> bool:
     """Tell whether a text matches; [x] as it stands is meant, too."""
     shown = str(value)[:MOST_MATCHED]
     return matches(shown) is not None or shown.lower() == text
 
 
-def has_like(matches: Callable, text: str, value: list, now: float) -> bool:
+def has_like(matches: Callable, text: str, value: list) -> bool:
     """Tell whether one of several texts matches."""
-    return any(is_like(matches, text, part, now) for part in value)
+    return any(is_like(matches, text, part) for part in value)
 
 
-def has_only_like(matches: Callable, text: str, value: list, now: float) -> bool:
+def has_only_like(matches: Callable, text: str, value: list) -> bool:
     """Tell whether there are texts, and all of them match."""
-    return bool(value) and all(is_like(matches, text, part, now) for part in value)
+    if not value:
+        return False
+    return all(is_like(matches, text, part) for part in value)
 
 
-def is_empty(value: list, now: float) -> bool:
-    """Tell whether there are none of them."""
-    return not value
-
-
-def order_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of a number, size, time or duration: (value, now) -> bool."""
-    if op == '=' and text[:1] == '+':
+def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of a number, size, duration, time or, where the text is one, age."""
+    if op == '=' and text.startswith('+'):
         op, text = '>', text[1:]
-    elif op == '=' and text[:1] == '-':
+    elif op == '=' and text.startswith('-'):
         op, text = '<', text[1:]
     order = ORDER[op]
     plain = PLAIN_NUMBER.fullmatch(text)
     if len(text) > 40 or kind in ('number', 'any') and not plain:
         raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
     if kind == 'any':
-        return functools.partial(number_is_in_order, order, float(text))
+        return functools.partial(number_fits, order, float(text))
     if kind == 'number':
-        return functools.partial(is_in_order, order, float(text))
+        return functools.partial(order, float(text))
     if kind == 'size':
-        return functools.partial(is_in_order, order, parse_size(text))
-    age = parse_age(text)
+        return functools.partial(order, parse_size(text))
+    limit: float | None = parse_age(text)
     if op == '=' and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if age is None and kind == 'time':
-        return functools.partial(is_in_order, order, parse_time(text))
-    if age is None and text != '0':
+    if limit is None and kind == 'time':
+        limit = parse_time(text)
+    elif limit is None and text != '0':
         raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    test = is_in_order
-    if kind == 'time':
-        test = age_is_in_order
-    return functools.partial(test, order, age or 0)
+    return functools.partial(order, limit or 0)
 
 
 def is_ordered(kind: str, op: str, text: str) -> bool:
@@ -2552,8 +2536,8 @@ def is_ordered(kind: str, op: str, text: str) -> bool:
     return kind in ('number', 'size', 'time', 'duration')
 
 
-def value_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of one value of a condition: (value, now) -> bool."""
+def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of one value of a condition."""
     if is_ordered(kind, op, text):
         return order_test(kind, op, text)
     if op != '=':
@@ -2564,7 +2548,7 @@ def value_test(kind: str, op: str, text: str) -> Callable:
         raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
     test = is_like
     if kind in ('tags', 'files') and text in ('', ':'):
-        return is_empty
+        return operator.not_
     if kind == 'tags' and text.startswith(':'):
         test, text = has_only_like, text[1:]
     elif kind in ('tags', 'files'):
@@ -2586,15 +2570,18 @@ def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> N
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
     test = value_test(field.kind, op, text)
+    counts_back = field.kind == 'time' and parse_age(text.lstrip('+-')) is not None
     unknown: tuple = (None,)
     if field.kind == 'time' and text.lstrip('+-') != '0':
         unknown = (None, 0)
 
     def holds(row: Mapping, now: float, possible: bool) -> bool:
-        value = row.get(name)
+        value: Any = row.get(name)
         if value in unknown:
             return possible and name not in row
-        return test(value, now) is not negated
+        if counts_back:
+            value = now - value
+        return test(value) is not negated
     return Node(holds, int(field.slow))
 
 
