@@ -3076,20 +3076,9 @@ def dislikes(regex):
     return units
 
 
-def of_torque(node, names):
-    """Return what an expression of torque.py comes to."""
-    return eval(compile(ast.Expression(node), 'torque.py', 'eval'), names)
-
-
-def names_in(function):
-    """Return the names that an expression in a function may use, as far as they are known."""
-    names = dict(vars(torque))
-    for step in ast.walk(function):
-        if isinstance(step, ast.Assign) and isinstance(step.targets[0], ast.Name) and isinstance(
-                step.value, (ast.Constant, ast.BinOp, ast.JoinedStr)):
-            with contextlib.suppress(NameError, TypeError):
-                names[step.targets[0].id] = of_torque(step.value, names)
-    return names
+def of_torque(node):
+    """Return what an expression of torque.py comes to; a pattern is made of constants."""
+    return eval(compile(ast.Expression(node), 'torque.py', 'eval'), vars(torque))
 
 
 def patterns_of_torque():
@@ -3111,11 +3100,10 @@ def patterns_of_torque():
             place = place.parent
         if getattr(place, 'name', '') in OF_USERS:
             continue
-        names, method = names_in(place), word.attr
+        method = word.attr
         flags = node.args[{'compile': 1, 'sub': 4, 'split': 3}.get(method, 2):]
         flags += [option.value for option in node.keywords if option.arg == 'flags']
-        regex = re.compile(of_torque(node.args[0], names),
-                           *(of_torque(flag, names) for flag in flags[-1:]))
+        regex = re.compile(of_torque(node.args[0]), *map(of_torque, flags[-1:]))
         target = node.parent.targets[0].id if isinstance(node.parent, ast.Assign) else ''
         if method != 'compile':
             yield f'line {node.lineno}', regex, method
