@@ -2096,6 +2096,12 @@ class TorrentsTest(Folder):
         self.assertEqual([call[0] for call in fake.asked[2:]],
                          ['f.multicall'] * 5 + ['t.multicall'] * 5)
 
+    def test_row_reads_as_attributes_too(self):
+        row, = torque.list_torrents(FakeRTorrent([{'d.size_bytes': 5}]), 'main', ['size'])
+        self.assertEqual((row.size, row['size'], row.name), (5, 5, 'n0'))
+        with self.assertRaisesRegex(AttributeError, "the field 'ratio' was not asked for"):
+            self.fail(row.ratio)
+
     def test_half_a_list_is_an_error(self):
         fault = torque.RpcError('fault -503')
         for method, answer, words in (

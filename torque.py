@@ -2008,8 +2008,7 @@ TRAITS = {
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
 TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
-# As in example.co.uk.
-SECOND_LEVEL = ['co'], ['com'], ['net'], ['org'], ['ac'], ['gov'], ['edu']
+SECOND_LEVEL = 'co com net org ac gov edu'.split()
 
 
 class TorrentField(NamedTuple):
@@ -2126,8 +2125,9 @@ def domain_of(url: str) -> str:
     if labels[-1].isdigit() or ':' in host:
         return host
     parts = 2
-    if len(labels[-1]) == 2 and labels[-2:-1] in SECOND_LEVEL:
-        parts = 3
+    country = len(labels) > 2 and len(labels[-1]) == 2
+    if country and labels[-2] in SECOND_LEVEL:
+        parts = 3                       # as in example.co.uk
     return '.'.join(labels[-parts:])
 
 
@@ -2752,8 +2752,8 @@ class Torrent(dict):
 
 
 def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
-    """Return what d. commands answer for all torrents of a view: command -> values."""
-    commands = list(dict.fromkeys(needs))
+    """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
+    commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
     columns = []
     for command in commands:
         if '=' not in command:
@@ -2794,7 +2794,8 @@ class Listing:
     def ask(self, source: str) -> None:
         """Ask the second question; torrents that have gone meanwhile are dropped."""
         method, cells = SOURCES[source]
-        answers = self.engine.ask((method, item, '', *cells) for item in self.raw['d.hash'])
+        calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
+        answers = self.engine.ask(calls)
         self.raw[source] = answers
         self.keep([not isinstance(rows, HashNotFound) for rows in answers])
         without_errors(self.raw[source])
@@ -2827,14 +2828,17 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     tested: tuple = ()
     if condition:
         tested = condition.fields
-    fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
-    needs = itertools.chain.from_iterable(field.needs for field in fields.values())
-    columns = fetch_columns(engine, view, [need for need in needs if need.startswith('d.')])
+    fields = {}
+    commands: list[str] = []
+    for name in ('hash', 'name', *tested, *names):
+        fields[name] = torrent_field(name)
+        commands += fields[name].needs
+    columns = fetch_columns(engine, view, commands)
     listing = Listing(engine, columns, now)
+    for name in tested:
+        if not fields[name].slow:
+            listing.add(name, fields.pop(name))
     if condition:
-        for name in tested:
-            if not fields[name].slow:
-                listing.add(name, fields.pop(name))
         listing.keep([condition.cheap(row, now) for row in listing.rows])
     for source in SOURCES:
         if any(source in field.needs for field in fields.values()):
@@ -2861,13 +2865,15 @@ def bencoded_end(content: bytes, at: int) -> int:
     """
     inside = ['']                       # l in a list, k before a key of a dictionary, v after it
     while True:
-        token, head = BENCODED.match(content, at), content[at:at + 1]
-        if token and (token[2] or inside[-1] != 'k'):
+        token = BENCODED.match(content, at)
+        head = content[at:at + 1]
+        state = inside[-1]
+        if token and (token[2] or state != 'k'):
             at = token.end() + int(token[2] or 0)
-        elif head == b'e' and inside[-1] in ('l', 'k'):
+        elif head == b'e' and state in ('l', 'k'):
             inside.pop()
             at += 1
-        elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
+        elif head in AFTER_HEAD and state != 'k' and len(inside) <= MOST_DEPTH:
             inside.append(AFTER_HEAD[head])
             at += 1
             continue
@@ -2949,8 +2955,9 @@ class Metafile(NamedTuple):
         largest, most = self.name, -1
         for entry in self.files():
             with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-                if entry[b'length'] > most:
-                    largest, most = text_of(entry[b'path'][-1]), entry[b'length']
+                length = entry[b'length']
+                if length > most:
+                    largest, most = text_of(entry[b'path'][-1]), length
         return largest
 
 
