@@ -5,12 +5,15 @@ Sections follow those of torque.py. rTorrent and InfluxDB are the real programs,
 loopback in a temporary folder; where they are not installed those tests are skipped, and with
 TORQUE_LIVE=1 fail instead. TORQUE_RTORRENTS names the rTorrent commands to test, one a line.
 """
+import ast
 import atexit
 import bisect
+import collections
 import contextlib
 import datetime
 import doctest
 import gc
+import importlib
 import io
 import json
 import logging
@@ -2226,6 +2229,12 @@ class TorrentsTest(Folder):
         self.assertEqual([call[0] for call in fake.asked[2:]],
                          ['f.multicall'] * 5 + ['t.multicall'] * 5)
 
+    def test_row_reads_as_attributes_too(self):
+        row, = torque.list_torrents(FakeRTorrent([{'d.size_bytes': 5}]), 'main', ['size'])
+        self.assertEqual((row.size, row['size'], row.name), (5, 5, 'n0'))
+        with self.assertRaisesRegex(AttributeError, "the field 'ratio' was not asked for"):
+            self.fail(row.ratio)
+
     def test_half_a_list_is_an_error(self):
         fault = torque.RpcError('fault -503')
         for method, answer, words in (
@@ -2882,6 +2891,16 @@ class FilterTest(unittest.TestCase):
         message=/not registered/i  name=/^ch/  path=/srv OR name=/x/  path=/x OR name=a/""")
         self.check('message=/not registered/i', row={'message': 'Torrent Not registered.'})
 
+    def test_long_text_is_cut_first(self):
+        row = {'message': 'not' * 100000, 'files': ['a' * 100000] * 3, 'tagged': ['a' * 99999]}
+        for text in ('message=/not.*registered/', 'files=*a*a*a*a*a*b', 'tagged=/a.*c/',
+                     'message=*n*o*t*n*x', 'files=/a+b/'):
+            compiled = Filter(text)
+            self.assertTrue(timed(self, text, lambda: self.assertFalse(  # noqa: B023
+                compiled.match(row, NOW))))  # noqa: B023
+        row = {'message': 'not' * 9999, 'files': ['b', 'a' * 999]}
+        self.check('files=*a*a*a  message=/n$/  message=*n', 'files=*a*b  message=/not$/', row)
+
     def test_numbers_and_sizes_compare(self):
         self.check("""
         ratio>1  ratio=+1  ratio<=1.5  ratio=1.5  prio>=2  prio=1,2  done=100  size>4g  size=5g
@@ -2898,7 +2917,7 @@ class FilterTest(unittest.TestCase):
         loaded<1h30m  loaded<2h  loaded=-61i  loaded<1d30m  completed>2W  seedtime>8w  seedtime>0
         completed<1y2M3w4d5h6i7s""", 'completed<2w  completed>20d  seedtime<8w  loaded>1h30m')
         row = {'loaded': time.time() - 60}
-        self.assertTrue(Filter('loaded<1h').match(row) and Filter('loaded<1h').cheap(row))
+        self.assertTrue(Filter('loaded<1h').match(row))
 
     def test_dates_are_local(self):
         row = {'completed': time.mktime((2024, 3, 15, 14, 50, 0, 0, 0, -1))}
@@ -2963,7 +2982,8 @@ class FilterTest(unittest.TestCase):
             'is not a length of time ... 8w': 'seedtime>8  seedtime>2024-03-15',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
             'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
-            'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
+            'a glob of 6 stars': ['*a' * 7, 'a' * 501],
+            'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
             'not a number; a': ['size>' + '9' * 99], 'too deep; allowed are 50': ['[ ' * 1000]})
 
     def tree(self, rng, depth=3):
@@ -3072,7 +3092,8 @@ class TemplateTest(unittest.TestCase):
             self.refuse(Template, {word: [text % code for code in codes]
                                    for word, codes in table.items()})
         self.refuse(Template, {
-            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e', 'not closed': '{{a  {% if  {# x',
+            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e',
+            'not closed': '{{a  {% if  {# x',
             'no endif': '{{if a}}x', 'endif without if': '{{endif}}', 'else without': 'x{{else}}',
             'elif after else': '{{if a}}{{else}}{{elif b}}{{endif}}', 'NUL': 'a\0',
             'no expression': ['{{if}}{{endif}}', '{% for a in b %}'],
@@ -3126,8 +3147,7 @@ class TemplateTest(unittest.TestCase):
             branch=d.x=,f.multicall=*,f.path=  d.multicall2=main,"f.path="  t.multicall=,f.path=
             d.y= ; f.path=  branch=d.x=,"branch=d.y=,\\"f.path=\\""  d.x=(cat,(f.path,x))
             d.x=a,"$cat=$f.path="  schedule2=a,0,0,"f.path="  f.priority.set={{a}}'''})
-        for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'd.x=k,"f.path="', 'print=f.path',
-                     'd.x=k,"a,$f.path="', 'd.x=k,(cat,{"$f.path="})', 'cat=f.iso',
+        for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'print=f.path', 'cat=f.iso',
                      'd.multicall2=main,"f.multicall=*,f.path="', 'load.normal=/x/f.iso'):
             self.assertEqual(CommandTemplate(text).render({}), text)
 
@@ -3180,6 +3200,153 @@ class TemplateTest(unittest.TestCase):
                 rendered += timed(self, text, lambda: kind(text).render(values))
         self.assertGreater(rendered, 1000)
 # -- cut --
+
+
+# --- Patterns ------------------------------------------------------------------------------------
+
+RE_METHODS = 'match fullmatch search sub findall finditer split'.split()
+PARSER = getattr(re, '_parser', None) or importlib.import_module('sre_parse')
+COMPILER = getattr(re, '_compiler', None) or importlib.import_module('sre_compile')
+SAMPLES = [*'a0 x/.-=,;:"\'\\()[]{}\n_AZ!~+<>#%&|@*?^$\r\t\x01\xe9', *map(chr, range(300))]
+# Patterns that see no longer text than this; and functions that compile what a user wrote.
+CUT = {'TV': 255, 'MOVIE': 255, 'CLASS_OR_ESCAPE': 500, 'REPEATED_REPEAT': 500}
+OF_USERS = ('text_pattern',)
+
+
+def sample_of(tree, branch=0):
+    """Return a short text that a parsed pattern matches, nearly."""
+    text = ''
+    for at, (kind, value) in enumerate(tree):
+        kind = str(kind)
+        if 'REPEAT' in kind:
+            text += sample_of(value[2], branch) * max(1, min(value[0], 20))
+        elif kind == 'SUBPATTERN':
+            text += sample_of(value[-1], branch)
+        elif kind == 'BRANCH':
+            text += sample_of(value[1][branch % len(value[1])], branch)
+        elif kind in ('IN', 'ANY', 'LITERAL', 'NOT_LITERAL'):
+            text += next(filter(COMPILER.compile(tree[at:at + 1]).fullmatch, SAMPLES))
+    return text
+
+
+def repeats_in(tree, before=''):
+    """Give (what leads there, tree) of each part that is repeated."""
+    for at, (kind, value) in enumerate(tree):
+        kind, inside = str(kind), []
+        if 'REPEAT' in kind:
+            yield before, value[2]
+            inside = [value[2]]
+        elif kind == 'BRANCH':
+            inside = value[1]
+        elif kind in ('SUBPATTERN', 'ASSERT', 'ASSERT_NOT'):
+            inside = [value[-1]]
+        for part in inside:
+            yield from repeats_in(part, before)
+        before += sample_of(tree[at:at + 1])
+
+
+def dislikes(regex):
+    """Return texts of a beginning and a part that is repeated, which a pattern may be slow on."""
+    source = regex.pattern
+    if isinstance(source, bytes):
+        source = source.decode('latin-1')
+    tree = PARSER.parse(source, regex.flags & ~re.U)
+    whole = sample_of(tree)
+    units = {('', unit) for unit in {*source, *'a0 \n."\\/', whole, whole[:2], whole[:3]} if unit}
+    for before, part in repeats_in(tree):
+        for branch in range(3):
+            unit = sample_of(part, branch)
+            if unit:
+                units |= {('', unit), (before, unit), ('', before + unit)}
+    return units
+
+
+def of_torque(node):
+    """Return what an expression of torque.py comes to; a pattern is made of constants."""
+    return eval(compile(ast.Expression(node), 'torque.py', 'eval'), vars(torque))
+
+
+def patterns_of_torque():
+    """Give (name or line, compiled, method) of every regular expression in torque.py."""
+    with open(torque.__file__, encoding='utf-8') as stream:
+        tree = ast.parse(stream.read())
+    used = collections.defaultdict(set)
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            child.parent = node
+        if isinstance(node, ast.Attribute) and node.attr in RE_METHODS:
+            used[getattr(node.value, 'id', '')].add(node.attr)
+    for node in ast.walk(tree):
+        word = getattr(node, 'func', None)
+        if getattr(getattr(word, 'value', None), 'id', '') != 're' or word.attr == 'escape':
+            continue
+        place = node
+        while not isinstance(place, (ast.FunctionDef, ast.Module)):
+            place = place.parent
+        if getattr(place, 'name', '') in OF_USERS:
+            continue
+        method = word.attr
+        flags = node.args[{'compile': 1, 'sub': 4, 'split': 3}.get(method, 2):]
+        flags += [option.value for option in node.keywords if option.arg == 'flags']
+        regex = re.compile(of_torque(node.args[0]), *map(of_torque, flags[-1:]))
+        target = node.parent.targets[0].id if isinstance(node.parent, ast.Assign) else ''
+        if method != 'compile':
+            yield f'line {node.lineno}', regex, method
+            continue
+        for method in target and used[target] or ('match', 'fullmatch', 'search'):
+            yield target or f'line {node.lineno}', regex, method
+
+
+class PatternsTest(unittest.TestCase):
+    """Every pattern in torque.py takes time in proportion to the text."""
+
+    def setUp(self):
+        self.addCleanup(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, self.stop))
+
+    def stop(self, *args):
+        raise AssertionError('half a second of CPU time is over')
+
+    def seconds(self, regex, method, text):
+        """Return the CPU time of one use of a pattern, which is stopped in time."""
+        if isinstance(regex.pattern, bytes):
+            text = text.encode('latin-1', 'replace')
+        words = [text[:0]] * (method == 'sub') + [text]
+        signal.setitimer(signal.ITIMER_PROF, .5)
+        try:
+            began = time.process_time()
+            result = getattr(regex, method)(*words)
+            if method == 'finditer':
+                collections.deque(result, 0)
+            return time.process_time() - began
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def check(self, regex, method, size):
+        """Feed little to find what it dislikes most, then as much as there may be of that."""
+        def text(size, before, unit, end):
+            return before + unit * (size // len(unit)) + end
+        slowest = max((self.seconds(regex, method, text(size // 20, *unit, end)), *unit, end)
+                      for unit in dislikes(regex) for end in ('\x01', '\n'))
+        whole = text(size, *slowest[1:])
+        if self.seconds(regex, method, whole) > .03:
+            half = text(size // 2, *slowest[1:])
+            self.assertLess(min(self.seconds(regex, method, whole) for _ in range(3)),
+                            3 * min(self.seconds(regex, method, half) for _ in range(3)) + .05,
+                            slowest)
+
+    def test_time_grows_with_the_text(self):
+        number = 0
+        for name, regex, method in patterns_of_torque():
+            number += 1
+            with self.subTest(name, method=method, pattern=regex.pattern):
+                self.check(regex, method, CUT.get(name, 100000))
+        self.assertGreater(number, 60)
+
+    def test_quadratic_patterns_are_caught(self):
+        for pattern, method in (('a*a*b', 'match'), (r'\s*=', 'search'), ('(a|aa)+$', 'match'),
+                                ('<[^>]*>', 'findall'), (r'x(\w+):', 'sub')):
+            with self.subTest(pattern), self.assertRaises(AssertionError):
+                self.check(re.compile(pattern), method, 100000)
 
 
 # --- Jobs --------------------------------------------------------------------------------------
@@ -3613,6 +3780,26 @@ class MetafileTest(Folder):
         with mock.patch.object(torque, 'METAFILE_LIMIT', 10), \
                 self.assertRaisesRegex(ValueError, 'larger than 10 B'):
             torque.read_metafile(self.write('x.torrent', good))
+
+    def test_memory_is_bounded(self):
+        size = 1 << 15
+        info = b'd5:filesl%se4:name1:x12:piece lengthi1e6:pieces20:%se'
+        for unit in (b'le', b'de', b'0:', b'i1e', b'2:ab', b'd6:lengthi1e4:pathl1:aee',
+                     b'd4:pathl1:a1:b1:cee'):
+            files = unit * (size // len(unit))
+            for content in (b'd4:info%se' % (info % (files, bytes(20))),
+                            b'd1:al%se4:info%se' % (files, info % (b'', bytes(20)))):
+                path = self.write('x.torrent', content)
+                tracemalloc.start()
+                with self.subTest(unit), contextlib.suppress(ValueError):
+                    self.assertIn(torque.read_metafile(path).main_file, 'xac')
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                self.assertLess(peak, 6 * len(content))
+        entry = b'd6:lengthi1e4:pathl%see' % (b'1:a' * 30000)
+        found = torque.parse_metafile(b'd4:info%se' % (info % (entry, bytes(20))))
+        with self.assertRaisesRegex(ValueError, 'takes 90021 bytes to describe'):
+            list(found.files())
 
     def test_fuzz_gives_value_or_error(self):
         chance, good = random.Random(7), metafile('fuzz', 99999, files=[

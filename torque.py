@@ -2481,7 +2481,8 @@ TRAITS = {
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
-SECOND_LEVEL = ('co', 'com', 'net', 'org', 'ac', 'gov', 'edu')      # as in example.co.uk
+TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
+SECOND_LEVEL = 'co com net org ac gov edu'.split()
 
 
 class TorrentField(NamedTuple):
@@ -2558,7 +2559,8 @@ def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finis
 
 def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
-    paused = first_number(marks.rpartition('P')[2].partition('R')[0])
+    _, _, last = marks.rpartition('P')
+    paused = first_number(last.partition('R')[0])
     if paused or state or not first_number(tm_started, began):
         return paused
     return first_number(changed)
@@ -2592,14 +2594,15 @@ def percent_done(completed: int, size: int) -> float:
 
 def domain_of(url: str) -> str:
     """Return the registered domain of a tracker's host, or its number."""
-    host = re.sub(r'^\w{1,9}://', '', url).partition('/')[0].rpartition('@')[2]
-    host = re.sub(r':[0-9]{1,5}$', '', host).lower()
+    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
     labels = host.split('.')
     if labels[-1].isdigit() or ':' in host:
         return host
-    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
-        return '.'.join(labels[-3:])
-    return '.'.join(labels[-2:])
+    parts = 2
+    country = len(labels) > 2 and len(labels[-1]) == 2
+    if country and labels[-2] in SECOND_LEVEL:
+        parts = 3                       # as in example.co.uk
+    return '.'.join(labels[-parts:])
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2644,7 +2647,11 @@ def most_leechers(rows: list) -> int:
 
 def trackers_failed(rows: list) -> int:
     """Return how many enabled trackers have failed since they last answered."""
-    return len([row for row in rows if row[1] and row[4] > row[5]])
+    number = 0
+    for _, enabled, _, _, failed, answered in rows:
+        if enabled and failed > answered:
+            number += 1
+    return number
 
 
 def file_names(rows: list) -> list[str]:
@@ -2659,7 +2666,8 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
     """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        kind = os.path.splitext(path)[1].lstrip('.').lower()
+        _, ending = os.path.splitext(path)
+        kind = ending.lstrip('.').lower()
         if re.fullmatch('r[0-9][0-9]', kind):
             kind = 'rar'
         sizes[kind] += size
@@ -2818,12 +2826,12 @@ AGE_UNITS = {
 AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
-ORDER = {
+ORDER = {                               # of limit and value, since the limit is known first
     '=': operator.eq,
-    '<': operator.lt,
-    '<=': operator.le,
-    '>': operator.gt,
-    '>=': operator.ge}
+    '<': operator.gt,
+    '<=': operator.ge,
+    '>': operator.lt,
+    '>=': operator.le}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
 MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
@@ -2840,13 +2848,14 @@ CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', r
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
-GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,500}\]|.', re.S)
+GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,99}\]|.', re.S)
 JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
 
 
 def mistake(what: str, text: str, at: int, why: Any) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
-    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    before = ' '.join(text[:at].split())
+    after = ' '.join(text[at:].split())
     if len(before) > 90:
         before = '...' + before[-87:]
     if len(after) > 40:
@@ -2877,8 +2886,10 @@ def glob_regex(glob: str) -> str:
 def text_pattern(text: str) -> Callable[[str], Any]:
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
-    if len(text) > MOST_IN_PATTERN or not regex and (
-            len(re.findall(r'\*+', text)) > MOST_STARS or '{{' in text):
+    stars = 0
+    if not regex:
+        stars = len(re.findall(r'\*+', text))
+    if len(text) > MOST_IN_PATTERN or stars > MOST_STARS or '{{' in text and not regex:
         raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
     if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
         # only the usual slip is caught
@@ -2894,8 +2905,10 @@ def text_pattern(text: str) -> Callable[[str], Any]:
 
 def has_class(text: str) -> bool:
     """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    start = text.find('[')
-    return start >= 0 and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/')
+    if text.lstrip('!:').startswith('/'):
+        return False
+    _, _, inside = text.partition('[')
+    return ']' in inside[1:]
 
 
 def parse_age(text: str) -> int | None:
@@ -2938,87 +2951,74 @@ def parse_time(text: str) -> float:
                     '03/15/2024 15.03.2024T14:50, Unix seconds')
 
 
-# What a condition does with a value of a row, which comes last but one; `now` comes last.
+# What a condition does with a value of a row, which comes last.
 
-def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
-    """Compare a value with the number in the condition."""
-    return order(value, limit)
-
-
-def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+def number_fits(order: Callable, limit: float, value: Any) -> bool:
     """Compare what may be a number."""
-    return PLAIN_NUMBER.fullmatch(str(value)[:40]) is not None and order(float(value), limit)
+    if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
+        return False
+    return order(limit, float(value))
 
 
-def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
-    """Compare the age of a time."""
-    return order(now - value, age)
-
-
-def is_truth(wanted: bool, value: Any, now: float) -> bool:
+def is_truth(wanted: bool, value: Any) -> bool:
     """Tell whether a value is as true as it should be."""
     return bool(value) is wanted
 
 
-def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
-    """Tell whether a text matches, or is what the condition says: [x] as it stands is meant, too."""
+def is_like(matches: Callable, text: str, value: Any) -> bool:
+    """Tell whether a text matches; [x] as it stands is meant, too."""
     shown = str(value)[:MOST_MATCHED]
     return matches(shown) is not None or shown.lower() == text
 
 
-def has_like(matches: Callable, text: str, value: list, now: float) -> bool:
+def has_like(matches: Callable, text: str, value: list) -> bool:
     """Tell whether one of several texts matches."""
-    return any(is_like(matches, text, part, now) for part in value)
+    return any(is_like(matches, text, part) for part in value)
 
 
-def has_only_like(matches: Callable, text: str, value: list, now: float) -> bool:
+def has_only_like(matches: Callable, text: str, value: list) -> bool:
     """Tell whether there are texts, and all of them match."""
-    return bool(value) and all(is_like(matches, text, part, now) for part in value)
+    if not value:
+        return False
+    return all(is_like(matches, text, part) for part in value)
 
 
-def is_empty(value: list, now: float) -> bool:
-    """Tell whether there are none of them."""
-    return not value
-
-
-def order_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of a number, size, time or duration: (value, now) -> bool."""
-    if op == '=' and text[:1] == '+':
+def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of a number, size, duration, time or, where the text is one, age."""
+    if op == '=' and text.startswith('+'):
         op, text = '>', text[1:]
-    elif op == '=' and text[:1] == '-':
+    elif op == '=' and text.startswith('-'):
         op, text = '<', text[1:]
     order = ORDER[op]
-    if len(text) > 40 or kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text):
+    plain = PLAIN_NUMBER.fullmatch(text)
+    if len(text) > 40 or kind in ('number', 'any') and not plain:
         raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
     if kind == 'any':
-        return functools.partial(number_is_in_order, order, float(text))
+        return functools.partial(number_fits, order, float(text))
     if kind == 'number':
-        return functools.partial(is_in_order, order, float(text))
+        return functools.partial(order, float(text))
     if kind == 'size':
-        return functools.partial(is_in_order, order, parse_size(text))
-    age = parse_age(text)
+        return functools.partial(order, parse_size(text))
+    limit: float | None = parse_age(text)
     if op == '=' and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if age is None and kind == 'time':
-        return functools.partial(is_in_order, order, parse_time(text))
-    if age is None and text != '0':
+    if limit is None and kind == 'time':
+        limit = parse_time(text)
+    elif limit is None and text != '0':
         raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    test: Any = is_in_order
-    if kind == 'time':
-        test = age_is_in_order
-    return functools.partial(test, order, age or 0)
+    return functools.partial(order, limit or 0)
 
 
 def is_ordered(kind: str, op: str, text: str) -> bool:
     """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
     if kind == 'any':
-        signed = text[:1] in ('+', '-') and PLAIN_NUMBER.fullmatch(text[1:])
-        return op != '=' or bool(signed)
+        signed = text.startswith(('+', '-'))
+        return op != '=' or signed and PLAIN_NUMBER.fullmatch(text[1:]) is not None
     return kind in ('number', 'size', 'time', 'duration')
 
 
-def value_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of one value of a condition: (value, now) -> bool."""
+def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of one value of a condition."""
     if is_ordered(kind, op, text):
         return order_test(kind, op, text)
     if op != '=':
@@ -3029,7 +3029,7 @@ def value_test(kind: str, op: str, text: str) -> Callable:
         raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
     test = is_like
     if kind in ('tags', 'files') and text in ('', ':'):
-        return is_empty
+        return operator.not_
     if kind == 'tags' and text.startswith(':'):
         test, text = has_only_like, text[1:]
     elif kind in ('tags', 'files'):
@@ -3051,15 +3051,18 @@ def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> N
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
     test = value_test(field.kind, op, text)
+    counts_back = field.kind == 'time' and parse_age(text.lstrip('+-')) is not None
     unknown: tuple = (None,)
     if field.kind == 'time' and text.lstrip('+-') != '0':
         unknown = (None, 0)
 
     def holds(row: Mapping, now: float, possible: bool) -> bool:
-        value = row.get(name)
+        value: Any = row.get(name)
         if value in unknown:
             return possible and name not in row
-        return test(value, now) is not negated
+        if counts_back:
+            value = now - value
+        return test(value) is not negated
     return Node(holds, int(field.slow))
 
 
@@ -3089,7 +3092,9 @@ def is_no_name(text: str) -> bool:
     """Tell whether a word alone cannot be meant as the name of a torrent."""
     if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
         return True
-    return not text.startswith('/') and re.search('[=<>]', text) is not None
+    if text.startswith('/'):
+        return False
+    return re.search('[=<>]', text) is not None
 
 
 class Filter:
@@ -3121,10 +3126,8 @@ class Filter:
             now = time.time()
         return self.root.test(row, now, False)
 
-    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+    def cheap(self, row: Mapping, now: float) -> bool:
         """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        if now is None:
-            now = time.time()
         return self.root.test(row, now, True)
 
     def read_word(self) -> None:
@@ -3230,14 +3233,15 @@ class Torrent(dict):
 
 
 def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
-    """Return what d. commands answer for all torrents of a view: command -> values."""
-    commands = list(dict.fromkeys(needs))
+    """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
+    commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
     columns = []
     for command in commands:
         if '=' not in command:
             command += '='
         columns.append(command)
-    rows, size = engine.ask([('d.multicall2', '', view, *columns), ('view.size', '', view)])
+    listing = ('d.multicall2', '', view, *columns)
+    rows, size = engine.ask([listing, ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
@@ -3271,7 +3275,8 @@ class Listing:
     def ask(self, source: str) -> None:
         """Ask the second question; torrents that have gone meanwhile are dropped."""
         method, cells = SOURCES[source]
-        answers = self.engine.ask((method, item, '', *cells) for item in self.raw['d.hash'])
+        calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
+        answers = self.engine.ask(calls)
         self.raw[source] = answers
         self.keep([not isinstance(rows, HashNotFound) for rows in answers])
         without_errors(self.raw[source])
@@ -3304,14 +3309,17 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     tested: tuple = ()
     if condition:
         tested = condition.fields
-    fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
-    needs = itertools.chain.from_iterable(field.needs for field in fields.values())
-    columns = fetch_columns(engine, view, [need for need in needs if need.startswith('d.')])
+    fields = {}
+    commands: list[str] = []
+    for name in ('hash', 'name', *tested, *names):
+        fields[name] = torrent_field(name)
+        commands += fields[name].needs
+    columns = fetch_columns(engine, view, commands)
     listing = Listing(engine, columns, now)
+    for name in tested:
+        if not fields[name].slow:
+            listing.add(name, fields.pop(name))
     if condition:
-        for name in tested:
-            if not fields[name].slow:
-                listing.add(name, fields.pop(name))
         listing.keep([condition.cheap(row, now) for row in listing.rows])
     for source in SOURCES:
         if any(source in field.needs for field in fields.values()):
@@ -3324,6 +3332,9 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
 
 
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+AFTER_HEAD = {b'l': 'l', b'd': 'k'}
+AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
+UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
@@ -3335,14 +3346,16 @@ def bencoded_end(content: bytes, at: int) -> int:
     """
     inside = ['']                       # l in a list, k before a key of a dictionary, v after it
     while True:
-        token, head = BENCODED.match(content, at), content[at:at + 1]
-        if token and (token[2] or inside[-1] != 'k'):
+        token = BENCODED.match(content, at)
+        head = content[at:at + 1]
+        state = inside[-1]
+        if token and (token[2] or state != 'k'):
             at = token.end() + int(token[2] or 0)
-        elif head == b'e' and inside[-1] in ('l', 'k'):
+        elif head == b'e' and state in ('l', 'k'):
             inside.pop()
             at += 1
-        elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
-            inside.append({b'l': 'l', b'd': 'k'}[head])
+        elif head in AFTER_HEAD and state != 'k' and len(inside) <= MOST_DEPTH:
+            inside.append(AFTER_HEAD[head])
             at += 1
             continue
         else:
@@ -3351,11 +3364,11 @@ def bencoded_end(content: bytes, at: int) -> int:
             raise ValueError(f'not bencoded: it ends before byte {at}')
         if len(inside) == 1:
             return at
-        inside[-1] = {'k': 'v', 'v': 'k', 'l': 'l'}[inside[-1]]
+        inside[-1] = AFTER_VALUE[inside[-1]]
 
 
 def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Give (start, end) of what is in a list, or of the keys and values of a dictionary."""
+    """Give (start, end) of what is in a list."""
     at += 1
     while content[at:at + 1] != b'e':
         end = bencoded_end(content, at)
@@ -3365,33 +3378,40 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
     """Give (key, start, end) of each value of a dictionary."""
-    items = bencoded_items(content, at)
-    for key_start, _ in items:
-        start, end = next(items)
-        yield bdecode(content, key_start), start, end
+    at += 1
+    while content[at:at + 1] != b'e':
+        key = BENCODED.match(content, at)
+        if not key or not key[2]:
+            raise ValueError(f'not bencoded at byte {at}')
+        start = key.end() + int(key[2])
+        at = bencoded_end(content, start)
+        yield content[key.end():start], start, at
+
+
+def scalar_at(content: bytes, at: int) -> Any:
+    """Return a text or a number, None for a list or a dictionary."""
+    token = BENCODED.match(content, at)
+    if not token:
+        return None
+    if token[1]:
+        return int(token[1])
+    start = token.end()
+    return content[start:start + int(token[2])]
 
 
 def bdecode(content: bytes, at: int = 0) -> Any:
-    """Return a value that bencoded_end() has gone over; text stays bytes.
+    """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
     {b'name': b'a'}
     """
-    token = BENCODED.match(content, at)
-    if token and token[1]:
-        return int(token[1])
-    if token:
-        return content[token.end():token.end() + int(token[2])]
-    if content[at:at + 1] == b'l':
+    head = content[at:at + 1]
+    if head == b'l':
         return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
-    return {key: bdecode(content, start) for key, start, _ in bencoded_members(content, at)}
-
-
-def scalar_at(content: bytes, at: int | None) -> Any:
-    """Return a text or a number; None where there is nothing, a list or a dictionary."""
-    if at is None or content[at:at + 1] in (b'l', b'd'):
-        return None
-    return bdecode(content, at)
+    if head == b'd':
+        members = bencoded_members(content, at)
+        return {key: bdecode(content, start) for key, start, _ in members}
+    return scalar_at(content, at)
 
 
 class Metafile(NamedTuple):
@@ -3416,8 +3436,9 @@ class Metafile(NamedTuple):
         largest, most = self.name, -1
         for entry in self.files():
             with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-                if entry[b'length'] > most:
-                    largest, most = text_of(entry[b'path'][-1]), entry[b'length']
+                length = entry[b'length']
+                if length > most:
+                    largest, most = text_of(entry[b'path'][-1]), length
         return largest
 
 
@@ -3429,37 +3450,38 @@ def text_of(content: Any) -> str:
 
 
 def parse_metafile(content: bytes) -> Metafile:
-    """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
+    """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    bencoded_end(content, 0)
     info_at, info_end, tracker = 0, 0, None
-    if content.startswith(b'd'):
-        for key, start, end in bencoded_members(content, 0):
-            if key == b'announce':
-                tracker = scalar_at(content, start)
-            elif key == b'info' and content[start:start + 1] == b'd':
-                info_at, info_end = start, end
+    if not content.startswith(b'd'):
+        bencoded_end(content, 0)
+        raise ValueError('no `info` in it')
+    for key, start, end in bencoded_members(content, 0):
+        if key == b'announce':
+            tracker = scalar_at(content, start)
+        elif key == b'info' and content[start:start + 1] == b'd':
+            info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
-    info, last = {}, b''
+    files_at, last = None, b''
+    facts = {}
     for key, start, _ in bencoded_members(content, info_at):
         if key < last:
             raise ValueError('the keys of `info` are not in order')
-        if key in (b'name', b'files', b'length', b'pieces'):
-            info[key] = start
         last = key
-    name, pieces = scalar_at(content, info.get(b'name')), scalar_at(content, info.get(b'pieces'))
-    files_at = info.get(b'files')
-    if files_at is not None and content[files_at:files_at + 1] != b'l':
-        files_at = None
-    single = isinstance(scalar_at(content, info.get(b'length')), int)
-    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        if key in (b'name', b'length', b'pieces'):
+            facts[key] = scalar_at(content, start)
+        elif key == b'files' and content[start:start + 1] == b'l':
+            files_at = start
+    name, pieces = facts.get(b'name'), facts.get(b'pieces')
+    if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
     if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
         raise ValueError('no pieces, or no length in it')
-    if files_at is None and not single:
+    if files_at is None and not isinstance(facts.get(b'length'), int):
         raise ValueError('no pieces, or no length in it')
-    info_hash = hashlib.sha1(memoryview(content)[info_at:info_end]).hexdigest().upper()
+    info = memoryview(content)[info_at:info_end]
+    info_hash = hashlib.sha1(info).hexdigest().upper()
     return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
 
 
@@ -4101,6 +4123,7 @@ class PromisedSpace:
 
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
+CLOSING = {'{': '}}', '%': '%}', '#': '#}'}
 BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
@@ -4171,7 +4194,10 @@ VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
     'default': value_or,
     'get': part_of}
 FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
-FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+FILTER_ARGUMENTS = {                    # how many they take; the others none
+    'replace': (2,),
+    'get': (1, 2),
+    'default': (0, 1)}
 OLD_FILTERS = {                         # pyrocore's names
     'pathbase': 'basename',
     'pathdir': 'dirname',
@@ -4304,7 +4330,7 @@ class Template:
             if not TAG.fullmatch(piece):
                 nodes.append(piece)
                 continue
-            if not piece.endswith({'{': '}}', '%': '%}', '#': '#}'}[piece[1]]):
+            if not piece.endswith(CLOSING[piece[1]]):
                 raise UserError('a {{, {% or {# in this is not closed')
             if '#' in piece[1:3]:
                 continue
@@ -4520,7 +4546,8 @@ def argument_text(word: str) -> str:
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
                           r'execute[\w.]{0,99}')
 COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
-# An f. command that is called, outside of f.multicall, which says of which file
+# An f. command that is called; within f.multicall, which says of which file, it is right
+LISTING = re.compile(r'"f\.multicall(?:[^"\\]|\\.){0,999}"')
 FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|\(\s{0,9}f\.(?!multicall)')
 
 
@@ -4554,7 +4581,7 @@ class CommandTemplate(Template):
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
-        if FILELESS.search(text.partition('f.multicall')[0]):
+        if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
         if MARK not in rest:
