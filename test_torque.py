@@ -6916,7 +6916,7 @@ class DaemonControlTest(DaemonFolder):
             connection.sendall(scgi_answer(text.replace(b'<methodName>x</methodName>', b'')))
         self.addCleanup(Server(answer, f'{self.folder}/rpc.sock').stop)
         self.ini('job.e.handler = torque:EngineStats\njob.e.schedule = every 0.1s\n'
-                 + self.job('bad\x1b[2J', fail='a\x1b[2Jb'))
+                 + self.job('bad', fail='a\x1b[2Jb'))
         program = self.start()
         wait_for(lambda: self.ask()['rtorrent'][0]['version'] and self.state('e')['runs'])
         wait_for(lambda: any(job['last_error'] for job in self.ask()['jobs']))
