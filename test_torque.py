@@ -629,7 +629,7 @@ class ScheduleTest(TableCase):
     def test_intervals_do_not_drift(self):
         for text, seconds in (
                 ('every 15s', 15), ('15s', 15), ('15', 15), ('5m', 300), ('1h30m', 5400),
-                ('2d', 172800), ('Every 1h 30m', 5400), ('every 0.1', 0.1), (15, 15)):
+                ('2d', 172800), ('Every 1h 30m', 5400), ('every 0.1', 0.1)):
             with self.subTest(text=text):
                 schedule = torque.parse_schedule(text)
                 self.assertEqual((schedule.elapsed, schedule.next(0)), (True, seconds))

@@ -37,7 +37,6 @@ if __name__ == '__main__':              # nothing beside this file may shadow a 
 
 import ast
 import binascii
-import bisect
 import collections
 import configparser
 import contextlib
@@ -61,7 +60,7 @@ import stat
 import struct
 import threading
 import time
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
@@ -261,7 +260,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 WEEKDAYS = tuple('mon tue wed thu fri sat sun'.split())
 MONTHS = tuple('jan feb mar apr may jun jul aug sep oct nov dec'.split())
 POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
-SECOND, DAY = timedelta(seconds=1), timedelta(1)
+SECOND, MINUTE, HOUR, DAY = (timedelta(seconds=number) for number in (1, 60, 3600, 86400))
 # A field's part: *, a, a-b, each perhaps with /step.
 PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
 
@@ -307,22 +306,18 @@ def field_value(word: str, field: Field) -> int:
     raise UserError(f'{field.name} {word!r} is not in {allowed}')
 
 
-def parse_position(part: str) -> tuple | None:
-    """Return (index, weekday) for `3rd sun`, `last fri`, (-1, None) for `last`; else None."""
-    if part == 'last':
-        return -1, None
-    position, _, weekday = part.partition(' ')
-    if weekday and position in POSITIONS:
-        return POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week'])
-    return None
-
-
-def parse_part(part: str, field: Field) -> Iterable[int]:
-    """Return the numbers of one part of a field.
+def parse_part(part: str, field: Field) -> Iterable:
+    """Return the numbers of one part of a field; for a position, its (index, weekday).
 
     part ::= ('*' | value | value '-' value) ['/' step]
+    position ::= 'last' | ('1st' ... '5th' | 'last') weekday      (of the field `day` alone)
     """
-    match = PART.fullmatch(part.strip())
+    position, _, weekday = part.partition(' ')
+    if field.name == 'day' and part == 'last':
+        return [(-1, None)]
+    if field.name == 'day' and weekday and position in POSITIONS:
+        return [(POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week']))]
+    match = PART.fullmatch(part)
     if not match:
         raise UserError(f'{field.name} {part!r} is not understood; '
                         'allowed are * */n a a-b a-b/n and lists of these')
@@ -347,7 +342,7 @@ def parse_part(part: str, field: Field) -> Iterable[int]:
     return range(low, high + 1, int(step or 1))
 
 
-def parse_field(text: str, field: Field) -> frozenset:
+def parse_field(text: str, field: Field) -> set:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
     field ::= (part | position) (',' (part | position))*
@@ -357,14 +352,8 @@ def parse_field(text: str, field: Field) -> frozenset:
     """
     allowed: set = set()
     for part in text.lower().split(','):
-        position = None
-        if field.name == 'day':
-            position = parse_position(part.strip())
-        if position:
-            allowed.add(position)
-        else:
-            allowed.update(parse_part(part, field))
-    return frozenset(allowed)
+        allowed.update(parse_part(part.strip(), field))
+    return allowed
 
 
 class Schedule:
@@ -392,36 +381,22 @@ class Interval(Schedule):
 
     def next(self, after: float) -> float:
         # By multiplication, so that rounding does not add up; it may still give `after` itself.
-        count = (after - self.start) // self.seconds + 1
-        due = self.start + count * self.seconds
+        due = self.start + ((after - self.start) // self.seconds + 1) * self.seconds
         if due <= after:
-            due = self.start + (count + 1) * self.seconds
+            due += self.seconds
         return due
 
 
-def first_from(numbers: list[int], low: int) -> int | None:
-    """Return the first of sorted numbers that is `low` or more, None where there is none."""
-    index = bisect.bisect_left(numbers, low)
-    if index == len(numbers):
-        return None
-    return numbers[index]
-
-
-def allowed_numbers(texts: dict[str, str], cron: bool) -> dict[str, Any]:
-    """Return the numbers that each field allows; cron: the days of its week begin on Sunday."""
-    names = list(FIELDS)
-    finest = max(names.index(name) for name in texts)
-    allowed: dict[str, Any] = {}
-    for index, (name, field) in enumerate(FIELDS.items()):
-        if cron and name == 'day_of_week':
-            numbers = parse_field(texts[name], CRON_WEEKDAY)
-            allowed[name] = {(number + 6) % 7 for number in numbers}
-        elif name in texts:
-            allowed[name] = parse_field(texts[name], field)
-        elif index < finest or name in ('week', 'day_of_week'):
-            allowed[name] = range(field.low, field.high + 1)
-        else:
-            allowed[name] = [field.low]
+def allowed_numbers(texts: dict[str, str], fields: dict[str, Field]) -> dict[str, Any]:
+    """Return the numbers that each field allows, of those that are left out as well."""
+    names = list(fields)
+    finest = max(map(names.index, texts))
+    allowed = {}
+    for index, (name, field) in enumerate(fields.items()):
+        text = '*'
+        if index > finest and name not in ('week', 'day_of_week'):
+            text = str(field.low)
+        allowed[name] = parse_field(texts.get(name, text), field)
     return allowed
 
 
@@ -434,139 +409,99 @@ class Calendar(Schedule):
     follow real time through clock changes. Else they keep to the wall: what a change skips
     is one run right after the gap, what comes twice runs the first time.
     """
+    # More than the days of 400 years, after which the calendar repeats.
+    MOST_STEPS = 160000
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        allowed = allowed_numbers(texts, cron)
-        # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
-        self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
-        self.allowed = allowed
-        self.first_year = min(allowed['year'])
-        self.months = sorted(allowed['month'])
-        self.hours = sorted(allowed['hour'])
-        self.minutes = sorted(allowed['minute'])
-        self.seconds = sorted(allowed['second'])
-        # The first time of a day, on any day.
-        self.first_time = datetime(
-            2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
-        self.days = functools.lru_cache(64)(self.matching_days)
         self.zone = zone
-        self.every_hour = len(self.hours) == 24
+        self.either = False
+        if cron:
+            self.allowed = allowed_numbers(texts, {**FIELDS, 'day_of_week': CRON_WEEKDAY})
+            self.allowed['day_of_week'] = {(day + 6) % 7 for day in self.allowed['day_of_week']}
+            # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
+            self.either = '*' not in (texts['day'][0], texts['day_of_week'][0])
+        else:
+            self.allowed = allowed_numbers(texts, FIELDS)
+        self.every_hour = len(self.allowed['hour']) == 24
 
-    def marked_days(self, days: list[date]) -> set[date]:
-        """Return the days of a month that the field `day` allows."""
-        marked = set()
-        for number in self.allowed['day']:
-            if isinstance(number, tuple):
-                index, weekday = number
-                among = [day for day in days if weekday in (None, day.weekday())]
-                if index < len(among):          # -1 is the last one; some have no 5th
-                    marked.add(among[index])
-            elif number <= len(days):
-                marked.add(days[number - 1])
-        return marked
-
-    def matching_days(self, year: int, month: int) -> list[date]:
-        """Return the days of one month that are allowed, in order."""
-        allowed = self.allowed
-        if year not in allowed['year'] or month not in allowed['month']:
-            return []
-        days = [date(year, month, 1) + DAY * number for number in range(31)]
-        days = [day for day in days if day.month == month]
-        marked, chosen = self.marked_days(days), []
-        for day in days:
-            fits = day in marked and day.weekday() in allowed['day_of_week']
-            if self.either:
-                fits = day in marked or day.weekday() in allowed['day_of_week']
-            if fits and day.isocalendar()[1] in allowed['week']:
-                chosen.append(day)
-        return chosen
-
-    def day_after(self, day: date) -> date:
-        """Return the first allowed day after one; ValueError: there is none."""
-        first = max(day.year, self.first_year)
-        for year in range(first, first + 401):      # the calendar repeats by then
-            for month in self.months:
-                for candidate in self.days(year, month):
-                    if candidate > day:
-                        return candidate
-        raise ValueError('there is no such date')
+    def fits_day(self, wall: datetime) -> bool:
+        """Tell whether a day is allowed, in a month that is."""
+        weekday = wall.weekday()
+        marks = {wall.day, ((wall.day - 1) // 7, weekday)}
+        if (wall + 7 * DAY).month != wall.month:
+            marks.add((-1, weekday))
+        if (wall + DAY).month != wall.month:
+            marks.add((-1, None))
+        marked = not marks.isdisjoint(self.allowed['day'])
+        on_weekday = weekday in self.allowed['day_of_week']
+        fits = marked and on_weekday
+        if self.either:
+            fits = marked or on_weekday
+        return fits and wall.isocalendar()[1] in self.allowed['week']
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        if wall.date() in self.days(wall.year, wall.month):
-            if wall.hour in self.hours:
-                second = first_from(self.seconds, wall.second)
-                if second is not None and wall.minute in self.minutes:
-                    return wall.replace(second=second)
-                minute = first_from(self.minutes, wall.minute + 1)
-                if minute is not None:
-                    return wall.replace(minute=minute, second=self.seconds[0])
-            hour = first_from(self.hours, wall.hour + 1)
-            if hour is not None:
-                return self.first_time.replace(wall.year, wall.month, wall.day, hour)
-        day = self.day_after(wall.date())
-        return self.first_time.replace(day.year, day.month, day.day)
+        allowed = self.allowed
+        for _ in range(self.MOST_STEPS):
+            if wall.year not in allowed['year'] or wall.month not in allowed['month']:
+                wall = (datetime(wall.year, wall.month, 28) + 4 * DAY).replace(day=1)
+            elif not self.fits_day(wall):
+                wall = datetime(wall.year, wall.month, wall.day) + DAY
+            elif wall.hour not in allowed['hour']:
+                wall = wall.replace(minute=0, second=0) + HOUR
+            elif wall.minute not in allowed['minute']:
+                wall = wall.replace(second=0) + MINUTE
+            elif wall.second not in allowed['second']:
+                wall += SECOND
+            else:
+                return wall
+        raise ValueError('there is no such date')
 
-    def wall(self, seconds: float) -> datetime:
-        """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
+    def wall(self, seconds: int) -> datetime:
+        """Return the naive wall time at Unix seconds."""
         return datetime.fromtimestamp(seconds, self.zone).replace(tzinfo=None)
 
     def unix(self, wall: datetime) -> int:
-        """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
-        return int(wall.replace(tzinfo=self.zone).timestamp())
-
-    def wall_at_zero(self, seconds: int) -> datetime:
-        """Return what the wall would show at Unix second 0 by the offset of `seconds`."""
-        return self.wall(seconds) - timedelta(0, seconds)
-
-    def change(self, low: int, high: int) -> int:
-        """Return the first second after `low` that has the offset of `high`."""
-        offset = self.wall_at_zero(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.wall_at_zero(middle) == offset:
-                high = middle
-            else:
-                low = middle
-        return high
+        """Return when the wall shows a time first, or one after it where a change skips it."""
+        # Of a time that is skipped, one is before the change, of one that comes twice, the first.
+        seconds = min(wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
+        first = int(seconds)
+        while self.wall(first) < wall:
+            first += 1
+        return first
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
-        start = int(after // 1) + 1
         try:
             if self.every_hour:
-                return self.by_real_time(start)
-            return self.by_wall(start)
+                return self.by_real_time(int(after // 1))
+            return self.by_wall(int(after // 1))
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
-    def by_real_time(self, start: int) -> int:
-        """Return the first second from `start` on whose wall time is allowed."""
+    def by_real_time(self, after: int) -> int:
+        """Return the first second after `after` whose wall time is allowed."""
+        second = after + 1
         while True:
-            wall = self.wall(start)
+            wall = self.wall(second)
             due = self.wall_from(wall)
-            ahead = min(due - wall, DAY)            # no two changes lie within a day
-            end = start + ahead // SECOND
-            shown = self.wall(end)
-            if shown - wall != ahead:
-                start = self.change(start, end)
-            elif shown == due:
-                return end
-            else:
-                start = max(end, self.unix(due - DAY))
+            if due == wall:
+                return second
+            end = self.unix(due - DAY)              # no two changes lie within a day
+            ahead = min(due - wall, DAY) // SECOND
+            while self.wall(second + ahead) != wall + ahead * SECOND:
+                end = second + 1
+                ahead //= 2                         # go near the change that is on the way
+            second = max(second + ahead, end)
 
-    def by_wall(self, start: int) -> int:
-        """Return the first second from `start` on that is allowed and not a repetition."""
-        wall = self.wall(start - 1)                 # `start` may be right after a gap
-        if wall.fold:                               # go to where the repetition ends
-            first = self.unix(wall.replace(fold=0))
-            change = self.change(first, start - 1)
-            wall = self.wall(change - 1)
-        due = self.wall_from(wall + SECOND)
-        seconds = self.unix(due)
-        if self.wall(seconds) == due:
-            return seconds
-        return self.change(self.unix(due.replace(fold=1)), seconds)         # skipped
+    def by_wall(self, after: int) -> int:
+        """Return the first second after `after` that is allowed and not a repetition."""
+        wall = self.wall(after)
+        while True:
+            wall = self.wall_from(wall + SECOND)
+            due = self.unix(wall)
+            if due > after:
+                return due
 
 
 class Croniter(Calendar):
@@ -616,8 +551,7 @@ def parse_cron(text: str, zone: Any) -> Schedule:
     """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    beyond = re.search('[lw#?]', unnamed)
-    if len(words) in (6, 7) or len(words) == 5 and beyond:
+    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
         return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
@@ -655,22 +589,22 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
     (5400.0, 300)
     """
-    text = str(text)
     fields, plain = parse_words(text)
     jitter = parse_duration(fields.pop('jitter', 0))
-    zone, named = None, CRON_NAMES.get(plain.lower())
+    zone = None
     if 'timezone' in fields:
         zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
+    cron = CRON_NAMES.get(plain.lower(), plain)
     schedule: Schedule
     if fields:
         schedule = Calendar(fields, zone)
-    elif not named and (plain.lower().startswith('every ') or ' ' not in plain):
-        schedule = parse_interval(plain)
+    elif ' ' not in cron or cron.lower().startswith('every '):
+        schedule = parse_interval(cron)
     else:
-        schedule = parse_cron(named or plain, zone)
+        schedule = parse_cron(cron, zone)
     schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
