@@ -1247,10 +1247,9 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
 
 
 class HttpAnswer(NamedTuple):
-    """What a web server said; headers.get() takes a name in any case."""
+    """What a web server said."""
     status: int
     reason: str
-    headers: Any
     body: bytearray
 
 
@@ -1366,8 +1365,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
             # Any status but 2xx
             except urllib.error.HTTPError as error:
                 answer = error
-            return HttpAnswer(answer.code, str(answer.reason), answer.headers,
-                              http_body(answer, limit))
+            return HttpAnswer(answer.code, str(answer.reason), http_body(answer, limit))
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unreachable(http_trouble(error, seconds)) from None
 
@@ -1748,7 +1746,7 @@ class Stats(NamedTuple):
     """The figures of an rTorrent; rates in bytes a second; None is what it does not tell."""
     engine_id: str
     version: str
-    uptime: float | None                # seconds
+    uptime: int | None                  # seconds
     up_rate: int | None
     up_limit: int | None                # 0 is none
     up_total: int | None
@@ -1988,11 +1986,11 @@ class Engine:
         return view in self.views
 
     @property
-    def uptime(self) -> float | None:
+    def uptime(self) -> int | None:
         """Seconds since rTorrent was started, None where that cannot be known."""
         if self.startup is None:
             return None
-        return max(time.time() - self.startup, 0)
+        return max(int(time.time() - self.startup), 0)
 
     def stats(self) -> Stats:
         """Return rTorrent's figures, asked in one round trip."""
@@ -4598,7 +4596,17 @@ SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names
 
 
 class Settings(dict):
-    """Settings by name: config.path or config['path']; as an attribute, None when missing."""
+    """Settings by name: config.path or config['path']; as an attribute, None when missing.
+
+    Those of a job are job.NAME.* without that prefix, job_name, dry_run, active ..., and they
+    have as attributes alone: `engine` is the job's rTorrent, `engines` are those of all jobs;
+    `state_dir` is where it may keep files; `alone`: this is a single run, perhaps beside the
+    daemon.
+    """
+
+    def __init__(self, settings: Any = (), **attributes: Any):
+        super().__init__(settings)
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
@@ -4616,20 +4624,11 @@ class Settings(dict):
         return repr(shown)
 
 
-class JobConfig(Settings):
-    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active ...
-
-    engine is the job's rTorrent, engines are those of all jobs. state_dir is where it may keep
-    files. alone: this is a single run, perhaps beside the daemon.
-    """
-
-    def __init__(self, settings: Any = (), engine: Any = None, engines: Any = (),
-                 state_dir: str = '', alone: bool = False):
-        super().__init__(settings)
-        self.engine = engine
-        self.engines = engines
-        self.state_dir = state_dir
-        self.alone = alone
+KINDS: dict[Any, str] = {
+    parse_bool: 'yes/no',
+    parse_count: 'number',
+    parse_duration: 'time',
+    parse_size: 'size'}
 
 
 class Option(NamedTuple):
@@ -4643,17 +4642,13 @@ class Option(NamedTuple):
     @property
     def kind(self) -> str:
         """What the option takes, for the help."""
-        kinds: dict = {parse_bool: 'yes/no', parse_count: 'number', parse_duration: 'time',
-                       parse_size: 'size'}
-        return kinds.get(self.parse, 'text')
+        return KINDS.get(self.parse, 'text')
 
 
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
-    name = type(job).__name__
     config = getattr(job, 'config', None)
-    if config is not None:
-        name = getattr(config, 'job_name', None) or name
+    name = getattr(config, 'job_name', None) or type(job).__name__
     return logging.getLogger('torque.' + name)
 
 
@@ -4664,7 +4659,7 @@ class Job:
     families: tuple[str, ...] = ()      # beginnings of options that may have any name
     at_start = False                    # run at the start, too
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         self.config = config
         self.LOG = get_class_logger(self)
         self.engine: Engine = config.engine
@@ -4749,12 +4744,11 @@ class EngineStats(Job):
     def run(self) -> None:
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
-        started = ''
+        name = f'{stats.engine_id} rTorrent {stats.version}'
         if stats.uptime is not None:
-            started = f' up {show_duration(stats.uptime)}'
+            name += f' up {show_duration(stats.uptime)}'
         self.LOG.info(
-            '%s rTorrent %s%s; %s torrents, %s active; %s, %s; rpc %.1f ms',
-            stats.engine_id, stats.version, started,
+            '%s; %s torrents, %s active; %s, %s; rpc %.1f ms', name,
             count_text(stats.views['main']), count_text(stats.views['active']),
             rate_text('up', stats.up_rate, stats.up_limit),
             rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
@@ -4774,26 +4768,27 @@ def parse_pairs(text: str) -> dict[str, str]:
 
 
 def parse_web_url(text: str) -> str:
-    """Return the base URL of a web server, without the slash at its end."""
-    if not re.fullmatch(r'https?://[^/@\s]+(?:/\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
-                        'with user and password as settings')
+    """Return the URL of a web server, without the slash at its end."""
+    host = r'(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?'
+    if not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/..., '
+                        'without user and password')
     return text.rstrip('/')
 
 
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
-    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
-    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
-                        'without user and password')
-    return text
+    return text and parse_web_url(text)
 
 
-def parse_api(text: str) -> str:
-    """Return a version of InfluxDB's interface, or nothing."""
-    if text not in ('', '1', '2', '3'):
-        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
+def parse_word(known: Iterable[str], text: str) -> str:
+    """Return a word that has to be one of those known."""
+    if text not in known:
+        what = 'is not set'
+        if text:
+            what = f'{text!r} is not known'
+        raise UserError(f"{what}; allowed are {' '.join(filter(None, known))}"
+                        f'{nearest(text, known)}')
     return text
 
 
@@ -4833,17 +4828,13 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
     return f'{head} {values} {int(when * 1000)}'
 
 
-def series_of(line: str) -> str:
-    """Return the series of a line in line protocol, escaped as it is there."""
-    return re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
-
-
-def by_series(lines: list[str]) -> list[list[str]]:
-    """Return lines in groups of the same series."""
-    groups = collections.defaultdict(list)
+def by_series(lines: list[str]) -> dict[str, list[str]]:
+    """Return the lines of each series."""
+    groups: dict[str, list[str]] = {}
     for line in lines:
-        groups[series_of(line)].append(line)
-    return list(groups.values())
+        series = re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
+        groups.setdefault(series, []).append(line)
+    return groups
 
 
 def proc_rows(name: str) -> dict[str, list[str]]:
@@ -4872,25 +4863,32 @@ def host_figures() -> dict:
     return figures
 
 
+def disk_figures(path: str) -> dict:
+    """Return the size and the free bytes of the disk of a path."""
+    import shutil
+    try:
+        disk = shutil.disk_usage(os.path.expanduser(path))
+    except OSError as error:
+        raise LoggableError(f'disk_path {path!r}: {error.strerror}') from None
+    return {'disk_total': disk.total, 'disk_free': disk.free}
+
+
 def read_secret(path: str) -> str:
     """Return the first line of a file that holds a password or token; '' for no file."""
     if not path:
         return ''
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path), encoding='utf-8', errors='replace') as stream:
             return stream.readline().strip()
     except OSError as error:
         raise LoggableError(f'{path}: {error.strerror}') from None
-    except ValueError:
-        raise LoggableError(f'{path}: not UTF-8 text') from None
 
 
-def retry_after(answer: HttpAnswer) -> float:
-    """Return the seconds that a server wants to be left alone, 0 where it does not say."""
-    said = answer.headers.get('retry-after', '')
-    if not re.fullmatch('[0-9]{1,9}', said):    # it may be a date as well
-        return 0
-    return min(int(said), 3600)
+# By version of the interface: where points are written to, and how a token is called.
+WRITE = {
+    '1': ('/write?db={db}&precision=ms', 'Token'),
+    '2': ('/api/v2/write?org={org}&bucket={bucket}&precision=ms', 'Token'),
+    '3': ('/api/v3/write_lp?db={db}&precision=millisecond', 'Bearer')}
 
 
 class InfluxDB(Job):
@@ -4905,7 +4903,8 @@ class InfluxDB(Job):
         Option('token_file', str, '', 'file that holds the token'),
         Option('org', str, '', 'organization (2.x)'),
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
-        Option('api', parse_api, '', '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
+        Option('api', functools.partial(parse_word, ('', *WRITE)), '',
+               '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
         Option('timeout', parse_duration, '10s', 'most time for one request'),
         Option('gzip', parse_bool, 'no', 'compress what is sent'),
         Option('dbname', str, 'torque', 'database (1.x, 3.x)'),
@@ -4915,51 +4914,30 @@ class InfluxDB(Job):
         Option('tags', parse_pairs, '', 'tags for every point: name=value, name=value'),
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
-    LONGEST_PAUSE = 300                 # seconds between tries
     SAVE_EVERY = 60                     # seconds
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
-        self.pause = 0.0                # before the next try
-        self.asked_pause = 0.0          # the same, as the server wants it
-        self.retry_at = self.saved_at = 0.0
-        self.problem = ''
+        self.points: list[str] = []     # not delivered yet
         self.file = ''
+        self.buffer = 0
+        self.saved_at = 0.0
         if not config.alone and not self.dry_run:
+            self.buffer = config.buffer
             self.file = self.state_file('points')
-        self.points = self.load()
-
-    def load(self) -> list[str]:
-        """Return the points that an earlier process could not deliver."""
-        if not self.file:
-            return []
-        try:
-            with open(self.file, encoding='utf-8', errors='replace') as stream:
-                lines = stream.read().split('\n')
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f'{self.file}: {error.strerror}') from None
-        return [line for line in lines if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
-
-    def save(self) -> None:
-        """Keep undelivered points for the next process, or remove what was kept."""
-        self.saved_at = elapsed_time()
-        if not self.file:
-            return
-        try:
-            if self.points:
-                replace_file(self.file, '\n'.join(self.points) + '\n')
-            elif os.path.exists(self.file):
-                os.remove(self.file)
-        except (LoggableError, OSError) as error:
-            self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
+            with contextlib.suppress(FileNotFoundError):
+                with open(self.file, encoding='utf-8', errors='replace') as stream:
+                    self.points = [line.rstrip('\n') for line in stream]
 
     def cleanup(self) -> None:
-        """Save what is not delivered."""
-        self.save()
+        """Keep undelivered points for the next process, or remove what was kept."""
+        self.saved_at = elapsed_time()
+        if self.file and self.points:
+            replace_file(self.file, '\n'.join(self.points) + '\n')
+        elif os.path.exists(self.file):
+            os.remove(self.file)
 
     def run(self) -> None:
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
@@ -4968,17 +4946,14 @@ class InfluxDB(Job):
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
             self.points += lines
-            try:
-                self.deliver(self.points)
-            finally:
-                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
-                    self.save()
+            problems = self.deliver() + problems
+            if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
+                self.cleanup()
         if problems:
             raise problems[0]
 
     def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
-        import shutil
         config, host = self.config, socket.gethostname()
         rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
@@ -4990,12 +4965,11 @@ class InfluxDB(Job):
         if config.series_host:
             rows.append((config.series_host, {'host': host}, host_figures()))
             for path in filter(None, config.disk_path.split(os.pathsep)):
+                tags = {'disk': path, 'host': host}
                 try:
-                    disk = shutil.disk_usage(os.path.expanduser(path))
-                    figures = {'disk_total': disk.total, 'disk_free': disk.free}
-                    rows.append((config.series_host, {'disk': path, 'host': host}, figures))
-                except OSError as error:
-                    problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+                    rows.append((config.series_host, tags, disk_figures(path)))
+                except LoggableError as error:
+                    problems.append(error)
         lines = []
         for series, tags, figures in rows:
             if set(figures.values()) != {None}:
@@ -5006,97 +4980,74 @@ class InfluxDB(Job):
         """Return (series, tags, figures) of rTorrent and of its views."""
         figures = self.engine.stats()._asdict()
         views = figures.pop('views')
-        uptime = figures.pop('uptime')
-        if uptime is not None:
-            figures['uptime'] = int(uptime)
         tags = {'host': figures['engine_id'].partition(':')[0]}
         series = self.config.series
         return [(series, tags, figures), (series + '_views', tags, views)]
 
-    def deliver(self, points: list[str]) -> None:
-        """Send points, oldest first, and take them out of the list.
-
-        Raises LoggableError when some have to wait, or were refused for good.
-        """
-        refused: list[str] = []
-        while points and elapsed_time() >= self.retry_at:
-            batch = points[:self.BATCH]
-            try:
-                refused += self.post(batch)
-                del points[:len(batch)]
-                self.pause = 0.0
-            except LoggableError as error:
-                self.problem = f'{self.config.url}: {error}'
-                self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
-                self.retry_at = elapsed_time() + (self.asked_pause or self.pause)
-        if points:
-            refused.append(f'{self.problem}; {self.keep(points)}')
-        if refused:
-            raise LoggableError('; '.join(refused))
-
-    def keep(self, points: list[str]) -> str:
-        """Drop the oldest points that are too many, and return what becomes of the others."""
-        lost = len(points) - self.config.buffer
-        text = f'{min(len(points), self.config.buffer)} points are kept'
-        if not self.file:
-            text = 'nothing is kept'
-        if lost > 0:
-            del points[:lost]
-            text += f', the oldest {lost} dropped'
-        return text
+    def deliver(self) -> list[LoggableError]:
+        """Send points, oldest first; return why some have to wait, or were refused for good."""
+        problems = []
+        try:
+            while self.points:
+                problems += self.post(self.points[:self.BATCH])
+                del self.points[:self.BATCH]
+        except LoggableError as error:
+            lost = max(len(self.points) - self.buffer, 0)
+            del self.points[:lost]
+            problems.append(f'{error}; {len(self.points)} points are kept')
+            if lost:
+                problems.append(f'the oldest {lost} dropped')
+        if not problems:
+            return []
+        return [LoggableError(f"{self.config.url}: {', '.join(problems)}")]
 
     def post(self, lines: list[str]) -> list[str]:
         """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
         """
-        self.asked_pause = 0.0
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
             return []
         said = one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(beginning(answer.body))
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
-            parts = [lines[:half], lines[half:]]
-        elif answer.status in (400, 422):
-            parts = by_series(lines)    # one bad series must not cost the others
-        else:                           # 413 for one point: it would refuse all of them
-            self.asked_pause = retry_after(answer)
+            return self.post(lines[:half]) + self.post(lines[half:])
+        if answer.status not in (400, 422):
+            # 413 for a single point, too: it would refuse all of them.
             raise LoggableError(said)
-        if len(parts) == 1:
-            return [f'{self.config.url}: {len(lines)} points of {series_of(lines[0])} were '
-                    f'refused and dropped: {said}']
+        groups = by_series(lines)
+        if len(groups) == 1:
+            return [f'{len(lines)} points of {min(groups)} were refused and dropped: {said}']
         refused = []
-        for part in parts:
-            refused += self.post(part)
+        for group in groups.values():   # one bad series must not cost the others
+            refused += self.post(group)
         return refused
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
-        from urllib.parse import urlencode
-        config, headers = self.config, self.login()
-        if config.api == '3':
-            path, query = '/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'}
-        elif config.api == '2' or not config.api and (config.org or config.bucket):
-            path, query = '/api/v2/write', {
-                'org': config.org, 'bucket': config.bucket or config.dbname, 'precision': 'ms'}
-        else:
-            path, query = '/write', {'db': config.dbname, 'precision': 'ms'}
-        headers['Content-Type'] = 'text/plain; charset=utf-8'
+        import gzip
+        from urllib.parse import quote_plus
+        config = self.config
+        api = config.api or '1'
+        if not config.api and (config.org or config.bucket):
+            api = '2'
+        path, scheme = WRITE[api]
+        names = {'db': config.dbname, 'org': config.org, 'bucket': config.bucket or config.dbname}
+        for name, text in names.items():
+            names[name] = quote_plus(text)
+        headers = {'Content-Type': 'text/plain; charset=utf-8', **self.login(scheme)}
         if config.gzip:
-            import gzip
             body = gzip.compress(body)
             headers['Content-Encoding'] = 'gzip'
-        return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
+        return http_post(config.url + path.format(**names), body, headers, config.timeout)
 
-    def login(self) -> dict[str, str]:
+    def login(self, scheme: str) -> dict[str, str]:
         """Return the header that says who writes: a token, else user and password, else none."""
         config = self.config
         token = config.token or parse_token(read_secret(config.token_file))
-        if token and config.api == '3':
-            return {'Authorization': f'Bearer {token}'}
         if token:
-            return {'Authorization': f'Token {token}'}
+            return {'Authorization': f'{scheme} {token}'}
         if not config.user:
             return {}
         password = config.password or read_secret(config.password_file)
@@ -5147,7 +5098,7 @@ class Choice(Job):
     FRESH = 1.0                         # seconds that a list may be old
     PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
@@ -5259,7 +5210,7 @@ class QueueManager(Job):
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         where = self.engine.address.where
         self.turn = self.turns.setdefault(where, threading.Lock())
@@ -5525,16 +5476,6 @@ ACTION_COMMANDS: dict[str, tuple[str, Callable | None]] = {
 WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
 
 
-def parse_word(known: Iterable[str], text: str) -> str:
-    """Return a word that has to be one of those known."""
-    if text not in known:
-        what = 'is not set'
-        if text:
-            what = f'{text!r} is not known'
-        raise UserError(f"{what}; allowed are {' '.join(known)}{nearest(text, known)}")
-    return text
-
-
 class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
@@ -5548,7 +5489,7 @@ class Action(Choice):
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item has, too: keep or delete'))
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
@@ -5792,7 +5733,7 @@ class Command(Job):
         Option('timeout', parse_duration, '', 'when the program and its children are ended'),
         Option('check', parse_bool, 'yes', 'no: a status other than 0 is no failure'))
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         self.children: set[int] = set()         # pids of programs that run
         if not config.args:
@@ -5907,7 +5848,7 @@ class ItemCommand(Choice, Command):
     fields = ENVIRONMENT = (
         'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.shell:
             self.template = self.use('args', ArgsTemplate, config.args)
@@ -5953,7 +5894,7 @@ class Move(Choice):
     fields = ('path', 'is_open')
     PAUSES = (60, 3600)                 # seconds, after the first failure and at most
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
@@ -6356,7 +6297,7 @@ class TreeWatch(Job):
                 folders.append(os.path.abspath(path))
         return folders
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
@@ -6967,9 +6908,7 @@ def parse_due(text: str) -> Schedule:
 
 def parse_level(text: str) -> str:
     """Return a level of the log, or nothing."""
-    if text.upper() not in ('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'):
-        raise UserError(f'{text!r}; allowed are DEBUG INFO WARNING ERROR')
-    return text
+    return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
 
 
 CORE_OPTIONS = (                        # what any job has
@@ -7429,8 +7368,8 @@ def import_modules(path: str, groups: dict[str, Entries]) -> None:
 class PlannedJob(NamedTuple):
     """A job that can be made."""
     name: str
-    make: Callable[[JobConfig], Any]
-    config: JobConfig
+    make: Callable[[Settings], Any]
+    config: Settings
     schedule: Schedule
     places: dict[str, Place]            # of its settings, and '' of the first
     source: Settings                    # all texts it is made of: the same, and so is the job
@@ -7514,7 +7453,8 @@ class Config(Settings):
         elif values.same_files != self.torque.same_files:
             engine = self.find_engine(self.torque.scgi_url, values.same_files, 'scgi_url',
                                       ini.sections['TORQUE'], ini)
-        config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
+        config = Settings(values, engine=engine, engines=self.all_engines,
+                          state_dir=self.state_dir, alone=alone)
         for key in set(dir(config)).intersection(entries):
             ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
                                          f'the job finds it as config[{key!r}]')
@@ -8166,7 +8106,7 @@ class Daemon:
         if not config.dry_run:
             run = functools.partial(self.run_job, planned, job)
         task = Task(planned.name, planned.schedule, run, config.max_runtime)
-        task.log.setLevel((config.log_level or 'NOTSET').upper())
+        task.log.setLevel(config.log_level or 'NOTSET')
         task.at_start = getattr(job, 'at_start', False) or (missed and config.catch_up)
         return task
 
