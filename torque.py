@@ -4771,7 +4771,7 @@ def parse_web_url(text: str) -> str:
     """Return the URL of a web server, without the slash at its end."""
     host = r'(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?'
     if not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/..., '
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/, '
                         'without user and password')
     return text.rstrip('/')
 
@@ -5189,7 +5189,6 @@ class Choice(Job):
 
 class QueueManager(Job):
     """Start waiting torrents, a few per run, while there is room."""
-    section = 'TORQUE'
     options = (
         Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
                'condition that any startable item must meet, too'),
@@ -6795,11 +6794,11 @@ class TreeWatch(Job):
 
 
 # --- Config ----------------------------------------------------------------------------------
-# torque.ini becomes entries (a value and its place), entries become settings, settings become
-# planned jobs, and those become the objects that run. Mistakes are collected as (file, line,
-# text), so that all are told at once, each as `file:line: setting: what is wrong; what is
-# allowed`; only where there is none does anything start. What has no effect is a warning.
-# config_ini is the configuration as jobs see it. All of this runs in the main thread.
+# torque.ini becomes values (a text that knows where it stands), values become planned jobs, and
+# those become the objects that run. Mistakes are collected as ((file, line), text), so that all
+# are told at once, each as `file:line: setting: what is wrong; what is allowed`; only where there
+# is none does anything start. What has no effect is a warning. config_ini is the configuration
+# as jobs see it. All of this runs in the main thread.
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
@@ -6846,13 +6845,6 @@ def origin(error: BaseException) -> str:
     return f'{place}{type(error).__name__}: {error}'
 
 
-def required(text: str) -> str:
-    """Return the text of what every job needs."""
-    if not text:
-        raise UserError('is missing; a job needs a handler and a schedule')
-    return text
-
-
 def handler_name(text: str) -> str:
     """Return the `module:Class` of a handler, of ours for those of pyrocore and pyrosimple.
 
@@ -6871,22 +6863,18 @@ def import_module(module: str, name: str) -> Any:
     import importlib
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if module != missing and not module.startswith(missing + '.'):
-            raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-        hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
-        if module.endswith('.py'):
-            hint = f'; write {module[:-3]}:{name}'
-        raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
-                        f'Python does){hint}') from None
     except (Exception, SystemExit) as error:    # whatever the module does when imported
+        missing = str(getattr(error, 'name', ''))
+        if isinstance(error, ModuleNotFoundError) and f'{module}.'.startswith(f'{missing}.'):
+            hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
+            raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
+                            f'Python does){hint}') from None
         raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
 
 
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
-    handler = handler_name(required(text))
+    handler = handler_name(text)
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
@@ -6900,7 +6888,7 @@ def import_handler(text: str) -> Any:
 
 def parse_due(text: str) -> Schedule:
     """Return the Schedule of a job: one that is due again."""
-    schedule = parse_schedule(required(text))
+    schedule = parse_schedule(text)
     if schedule.next(time.time()) is None:
         raise UserError(f'{text!r} lies in the past: it would never fire')
     return schedule
@@ -6943,25 +6931,31 @@ CORE_NAMES = [option.name for option in CORE_OPTIONS]
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
-class Place(NamedTuple):
-    """Where a setting stands: a file or `-D`, and the line, 0 where there is none."""
-    file: str
-    line: int = 0
-
-    def __str__(self) -> str:
-        if self.line:
-            return f'{self.file}:{self.line}'
-        return self.file
-
-
-class Entry(NamedTuple):
-    """A value of the configuration, and where it stands."""
-    value: str
-    place: Place
-
-
-Entries = Dict[str, Entry]              # by name
+Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 where there is none
 Mistake = Tuple[Place, str]             # where, and what is wrong
+
+
+class Value(str):
+    """A text of the configuration; `place`: where it stands, `key`: the name it has there."""
+    place: Place
+    key: str
+
+    def __new__(cls, text: str, place: Place = ('', 0), key: str = '') -> Value:
+        value = super().__new__(cls, text)
+        value.place = place
+        value.key = key
+        return value
+
+
+Values = Dict[str, Value]               # by name
+
+
+def located(place: Place, text: str) -> str:
+    """Return a line that says what is the matter where."""
+    file, line = place
+    if line:
+        file = f'{file}:{line}'
+    return one_line(f'{file}: {text}')
 
 
 class UnknownJob(UserError):
@@ -6969,14 +6963,10 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration; `lines` has a line for each, in their order."""
+    """All that is wrong with a configuration, a line each, in their order."""
 
-    def __init__(self, mistakes: list[Mistake]):
-        self.mistakes = mistakes
-        self.lines = []
-        for place, text in sorted(dict.fromkeys(mistakes), key=operator.itemgetter(0)):
-            self.lines.append(one_line(f'{place}: {text}'))
-        super().__init__('\n'.join(self.lines))
+    def __init__(self, mistakes: Iterable[Mistake]):
+        super().__init__('\n'.join(located(*mistake) for mistake in sorted(set(mistakes))))
 
 
 class NumberedParser(configparser.RawConfigParser):
@@ -6986,8 +6976,8 @@ class NumberedParser(configparser.RawConfigParser):
     different, so none is lost when it is given twice.
     """
     SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
-    # Matches any line, so that none ends the reading; is_key() tells what was no key.
-    OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
+    # Matches any line, so that none ends the reading. What follows ` ;` is a comment.
+    OPTCRE = re.compile(r'(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)$')
 
     def __init__(self, lines: list[str], file: str):
         super().__init__(strict=False, default_section='', interpolation=None)
@@ -7013,141 +7003,93 @@ class NumberedParser(configparser.RawConfigParser):
         return sorted(rows)
 
 
-def common_section(section: str, key: str) -> str:
-    """Return under which section torque has a setting of pyrocore's config.ini; or nothing."""
-    if section in ('INFLUXDB', 'ANNOUNCE'):
-        return section
-    if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
-        return 'TORQUE'
-    return ''
-
-
-def is_key(text: str) -> bool:
-    """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
-    if text[-1] not in '=:' or text[0] in '=:[':
-        return False
-    return not re.search(r'\s;', text)
-
-
-def excerpt(text: str, line: str) -> str:
-    """Return part of a line as a message may show it; line: what tells of secrets in it."""
-    if re.search(SECRET + '|url', line):
-        return '***'
-    return quoted(redacted(text.strip()), 60)
-
-
 class Ini:
-    """The entries of configuration files by section and key; mistakes, warnings, notes."""
+    """The values of configuration files by section and key; mistakes, and remarks for the log."""
 
     def __init__(self) -> None:
-        self.sections: dict[str, Entries] = {'TORQUE': {}}
+        self.sections: dict[str, Values] = {section: {} for section in SECTIONS}
         self.mistakes: list[Mistake] = []
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
+        self.remarks: list[tuple[int, str]] = []        # level of the log, line
 
-    def refuse(self, place: Place, text: str) -> None:
+    def refuse(self, value: Value, text: Any) -> None:
         """Add a mistake."""
-        self.mistakes.append((place, text))
+        self.mistakes.append((value.place, f'{value.key}: {text}'))
 
-    def warn(self, place: Place, text: str) -> None:
+    def warn(self, value: Value, text: str) -> None:
         """Add a warning of what has no effect, or another one than it seems."""
-        self.warnings.append(one_line(f'{place}: {text}'))
+        self.remarks.append((logging.WARNING, located(value.place, f'{value.key}: {text}')))
 
     def read(self, text: str, file: str, common: bool = False) -> None:
-        """Add the entries of one file; common: it is pyrocore's config.ini."""
-        lines = [line.rstrip() for line in text.split('\n')]
+        """Add the values of one file; common: it is pyrocore's config.ini."""
+        lines = text.split('\n')
         rows = NumberedParser(lines, file).rows()
-        self.warn_of_glued(lines, file, {row[0] for row in rows})
-        before = ''
-        for number, section, key, value in rows:
+        for number, section, key, text in rows:
             name = key[:-1].rstrip()
-            if common:
-                section = common_section(section, name)
-                if not section:
-                    continue
-            place = Place(file, number)
-            line = lines[number - 1]
-            shown = excerpt(line, before + line)    # it may go on a secret
-            before = name
-            if not is_key(key):
-                self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
+            if common and section in ('GLOBAL', 'DEFAULT') and name in ('scgi_url', 'rtorrent_rc'):
+                section = 'TORQUE'
+            elif common and section not in ('INFLUXDB', 'ANNOUNCE'):
+                continue
+            if not re.fullmatch(r'[^[=:].*[=:]', key) or not name.isprintable():
+                self.mistakes.append(((file, number), 'this is neither KEY = VALUE nor [SECTION]'))
             elif section:
-                value = self.without_comment(place, name, value, line)
-                self.add(section, name, value, place)
+                first, *more = text.split('\n')
+                if first == '""':
+                    first = ''
+                value = Value('\n'.join([first, *filter(None, more)]), (file, number), name)
+                self.warn_of_surprises(value, lines[number - 1])
+                self.add(section, value)
             elif number == rows[0][0]:
-                self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
-                                   'under [TORQUE]')
+                self.mistakes.append(((file, number), 'this stands before any [SECTION]; settings '
+                                                      'belong under [TORQUE]'))
 
-    def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
-        """Warn of lines that look like settings, and go on a value because they are indented."""
-        pattern = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
-        for number, line in enumerate(lines, 1):
-            setting = pattern.match(line)
-            if setting and number not in keys:
-                self.warn(Place(file, number), f'{setting[1]} is indented, so it belongs to the '
-                                               'value above it')
+    def warn_of_surprises(self, value: Value, line: str) -> None:
+        """Warn of what is or is not part of a value, although it does not look so."""
+        comment = re.search(r'\s;(.*)', line)
+        if comment and ('=' in comment[1] or re.search(r'\.(args$|cmd[._])', value.key)):
+            self.warn(value, 'what follows ` ;` is a comment, and cut off; a ; without a blank '
+                             'before it belongs to the value')
+        setting = re.search(rf"\n(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", value)
+        if setting:
+            self.warn(value, f'{setting[1]} below is indented, so it belongs to this value')
 
-    def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
-        """Return a value without empty lines, and without the `; note` that ends its first one."""
-        first, *more = value.split('\n')
-        comment = re.search(r'\s;', line)
-        if comment:
-            first = first[:comment.start() - len(line)].rstrip()
-            said = line[comment.end():]
-            if re.search(r'\.(args$|cmd[._])', key):
-                self.warn(place, f'{key}: text after ` ;` is a comment, and cut off from the '
-                                 f'command: {excerpt(said, line)}; a ; without a blank before '
-                                 'it belongs to the value')
-            elif '=' in said:
-                self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
-        if first == '""':
-            first = ''
-        return '\n'.join([first, *filter(None, more)])
-
-    def add(self, section: str, key: str, value: str, place: Place) -> None:
-        """Add one entry; a later one replaces an earlier one."""
-        entries = self.sections.setdefault(section, {})
-        if key in entries and entries[key].place.file == place.file:
-            self.warn(place, f'{key} stands here again, and this one counts, not that of '
-                             f'{entries[key].place}')
-        if not key.isprintable():
-            self.refuse(place, f'{quoted(key)}: a name has no control characters')
-        elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
-                               'the value itself, and %% for %')
+    def add(self, section: str, value: Value) -> None:
+        """Add a value; a later one replaces an earlier one."""
+        values = self.sections.setdefault(section, {})
+        key = value.key
+        if key in values and values[key].place[0] == value.place[0]:
+            self.warn(value, f'stands here again, and counts, not line {values[key].place[1]}')
+        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
         else:
-            entries[key] = Entry(value.replace('%%', '%'), place)
+            values[key] = Value(value.replace('%%', '%'), value.place, key)
 
     def override(self, text: str) -> None:
         """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
-        place = Place('-D')
+        place = ('-D', 0)
         key, equals, value = text.partition('=')
-        key, value = key.strip(), value.strip()
-        section, _, rest = key.partition('.')
-        section = section.upper()
+        section, _, rest = key.strip().partition('.')
         if not equals or not section:
-            self.refuse(place, f'{excerpt(text, text)}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif rest and section in (*self.sections, *SECTIONS):
-            self.add(section, rest, value, place)
+            self.mistakes.append((place, 'allowed is KEY=VALUE or section.KEY=VALUE'))
+        elif rest and section.upper() in self.sections:
+            self.add(section.upper(), Value(value.strip(), place, rest))
         else:
-            self.add('TORQUE', key, value, place)
+            self.add('TORQUE', Value(value.strip(), place, key.strip()))
 
 
 def read_text(path: str) -> str:
     """Return the text of a configuration file; raises Mistakes where there is none."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            wrong = 'is no regular file'        # a pipe would block, a device might never end
-        elif os.path.getsize(path) > INI_LIMIT:
-            wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
-        else:
+        status = os.stat(path)
+        # A pipe would block, a device might never end.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= INI_LIMIT:
             with open(path, encoding='utf-8-sig') as stream:
                 return stream.read()
+        wrong = f'is no regular file of up to {show_size(INI_LIMIT)}'
     except UnicodeDecodeError as error:
         wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
     except OSError as error:
         wrong = str(error.strerror)
-    raise Mistakes([(Place(path), wrong)])
+    raise Mistakes([((path, 0), wrong)])
 
 
 def read_common(ini: Ini, path: str) -> None:
@@ -7157,14 +7099,14 @@ def read_common(ini: Ini, path: str) -> None:
         return
     try:
         ini.read(read_text(file), file, common=True)
-        ini.notes.append(one_line(f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, '
-                                  '[INFLUXDB], [ANNOUNCE]'))
+        ini.remarks.append((logging.INFO, one_line(
+            f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, [INFLUXDB], [ANNOUNCE]')))
     except Mistakes as error:
-        ini.warnings.append(str(error))
+        ini.remarks.append((logging.WARNING, str(error)))
 
 
 def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's files over them, and of -D over all."""
+    """Return the values of the defaults, of the user's files over them, and of -D over all."""
     ini = Ini()
     ini.read(DEFAULTS, '<defaults>')
     read_common(ini, path)
@@ -7182,13 +7124,13 @@ def beside(path: str, name: str | None) -> str:
     return os.path.join(folder, os.path.expanduser(name))
 
 
-def default_state_dir(path: str) -> str:
-    """Return the folder of state of one configuration file, by its real path."""
+def state_folder(path: str, name: str | None) -> str:
+    """Return the folder of state of a configuration file, which may name it."""
     import hashlib
+    if name:
+        return beside(path, name)
     real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME')
-    if not base:
-        base = os.path.expanduser('~/.local/state')
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
     mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
@@ -7206,163 +7148,126 @@ def convert(text: str) -> Any:
     return text
 
 
-def texts_of(entries: Entries) -> Settings:
-    """Return the values of entries as they are."""
-    return Settings((key, entry.value) for key, entry in entries.items())
-
-
-def converted(entries: Entries) -> Settings:
-    """Return the values of entries as pyrocore's jobs expect them; a handler stays text."""
-    values = texts_of(entries)
-    for key, text in values.items():
-        if key not in ('handler', 'schedule'):
-            values[key] = convert(text)
-    return values
-
-
-def first_place(entries: Entries) -> Place:
+def first_place(values: Values) -> Place:
     """Return where the user's file begins to speak of something."""
-    for entry in entries.values():
-        if entry.place.file != '<defaults>':
-            return entry.place
-    return Place('<defaults>')
+    for value in values.values():
+        if value.place[0] != '<defaults>':
+            return value.place
+    return ('<defaults>', 0)
 
 
-def built_in(entries: Entries) -> Any:
-    """Return the class of a job where it is a built-in one, else None."""
-    if 'handler' in entries:
-        for job in BUILT_IN:
-            if handler_name(entries['handler'].value) == f'torque:{job.__name__}':
-                return job
+def built_in(handler: str) -> Any:
+    """Return the class that a handler means where it is a built-in one, else None."""
+    for job in BUILT_IN:
+        if handler_name(handler) == f'torque:{job.__name__}':
+            return job
     return None
 
 
-def is_off(entries: Entries) -> bool:
+def is_off(values: Values) -> bool:
     """Tell whether a job's settings say that it is not active."""
-    if 'active' not in entries:
-        return False
-    return entries['active'].value.lower() in FALSE
+    return values.get('active', '').lower() in FALSE
 
 
-def group_jobs(ini: Ini) -> dict[str, Entries]:
-    """Return the entries of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, Entries] = {}
-    others: Entries = {}
-    for key, entry in ini.sections['TORQUE'].items():
-        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
-        if setting:
-            groups.setdefault(setting[1], {})[setting[2]] = entry
-        elif key.partition('.')[0] == 'job':
-            ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
-        elif key not in TORQUE_NAMES:
-            others[key] = entry
+def group_jobs(ini: Ini) -> dict[str, Values]:
+    """Return the values of each job by name; tell of those that torque has no use for."""
+    groups: dict[str, Values] = {}
     old = set()
-    for key, entry in others.items():
+    for key, value in ini.sections['TORQUE'].items():
+        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
         family = key.partition('.')[0]
-        if family in ('apscheduler', 'httpd'):
+        if setting:
+            groups.setdefault(setting[1], {})[setting[2]] = value
+        elif family == 'job':
+            ini.refuse(value, 'allowed is job.NAME.PARAM')
+        elif family in ('apscheduler', 'httpd'):
             old.add(f'{family}.*')
-        else:
-            hint = where_it_belongs(key, groups)
-            ini.warn(entry.place, f'{key} means nothing to torque{hint}')
+        elif key not in TORQUE_NAMES:
+            ini.warn(value, f'this means nothing to torque{where_it_belongs(key, ini)}')
     if old:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(old))}")
+        text = f"settings of pyrocore without a use here: {' '.join(sorted(old))}"
+        ini.remarks.append((logging.INFO, text))
     return groups
 
 
-def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
+def where_it_belongs(key: str, ini: Ini) -> str:
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
+    right = ''
     if rest and stem.lower() in ('job', 'jobs'):
-        return f"; did you mean 'job.{rest}'?"
-    if rest and stem in groups:
-        return f"; did you mean 'job.{key}'?"
-    if key in CORE_NAMES:
-        return f'; write job.NAME.{key}, for each job'
-    for name in ('queue', 'treewatch', 'fluxstats'):
-        job = built_in(groups[name])
-        if job and job.takes(key):
-            hint = f'; write job.{name}.{key}'
-            if job.section == 'INFLUXDB':
-                hint += ', or put it under [INFLUXDB]'
-            return hint
+        right = f'job.{rest}'
+    elif rest and f'job.{stem}.handler' in ini.sections['TORQUE']:
+        right = f'job.{key}'
+    elif key in CORE_NAMES:
+        right = f'job.NAME.{key}'
+    for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
+        if not right and job.takes(key):
+            right = f'job.{name}.{key}'
+    if right:
+        return f'; did you mean {right!r}?'
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
 def warn_of_sections(ini: Ini) -> None:
     """Warn of sections, and of settings in them, that have no effect."""
-    for section, entries in ini.sections.items():
-        if section not in SECTIONS:
-            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
-            ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
-            continue
-        for key, entry in entries.items():
+    for section, values in ini.sections.items():
+        for key, value in values.items():
+            if section not in SECTIONS:
+                hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+                ini.warn(value, f'section [{section}] means nothing to torque{hint}')
+                break
             if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
-                ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs under '
-                                      '[TORQUE]')
+                ini.warn(value, f'no effect under [{section}]; it belongs under [TORQUE]')
 
 
-def checked(options: Iterable[Option], entries: Entries, prefix: str,
-            mistakes: list[Mistake]) -> Settings:
-    """Return the values of options, adding the mistakes in them to `mistakes`."""
-    values = Settings()
+def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '',
+            shared: Any = ()) -> Settings:
+    """Return what the values mean to options; those left out are as in `shared`, or default."""
+    meanings = Settings()
+    given = {**dict(shared), **values}
     for option in options:
-        entry = entries.get(option.name) or entries.get(option.alias)
+        default = Value(option.default, first_place(values), prefix + option.name)
+        text = given.get(option.name, given.get(option.alias, default))
         typed = option.kind != 'text'           # empty is as if it were left out
-        text = option.default
-        if entry and (entry.value or not typed):
-            text = entry.value
-        values[option.name] = None
-        if typed and text == '':
+        if typed and not text:
+            text = default
+        if option.name in values and option.alias in values:
+            ini.warn(values[option.alias], f'another name of {option.name}, and that counts')
+        meanings[option.name] = None
+        if typed and not text:
             continue
         try:
-            values[option.name] = option.parse(text)
+            meanings[option.name] = option.parse(text)
         except UserError as error:
-            place = entry.place if entry else first_place(entries)
-            mistakes.append((place, f'{prefix}{option.name}: {error}'))
-    return values
+            ini.refuse(text, error)
+    return meanings
 
 
-def unknown_options(job: Any, prefix: str, entries: Entries) -> list[Mistake]:
+def converted(values: Values) -> Settings:
+    """Return values as pyrocore's jobs expect them."""
+    return Settings((key, convert(text)) for key, text in values.items())
+
+
+def unknown_options(job: Any, values: Values) -> list[tuple[Value, str]]:
     """Return what is among a built-in job's settings and is none of its options."""
-    known = list(CORE_NAMES)
-    for option in job.options:
-        known += filter(None, (option.name, option.alias))
+    known = CORE_NAMES + [option.name for option in job.options]
     unknown = []
-    for key, entry in entries.items():
-        if key not in CORE_NAMES and not job.takes(key) and not key.startswith('job.'):
+    for key, value in values.items():
+        if key not in CORE_NAMES and not job.takes(key):
             hint = nearest(key, known) or '; see --list-jobs'
-            unknown.append((entry.place, f'{prefix}{key}: {job.__name__} has no such option{hint}'))
+            unknown.append((value, f'{job.__name__} has no such option{hint}'))
     return unknown
 
 
-def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
-    """Return a built-in job's entries with those that its section gives to all of its kind.
-
-    What is none of its options is a mistake.
-    """
-    shared = ini.sections.get(job.section, {})
-    merged = dict(entries)
-    ini.mistakes += unknown_options(job, prefix, entries)
-    if job.section != 'TORQUE':
-        ini.mistakes += unknown_options(job, '', shared)
-    for option in job.options:
-        if option.name in entries and option.alias in entries:
-            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
-                                                  f'{option.name}, and that counts')
-        elif option.name in shared and option.alias not in entries:
-            merged.setdefault(option.name, shared[option.name])
-    return merged
-
-
-def import_modules(path: str, groups: dict[str, Entries]) -> None:
+def import_modules(path: str, groups: dict[str, Values]) -> None:
     """Import the modules of all active jobs: each may add fields that others' conditions name."""
     folder = os.path.dirname(os.path.realpath(path))
     if folder not in sys.path:
         sys.path.append(folder)
-    for entries in groups.values():
-        if 'handler' in entries and not is_off(entries):
+    for values in groups.values():
+        if not is_off(values):
             with contextlib.suppress(UserError):    # told of when the job is planned
-                import_handler(entries['handler'].value)
+                import_handler(values.get('handler', ''))
 
 
 class PlannedJob(NamedTuple):
@@ -7371,8 +7276,7 @@ class PlannedJob(NamedTuple):
     make: Callable[[Settings], Any]
     config: Settings
     schedule: Schedule
-    places: dict[str, Place]            # of its settings, and '' of the first
-    source: Settings                    # all texts it is made of: the same, and so is the job
+    source: Values                      # its settings as they are written
 
 
 class Config(Settings):
@@ -7386,8 +7290,7 @@ class Config(Settings):
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
         self.path = path
-        self.warnings = ini.warnings
-        self.notes = ini.notes
+        self.remarks = ini.remarks
         warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
@@ -7396,103 +7299,78 @@ class Config(Settings):
         self.fill(ini, dry_run)
         import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
-        for name, entries in groups.items():
-            if name == only or only is None and not is_off(entries):
-                self.jobs.append(self.plan(name, entries, ini, bool(only)))
-            elif entries.get('scgi_url') and entries['scgi_url'].value:
+        for name, values in groups.items():
+            job = built_in(values.get('handler', ''))
+            if name == only or only is None and not is_off(values):
+                self.jobs.append(self.plan(name, values, ini, bool(only)))
+            elif values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
-                self.find_engine(entries['scgi_url'].value, self.torque.same_files,
-                                 f'job.{name}.scgi_url', entries, ini)
-            elif only is None and built_in(entries):    # a slip may be why it is not active
-                for place, text in unknown_options(built_in(entries), f'job.{name}.', entries):
-                    ini.warn(place, f'{text} (of an inactive job)')
+                self.engine_at(values['scgi_url'], self.torque.same_files, ini)
+            elif only is None and job:          # a slip may be why it is not active
+                for value, text in unknown_options(job, values):
+                    ini.warn(value, f'{text} (of an inactive job)')
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
     def fill(self, ini: Ini, dry_run: bool) -> None:
         """Replace the sections by those of the files, and find what all jobs share."""
         self.clear()
-        for section, entries in ini.sections.items():
-            self[section.lower()] = texts_of(entries)
-        entries = ini.sections['TORQUE']
-        torque = converted(entries)
-        torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
+        for section, values in ini.sections.items():
+            self[section.lower()] = Settings(values)
+        torque = converted(ini.sections['TORQUE'])
+        torque.update(checked(TORQUE_OPTIONS, ini.sections['TORQUE'], ini))
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self['torque'] = torque
-        self.state_dir = beside(self.path, torque.state_dir)
-        if not self.state_dir:
-            self.state_dir = default_state_dir(self.path)
-        self.aliases = {}
-        for name, text in self.get('announce', {}).items():
-            self.aliases[name] = text.split()
-        self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
-        self.all_engines: list[Engine] = []         # the same, as jobs have them
-        self.engine = self.find_engine(torque.scgi_url, torque.same_files, 'scgi_url', entries,
-                                       ini)
+        self.state_dir = state_folder(self.path, torque.state_dir)
+        self.aliases = {name: text.split() for name, text in self.announce.items()}
+        self.engines: dict[tuple, Engine] = {}      # by address and same_files
+        self.url = self.find_url(ini)
+        self.engine = self.engine_at(self.url, torque.same_files, ini)
 
-    def plan(self, name: str, entries: Entries, ini: Ini, alone: bool) -> PlannedJob:
+    def find_url(self, ini: Ini) -> Value:
+        """Return where [TORQUE] says that rTorrent answers, or rTorrent's own configuration."""
+        values = ini.sections['TORQUE']
+        url = values.get('scgi_url', values.get('rtorrent_rc', Value('', (self.path, 0))))
+        # Where there are mistakes, it may be among what was not understood.
+        if not self.torque.scgi_url and not ini.mistakes:
+            url = Value('', url.place, 'scgi_url')
+            try:
+                return Value(find_url(self.torque.rtorrent_rc), url.place, 'rtorrent_rc')
+            except UserError as error:
+                ini.refuse(url, error)
+        return url
+
+    def plan(self, name: str, values: Values, ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
-        core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-        values = converted(entries)
-        make = core.pop('handler')
+        torque = ini.sections['TORQUE']
+        shared = {known: torque[known] for known in TORQUE_NAMES if known in torque}
+        core = checked(CORE_OPTIONS, values, ini, prefix, shared)
+        make = core.handler
+        settings = converted(values)
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-            entries = with_shared(make, prefix, entries, ini)
-            values = texts_of(entries)
-            values.update(checked(make.options, entries, prefix, ini.mistakes))
-        schedule = core.pop('schedule')
-        values.update(core)
-        values['job_name'] = name
-        values['dry_run'] = bool(core.dry_run or self.torque.dry_run)
-        if core.same_files is None:
-            values['same_files'] = self.torque.same_files
-        engine = self.engine
-        if core.scgi_url:
-            engine = self.find_engine(core.scgi_url, values.same_files, f'{prefix}scgi_url',
-                                      entries, ini)
-        elif values.same_files != self.torque.same_files:
-            engine = self.find_engine(self.torque.scgi_url, values.same_files, 'scgi_url',
-                                      ini.sections['TORQUE'], ini)
-        config = Settings(values, engine=engine, engines=self.all_engines,
+            section = ini.sections.get(make.section, {})
+            for value, text in unknown_options(make, values) + unknown_options(make, section):
+                ini.refuse(value, text)
+            settings = Settings(values)
+            settings.update(checked(make.options, values, ini, prefix, {**shared, **section}))
+        settings.update(core, job_name=name, dry_run=bool(core.dry_run or self.torque.dry_run),
+                        handler=values.get('handler'), schedule=values.get('schedule'))
+        engine = self.engine_at(values.get('scgi_url') or self.url, core.same_files, ini)
+        config = Settings(settings, engine=engine, engines=self.engines.values(),
                           state_dir=self.state_dir, alone=alone)
-        for key in set(dir(config)).intersection(entries):
-            ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
-                                         f'the job finds it as config[{key!r}]')
-        places = {'': first_place(entries)}
-        for key, entry in entries.items():
-            places[key] = entry.place
-        return PlannedJob(name, make, config, schedule, places, texts_of(entries))
+        return PlannedJob(name, make, config, core.schedule, values)
 
-    def find_engine(self, url: str, same_files: bool, key: str, entries: Entries,
-                    ini: Ini) -> Any:
-        """Return the Engine at an address; an empty one is what rTorrent's own rc says.
-
-        key, entries: the setting that a mistake is told of, and those that it stands among.
-        """
-        if not url and ini.mistakes:            # it may be among what was not understood
-            return None
-        try:
-            if not url:
-                url = find_url(self.torque.rtorrent_rc)
-                key = 'rtorrent_rc'
-            return self.engine_at(url, same_files)
-        except UserError as error:
-            entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
-            place = entry.place if entry else Place(self.path)
-            ini.refuse(place, f'{key}: {error}')
-            return None
-
-    def engine_at(self, url: str, same_files: bool) -> Engine:
+    def engine_at(self, url: Value, same_files: bool, ini: Ini) -> Any:
         """Return the Engine at an address: one for all jobs that name the same."""
-        torque = self.torque
-        timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
-        limit = torque.rpc_limit or RPC_LIMIT
-        made_of = (url, bool(same_files))
-        if made_of not in self.engines:
-            engine = Engine(url, timeout, limit, self.aliases, bool(same_files))
-            self.engines[made_of] = engine
-            self.all_engines.append(engine)
-        return self.engines[made_of]
+        made_of = (str(url), bool(same_files))
+        if url and made_of not in self.engines:
+            try:
+                self.engines[made_of] = Engine(url, self.torque.rpc_timeout, self.torque.rpc_limit,
+                                               self.aliases, bool(same_files))
+            except UserError as error:
+                ini.refuse(url, error)
+        return self.engines.get(made_of)
 
 
 def clean_up(name: str, job: Any) -> None:
@@ -7505,37 +7383,31 @@ def clean_up(name: str, job: Any) -> None:
 
 
 def make_job(planned: PlannedJob) -> Any:
-    """Return the object of a job; raises Mistakes."""
-    place, name = planned.places[''], f'job.{planned.name}'
+    """Return the object of a job; raises UserError."""
     try:
         job = planned.make(planned.config)
-        if callable(getattr(job, 'run', None)):
-            return job
-        text = f'{name}: the class has no run()'
-    except Unreachable:                         # no mistake: it may be there the next time
+    except (UserError, Unreachable):            # it may be there the next time
         raise
-    except UserError as error:
-        place = planned.places.get(error.option, place)
-        text = f'{name}: {error}'
-        if error.option:
-            text = f'{name}.{error.option}: {error}'
     except (Exception, SystemExit) as error:
-        text = f'{name} cannot be made: {origin(error)}'
-    raise Mistakes([(place, text)])
+        raise UserError(f'it cannot be made: {origin(error)}') from None
+    if not callable(getattr(job, 'run', None)):
+        raise UserError('the class has no run()')
+    return job
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
-    mistakes: list[Mistake] = []
+    ini = Ini()
     try:
         for planned in plans:
             try:
                 made[planned.name] = make_job(planned)
-            except Mistakes as error:
-                mistakes += error.mistakes
-        if mistakes:
-            raise Mistakes(mistakes)
+            except UserError as error:
+                place = Value('', first_place(planned.source), f'job.{planned.name}')
+                ini.refuse(planned.source.get(error.option, place), error)
+        if ini.mistakes:
+            raise Mistakes(ini.mistakes)
     except BaseException:                       # KeyboardInterrupt: torque is to end
         for name, job in made.items():
             clean_up(name, job)
@@ -8123,9 +7995,7 @@ class Daemon:
 
     def ping(self, planned: PlannedJob, way: str, text: str = '') -> None:
         """Tell the monitor of a job, if it has one."""
-        url = self.config.torque.ping_url
-        if 'ping_url' in planned.source:
-            url = planned.config.ping_url
+        url = planned.config.ping_url
         if not url or os.getpid() != self.pid:
             return
         base, mark, query = url.partition('?')
@@ -8655,12 +8525,11 @@ def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     options = Settings()
     with contextlib.suppress(UserError):
         # The file may be broken or gone by now.
-        options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
-                          '', [])
+        ini = read_files(path, arguments.define)
+        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], ini)
     name = arguments.pid_file or beside(path, options.pid_file)
     if not name:
-        folder = beside(path, options.state_dir) or default_state_dir(path)
-        name = os.path.join(folder, 'torque.pid')
+        name = os.path.join(state_folder(path, options.state_dir), 'torque.pid')
     return PidFile(os.path.abspath(name)), (options.grace or 10) + 20
 
 
@@ -8718,15 +8587,12 @@ def control(arguments: Any, path: str) -> int:
 def load(config: Config, arguments: Any, path: str) -> None:
     """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config.warnings = []
-    config.notes = []
+    config.remarks = []
     try:
         config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
-        for text in config.warnings:
-            log.warning('%s', text)
-        for text in config.notes:
-            log.info('%s', text)
+        for level, text in config.remarks:
+            log.log(level, '%s', text)
 
 
 def background_log(arguments: Any, path: str) -> str:
