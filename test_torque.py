@@ -6830,7 +6830,7 @@ class ConfigTest(ConfigCase):
             with self.subTest(override=override):
                 self.load(text, override, 'job.a.active=no')
                 self.assertEqual(torque.config_ini[name][key], value)
-        for override, word in (('grace', 'KEY=VALUE'), ('=1', 'KEY=VALUE'),
+        for override, word in (('grace', 'KEY = VALUE'), ('=1', 'KEY = VALUE'),
                                ('grace=x', "grace: 'x'"), ('job.a.active=x', "active: 'x'")):
             self.assert_refused(GOOD_INI, 0, word, override=[override])
 
@@ -6938,8 +6938,8 @@ class BrokenIniTest(ConfigCase):
         ('tags = x', 'part 1 is', '='), ('api = 4', "'4'", '1 2 3'),
         ('url = http://me:hunter2@x/', 'http://me:***@x/'))
     FILES = (                               # whole files, the line, the words told
-        ('x = 1\n' + HEAD, 1, 'this stands before any [SECTION]', '[TORQUE]'),
-        ('\n# c\n[TORQUE\nscgi_url = /nowhere\n', 3, 'neither'), (b'\xff\xfe[\0T\0', '', 'UTF-8'),
+        ('x = 1\n' + HEAD, 1, 'x: stands before any [SECTION]', '[TORQUE]'),
+        ('\n# c\n[TORQUE\n', 3, 'neither'), (b'\xff\xfe[\0T\0', '', 'UTF-8'),
         ('', '', 'scgi_url', '~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc'),
         ('[TORQUE]\nrtorrent_rc = /nowhere\n', 2, 'scgi_url', '/nowhere'))
 
@@ -7001,7 +7001,7 @@ class HandlerTest(ConfigCase):
                 ('good::plane', "module 'good' has no class 'plane'"),
                 ('good:value', "module 'good' has no class 'value'"),
                 ('torque:EngineStat', "no class 'EngineStat'; did you mean 'EngineStats'?"),
-                ('pyrocore.torrent.jobs:EngineStat', "did you mean 'torque:EngineStats'?"),
+                ('pyrocore.torrent.jobs:EngineStat', "did you mean 'EngineStats'?"),
                 ('broken:X', "module 'broken' cannot be imported: ", 'broken.py:2: '),
                 ('needy:X', "'needy' cannot be imported: ", 'needy.py:3: ', "'absent_thing'"),
                 ('pack.inner:X', "'pack.inner' cannot be imported: ", 'needy.py:3: '),

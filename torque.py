@@ -4592,6 +4592,7 @@ MEMORY_FIGURES = {                      # of InfluxDB, and the rows of /proc/mem
     'memory_available': 'MemAvailable',
     'swap_total': 'SwapTotal',
     'swap_free': 'SwapFree'}
+WEB_HOST = r'(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?'
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
@@ -4769,8 +4770,7 @@ def parse_pairs(text: str) -> dict[str, str]:
 
 def parse_web_url(text: str) -> str:
     """Return the URL of a web server, without the slash at its end."""
-    host = r'(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?'
-    if not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+    if not re.fullmatch(rf'https?://{WEB_HOST}(?:[/?]\S*)?', text):
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/, '
                         'without user and password')
     return text.rstrip('/')
@@ -6802,6 +6802,7 @@ class TreeWatch(Job):
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+COMMON = ('scgi_url', 'rtorrent_rc')    # what is read of pyrocore's [GLOBAL]
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
 job.connstats.schedule = minute=*
@@ -6817,19 +6818,10 @@ job.treewatch.schedule = hour=*
 job.treewatch.active = no
 """
 BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
-# Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
-OLD_HANDLERS = {
-    'jobs:EngineStats': 'EngineStats',
-    'metrics:EngineStats': 'EngineStats',
-    'jobs:InfluxDBStats': 'InfluxDB',
-    'jobs:InfluxDB': 'InfluxDB',
-    'queue:QueueManager': 'QueueManager',
-    'watch:QueueManager': 'QueueManager',
-    'watch:TreeWatch': 'TreeWatch',
-    'action:Action': 'Action',
-    'action:Command': 'Command',
-    'action:ItemCommand': 'ItemCommand',
-    'move_path:PathMover': 'Move'}
+# Jobs of pyrocore and pyrosimple that have another name here
+OLD_NAMES = {
+    'InfluxDBStats': 'InfluxDB',
+    'PathMover': 'Move'}
 
 
 def origin(error: BaseException) -> str:
@@ -6852,24 +6844,23 @@ def handler_name(text: str) -> str:
     ('torque:InfluxDB', 'my.jobs:Space')
     """
     text = text.replace('::', ':')
-    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.(\S+)', text)
-    if old and old[1] in OLD_HANDLERS:
-        return 'torque:' + OLD_HANDLERS[old[1]]
+    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.\w+:(\w+)', text)
+    if old:
+        text = 'torque:' + OLD_NAMES.get(old[1], old[1])
     return text
 
 
-def import_module(module: str, name: str) -> Any:
-    """Return a module that has the class `name`; raises UserError whatever goes wrong."""
+def import_module(name: str) -> Any:
+    """Return a module; raises UserError whatever goes wrong."""
     import importlib
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except (Exception, SystemExit) as error:    # whatever the module does when imported
         missing = str(getattr(error, 'name', ''))
-        if isinstance(error, ModuleNotFoundError) and f'{module}.'.startswith(f'{missing}.'):
-            hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
+        if isinstance(error, ModuleNotFoundError) and f'{name}.'.startswith(f'{missing}.'):
             raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
-                            f'Python does){hint}') from None
-        raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
+                            'Python does)') from None
+        raise UserError(f'module {name!r} cannot be imported: {origin(error)}') from None
 
 
 def import_handler(text: str) -> Any:
@@ -6878,7 +6869,7 @@ def import_handler(text: str) -> Any:
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
-    module = import_module(path, name)
+    module = import_module(path)
     handler_class = getattr(module, name, None)
     if not callable(handler_class):
         classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
@@ -6931,7 +6922,7 @@ CORE_NAMES = [option.name for option in CORE_OPTIONS]
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
-Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 where there is none
+Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 for all of it
 Mistake = Tuple[Place, str]             # where, and what is wrong
 
 
@@ -6953,7 +6944,7 @@ Values = Dict[str, Value]               # by name
 def located(place: Place, text: str) -> str:
     """Return a line that says what is the matter where."""
     file, line = place
-    if line:
+    if line and file != '-D':
         file = f'{file}:{line}'
     return one_line(f'{file}: {text}')
 
@@ -6975,9 +6966,10 @@ class NumberedParser(configparser.RawConfigParser):
     optionxform() is called while the line of the key is in hand. Keys with numbers are all
     different, so none is lost when it is given twice.
     """
-    SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
+    SECTCRE = re.compile(r'\[(?P<header>[^][]+)\]')
     # Matches any line, so that none ends the reading. What follows ` ;` is a comment.
-    OPTCRE = re.compile(r'(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)$')
+    OPTCRE = re.compile(
+        r'(?s)(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)\Z')
 
     def __init__(self, lines: list[str], file: str):
         super().__init__(strict=False, default_section='', interpolation=None)
@@ -6992,15 +6984,6 @@ class NumberedParser(configparser.RawConfigParser):
 
     def optionxform(self, optionstr: str) -> str:
         return f'{self.number} {optionstr}'
-
-    def rows(self) -> list[tuple[int, str, str, str]]:
-        """Return (line, section, key with delimiter, value) of all that was read, in order."""
-        rows = []
-        for section in self.sections():
-            for numbered, value in self.items(section):
-                number, _, key = numbered.partition(' ')
-                rows.append((int(number), section.strip().upper(), key, value))
-        return sorted(rows)
 
 
 class Ini:
@@ -7022,28 +7005,37 @@ class Ini:
     def read(self, text: str, file: str, common: bool = False) -> None:
         """Add the values of one file; common: it is pyrocore's config.ini."""
         lines = text.split('\n')
-        rows = NumberedParser(lines, file).rows()
-        for number, section, key, text in rows:
-            name = key[:-1].rstrip()
-            if common and section in ('GLOBAL', 'DEFAULT') and name in ('scgi_url', 'rtorrent_rc'):
-                section = 'TORQUE'
-            elif common and section not in ('INFLUXDB', 'ANNOUNCE'):
-                continue
-            if not re.fullmatch(r'[^[=:].*[=:]', key) or not name.isprintable():
-                self.mistakes.append(((file, number), 'this is neither KEY = VALUE nor [SECTION]'))
-            elif section:
-                first, *more = text.split('\n')
-                if first == '""':
-                    first = ''
-                value = Value('\n'.join([first, *filter(None, more)]), (file, number), name)
-                self.warn_of_surprises(value, lines[number - 1])
-                self.add(section, value)
-            elif number == rows[0][0]:
-                self.mistakes.append(((file, number), 'this stands before any [SECTION]; settings '
-                                                      'belong under [TORQUE]'))
+        parser = NumberedParser(lines, file)
+        for header in parser.sections():
+            for numbered, value in parser.items(header):
+                number, _, key = numbered.partition(' ')
+                section = header.strip().upper()
+                name = key[:-1].rstrip()
+                if common and section in ('GLOBAL', 'DEFAULT') and name in COMMON:
+                    section = 'TORQUE'
+                elif common and section not in ('INFLUXDB', 'ANNOUNCE'):
+                    continue
+                self.add(section, key, value, (file, int(number)), lines[int(number) - 1])
 
-    def warn_of_surprises(self, value: Value, line: str) -> None:
-        """Warn of what is or is not part of a value, although it does not look so."""
+    def add(self, section: str, key: str, text: str, place: Place, line: str) -> None:
+        """Add a value; a later one replaces an earlier one."""
+        if text == '""':
+            text = ''
+        first, *more = text.replace('%%', '%').split('\n')
+        value = Value('\n'.join([first, *filter(None, more)]), place, key[:-1].rstrip())
+        values = self.sections.setdefault(section, {})
+        if not re.fullmatch(r'[^[=:].*[=:]', key) or not value.key.isprintable():
+            self.mistakes.append((place, 'this is neither KEY = VALUE nor [SECTION]'))
+        elif not section:
+            self.refuse(value, 'stands before any [SECTION]; settings belong under [TORQUE]')
+        elif re.search(r'%\(\w+\)s', text.replace('%%', '')):
+            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
+        else:
+            self.warn_of_surprises(value, line, values)
+            values[value.key] = value
+
+    def warn_of_surprises(self, value: Value, line: str, values: Values) -> None:
+        """Warn of what is or is not part of a value, or replaced by it, but does not look so."""
         comment = re.search(r'\s;(.*)', line)
         if comment and ('=' in comment[1] or re.search(r'\.(args$|cmd[._])', value.key)):
             self.warn(value, 'what follows ` ;` is a comment, and cut off; a ; without a blank '
@@ -7051,29 +7043,16 @@ class Ini:
         setting = re.search(rf"\n(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", value)
         if setting:
             self.warn(value, f'{setting[1]} below is indented, so it belongs to this value')
-
-    def add(self, section: str, value: Value) -> None:
-        """Add a value; a later one replaces an earlier one."""
-        values = self.sections.setdefault(section, {})
-        key = value.key
-        if key in values and values[key].place[0] == value.place[0]:
-            self.warn(value, f'stands here again, and counts, not line {values[key].place[1]}')
-        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
-        else:
-            values[key] = Value(value.replace('%%', '%'), value.place, key)
+        before = values.get(value.key, value)
+        if before is not value and before.place[0] == value.place[0]:
+            self.warn(value, f'stands here again, and counts, not line {before.place[1]}')
 
     def override(self, text: str) -> None:
         """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
-        place = ('-D', 0)
-        key, equals, value = text.partition('=')
-        section, _, rest = key.strip().partition('.')
-        if not equals or not section:
-            self.mistakes.append((place, 'allowed is KEY=VALUE or section.KEY=VALUE'))
-        elif rest and section.upper() in self.sections:
-            self.add(section.upper(), Value(value.strip(), place, rest))
-        else:
-            self.add('TORQUE', Value(value.strip(), place, key.strip()))
+        section, _, rest = text.partition('.')
+        if section.upper() not in self.sections:
+            section, rest = 'TORQUE', text
+        self.read(f'[{section}]\n{rest}', '-D')
 
 
 def read_text(path: str) -> str:
