@@ -60,6 +60,7 @@ import stat
 import struct
 import threading
 import time
+import traceback
 from datetime import datetime, timedelta
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
@@ -6828,12 +6829,11 @@ def origin(error: BaseException) -> str:
     """Return one line that says what was raised and in which line of which file."""
     if isinstance(error, SyntaxError):
         return f'{error.filename}:{error.lineno}: {error.msg}'
-    place, trace = '', error.__traceback__
-    while trace:
-        file = trace.tb_frame.f_code.co_filename
+    place = ''
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
         if not file.startswith('<') and file != __file__:
-            place = f'{file}:{trace.tb_lineno}: '
-        trace = trace.tb_next
+            place = f'{file}:{line}: '
     return f'{place}{type(error).__name__}: {error}'
 
 
@@ -6850,26 +6850,17 @@ def handler_name(text: str) -> str:
     return text
 
 
-def import_module(name: str) -> Any:
-    """Return a module; raises UserError whatever goes wrong."""
-    import importlib
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:    # whatever the module does when imported
-        missing = str(getattr(error, 'name', ''))
-        if isinstance(error, ModuleNotFoundError) and f'{name}.'.startswith(f'{missing}.'):
-            raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
-                            'Python does)') from None
-        raise UserError(f'module {name!r} cannot be imported: {origin(error)}') from None
-
-
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
     handler = handler_name(text)
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
-    module = import_module(path)
+    try:
+        __import__(path)
+    except (Exception, SystemExit) as error:    # whatever the module does when imported
+        raise UserError(f'module {path!r} cannot be imported: {origin(error)}') from None
+    module = sys.modules[path]
     handler_class = getattr(module, name, None)
     if not callable(handler_class):
         classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
@@ -7173,9 +7164,9 @@ def where_it_belongs(key: str, ini: Ini) -> str:
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
     right = ''
-    if rest and stem.lower() in ('job', 'jobs'):
+    if stem.lower() in ('job', 'jobs'):
         right = f'job.{rest}'
-    elif rest and f'job.{stem}.handler' in ini.sections['TORQUE']:
+    elif f'job.{stem}.handler' in ini.sections['TORQUE']:
         right = f'job.{key}'
     elif key in CORE_NAMES:
         right = f'job.NAME.{key}'
@@ -7309,12 +7300,13 @@ class Config(Settings):
     def find_url(self, ini: Ini) -> Value:
         """Return where [TORQUE] says that rTorrent answers, or rTorrent's own configuration."""
         values = ini.sections['TORQUE']
-        url = values.get('scgi_url', values.get('rtorrent_rc', Value('', (self.path, 0))))
+        nowhere = Value('', (self.path, 0))
+        place = values.get('scgi_url', values.get('rtorrent_rc', nowhere)).place
+        url = Value(self.torque.scgi_url, place, 'scgi_url')
         # Where there are mistakes, it may be among what was not understood.
-        if not self.torque.scgi_url and not ini.mistakes:
-            url = Value('', url.place, 'scgi_url')
+        if not url and not ini.mistakes:
             try:
-                return Value(find_url(self.torque.rtorrent_rc), url.place, 'rtorrent_rc')
+                url = Value(find_url(self.torque.rtorrent_rc), place, 'scgi_url')
             except UserError as error:
                 ini.refuse(url, error)
         return url
