@@ -6666,7 +6666,7 @@ class IniTest(ConfigCase):
                 ('[INFLUXDB]\ngrace = 1', 6, 'grace', 'belongs under [TORQUE]'),
                 ('[TORQ]\njob.b.active = no', 6, 'TORQ', 'did you mean', 'TORQUE'),
                 ('[Mine]\na = 1', 6, '[MINE] means nothing'),
-                ('[TORQUE]\njob.queue.actve = yes', 6, 'inactive job', "did you mean 'active'"),
+                ('[TORQUE]\njob.queue.actve = yes', 6, 'no such option', "did you mean 'active'"),
                 (unpack + 'job.unpack.args = a\njob.mine.active = no\njob.mine.action = b', 0),
                 ('a = 1 ; note', 0), (';a = 1 ; b = 2', 0), ('a = 1;b=2', 0),
                 ('a = x=1\n   [ y=2 OR [ NOT z=3 ] ] ; w=4', 0),
@@ -6915,7 +6915,7 @@ class BrokenIniTest(ConfigCase):
         ('schedule = minute=* timezone=No/Where', 'No/Where'), ('schedule = @often', '@often'),
         ('schedule = month=2 day=30', 'month=2 day=30', 'never fire'))
     TORQUE = (                              # lines of [TORQUE] from 6 on, the line, the words told
-        ('foo bar', 6, 'this is neither KEY = VALUE nor [SECTION]'), ('= 5', 6, 'neither'),
+        ('foo bar', 6, 'neither KEY = VALUE nor [SECTION]'), ('= 5', 6, 'neither'),
         ('[OPEN', 6, 'neither'), ('foo\n  more', 6, 'neither'), ('b ; c=1', 6, 'neither'),
         ('[]', 6, 'neither'), ('\n\n\x1b[31m = 1', 8, 'neither'), ('job = 1', 6, 'job.NAME.PARAM'),
         ('job.b = 1', 6, 'job.NAME.PARAM'), ('job..c = 1', 6, 'job.NAME.PARAM'),

@@ -4667,14 +4667,6 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
-    @classmethod
-    def takes(cls, setting: str) -> bool:
-        """Tell whether a setting is one of the options."""
-        for option in cls.options or ():
-            if setting in (option.name, option.alias):
-                return True
-        return setting.startswith(cls.families)
-
     def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
         """Return the torrents of a view that meet a condition, with the fields it names.
 
@@ -6909,10 +6901,18 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
-CORE_NAMES = [option.name for option in CORE_OPTIONS]
-TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
+def option_names(options: Iterable[Option]) -> list[str]:
+    """Return the names of options, and their other names."""
+    names: list[str] = []
+    for option in options:
+        names += filter(None, (option.name, option.alias))
+    return names
+
+
+CORE_NAMES = option_names(CORE_OPTIONS)
+TORQUE_NAMES = option_names(TORQUE_OPTIONS)
 Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 for all of it
 Mistake = Tuple[Place, str]             # where, and what is wrong
 
@@ -6982,6 +6982,7 @@ class Ini:
 
     def __init__(self) -> None:
         self.sections: dict[str, Values] = {section: {} for section in SECTIONS}
+        self.torque = self.sections['TORQUE']
         self.mistakes: list[Mistake] = []
         self.remarks: list[tuple[int, str]] = []        # level of the log, line
 
@@ -6998,35 +6999,21 @@ class Ini:
         lines = text.split('\n')
         parser = NumberedParser(lines, file)
         for header in parser.sections():
-            for numbered, value in parser.items(header):
+            for numbered, text in parser.items(header):
                 number, _, key = numbered.partition(' ')
                 section = header.strip().upper()
-                name = key[:-1].rstrip()
-                if common and section in ('GLOBAL', 'DEFAULT') and name in COMMON:
+                value = Value(re.sub('\n+', '\n', text), (file, int(number)), key[:-1].rstrip())
+                if common and section in ('GLOBAL', 'DEFAULT') and value.key in COMMON:
                     section = 'TORQUE'
-                elif common and section not in ('INFLUXDB', 'ANNOUNCE'):
+                if common and section not in SECTIONS:
                     continue
-                self.add(section, key, value, (file, int(number)), lines[int(number) - 1])
+                if re.fullmatch(r'[^[=:].*[=:]', key) and key.isprintable():
+                    self.add(section, value, lines[int(number) - 1])
+                else:
+                    self.mistakes.append((value.place, 'neither KEY = VALUE nor [SECTION]'))
 
-    def add(self, section: str, key: str, text: str, place: Place, line: str) -> None:
-        """Add a value; a later one replaces an earlier one."""
-        if text == '""':
-            text = ''
-        first, *more = text.replace('%%', '%').split('\n')
-        value = Value('\n'.join([first, *filter(None, more)]), place, key[:-1].rstrip())
-        values = self.sections.setdefault(section, {})
-        if not re.fullmatch(r'[^[=:].*[=:]', key) or not value.key.isprintable():
-            self.mistakes.append((place, 'this is neither KEY = VALUE nor [SECTION]'))
-        elif not section:
-            self.refuse(value, 'stands before any [SECTION]; settings belong under [TORQUE]')
-        elif re.search(r'%\(\w+\)s', text.replace('%%', '')):
-            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
-        else:
-            self.warn_of_surprises(value, line, values)
-            values[value.key] = value
-
-    def warn_of_surprises(self, value: Value, line: str, values: Values) -> None:
-        """Warn of what is or is not part of a value, or replaced by it, but does not look so."""
+    def add(self, section: str, value: Value, line: str) -> None:
+        """Add a value, which replaces an earlier one; tell what is not as it seems."""
         comment = re.search(r'\s;(.*)', line)
         if comment and ('=' in comment[1] or re.search(r'\.(args$|cmd[._])', value.key)):
             self.warn(value, 'what follows ` ;` is a comment, and cut off; a ; without a blank '
@@ -7034,9 +7021,18 @@ class Ini:
         setting = re.search(rf"\n(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", value)
         if setting:
             self.warn(value, f'{setting[1]} below is indented, so it belongs to this value')
-        before = values.get(value.key, value)
-        if before is not value and before.place[0] == value.place[0]:
+        if not section:
+            self.refuse(value, 'stands before any [SECTION]; settings belong under [TORQUE]')
+        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
+        values = self.sections.setdefault(section, {})
+        before = values.get(value.key, Value(''))
+        if before.place[0] == value.place[0]:
             self.warn(value, f'stands here again, and counts, not line {before.place[1]}')
+        text = value.replace('%%', '%')
+        if text == '""':
+            text = ''
+        values[value.key] = Value(text, value.place, value.key)
 
     def override(self, text: str) -> None:
         """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
@@ -7143,7 +7139,7 @@ def group_jobs(ini: Ini) -> dict[str, Values]:
     """Return the values of each job by name; tell of those that torque has no use for."""
     groups: dict[str, Values] = {}
     old = set()
-    for key, value in ini.sections['TORQUE'].items():
+    for key, value in ini.torque.items():
         setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
         family = key.partition('.')[0]
         if setting:
@@ -7166,12 +7162,12 @@ def where_it_belongs(key: str, ini: Ini) -> str:
     right = ''
     if stem.lower() in ('job', 'jobs'):
         right = f'job.{rest}'
-    elif f'job.{stem}.handler' in ini.sections['TORQUE']:
+    elif f'job.{stem}.handler' in ini.torque:
         right = f'job.{key}'
     elif key in CORE_NAMES:
         right = f'job.NAME.{key}'
     for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
-        if not right and job.takes(key):
+        if not right and key in option_names(job.options):
             right = f'job.{name}.{key}'
     if right:
         return f'; did you mean {right!r}?'
@@ -7182,7 +7178,7 @@ def warn_of_sections(ini: Ini) -> None:
     """Warn of sections, and of settings in them, that have no effect."""
     for section, values in ini.sections.items():
         for key, value in values.items():
-            if section not in SECTIONS:
+            if section and section not in SECTIONS:
                 hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
                 ini.warn(value, f'section [{section}] means nothing to torque{hint}')
                 break
@@ -7218,15 +7214,13 @@ def converted(values: Values) -> Settings:
     return Settings((key, convert(text)) for key, text in values.items())
 
 
-def unknown_options(job: Any, values: Values) -> list[tuple[Value, str]]:
-    """Return what is among a built-in job's settings and is none of its options."""
-    known = CORE_NAMES + [option.name for option in job.options]
-    unknown = []
+def check_names(job: Any, values: Values, tell: Callable[[Value, str], None]) -> None:
+    """Tell what is among a built-in job's settings and is none of its options."""
+    known = CORE_NAMES + option_names(job.options)
     for key, value in values.items():
-        if key not in CORE_NAMES and not job.takes(key):
+        if key not in known and not key.startswith(job.families):
             hint = nearest(key, known) or '; see --list-jobs'
-            unknown.append((value, f'{job.__name__} has no such option{hint}'))
-    return unknown
+            tell(value, f'{job.__name__} has no such option{hint}')
 
 
 def import_modules(path: str, groups: dict[str, Values]) -> None:
@@ -7277,8 +7271,7 @@ class Config(Settings):
                 # No job of this run, but its items have data that others must not touch.
                 self.engine_at(values['scgi_url'], self.torque.same_files, ini)
             elif only is None and job:          # a slip may be why it is not active
-                for value, text in unknown_options(job, values):
-                    ini.warn(value, f'{text} (of an inactive job)')
+                check_names(job, values, ini.warn)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
@@ -7287,8 +7280,8 @@ class Config(Settings):
         self.clear()
         for section, values in ini.sections.items():
             self[section.lower()] = Settings(values)
-        torque = converted(ini.sections['TORQUE'])
-        torque.update(checked(TORQUE_OPTIONS, ini.sections['TORQUE'], ini))
+        torque = converted(ini.torque)
+        torque.update(checked(TORQUE_OPTIONS, ini.torque, ini))
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self['torque'] = torque
         self.state_dir = state_folder(self.path, torque.state_dir)
@@ -7299,7 +7292,7 @@ class Config(Settings):
 
     def find_url(self, ini: Ini) -> Value:
         """Return where [TORQUE] says that rTorrent answers, or rTorrent's own configuration."""
-        values = ini.sections['TORQUE']
+        values = ini.torque
         nowhere = Value('', (self.path, 0))
         place = values.get('scgi_url', values.get('rtorrent_rc', nowhere)).place
         url = Value(self.torque.scgi_url, place, 'scgi_url')
@@ -7314,15 +7307,14 @@ class Config(Settings):
     def plan(self, name: str, values: Values, ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
-        torque = ini.sections['TORQUE']
-        shared = {known: torque[known] for known in TORQUE_NAMES if known in torque}
+        shared = {key: value for key, value in ini.torque.items() if key in TORQUE_NAMES}
         core = checked(CORE_OPTIONS, values, ini, prefix, shared)
         make = core.handler
         settings = converted(values)
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
             section = ini.sections.get(make.section, {})
-            for value, text in unknown_options(make, values) + unknown_options(make, section):
-                ini.refuse(value, text)
+            check_names(make, values, ini.refuse)
+            check_names(make, section, ini.refuse)
             settings = Settings(values)
             settings.update(checked(make.options, values, ini, prefix, {**shared, **section}))
         settings.update(core, job_name=name, dry_run=bool(core.dry_run or self.torque.dry_run),
@@ -8497,7 +8489,7 @@ def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     with contextlib.suppress(UserError):
         # The file may be broken or gone by now.
         ini = read_files(path, arguments.define)
-        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], ini)
+        options = checked(TORQUE_OPTIONS, ini.torque, ini)
     name = arguments.pid_file or beside(path, options.pid_file)
     if not name:
         name = os.path.join(state_folder(path, options.state_dir), 'torque.pid')
