@@ -4751,13 +4751,11 @@ class EngineStats(Job):
 def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
     pairs = {}
-    for number, part in enumerate(text.split(','), 1):
+    for part in filter(str.strip, text.split(',')):
         name, _, value = part.partition('=')
-        name, value = name.strip(), value.strip()
-        if name and value:
-            pairs[name] = value
-        elif part.strip():              # not shown: it may be the end of a password
-            raise UserError(f'part {number} is not understood; allowed is name=value, name=value')
+        if not name.strip() or not value.strip():       # not shown: it may be of a password
+            raise UserError('is not understood; allowed is name=value, name=value')
+        pairs[name.strip()] = value.strip()
     return pairs
 
 
@@ -4987,9 +4985,7 @@ class InfluxDB(Job):
         except LoggableError as error:
             lost = max(len(self.points) - self.buffer, 0)
             del self.points[:lost]
-            problems.append(f'{error}; {len(self.points)} points are kept')
-            if lost:
-                problems.append(f'the oldest {lost} dropped')
+            problems.append(f'{error}; {len(self.points)} points are kept, {lost} older dropped')
         if not problems:
             return []
         return [LoggableError(f"{self.config.url}: {', '.join(problems)}")]
@@ -6298,7 +6294,7 @@ class TreeWatch(Job):
         for key in sorted(config):
             if key.startswith(self.families):
                 with reading(key):
-                    self.commands.append(CommandTemplate(config[key], self.NAMES))
+                    self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
         self.untied_file = self.state_file('untied')
@@ -7061,7 +7057,7 @@ def read_text(path: str) -> str:
 def read_common(ini: Ini, path: str) -> None:
     """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
     file = beside(path, 'config.ini')
-    if not os.path.isfile(file) or os.path.realpath(path) == file:
+    if not os.path.isfile(file):
         return
     try:
         ini.read(read_text(file), file, common=True)
@@ -7225,9 +7221,7 @@ def check_names(job: Any, values: Values, tell: Callable[[Value, str], None]) ->
 
 def import_modules(path: str, groups: dict[str, Values]) -> None:
     """Import the modules of all active jobs: each may add fields that others' conditions name."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if folder not in sys.path:
-        sys.path.append(folder)
+    sys.path.append(os.path.dirname(os.path.realpath(path)))
     for values in groups.values():
         if not is_off(values):
             with contextlib.suppress(UserError):    # told of when the job is planned
@@ -7287,22 +7281,10 @@ class Config(Settings):
         self.state_dir = state_folder(self.path, torque.state_dir)
         self.aliases = {name: text.split() for name, text in self.announce.items()}
         self.engines: dict[tuple, Engine] = {}      # by address and same_files
-        self.url = self.find_url(ini)
-        self.engine = self.engine_at(self.url, torque.same_files, ini)
-
-    def find_url(self, ini: Ini) -> Value:
-        """Return where [TORQUE] says that rTorrent answers, or rTorrent's own configuration."""
-        values = ini.torque
         nowhere = Value('', (self.path, 0))
-        place = values.get('scgi_url', values.get('rtorrent_rc', nowhere)).place
-        url = Value(self.torque.scgi_url, place, 'scgi_url')
-        # Where there are mistakes, it may be among what was not understood.
-        if not url and not ini.mistakes:
-            try:
-                url = Value(find_url(self.torque.rtorrent_rc), place, 'scgi_url')
-            except UserError as error:
-                ini.refuse(url, error)
-        return url
+        place = ini.torque.get('scgi_url', ini.torque.get('rtorrent_rc', nowhere)).place
+        self.url = Value(torque.scgi_url, place, 'scgi_url')
+        self.engine = self.engine_at(self.url, torque.same_files, ini)
 
     def plan(self, name: str, values: Values, ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
@@ -7315,7 +7297,6 @@ class Config(Settings):
             section = ini.sections.get(make.section, {})
             check_names(make, values, ini.refuse)
             check_names(make, section, ini.refuse)
-            settings = Settings(values)
             settings.update(checked(make.options, values, ini, prefix, {**shared, **section}))
         settings.update(core, job_name=name, dry_run=bool(core.dry_run or self.torque.dry_run),
                         handler=values.get('handler'), schedule=values.get('schedule'))
@@ -7327,10 +7308,12 @@ class Config(Settings):
     def engine_at(self, url: Value, same_files: bool, ini: Ini) -> Any:
         """Return the Engine at an address: one for all jobs that name the same."""
         made_of = (str(url), bool(same_files))
-        if url and made_of not in self.engines:
+        # Where there are mistakes, an address may be among what was not understood.
+        if made_of not in self.engines and (url or not ini.mistakes):
             try:
-                self.engines[made_of] = Engine(url, self.torque.rpc_timeout, self.torque.rpc_limit,
-                                               self.aliases, bool(same_files))
+                address = url or find_url(self.torque.rtorrent_rc)
+                self.engines[made_of] = Engine(address, self.torque.rpc_timeout,
+                                               self.torque.rpc_limit, self.aliases, made_of[1])
             except UserError as error:
                 ini.refuse(url, error)
         return self.engines.get(made_of)
