@@ -6559,7 +6559,7 @@ class IniTest(ConfigCase):
                 ('[TORQUE]\nJob.b.active = no', 6, "did you mean 'job.b.active'"),
                 ('[TORQUE]\nqueue.active = no', 6, "did you mean 'job.queue.active'"),
                 ('[TORQUE]\ndownloading_max = 3', 6, "did you mean 'job.queue.downloading_max'"),
-                ('[TORQUE]\nschedule = 3s', 6, "did you mean 'job.NAME.schedule'"),
+                ('[TORQUE]\nschedule = 3s', 6, "did you mean 'job.connstats.schedule'"),
                 ('[TORQUE]\nurl = http://x', 6, "did you mean 'job.fluxstats.url'"),
                 ('[TORQUE]\nQq = x', 6, 'Qq: this means nothing', 'job.NAME.Qq'),
                 ('[INFLUXDB]\njob.b.c = 1', 6, 'job.b.c', 'INFLUXDB', 'belongs under [TORQUE]'),

@@ -7155,18 +7155,14 @@ def group_jobs(ini: Ini) -> dict[str, Values]:
 def where_it_belongs(key: str, ini: Ini) -> str:
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
-    right = ''
+    right = [known for known in ini.torque if known.endswith(f'.{key}')]
     if stem.lower() in ('job', 'jobs'):
-        right = f'job.{rest}'
-    elif f'job.{stem}.handler' in ini.torque:
-        right = f'job.{key}'
-    elif key in CORE_NAMES:
-        right = f'job.NAME.{key}'
+        right = [f'job.{rest}']
     for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
-        if not right and key in option_names(job.options):
-            right = f'job.{name}.{key}'
+        if key in option_names(job.options):
+            right.append(f'job.{name}.{key}')
     if right:
-        return f'; did you mean {right!r}?'
+        return f'; did you mean {right[0]!r}?'
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
@@ -7345,19 +7341,18 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
     ini = Ini()
-    try:
+    with contextlib.ExitStack() as undo:
         for planned in plans:
+            name = planned.name
             try:
-                made[planned.name] = make_job(planned)
+                made[name] = make_job(planned)
+                undo.callback(clean_up, name, made[name])
             except UserError as error:
-                place = Value('', first_place(planned.source), f'job.{planned.name}')
-                ini.refuse(planned.source.get(error.option, place), error)
+                value = Value('', first_place(planned.source), f'job.{name}')
+                ini.refuse(planned.source.get(error.option, value), error)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
-    except BaseException:                       # KeyboardInterrupt: torque is to end
-        for name, job in made.items():
-            clean_up(name, job)
-        raise
+        undo.pop_all()
     return made
 
 
