@@ -13,7 +13,7 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
@@ -39,29 +39,30 @@ import ast
 import binascii
 import bisect
 import collections
+import configparser
 import contextlib
 import errno
 import fnmatch
 import functools
-import heapq
+import io
 import itertools
 import json
 import logging
-import logging.handlers
 import operator
 import os
 import queue
-import random
 import re
+import sched
 import select
 import shlex
+import signal
 import socket
 import stat
 import struct
 import threading
 import time
 from datetime import date, datetime, timedelta
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
@@ -252,14 +253,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 # --- Schedule --------------------------------------------------------------------------------
 # Text enters, a Schedule leaves; its next(after) maps Unix seconds to the first due time after
-# them. Nothing here looks at a clock. An Interval counts elapsed seconds from a start. A
-# Calendar matches wall time: `wall` is a naive datetime as a clock on the wall shows it, and
-# a clock change is where the distance between wall and Unix seconds (the offset) jumps.
+# them. Nothing here looks at a clock or knows of threads. An Interval counts elapsed seconds
+# from a start. A Calendar matches wall time: `wall` is a naive datetime as a clock on the wall
+# shows it, and a clock change is where the distance between wall and Unix seconds (the offset)
+# jumps.
 
-WEEKDAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
-MONTHS = ('jan', 'feb', 'mar', 'apr', 'may', 'jun', 'jul', 'aug', 'sep', 'oct', 'nov', 'dec')
+WEEKDAYS = tuple('mon tue wed thu fri sat sun'.split())
+MONTHS = tuple('jan feb mar apr may jun jul aug sep oct nov dec'.split())
 POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
 SECOND, DAY = timedelta(seconds=1), timedelta(1)
+# A field's part: *, a, a-b, each perhaps with /step.
+PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
 
 
 class Field(NamedTuple):
@@ -270,61 +274,96 @@ class Field(NamedTuple):
     names: tuple = ()
 
 
-FIELDS = {field.name: field for field in (
-    Field('year', 1970, 9999), Field('month', 1, 12, MONTHS), Field('day', 1, 31),
-    Field('week', 1, 53), Field('day_of_week', 0, 6, WEEKDAYS), Field('hour', 0, 23),
-    Field('minute', 0, 59), Field('second', 0, 59))}
+FIELDS = {field.name: field for field in (      # from the coarsest to the finest
+    Field('year', 1970, 9999),
+    Field('month', 1, 12, MONTHS),
+    Field('day', 1, 31),
+    Field('week', 1, 53),
+    Field('day_of_week', 0, 6, WEEKDAYS),
+    Field('hour', 0, 23),
+    Field('minute', 0, 59),
+    Field('second', 0, 59))}
 CRON_WEEKDAY = Field('day of week', 0, 7, WEEKDAYS[6:] + WEEKDAYS[:6])
-CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week', 'second')
-CRON_NAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@midnight': '0 0 * * *',
-              '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *', '@yearly': '0 0 1 1 *',
-              '@annually': '0 0 1 1 *'}
+CRON_FIELDS = ('minute', 'hour', 'day', 'month', 'day_of_week')
+CRON_NAMES = {
+    '@hourly': '0 * * * *',
+    '@daily': '0 0 * * *',
+    '@midnight': '0 0 * * *',
+    '@weekly': '0 0 * * 0',
+    '@monthly': '0 0 1 * *',
+    '@yearly': '0 0 1 1 *',
+    '@annually': '0 0 1 1 *'}
 
 
 def field_value(word: str, field: Field) -> int:
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
     if word in field.names:
         return field.names.index(word) + field.low
-    if not re.fullmatch('[0-9]{1,4}', word) or not field.low <= int(word) <= field.high:
-        also = f' or {field.names[0]} ... {field.names[-1]}' if field.names else ''
-        raise UserError(f'{field.name} {word!r} is not in {field.low}-{field.high}{also}')
-    return int(word)
+    if re.fullmatch('[0-9]{1,4}', word) and field.low <= int(word) <= field.high:
+        return int(word)
+    allowed = f'{field.low}-{field.high}'
+    if field.names:
+        allowed += f' or {field.names[0]} ... {field.names[-1]}'
+    raise UserError(f'{field.name} {word!r} is not in {allowed}')
+
+
+def parse_position(part: str) -> tuple | None:
+    """Return (index, weekday) for `3rd sun`, `last fri`, (-1, None) for `last`; else None."""
+    if part == 'last':
+        return -1, None
+    position, _, weekday = part.partition(' ')
+    if weekday and position in POSITIONS:
+        return POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week'])
+    return None
+
+
+def parse_part(part: str, field: Field) -> Iterable[int]:
+    """Return the numbers of one part of a field.
+
+    part ::= ('*' | value | value '-' value) ['/' step]
+    """
+    match = PART.fullmatch(part.strip())
+    if not match:
+        raise UserError(f'{field.name} {part!r} is not understood; '
+                        'allowed are * */n a a-b a-b/n and lists of these')
+    star, first, last, step = match.groups()
+    low, high = field.low, field.high
+    if not star:
+        low = field_value(first, field)
+        if last:
+            high = field_value(last, field)
+        elif not step:
+            high = low
+    if field is CRON_WEEKDAY and last == 'sun' and low:
+        high = 7                                # sat-sun
+    elif field is CRON_WEEKDAY and step and not last:
+        low, high = low % 7, 6                  # 7 is Sunday once more
+    if low > high:
+        raise UserError(f'{field.name} {part!r} is an empty range; '
+                        f'write {first}-{field.high},{field.low}-{last} to go round')
+    if step and not 0 < int(step) <= field.high - field.low:
+        raise UserError(f'{field.name} {part!r} has a step that is '
+                        f'not in 1-{field.high - field.low}')
+    return range(low, high + 1, int(step or 1))
 
 
 def parse_field(text: str, field: Field) -> frozenset:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
-    part ::= ('*' | value | value '-' value) ['/' step] | 'last' | position weekday
-    field ::= part (',' part)*
+    field ::= (part | position) (',' (part | position))*
 
     >>> sorted(parse_field('0-20/10,30', FIELDS['minute']))
     [0, 10, 20, 30]
     """
     allowed: set = set()
     for part in text.lower().split(','):
-        position, _, weekday = part.strip().partition(' ')
-        if field.name == 'day' and position in POSITIONS and (weekday or position == 'last'):
-            allowed.add((POSITIONS[position],
-                         field_value(weekday.strip(), FIELDS['day_of_week']) if weekday else None))
-            continue
-        match = re.fullmatch(r'\s*(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?\s*', part)
-        if not match:
-            raise UserError(f'{field.name} {part!r} is not understood; '
-                            'allowed are * */n a a-b a-b/n and lists of these')
-        star, first, last, step = match.groups()
-        low = field.low if star else field_value(first, field)
-        high = field_value(last, field) if last else field.high if star or step else low
-        if field is CRON_WEEKDAY and last == 'sun' and low:
-            high = 7                                    # sat-sun
-        elif field is CRON_WEEKDAY and step and not last:
-            low, high = low % 7, 6                      # 7 is Sunday once more
-        if low > high:
-            raise UserError(f'{field.name} {part!r} is an empty range; '
-                            f'write {first}-{field.high},{field.low}-{last} to go round')
-        if step and not 0 < int(step) <= field.high - field.low:
-            raise UserError(f'{field.name} {part!r} has a step that is '
-                            f'not in 1-{field.high - field.low}')
-        allowed.update(range(low, high + 1, int(step or 1)))
+        position = None
+        if field.name == 'day':
+            position = parse_position(part.strip())
+        if position:
+            allowed.add(position)
+        else:
+            allowed.update(parse_part(part, field))
     return frozenset(allowed)
 
 
@@ -348,12 +387,42 @@ class Interval(Schedule):
     elapsed = True
 
     def __init__(self, seconds: float):
-        self.seconds, self.start = seconds, 0.0
+        self.seconds = seconds
+        self.start = 0.0
 
     def next(self, after: float) -> float:
+        # By multiplication, so that rounding does not add up; it may still give `after` itself.
         count = (after - self.start) // self.seconds + 1
-        due = self.start + count * self.seconds         # by one formula: no rounding adds up
-        return due if due > after else self.start + (count + 1) * self.seconds
+        due = self.start + count * self.seconds
+        if due <= after:
+            due = self.start + (count + 1) * self.seconds
+        return due
+
+
+def first_from(numbers: list[int], low: int) -> int | None:
+    """Return the first of sorted numbers that is `low` or more, None where there is none."""
+    index = bisect.bisect_left(numbers, low)
+    if index == len(numbers):
+        return None
+    return numbers[index]
+
+
+def allowed_numbers(texts: dict[str, str], cron: bool) -> dict[str, Any]:
+    """Return the numbers that each field allows; cron: the days of its week begin on Sunday."""
+    names = list(FIELDS)
+    finest = max(names.index(name) for name in texts)
+    allowed: dict[str, Any] = {}
+    for index, (name, field) in enumerate(FIELDS.items()):
+        if cron and name == 'day_of_week':
+            numbers = parse_field(texts[name], CRON_WEEKDAY)
+            allowed[name] = {(number + 6) % 7 for number in numbers}
+        elif name in texts:
+            allowed[name] = parse_field(texts[name], field)
+        elif index < finest or name in ('week', 'day_of_week'):
+            allowed[name] = range(field.low, field.high + 1)
+        else:
+            allowed[name] = [field.low]
+    return allowed
 
 
 class Calendar(Schedule):
@@ -367,64 +436,76 @@ class Calendar(Schedule):
     """
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        finest = max(list(FIELDS).index(name) for name in texts)
-        allowed: dict = {}
-        for index, (name, field) in enumerate(FIELDS.items()):
-            every = index < finest or name in ('week', 'day_of_week')
-            allowed[name] = range(field.low, (field.high if every else field.low) + 1)
-            if name in texts:
-                allowed[name] = parse_field(
-                    texts[name], CRON_WEEKDAY if cron and name == 'day_of_week' else field)
-        (self.years, months, self.monthdays, self.weeks, self.weekdays, hours, minutes,
-         seconds) = allowed.values()
-        self.first_year = min(self.years)
-        self.months, self.seconds = sorted(months), sorted(seconds)
-        self.minutes: list[int] = sorted(60 * hour + each for hour in hours for each in minutes)
-        if cron:
-            self.weekdays = {(number + 6) % 7 for number in self.weekdays}
-        self.either = cron and not (                    # as croniter decides
-            '*' in texts['day'].split(',') + texts['day_of_week'].split(',')
-            or len(self.monthdays) == 31 and '*' in texts['day_of_week']
-            or len(self.weekdays) == 7 and '*' in texts['day'])
+        allowed = allowed_numbers(texts, cron)
+        # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
+        self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
+        self.allowed = allowed
+        self.first_year = min(allowed['year'])
+        self.months = sorted(allowed['month'])
+        self.hours = sorted(allowed['hour'])
+        self.minutes = sorted(allowed['minute'])
+        self.seconds = sorted(allowed['second'])
+        # The first time of a day, on any day.
+        self.first_time = datetime(
+            2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
         self.days = functools.lru_cache(64)(self.matching_days)
-        self.zone, self.every_hour = zone, len(hours) == 24
+        self.zone = zone
+        self.every_hour = len(self.hours) == 24
+
+    def marked_days(self, days: list[date]) -> set[date]:
+        """Return the days of a month that the field `day` allows."""
+        marked = set()
+        for number in self.allowed['day']:
+            if isinstance(number, tuple):
+                index, weekday = number
+                among = [day for day in days if weekday in (None, day.weekday())]
+                if index < len(among):          # -1 is the last one; some have no 5th
+                    marked.add(among[index])
+            elif number <= len(days):
+                marked.add(days[number - 1])
+        return marked
 
     def matching_days(self, year: int, month: int) -> list[date]:
         """Return the days of one month that are allowed, in order."""
-        if year not in self.years or month not in self.months:
+        allowed = self.allowed
+        if year not in allowed['year'] or month not in allowed['month']:
             return []
         days = [date(year, month, 1) + DAY * number for number in range(31)]
         days = [day for day in days if day.month == month]
-        allowed = {day for day in days if day.day in self.monthdays}
-        for index, weekday in (day for day in self.monthdays if isinstance(day, tuple)):
-            among = [day for day in days if weekday in (None, day.weekday())]
-            allowed.update(among[index:][:1])
-        combine = any if self.either else all
-        return [day for day in days
-                if combine((day in allowed, day.weekday() in self.weekdays))
-                and day.isocalendar()[1] in self.weeks]
+        marked, chosen = self.marked_days(days), []
+        for day in days:
+            fits = day in marked and day.weekday() in allowed['day_of_week']
+            if self.either:
+                fits = day in marked or day.weekday() in allowed['day_of_week']
+            if fits and day.isocalendar()[1] in allowed['week']:
+                chosen.append(day)
+        return chosen
 
     def day_after(self, day: date) -> date:
         """Return the first allowed day after one; ValueError: there is none."""
         first = max(day.year, self.first_year)
         for year in range(first, first + 401):      # the calendar repeats by then
             for month in self.months:
-                for found in self.days(year, month):
-                    if found > day:
-                        return found
+                for candidate in self.days(year, month):
+                    if candidate > day:
+                        return candidate
         raise ValueError('there is no such date')
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        day, now = wall.date(), 60 * wall.hour + wall.minute
-        second = bisect.bisect_left(self.seconds, wall.second)
-        minute = bisect.bisect_left(self.minutes, now + (second == len(self.seconds)))
-        if minute == len(self.minutes) or day not in self.days(day.year, day.month):
-            day, minute, second = self.day_after(day), 0, 0
-        elif self.minutes[minute] > now:
-            second = 0
-        return datetime(day.year, day.month, day.day, *divmod(self.minutes[minute], 60),
-                        self.seconds[second])
+        if wall.date() in self.days(wall.year, wall.month):
+            if wall.hour in self.hours:
+                second = first_from(self.seconds, wall.second)
+                if second is not None and wall.minute in self.minutes:
+                    return wall.replace(second=second)
+                minute = first_from(self.minutes, wall.minute + 1)
+                if minute is not None:
+                    return wall.replace(minute=minute, second=self.seconds[0])
+            hour = first_from(self.hours, wall.hour + 1)
+            if hour is not None:
+                return self.first_time.replace(wall.year, wall.month, wall.day, hour)
+        day = self.day_after(wall.date())
+        return self.first_time.replace(day.year, day.month, day.day)
 
     def wall(self, seconds: float) -> datetime:
         """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
@@ -434,21 +515,28 @@ class Calendar(Schedule):
         """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
         return int(wall.replace(tzinfo=self.zone).timestamp())
 
+    def wall_at_zero(self, seconds: int) -> datetime:
+        """Return what the wall would show at Unix second 0 by the offset of `seconds`."""
+        return self.wall(seconds) - timedelta(0, seconds)
+
     def change(self, low: int, high: int) -> int:
         """Return the first second after `low` that has the offset of `high`."""
-        def zero(seconds: int) -> datetime:         # what the wall shows at 0 by this offset
-            return self.wall(seconds) - timedelta(0, seconds)
-        after = zero(high)
+        offset = self.wall_at_zero(high)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if zero(middle) == after else (middle, high)
+            if self.wall_at_zero(middle) == offset:
+                high = middle
+            else:
+                low = middle
         return high
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
         start = int(after // 1) + 1
         try:
-            return self.by_real_time(start) if self.every_hour else self.by_wall(start)
+            if self.every_hour:
+                return self.by_real_time(start)
+            return self.by_wall(start)
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
@@ -456,27 +544,29 @@ class Calendar(Schedule):
         """Return the first second from `start` on whose wall time is allowed."""
         while True:
             wall = self.wall(start)
-            found = self.wall_from(wall)
-            ahead = min(found - wall, DAY)          # no two changes lie within a day
+            due = self.wall_from(wall)
+            ahead = min(due - wall, DAY)            # no two changes lie within a day
             end = start + ahead // SECOND
-            seen = self.wall(end)
-            if seen - wall != ahead:
+            shown = self.wall(end)
+            if shown - wall != ahead:
                 start = self.change(start, end)
-            elif seen == found:
+            elif shown == due:
                 return end
             else:
-                start = max(end, self.unix(found - DAY))
+                start = max(end, self.unix(due - DAY))
 
     def by_wall(self, start: int) -> int:
         """Return the first second from `start` on that is allowed and not a repetition."""
         wall = self.wall(start - 1)                 # `start` may be right after a gap
         if wall.fold:                               # go to where the repetition ends
-            wall = self.wall(self.change(self.unix(wall.replace(fold=0)), start - 1) - 1)
-        found = self.wall_from(wall + SECOND)
-        seconds = self.unix(found)
-        if self.wall(seconds) == found:
+            first = self.unix(wall.replace(fold=0))
+            change = self.change(first, start - 1)
+            wall = self.wall(change - 1)
+        due = self.wall_from(wall + SECOND)
+        seconds = self.unix(due)
+        if self.wall(seconds) == due:
             return seconds
-        return self.change(self.unix(found.replace(fold=1)), seconds)       # skipped
+        return self.change(self.unix(due.replace(fold=1)), seconds)         # skipped
 
 
 class Croniter(Calendar):
@@ -491,8 +581,10 @@ class Croniter(Calendar):
                             'has five fields of * */n a a-b a-b/n and names') from None
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f'croniter refuses {text!r}: {error}') from None
-        self.text, self.croniter = text, croniter.croniter
-        self.zone, self.every_hour = zone, text.split()[1] == '*'
+        self.text = text
+        self.croniter = croniter.croniter
+        self.zone = zone
+        self.every_hour = text.split()[1] == '*'
 
     def wall_from(self, wall: datetime) -> datetime:
         return self.croniter(self.text, wall - SECOND).get_next(datetime)
@@ -510,25 +602,49 @@ def parse_zone(name: str) -> Any:
                         'such as Europe/Berlin, where time zone data is installed') from None
 
 
-def parse_plain(words: list[str], zone: Any) -> Schedule:
-    """Return the Schedule of an interval or a cron expression, split into words."""
-    text = ' '.join(words)
-    if words[0].lower() == 'every' or len(words) == 1 and text.lower() not in CRON_NAMES:
-        if f'@{text.lower()}' in CRON_NAMES:
-            raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
-        seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
-        if seconds < 0.1:
-            raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
-        return Interval(seconds)
-    text = CRON_NAMES.get(text.lower(), text)
+def parse_interval(text: str) -> Interval:
+    """Return the Interval of `every 15s` or `15s`."""
+    if f'@{text.lower()}' in CRON_NAMES:
+        raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
+    seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
+    if seconds < 0.1:
+        raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
+    return Interval(seconds)
+
+
+def parse_cron(text: str, zone: Any) -> Schedule:
+    """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
+    beyond = re.search('[lw#?]', unnamed)
+    if len(words) in (6, 7) or len(words) == 5 and beyond:
         return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
                         'minute hour day month weekday')
-    return Calendar(dict(zip(CRON_FIELDS, [*words, '0'])), zone, cron=True)
+    return Calendar(dict(zip(CRON_FIELDS, words)), zone, cron=True)
+
+
+def parse_words(text: str) -> tuple[dict[str, str], str]:
+    """Return the fields of a schedule by name, and the words that are none of them."""
+    fields: dict[str, str] = {}
+    plain = []
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f'schedule {text!r}: {error}') from None
+    for word in words:
+        name, equals, value = word.partition('=')
+        if not equals:
+            plain.append(word)
+        elif name in fields:
+            raise UserError(f'schedule field {name!r} is given twice')
+        elif name not in (*FIELDS, 'jitter', 'timezone'):
+            raise UserError(f'schedule field {name!r} is not known; allowed are '
+                            f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
+        else:
+            fields[name] = value
+    return fields, ' '.join(plain)
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -539,29 +655,22 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
     (5400.0, 300)
     """
-    fields: dict[str, str] = {}
-    plain = []
-    try:
-        words = shlex.split(str(text))
-    except ValueError as error:
-        raise UserError(f'schedule {text!r}: {error}') from None
-    for word in words:
-        name, equals, value = word.partition('=')
-        if not equals:
-            plain.append(word)
-        elif name in fields:
-            raise UserError(f'schedule field {name!r} is given twice')
-        elif name not in FIELDS and name not in ('jitter', 'timezone'):
-            raise UserError(f'schedule field {name!r} is not known; allowed are '
-                            f"{' '.join(FIELDS)} jitter timezone{nearest(name, FIELDS)}")
-        else:
-            fields[name] = value
+    text = str(text)
+    fields, plain = parse_words(text)
     jitter = parse_duration(fields.pop('jitter', 0))
-    zone = parse_zone(fields.pop('timezone')) if 'timezone' in fields else None
+    zone, named = None, CRON_NAMES.get(plain.lower())
+    if 'timezone' in fields:
+        zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
-    schedule = Calendar(fields, zone) if fields else parse_plain(plain, zone)
+    schedule: Schedule
+    if fields:
+        schedule = Calendar(fields, zone)
+    elif not named and (plain.lower().startswith('every ') or ' ' not in plain):
+        schedule = parse_interval(plain)
+    else:
+        schedule = parse_cron(named or plain, zone)
     schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
@@ -569,21 +678,40 @@ def parse_schedule(text: str) -> Schedule:
 
 
 # --- Scheduler -------------------------------------------------------------------------------
-# Tasks enter: a name, a Schedule, and a function to call. Two heaps hold due times, one in Unix
-# seconds and one in elapsed seconds (which no clock change touches, and which go on while the
-# machine sleeps). tick() is pure: both times in, tasks to start and seconds to sleep out. A
-# task never overlaps itself: what comes due during its run is merged into one run after it.
+# Tasks enter: a name, a Schedule, and a function to call. Two queues of the library's sched hold
+# what is due, one by Unix seconds and one by elapsed seconds (which no clock change touches, and
+# which go on while the machine sleeps). The main thread serves both; each task that was ever due
+# has a worker thread of its own, so that it cannot overlap itself and nobody waits for another.
+# A due time is a moment at which a run should begin; those that come during a run, or while
+# everything was held up, are counted and become one run.
 
 MAX_SLEEP = 30                  # seconds; a changed clock is noticed within this time
+THREAD_PAUSE = 1.0              # seconds until a thread that was refused is asked for again
+MOST_COUNTED = 1000             # due times that are counted one by one
 TRACE = 5                       # log level of --debug: tracebacks of any failure
-PATIENCE = 0.005                # seconds all workers may be busy before one more is started
-SPARE_WORKERS = 8               # idle threads that are kept
-MOST_MISSED = 1000              # due times that are counted one by one
 
 
 def elapsed_time() -> float:
     """Return seconds that no clock change touches; where the system can, sleep counts too."""
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
+
+
+def no_pause(seconds: float) -> None:
+    """Take the place of the sleep of 0 s that sched has after each event.
+
+    It hands the interpreter to another thread each time, and makes 1,000 events twice as late.
+    """
+
+
+class Repeat:
+    """Events of one kind: how many there were, and when the log had them last."""
+
+    def __init__(self, now: float):
+        self.count = 1
+        self.since = now
+        self.said = now
+        self.pause = 60.0               # seconds from one summary to the next
+        self.recovered = False
 
 
 class Repeats:
@@ -592,28 +720,31 @@ class Repeats:
     The first does; later ones are counted, and summed up after pauses that double from one
     minute to one hour. `now` is elapsed seconds.
     """
+    MOST_KINDS = 100
 
     def __init__(self) -> None:
-        self.rows: dict = {}            # kind -> [count, since, said, pause, recovered]
+        self.kinds: dict[Any, Repeat] = {}
 
     def seen(self, kind: Any, now: float) -> tuple[int, float] | None:
         """Return (0, 0) to say it in full, (times, seconds) to sum up, None for silence."""
-        row = self.rows.get(kind)
-        if row is None or (row[4] and now - row[2] > row[3]):
-            if len(self.rows) >= 100:
-                self.rows.clear()
-            self.rows[kind] = [1, now, now, 60.0, False]
+        row = self.kinds.get(kind)
+        if row is None or (row.recovered and now - row.said > row.pause):
+            if len(self.kinds) >= self.MOST_KINDS:
+                self.kinds.clear()
+            self.kinds[kind] = Repeat(now)
             return 0, 0.0
-        row[0], row[4] = row[0] + 1, False
-        if now - row[2] < row[3]:
+        row.count += 1
+        row.recovered = False
+        if now - row.said < row.pause:
             return None
-        row[2], row[3] = now, min(row[3] * 2, 3600.0)
-        return row[0], now - row[1]
+        row.said = now
+        row.pause = min(row.pause * 2, 3600.0)
+        return row.count, now - row.since
 
     def recovered(self) -> None:
         """What comes after its pause now is new again, not one more of the same."""
-        for row in self.rows.values():
-            row[4] = True
+        for row in self.kinds.values():
+            row.recovered = True
 
 
 def error_text(error: BaseException) -> str:
@@ -623,83 +754,156 @@ def error_text(error: BaseException) -> str:
     return type(error).__name__
 
 
+def kind_of_error(error: BaseException) -> Any:
+    """Return what errors have in common that are the same but for names and numbers in them."""
+    trace = error.__traceback__
+    if isinstance(error, LoggableError) or trace is None:
+        text = f'{type(error).__name__}: {error_text(error)}'[:1000]
+        return re.sub(r"""'[^']*'|"[^"]*"|\b[\da-fA-F]{8,}\b|[\d.]+""", '#', text)
+    while trace.tb_next:
+        trace = trace.tb_next
+    return type(error), trace.tb_frame.f_code, trace.tb_lineno
+
+
+def end_child(error: BaseException | None) -> None:
+    """End a process that a job has forked and that comes back here: it is no second torque."""
+    status = int(error is not None)
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        status = error.code or 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
 class Task:
-    """One job as the scheduler sees it, and how it has gone so far."""
-    due = last_due = None               # type: float | None    # in the clock of the schedule
-    last_start = running_since = None   # type: float | None    # Unix seconds
+    """One job as the scheduler sees it, and how it has gone so far.
+
+    Its worker writes how runs went; the main thread writes when it is due. `waiting`,
+    `running_since`, `overdue` and `limit` are guarded by the scheduler's lock.
+    """
+    TOLD = ('name', 'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed',
+            'last_error')               # by --status
+    at_start = False                    # a calendar task is due at once, too
+    due: float | None = None            # in the clock of the schedule
+    last_due: float | None = None
+    waiting = 0                         # due times without a run so far
+    worker: threading.Thread | None = None
+    running_since: float | None = None  # Unix seconds
+    last_start: float | None = None     # Unix seconds
     last_duration: float | None = None
     last_error: str | None = None
-    runs = failures = missed = waiting = 0
-    overdue = removed = False
-    after_end: Callable[[], None] | None = None     # once it is removed and has ended
-    failing: tuple | None = None        # elapsed seconds at first, was it said, times
+    limit: Any = None                   # the event at which the run becomes overdue
+    overdue = False
+    runs = 0
+    failures = 0
+    missed = 0                          # due times that were merged into others
+    failing_since: float | None = None  # elapsed seconds
+    failed_times = 0                    # since then
+    failing_told = False
 
     def __init__(self, name: str, schedule: Schedule, run: Callable[[], Any],
-                 max_runtime: float | None = None, log: Any = None, at_start: bool = False):
-        self.at_start = at_start                # a calendar task is due at once, too
-        self.name, self.schedule, self.run, self.max_runtime = name, schedule, run, max_runtime
-        self.log = log or logging.getLogger('torque.' + name)
+                 max_runtime: float | None = None):
+        self.name = name
+        self.schedule = schedule
+        self.run = run
+        self.max_runtime = max_runtime          # seconds
+        self.log = logging.getLogger('torque.' + name)
         self.repeats = Repeats()
+        self.wake = threading.Lock()            # released when it is due
+        self.wake.acquire()
+
+    def attempt(self) -> bool:
+        """Call the function once, and log how it went; tell whether it went well."""
+        pid = os.getpid()
+        error: BaseException | None = None
+        try:
+            self.run()
+        except BaseException as raised:
+            # SystemExit, too, must not end a worker.
+            error = raised
+        if os.getpid() != pid:
+            end_child(error)
+        if error is None:
+            self.worked(elapsed_time())
+        else:
+            self.failed(error, elapsed_time())
+        return error is None
 
     def failed(self, error: BaseException, now: float) -> None:
         """Count a failure and log it: in full once, then summed up."""
-        self.failures += 1
         known = isinstance(error, LoggableError)
-        self.last_error = ('' if known else f'{type(error).__name__}: ') + error_text(error)
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        row = self.repeats.seen(
-            re.sub(r"""'[^']*'|"[^"]*"|\b[\da-fA-F]{8,}\b|[\d.]+""", '#', self.last_error)
-            if known or not trace else (type(error), trace.tb_frame.f_code, trace.tb_lineno), now)
-        told = getattr(error, 'told', False)
-        since, said, times = self.failing or (now, False, 0)
-        self.failing = since, said or (row is not None and not told), times + 1
-        if row is None or told:
-            self.log.debug('failed again: %s', self.last_error)
+        text = error_text(error)
+        if not known:
+            text = f'{type(error).__name__}: {text}'
+        self.failures += 1
+        self.last_error = text
+        if self.failing_since is None:
+            self.failing_since = now
+            self.failing_told = False
+            self.failed_times = 0
+        self.failed_times += 1
+        times = self.repeats.seen(kind_of_error(error), now)
+        if times is None or getattr(error, 'told', False):
+            self.log.debug('failed again: %s', text)
             return
-        prefix = f'still failing, {row[0]} times in {show_duration(row[1])}: ' if row[0] else ''
-        traced = self.log.isEnabledFor(TRACE) if known else not prefix
-        self.log.log(logging.WARNING if known else logging.ERROR, '%s%s', prefix, self.last_error,
-                     exc_info=error if traced else None)
-
-    def merged(self, times: int, when: str, now: float) -> None:
-        """Note that due times became one run, without flooding the log."""
-        self.missed += times - 1
-        row = self.repeats.seen(when, now)
-        if row is not None:
-            again = f' ({row[0]} times in {show_duration(row[1])})' if row[0] else ''
-            self.log.info('%d runs came due %s, merged into one%s', times, when, again)
+        self.failing_told = True
+        level = logging.WARNING if known else logging.ERROR
+        traced = self.log.isEnabledFor(TRACE)
+        if times[0]:
+            text = f'still failing, {times[0]} times in {show_duration(times[1])}: {text}'
+        elif not known:
+            traced = True
+        self.log.log(level, '%s', text, exc_info=error if traced else None)
 
     def worked(self, now: float) -> None:
         """Note that a run went well, and say so when the last failure was said."""
         self.last_error = None
-        if self.failing:
-            since, said, times = self.failing
-            if said:
-                self.log.info('works again, after %d failures in %s', times,
-                              show_duration(now - since))
-            self.failing = None
-            self.repeats.recovered()
+        if self.failing_since is None:
+            return
+        if self.failing_told:
+            self.log.info('works again, after %d failures in %s', self.failed_times,
+                          show_duration(now - self.failing_since))
+        self.failing_since = None
+        self.repeats.recovered()
+
+    def merged(self, times: int, when: str, now: float) -> None:
+        """Note that due times became one run, without flooding the log."""
+        if times < 2:
+            return
+        self.missed += times - 1
+        seen = self.repeats.seen(when, now)
+        if seen is None:
+            return
+        again = ''
+        if seen[0]:
+            again = f' ({seen[0]} times in {show_duration(seen[1])})'
+        self.log.info('%d runs came due %s, merged into one%s', times, when, again)
 
 
 class Scheduler:
-    """Starts tasks when they are due, each run in a worker thread to itself."""
+    """Has tasks run when they are due, each in a worker thread of its own.
+
+    step() and what it calls belong to the main thread, work() to the workers. Tests pass clocks
+    of their own and call step().
+    """
 
     def __init__(self, wall: Callable[[], float] = time.time,
                  elapsed: Callable[[], float] = elapsed_time):
-        self.wall, self.elapsed = wall, elapsed
+        self.wall = wall
+        self.elapsed = elapsed
         self.offset = wall() - elapsed()
+        self.calendar = sched.scheduler(wall, no_pause)
+        self.intervals = sched.scheduler(elapsed, no_pause)
+        # Before Python 3.10 events of the same time and priority are equal, and cancel() takes
+        # the wrong one: each has a priority of its own.
+        self.order = itertools.count()
         self.tasks: dict[str, Task] = {}
-        # of (when, name, delay by jitter, task), the first in Unix, the second in elapsed seconds
-        self.heaps: tuple[list, list] = [], []
-        self.limits: dict[Task, float] = {}     # elapsed seconds when a run becomes overdue
-        self.lock = threading.Lock()            # guards running_since, waiting, idle, workers
-        self.work: queue.SimpleQueue = queue.SimpleQueue()
-        self.mail: queue.SimpleQueue = queue.SimpleQueue()      # signal handlers may put here
-        self.idle = self.workers = 0            # idle: those of the workers without a run
-        self.patience = PATIENCE
-        self.stopping = self.hurry = False
+        self.lock = threading.Lock()
+        # SimpleQueue is the one thing in the library that a signal handler may put to while
+        # the same thread is in it.
+        self.calls: queue.SimpleQueue = queue.SimpleQueue()
+        self.stopping = False
+        self.hurry = False
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.scheduler')
 
@@ -708,28 +912,37 @@ class Scheduler:
         self.tasks[task.name] = task
         if isinstance(task.schedule, Interval):
             task.schedule.start = task.due = self.elapsed()
+        elif task.at_start:
+            task.due = self.wall()
         else:
-            task.due = self.wall() if task.at_start else task.schedule.next(self.wall())
-        self.push(task)
+            task.due = task.schedule.next(self.wall())
+        self.enter(task)
         return task
 
-    def remove(self, name: str) -> Task:
-        """Take a task out; a run in progress goes on."""
-        task = self.tasks.pop(name)
-        task.removed = True
-        for heap in self.heaps:                 # they would keep the job in memory until it is due
-            heap[:] = [entry for entry in heap if entry[-1] is not task]
-            heapq.heapify(heap)
-        if task.running_since is None:
-            self.limits.pop(task, None)
-        return task
+    def clock_of(self, task: Task) -> sched.scheduler:
+        """Return the queue that the due times of a task go by."""
+        if task.schedule.elapsed:
+            return self.intervals
+        return self.calendar
 
-    def push(self, task: Task) -> None:
-        """Enter the task's due time into the heap of its clock."""
-        if task.due is not None:
-            delay = random.uniform(0, task.schedule.jitter) if task.schedule.jitter else 0
-            heapq.heappush(self.heaps[task.schedule.elapsed],
-                           (task.due + delay, task.name, delay, task))
+    def enter(self, task: Task) -> None:
+        """Enter the next due time of a task, put off by its jitter."""
+        if task.due is None:
+            return
+        delay = 0.0
+        if task.schedule.jitter:
+            import random
+            delay = random.uniform(0, task.schedule.jitter)
+        self.clock_of(task).enterabs(task.due + delay, next(self.order), self.come_due,
+                                     (task, delay))
+
+    def later(self, seconds: float, action: Callable, *args: Any) -> Any:
+        """Have step() call a function after so many elapsed seconds; return the event."""
+        return self.intervals.enter(seconds, next(self.order), action, args)
+
+    def call_soon(self, function: Callable[[], Any]) -> None:
+        """Have the main thread call a function now; any thread or signal handler may use this."""
+        self.calls.put(function)
 
     def next_run(self, task: Task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
@@ -737,178 +950,188 @@ class Scheduler:
             return task.due
         return self.wall() + task.due - self.elapsed()
 
-    # What follows up to tick() is the pure part.
+    def step(self) -> float:
+        """Wake the tasks that are due; return the seconds until this is to be called again."""
+        offset = self.wall() - self.elapsed()
+        back = self.offset - offset
+        self.offset = offset
+        if back > 0.5:
+            self.set_back()
+            self.log.info('the clock was set back by %s', show_duration(back))
+        until = self.elapsed() + MAX_SLEEP
+        for clock in (self.calendar, self.intervals):
+            delay = clock.run(blocking=False)
+            if delay is not None:
+                until = min(until, self.elapsed() + delay)
+        return max(until - self.elapsed(), 0)
 
-    def come_due(self, task: Task, delay: float, now: float) -> bool:
-        """Move a task to its next due time; tell whether a run is to start."""
+    def set_back(self) -> None:
+        """Enter all dates anew, for the wall clock was set back.
+
+        A small step repeats no run. After a big one the last run belongs to a future that was
+        wrong: it says nothing of what is due now.
+        """
+        self.calendar = sched.scheduler(self.wall, no_pause)
+        now = self.wall()
+        for task in self.tasks.values():
+            if task.schedule.elapsed:
+                continue
+            believed = 60 if task.schedule.every_hour else 3 * 3600
+            if task.last_due is None or task.last_due >= now + believed:
+                task.last_due = now
+            task.due = task.schedule.next(max(now, task.last_due))
+            self.enter(task)
+
+    def come_due(self, task: Task, delay: float) -> None:
+        """Count the due times that have passed, enter the next one, wake the task."""
+        now = self.clock_of(task).timefunc()
         times = 0
         while task.due is not None and task.due + delay <= now:
-            task.last_due, times = task.due, times + 1
-            task.due = task.schedule.next(task.due if times <= MOST_MISSED else now)
-        self.push(task)
-        with self.lock:
-            if task.running_since is not None:
-                task.waiting += times
-                return False
-            task.running_since = self.wall()
-        if times > 1:
-            task.merged(times, 'while the machine or torque was held up', self.elapsed())
-        return True
-
-    def tick(self, wall: float, elapsed: float) -> tuple[list[Task], float]:
-        """Return the tasks that are to start now, and the seconds until the next look."""
-        step = self.offset - (wall - elapsed)
-        self.offset = wall - elapsed
-        if step > 0.5:
-            self.log.info('the clock was set back by %s', show_duration(step))
-            self.heaps[False].clear()
-            for task in self.tasks.values():
-                if not task.schedule.elapsed:
-                    again = step >= (60 if task.schedule.every_hour else 3 * 3600)
-                    after = wall if again else max(wall, task.last_due or wall)
-                    task.due = task.schedule.next(after)
-                    self.push(task)
-        ready: list[Task] = []
-        sleep: float = MAX_SLEEP
-        for task, limit in list(self.limits.items()):   # before new runs begin
-            if task.running_since is None:
-                del self.limits[task]
-            elif limit > elapsed:
-                sleep = min(sleep, limit - elapsed)
+            times += 1
+            task.last_due = task.due
+            if times <= MOST_COUNTED:
+                task.due = task.schedule.next(task.due)
             else:
-                del self.limits[task]
-                task.overdue = True
-                row = task.repeats.seen('overdue', elapsed)
-                task.log.log(logging.WARNING if row else logging.DEBUG, 'still running after %s, '
-                             'its max_runtime', show_duration(task.max_runtime or 0))
-        for heap, now in zip(self.heaps, (wall, elapsed)):
-            while heap and heap[0][0] <= now:
-                _, _, delay, task = heapq.heappop(heap)
-                if self.come_due(task, delay, now):
-                    ready.append(task)
-            if heap:
-                sleep = min(sleep, heap[0][0] - now)
-        return ready, sleep
+                task.due = task.schedule.next(now)
+        self.enter(task)
+        with self.lock:
+            asleep = not task.waiting
+            task.waiting += times
+        if times and asleep:
+            self.wake(task)
 
-    # From here on there are threads.
-
-    def start(self, task: Task) -> None:
-        """Hand a run to the workers; running_since is set already."""
-        if self.stopping:                       # it came due during its last run
-            task.running_since = None
-            return
-        if task.max_runtime:
-            self.limits[task] = self.elapsed() + task.max_runtime
-        self.work.put(task)
-
-    def add_workers(self, most: int) -> None:
-        """Start threads for runs that wait for one."""
-        for _ in range(min(most, self.work.qsize() - self.idle)):
+    def wake(self, task: Task) -> None:
+        """Let the worker of a task begin; start it where there is none yet."""
+        if task.worker is None:
+            worker = threading.Thread(target=self.work, args=(task,), daemon=True)
             try:
-                threading.Thread(target=self.worker, daemon=True).start()
-            except RuntimeError as error:               # no more threads: try again later
-                self.patience = 1.0
+                worker.start()
+            except RuntimeError as error:
+                # No more threads: its due times stay counted, and it is tried again.
+                self.later(THREAD_PAUSE, self.wake, task)
                 if self.repeats.seen('threads', self.elapsed()):
-                    self.log.error('no new worker thread: %s; %d are there', error, self.workers)
+                    self.log.error('no new worker thread: %s', error)
                 return
-            with self.lock:
-                self.idle += 1
-                self.workers += 1
-            self.patience = PATIENCE
+            task.worker = worker
+        task.wake.release()
 
-    def worker(self) -> None:
-        """Run tasks until there are more than enough idle workers."""
+    def call_overdue(self, task: Task, started: float) -> None:
+        """Say of a run that it takes longer than it may."""
+        with self.lock:
+            if task.running_since != started:
+                # That run has just ended.
+                return
+            task.overdue = True
+        if task.repeats.seen('overdue', self.elapsed()):
+            task.log.warning('still running after %s, its max_runtime',
+                             show_duration(task.max_runtime or 0))
+
+    def work(self, task: Task) -> None:
+        """Run a task each time it is woken; the thread of that task."""
         while True:
-            task = self.work.get()
+            # Woken already: it came due during its last run.
+            waits = task.wake.acquire(blocking=False)
+            if not waits:
+                task.wake.acquire()
             with self.lock:
-                self.idle -= 1
-            self.run_task(task)
-            with self.lock:
-                if self.idle >= SPARE_WORKERS:
-                    self.workers -= 1
+                if self.stopping:
                     return
-                self.idle += 1
+                times = task.waiting
+                task.waiting = 0
+                task.running_since = task.last_start = self.wall()
+            # What is called here may raise anything, the filters of a log, too.
+            reason = 'while the machine or torque was held up'
+            if waits:
+                reason = 'during the last one'
+            with contextlib.suppress(BaseException):
+                task.merged(times, reason, self.elapsed())
+            with contextlib.suppress(BaseException):
+                self.run_task(task)
+            with self.lock:
+                task.running_since = None
+                task.overdue = False
+                task.runs += 1
+                if task.limit is not None:
+                    with contextlib.suppress(ValueError):
+                        # The event has happened: the run is overdue.
+                        self.intervals.cancel(task.limit)
+                    task.limit = None
+            if self.stopping:
+                # The main thread may be in finish(), and wait for the last run.
+                self.calls.put(None)
 
     def run_task(self, task: Task) -> None:
-        """Call a task and note how it went; go on with what came due meanwhile."""
-        task.last_start, started = self.wall(), self.elapsed()
+        """Run a task once, and measure it."""
+        started = self.elapsed()
+        if task.max_runtime:
+            task.limit = self.later(task.max_runtime, self.call_overdue, task,
+                                    task.running_since)
+            # The main thread may be asleep for longer than that.
+            self.calls.put(None)
         try:
-            task.run()
-        except BaseException as error:              # SystemExit too must not end a worker
-            task.failed(error, self.elapsed())
-        else:
-            task.worked(self.elapsed())
-        ended = self.elapsed()
-        task.last_duration, task.overdue = ended - started, False
-        with self.lock:
-            task.runs += 1
-            waited, task.waiting = task.waiting, 0
-            again = waited and not self.stopping and not task.removed
-            task.running_since = self.wall() if again else None
-        if waited > 1 and again:
-            task.merged(waited, 'during the last one', ended)
-        if again:
-            self.mail.put(functools.partial(self.start, task))
-        elif self.stopping or task.removed:
-            self.mail.put(task.after_end or bool)       # finish() waits for it, too
+            task.attempt()
+        finally:
+            task.last_duration = self.elapsed() - started
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
-    def serve(self) -> None:
-        """Run tasks until stop() is called; functions put into `mail` are called here."""
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not longer than until call_soon() is used; call what was given to it."""
+        try:
+            function = self.calls.get(timeout=seconds)
+        except queue.Empty:
+            return
+        if function is not None:
+            function()
+
+    def serve(self, chore: Callable[[], None]) -> None:
+        """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
         while not self.stopping:
-            ready, sleep = self.tick(self.wall(), self.elapsed())
-            for task in ready:
-                self.start(task)
-                sleep = min(sleep, task.max_runtime or sleep)
-            waiting = self.work.qsize()
-            if waiting:
-                sleep = min(sleep, self.patience)
-                if not self.workers:
-                    self.add_workers(1)
+            seconds = THREAD_PAUSE
             try:
-                message = self.mail.get(timeout=max(sleep, 0))
-            except queue.Empty:                 # none taken meanwhile: all workers are stuck
-                self.add_workers(10 if self.work.qsize() >= waiting else 1)
-            else:
-                try:
-                    message()
-                except Exception:
+                chore()
+                seconds = self.step()
+            except Exception:
+                # A filter that a job gave to the log may raise anything.
+                with contextlib.suppress(Exception):
                     self.log.exception('this should not happen')
+            self.wait(seconds)
 
-    def stop(self) -> None:
-        """Let serve() return; no new runs start."""
-        self.stopping = True
-
-    def interrupt(self) -> None:
-        """Stop, and when that is under way already without waiting for runs in progress."""
-        self.hurry, self.stopping = self.stopping, True
+    def stop(self, hurry: bool = False) -> None:
+        """Let serve() return; no new runs start. hurry: nor are those in progress waited for."""
+        with self.lock:
+            self.stopping = True
+            self.hurry = self.hurry or hurry
 
     def finish(self, grace: float) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
         end = self.elapsed() + grace
-        with contextlib.suppress(queue.Empty):
-            while True:                         # what has not begun does not begin any more
-                self.work.get_nowait().running_since = None
-        with contextlib.suppress(queue.Empty):
-            while self.running() and not self.hurry:
-                self.mail.get(timeout=max(end - self.elapsed(), 0))()
+        while self.running() and not self.hurry and self.elapsed() < end:
+            self.wait(max(end - self.elapsed(), 0))
         return self.running()
 
 
 # --- RPC -------------------------------------------------------------------------------------
-# A URL becomes an Address; a request body goes to it within a deadline and the body of the
-# answer comes back, over SCGI (one netstring of headers, one request per connection) or HTTP.
-# XML-RPC and JSON-RPC texts are made and read here. A Proxy puts it together:
-# proxy.d.name(HASH). "where" is an address as it may be shown: never with a password.
+# A scgi_url becomes an Address. The body of a request goes to it, and the body of the answer
+# comes back within a deadline, over SCGI (one netstring of headers, one request a connection)
+# or HTTP. Calls, (method, *params) each, become such bodies in XML-RPC or JSON-RPC, and answers
+# become values. "where" is an address as it may be shown: never with a password. No state, and
+# any thread. Unreachable: no answer came; any other RpcError: rTorrent answered, but not so.
 
-RPC_TIMEOUT = 30.0                      # seconds for a whole call
-RPC_LIMIT = 256 << 20                   # bytes of one answer
-MISSING = (-506, -32601)                # codes of faults: there is no such command
-BATCH = 500                             # calls in one request; rTorrent takes 512 KiB at most
-HEAD_LIMIT = 8192                       # bytes before the body of an SCGI answer
+# Seconds for a whole call
+RPC_TIMEOUT = 30.0
+# Bytes of one answer
+RPC_LIMIT = 64 << 20
+# Most times its limit that a value may take in memory
+WEIGHT = 6
+# Codes of faults: there is no such command
+MISSING = (-506, -32601)
+# Calls in one request; rTorrent takes 512 KiB at most
+BATCH = 500
+# Bytes before the body of an SCGI answer
+HEAD_LIMIT = 8192
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
@@ -919,8 +1142,8 @@ class Address(NamedTuple):
     path: str = ''
     host: str = ''
     port: int = 0
-    user: str | None = None
-    password: str | None = None
+    user: str = ''
+    password: str = ''
     exposed: bool = False               # rTorrent's port is open to the network
 
     def __repr__(self) -> str:
@@ -947,32 +1170,38 @@ def parse_address(text: str) -> Address:
     ('127.0.0.1', '/x.sock')
     """
     from urllib.parse import unquote, urlsplit
-    allowed = ('allowed are scgi://host:port, scgi:///path, a socket path, '
-               'http(s)://[user:password@]host/RPC2')
+    refused = UserError(f'{redacted(text)!r} is no address; allowed are scgi://host:port, '
+                        'scgi:///path, a socket path, http(s)://[user:password@]host/RPC2')
     spelt = os.path.expandvars(text.strip())
+    if '://' not in spelt:
+        spelt = 'scgi://' + spelt
     try:
-        url = urlsplit(spelt if '://' in spelt else 'scgi://' + spelt)
+        url = urlsplit(spelt)
         host, port = url.hostname or '', url.port or 0
-    except ValueError:                          # what it says may hold a password
-        raise UserError(f'{redacted(text)!r} is no address; {allowed}') from None
+    # What it says may hold a password
+    except ValueError:
+        raise refused from None
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        clean = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path or '/RPC2'}"
-        return Address('http', clean, clean, host, port, url.username and unquote(url.username),
-                       url.password and unquote(url.password))
-    path = spelt.partition('://')[2] or spelt
-    if url.scheme == 'scgi' and path.startswith(('/', '~')):
+        netloc = url.netloc.rpartition('@')[2]
+        clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
+        return Address('http', clean, clean, host, port, unquote(url.username or ''),
+                       unquote(url.password or ''))
+    path = spelt.partition('://')[2]
+    if url.scheme == 'scgi' and path.startswith(('/', '~')) and '\0' not in path:
         path = os.path.expanduser(path)
         return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
-        raise UserError(f'{redacted(text)!r} is no address; {allowed}')
-    everywhere = host in ('', '0.0.0.0', '::')
-    exposed = everywhere or not LOOPBACK.match(host)
-    host = '127.0.0.1' if everywhere else host
-    shown = f'[{host}]' if ':' in host else host
+        raise refused
+    exposed = not LOOPBACK.match(host)
+    if host in ('', '0.0.0.0', '::'):
+        host = '127.0.0.1'
+    shown = host
+    if ':' in host:
+        shown = f'[{host}]'
     return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
 
 
-def arm(sock: Any, end: float) -> None:
+def set_deadline(sock: Any, end: float) -> None:
     """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
     left = end - time.monotonic()
     if left <= 0:
@@ -996,58 +1225,91 @@ def describe(error: OSError) -> str:
     return f'the connection failed: {error.strerror or error}'
 
 
+def too_large(limit: int) -> RpcError:
+    """Return the error for an answer above the limit."""
+    return RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+
+
+def connect(address: Address, seconds: float) -> socket.socket:
+    """Return a socket that is connected to rTorrent."""
+    if address.kind == 'tcp':
+        return socket.create_connection((address.host, address.port), seconds)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def answer_end(received: bytearray, limit: int) -> int:
     """Return how long an answer will be with its head, 0 while the head is not complete."""
     stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
     if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
         return 0
-    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d{1,15}) *\r\n',
-                    received[:stop + 2], re.I | re.S)
-    if not head:
+    size = re.search(rb'\r\ncontent-length: {0,9}(\d{1,15}) {0,9}\r\n', received[:stop + 2], re.I)
+    if not size or not received.startswith(b'Status:'):
         raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
-    if int(head[1]) > limit:
-        raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-    return stop + 4 + int(head[1])
+    if int(size[1]) > limit:
+        raise too_large(limit)
+    return stop + 4 + int(size[1])
+
+
+def scgi_receive(sock: socket.socket, seconds: float, end: float, limit: int) -> bytearray:
+    """Return the body of an SCGI answer."""
+    received, size = bytearray(), 0
+    try:
+        while not size or len(received) < size:
+            set_deadline(sock, end)
+            chunk = sock.recv(1 << 18)
+            if not chunk and not received:
+                raise Unreachable('the connection was closed without an answer')
+            if not chunk:
+                raise Unreachable(f'the answer broke off after {len(received)} bytes')
+            received += chunk
+            size = size or answer_end(received, limit)
+    except socket.timeout:
+        if not received:
+            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
+                              'or hung') from None
+        raise Unreachable(f'only {len(received)} of {size or "?"} bytes came in '
+                          f'{seconds:g} s') from None
+    if len(received) > size:
+        raise Unreachable('the answer is longer than its Content-Length says')
+    del received[:received.index(b'\r\n\r\n') + 4]
+    return received
 
 
 def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
+                 limit: int) -> bytearray:
     """Send one SCGI request and return the body of its answer.
 
-    Raises Unreachable; the text says what happened, the caller adds where and which method.
+    Raises RpcError; the text says what happened, the caller adds where and which method.
     """
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
-    received, size, state, end = bytearray(), 0, 'connect', time.monotonic() + seconds
+    end = time.monotonic() + seconds
     try:
-        with socket.socket(socket.AF_UNIX) if address.kind == 'unix' else \
-                socket.create_connection((address.host, address.port), seconds) as sock:
-            arm(sock, end)
-            if address.kind == 'unix':
-                sock.connect(address.path)
-            state = 'send'
-            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
-            state = 'receive'
-            while not size or len(received) < size:
-                arm(sock, end)
-                chunk = sock.recv(1 << 18)
-                if not chunk:
-                    raise Unreachable(
-                        f'the answer broke off after {len(received)} bytes' if received else
-                        'the connection was closed without an answer')
-                received += chunk
-                size = size or answer_end(received, limit)
+        sock = connect(address, seconds)
     except socket.timeout:
-        waited = f'{seconds:g} s'
-        raise Unreachable(
-            f'no connection within {waited}' if state == 'connect' else
-            f'only {len(received)} of {size or "?"} bytes came in {waited}' if received else
-            f'connected, but no answer in {waited}: reading its session, or hung') from None
+        raise Unreachable(f'no connection within {seconds:g} s') from None
     except OSError as error:
-        raise Unreachable(f'the connection was closed during a request of {len(body)} bytes: too '
-                          'large for it?' if state == 'send' else describe(error)) from None
-    if len(received) > size:
-        raise Unreachable('the answer is longer than its Content-Length says')
-    return bytes(received[received.index(b'\r\n\r\n') + 4:])
+        raise Unreachable(describe(error)) from None
+    with sock:
+        try:
+            set_deadline(sock, end)
+            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
+        except socket.timeout:
+            # It may be slow to read: what it answers tells
+            pass
+        except OSError:
+            raise Unreachable(f'the connection was closed during a request of {len(body)} '
+                              'bytes: too large for it?') from None
+        try:
+            return scgi_receive(sock, seconds, end, limit)
+        except OSError as error:
+            raise Unreachable(describe(error)) from None
 
 
 class HttpAnswer(NamedTuple):
@@ -1055,116 +1317,205 @@ class HttpAnswer(NamedTuple):
     status: int
     reason: str
     headers: Any
-    body: bytes
+    body: bytearray
 
 
-def http_handler(end: float, close: contextlib.ExitStack) -> Any:
-    """Return urllib's handler of both schemes: no read outlasts `end`, errors are answers.
+class TimedReader(io.RawIOBase):
+    """A socket to read from until a moment; what http.client takes for the socket itself."""
 
-    close: what closes them, for urllib forgets those that asked for a login.
+    def __init__(self, sock: Any, end: float):
+        super().__init__()
+        self.sock, self.end = sock, end
+        self.raw = sock.makefile('rb', buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        set_deadline(self.sock, self.end)
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def http_opener(url: str, user: str, password: str, end: float,
+                close: contextlib.ExitStack) -> Any:
+    """Return urllib's opener: with proxies and both kinds of login, but no redirections.
+
+    No read outlasts `end`. close: closes all answers, for urllib forgets those before a login.
     """
     import http.client
-    import urllib.request
+    import urllib.request as lib
 
-    class Reader(socket.SocketIO):
-        def readinto(self, buffer: Any) -> int | None:
-            arm(self._sock, end)                        # type: ignore[attr-defined]
-            return super().readinto(buffer)
+    def response(sock: Any, **options: Any) -> Any:
+        reader: Any = TimedReader(sock, end)
+        return close.enter_context(http.client.HTTPResponse(reader, **options))
 
-    class Response(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            self.fp.raw.__class__ = Reader              # type: ignore[attr-defined]
+    class Handler(lib.HTTPHandler, lib.HTTPSHandler):
+        def do_open(self, http_class: Any, *args: Any, **options: Any) -> Any:
+            def connection(*args: Any, **options: Any) -> Any:
+                made = http_class(*args, **options)
+                made.response_class = response
+                return made
+            return super().do_open(connection, *args, **options)
 
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-            timed = type('Timed', (http_class,), {'response_class': Response})
-            return close.enter_context(
-                super().do_open(timed, req, **options))         # type: ignore[arg-type]
+    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
+    if user:
+        passwords.add_password(None, url, user, password)
+    digest: Any = lib.HTTPDigestAuthHandler(passwords)
+    # One try; urllib would make six
+    digest.retried = 5
+    proxies: dict | None = None                 # those of the environment
+    if re.match(r'https?://(localhost|127\.|\[::1\])', url):
+        proxies = {}
+    opener = lib.OpenerDirector()
+    opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
+    for handler in (lib.ProxyHandler(proxies), Handler(), lib.HTTPErrorProcessor(), digest,
+                    lib.HTTPBasicAuthHandler(passwords), lib.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    return opener
 
-        def http_error_default(self, request: Any, answer: Any, *about: Any) -> Any:
-            return answer
 
-    return Handler()
+def http_body(answer: Any, limit: int) -> bytearray:
+    """Return the whole body of a web server's answer."""
+    content = bytearray()
+    # urllib itself refused, as a second login
+    if not answer.fp:
+        return content
+    while len(content) <= limit:
+        chunk = answer.read(1 << 16)
+        content += chunk
+        if not chunk:
+            break
+    if len(content) > limit:
+        raise too_large(limit)
+    # What is still to come by its Content-Length
+    if getattr(answer, 'length', 0):
+        raise Unreachable(f'the answer broke off after {len(content)} bytes')
+    return content
+
+
+def http_trouble(error: Exception, seconds: float) -> str:
+    """Return what to say of an error on the way to a web server."""
+    reason = getattr(error, 'reason', error)
+    if isinstance(reason, socket.timeout):
+        return f'no whole answer in {seconds:g} s'
+    if isinstance(reason, OSError):
+        return describe(reason)
+    if 'IncompleteRead' in str(reason):
+        return 'the answer broke off'
+    if 'scheme' in str(reason):
+        return 'HTTP 401: it asks for a login neither basic nor digest'
+    return f'not an answer of a web server: {quoted(reason)}'
 
 
 def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
-              user: str | None = None, password: str | None = None) -> HttpAnswer:
+              user: str = '', password: str = '') -> HttpAnswer:
     """POST to a web server; it may ask for a login by basic or digest authentication.
 
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
     """
     import http.client
     import urllib.error
-    import urllib.request as lib
-    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
-    if user is not None:
-        passwords.add_password(None, url, user, password or '')
-    digest = lib.HTTPDigestAuthHandler(passwords)
-    digest.retried = 5                  # type: ignore  # one try; urllib would make six
-    opener, close = lib.OpenerDirector(), contextlib.ExitStack()
-    opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
-    local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
-    for handler in (lib.ProxyHandler({} if local else None), digest, lib.HTTPErrorProcessor(),
-                    lib.HTTPBasicAuthHandler(passwords),
-                    http_handler(time.monotonic() + seconds, close)):
-        opener.add_handler(handler)
-    try:
-        with close:
-            answer = opener.open(lib.Request(url, body, headers), timeout=seconds)
-            content = answer.read(limit + 1)
-            size = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
-        if len(content) > limit:
-            raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-        if size.isdigit() and int(size) > len(content):
-            raise Unreachable(f'the answer broke off after {len(content)} of {size} bytes')
-        return HttpAnswer(answer.code, str(answer.reason), answer.headers, content)
-    except urllib.error.HTTPError as error:             # a digest login was refused
-        return HttpAnswer(error.code, str(error.reason), error.headers, b'')
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, 'reason', error)
-        if isinstance(error, http.client.IncompleteRead):
-            said = f'the answer broke off after {len(error.partial)} bytes'
-        elif isinstance(reason, socket.timeout):
-            said = f'no whole answer in {seconds:g} s'
-        elif isinstance(reason, OSError):
-            said = describe(reason)
-        elif 'scheme' in str(reason):
-            said = 'HTTP 401: it asks for a login neither basic nor digest'
-        else:
-            said = f'not an answer of a web server: {quoted(reason)}'
-        raise Unreachable(said) from None
+    import urllib.request
+    with contextlib.ExitStack() as close:
+        opener = http_opener(url, user, password, time.monotonic() + seconds, close)
+        try:
+            request = urllib.request.Request(url, body, headers)
+            try:
+                answer = opener.open(request, timeout=seconds)
+            # Any status but 2xx
+            except urllib.error.HTTPError as error:
+                answer = error
+            return HttpAnswer(answer.code, str(answer.reason), answer.headers,
+                              http_body(answer, limit))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Unreachable(http_trouble(error, seconds)) from None
 
 
 def http_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
-    """Send a request to an HTTP mount of rTorrent and return the body of its answer."""
+                 limit: int) -> bytearray:
+    """Send a request to an HTTP mount of rTorrent and return the body of its answer.
+
+    What rTorrent says comes through with any status and content type.
+    """
     answer = http_post(address.path, body, {'Content-Type': content_type}, seconds, limit,
                        address.user, address.password)
+    start = answer.body[:1000]
+    if b'<methodResponse' in start or b'"jsonrpc"' in start:
+        return answer.body
     if answer.status == 401:
         raise Unreachable('HTTP 401: user or password is wrong or missing')
-    if answer.status != 200 or 'html' in answer.headers.get('content-type', ''):
-        raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
-                          f'rTorrent: {quoted(beginning(answer.body))}')
-    return answer.body
+    raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
+                      f'rTorrent: {quoted(beginning(answer.body))}')
 
 
 def rpc_fault(fault: Any) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
     if not isinstance(fault, dict):
         return RpcError(f'a fault without a code: {quoted(fault)}')
-    code, message = (fault.get('faultCode', fault.get('code')),
-                     fault.get('faultString', fault.get('message')))
-    if 'info-hash' in str(message):
-        return HashNotFound(f'fault {code}: {quoted(message)}', code)
-    hint = ('; the web server in between marks its connections as untrusted: use scgi:// here'
-            if 'untrusted' in str(message) else '')
-    return RpcError(f'fault {code}: {quoted(message)}{hint}', code)
+    code = fault.get('faultCode', fault.get('code'))
+    message = str(fault.get('faultString', fault.get('message')))
+    if not isinstance(code, int):
+        code = None
+    said = f'fault {code}: {quoted(message)}'
+    if 'info-hash' in message:
+        return HashNotFound(said, code)
+    if 'untrusted' in message:
+        said += ('; the web server in between marks its connections as untrusted: '
+                 'use scgi:// here')
+    return RpcError(said, code)
 
 
-# XML-RPC. rTorrent takes and gives integers of 64 bits as <i8>, which xmlrpc.client refuses to
-# send; and expat, below xmlrpc.client, fails over control characters and bytes that are not
-# UTF-8, which rTorrent passes on from torrents. So both directions are our own.
+def json_text(content: bytes | bytearray, room: int) -> str:
+    """Return JSON text; RpcError if it and its value may take more than `room` bytes of memory."""
+    # In CPython one emoji makes all characters of a text take 4 bytes; a number or a short text
+    # takes 40 bytes and more, a list or a dict 90
+    width = 1
+    if not content.isascii():
+        width = 4
+    weight = 2 * width * len(content)
+    for mark, size in ((b',', 40), (b'[', 90), (b'{', 90)):
+        weight += size * content.count(mark)
+    if weight > room:
+        raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
+                       'times the limit (rpc_limit)')
+    return content.decode('utf-8', 'replace')
+
+
+# XML-RPC. Requests are our own since xmlrpc.client takes 6 MiB and 14 ms to import; answers since
+# expat, below it, fails over control characters and bytes that are not UTF-8, which rTorrent
+# passes on from torrents, and takes three times as long.
+
+# Other text goes as base64, which rTorrent takes for any text: older ones refuse emoji and
+# control characters, no XML carries \r or bytes that are not UTF-8.
+PLAIN_TEXT = re.compile('[\t\n -\ud7ff]*')
+
+
+def sendable(value: Any) -> Any:
+    """Return a value as both xmlrpc.client and rTorrent take it, in what it holds as well."""
+    if isinstance(value, (list, tuple)):
+        return [sendable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: sendable(item) for name, item in value.items()}
+    # Older ones refuse <boolean>
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
+        # rTorrent takes text for numbers
+        return str(value)
+    if isinstance(value, str) and not PLAIN_TEXT.fullmatch(value):
+        try:
+            return value.encode('utf-8', 'surrogateescape')
+        except UnicodeEncodeError:
+            raise RpcError(f'{quoted(value)} cannot be sent to rTorrent') from None
+    return value
+
 
 def xml_escape(text: Any) -> str:
     """Return text as character data."""
@@ -1172,14 +1523,14 @@ def xml_escape(text: Any) -> str:
 
 
 def xml_value(value: Any) -> str:
-    """Return a <value>; numbers are i8, booleans too (older rTorrents refuse <boolean>)."""
+    """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
         return f'<value><string>{xml_escape(value)}</string></value>'
     if isinstance(value, int):
-        return f'<value><i8>{int(value)}</i8></value>'
+        return f'<value><i8>{value}</i8></value>'
     if isinstance(value, bytes):
         return f'<value><base64>{binascii.b2a_base64(value).decode()}</base64></value>'
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return f"<value><array><data>{''.join(map(xml_value, value))}</data></array></value>"
     if isinstance(value, dict):
         members = ''.join(f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
@@ -1190,330 +1541,310 @@ def xml_value(value: Any) -> str:
 
 
 def xml_request(method: str, params: Iterable) -> bytes:
-    """Return a methodCall; file names that are not UTF-8 go out as the bytes they are."""
-    values = ''.join(f'<param>{xml_value(value)}</param>' for value in params)
-    text = (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
-            f'<params>{values}</params></methodCall>')
-    try:
-        return text.encode('utf-8', 'surrogateescape')
-    except UnicodeEncodeError as error:
-        raise RpcError(f'{quoted(error.object[error.start])} cannot be sent to rTorrent') from None
+    """Return a methodCall."""
+    values = ''.join(f'<param>{xml_value(value)}</param>' for value in sendable(list(params)))
+    return (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
+            f'<params>{values}</params></methodCall>').encode()
 
 
-# An answer is turned into JSON text by replacing its tags, in this order, and JSON's grammar finds
-# what does not fit together. \0, which no XML holds, stands for the end of a value for a while.
+def xml_batch(calls: list[tuple]) -> bytes:
+    """Return one methodCall for many calls."""
+    entries = [{'methodName': method, 'params': params} for method, *params in calls]
+    return xml_request('system.multicall', [entries])
 
+
+# An answer becomes JSON text by replacing its tags, in this order, so that the C code of `bytes`
+# and `json` does all the work, and JSON's grammar finds what does not fit together:
+#
+#     <value><array><data>\r\n<value><i8>7</i8></value>\r\n</data></array></value>
+#     [\r\n7\0\r\n]\0                         tags replaced; \0, which no XML holds, ends a value
+#     [\n7],                                  \0 is a comma, but for the last value of a list
+#
+# A tag that stands in no pair (<double>, <ex:i8>) is left, and xmlrpc.client reads that answer.
 XML_AS_JSON = (
-    ('\\', r'\\'), ('"', r'\"'), ('<value><string>', '"'), ('</string></value>', '"\0'),
-    ('<value><i8>', ''), ('</i8></value>', '\0'), ('<value><i4>', ''), ('</i4></value>', '\0'),
-    ('<value><int>', ''), ('</int></value>', '\0'), ('<value><string/></value>', '""\0'),
-    ('<value><boolean>0</boolean></value>', 'false\0'),
-    ('<value><boolean>1</boolean></value>', 'true\0'),
-    ('<value><array><data>', '['), ('</data></array></value>', ']\0'),
-    ('<value><array><data/></array></value>', '[]\0'), ('<value><struct/></value>', '{}\0'),
-    ('<value><struct>', '{'), ('</struct></value>', '}\0'),
-    ('<member>', ''), ('<name>', '"'), ('</name>', '":'), ('</member>', ''),
-    ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
-    ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
-XML_ANSWER = re.compile(
-    r'\s*(?:<\?xml[^>]*\?>\s*)?<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
-    r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
-XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
-XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
+    (b'\\', b'\\\\'),
+    (b'"', b'\\"'),
+    (b'<value><string>', b'"'),
+    (b'</string></value>', b'"\0'),
+    (b'<value><string/></value>', b'""\0'),
+    (b'<value><i8>', b''),
+    (b'</i8></value>', b'\0'),
+    (b'<value><i4>', b''),
+    (b'</i4></value>', b'\0'),
+    (b'<value><int>', b''),
+    (b'</int></value>', b'\0'),
+    (b'<value><boolean>0</boolean></value>', b'false\0'),
+    (b'<value><boolean>1</boolean></value>', b'true\0'),
+    (b'<value><array><data>', b'['),
+    (b'</data></array></value>', b']\0'),
+    (b'<value><array><data/></array></value>', b'[]\0'),
+    (b'<value><struct>', b'{'),
+    (b'</struct></value>', b'}\0'),
+    (b'<value><struct/></value>', b'{}\0'),
+    (b'<member>', b''),
+    (b'</member>', b''),
+    (b'<name>', b'"'),
+    (b'</name>', b'":'),
+    # Line ends are as XML has them
+    (b'\r\n', b'\n'),
+    (b'\r', b'\n'),
+    (b'\0]', b']'),
+    (b'\0\n]', b']'),
+    (b'\0}', b'}'),
+    (b'\0\n}', b'}'),
+    (b'\0\n\n}', b'}'),
+    (b'\0', b','))
+XML_HEAD = re.compile(rb'\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
+                      rb'(?:<params>\s{0,9}<param>|(<fault>))')
+XML_TAIL = re.compile(rb'(?:</param>\s{0,9}</params>|</fault>)\s{0,9}</methodResponse>\s{0,9}\Z')
+XML_ENTITIES = (
+    (b'&lt;', b'<'),
+    (b'&gt;', b'>'),
+    (b'&quot;', b'\\"'),
+    (b'&apos;', b"'"),
+    (b'&#13;', b'\\r'),
+    (b'&amp;', b'&'))
 
 
-def xml_loads(text: str) -> Any:
-    """Return the value in an unusual answer, read by xmlrpc.client."""
-    if '<!' in text:
-        raise RpcError('the answer has a DTD or the like, which is refused')
+def xml_loads(content: bytes | bytearray, limit: int) -> Any:
+    """Return the value in an unusual answer, read by xmlrpc.client, which takes more memory."""
+    if b'<!' in content:
+        raise Unreachable('the answer has a DTD or the like, which is refused')
+    if len(content) > limit // 2:
+        raise Unreachable('the answer is not XML-RPC as rTorrent writes it, and too large for it')
     import xmlrpc.client
     try:
-        return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
+        value = xmlrpc.client.loads(content.decode('utf-8', 'replace'), use_builtin_types=True)
+        # It reads what is nested too deep for anybody else
+        repr(value)
+        return value[0][0]
     except xmlrpc.client.Fault as fault:
         raise rpc_fault(vars(fault)) from None
-    except Exception:                           # of many kinds, as the damage has it
-        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
+    # Of many kinds, as the damage has it
+    except Exception:
+        raise Unreachable(f'the answer is not XML-RPC: {quoted(beginning(content))}') from None
 
 
-def xml_from_base64(found: re.Match) -> str:
+def xml_from_base64(found: re.Match) -> bytes:
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
-    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
-    return '<string>%s</string>' % xml_escape(text).replace('\r', '&#13;')
+    text = xml_escape(binascii.a2b_base64(found[1]).decode('utf-8', 'replace'))
+    return b'<string>%s</string>' % text.replace('\r', '&#13;').encode()
 
 
-def xml_entity(found: re.Match) -> str:
-    """Return the character of an entity as JSON has it."""
-    base = {'#': 10, '#x': 16}.get(found[1])
-    return json.dumps(chr(int(found[2], base)) if base else XML_ENTITIES[found[2]])[1:-1]
+def xml_as_json(inner: bytes) -> bytes:
+    """Return JSON text for what stands in the <param> of an answer; ValueError where it cannot."""
+    # NUL is a mark below
+    inner = inner.replace(b'\0', b'?')
+    if b'<base64>' in inner:
+        inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
+    for tag, mark in XML_AS_JSON:
+        inner = inner.replace(tag, mark)
+    if b'<' in inner:
+        raise ValueError('a tag that rTorrent does not send')
+    if b'&' in inner:
+        if inner.count(b'&') > sum(inner.count(entity) for entity, _ in XML_ENTITIES):
+            raise ValueError('an entity that rTorrent does not send')
+        for entity, character in XML_ENTITIES:
+            inner = inner.replace(entity, character)
+    return inner.rstrip(b'\n,')
 
 
-def xml_reply(content: bytes) -> Any:
+def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
-    text = content.decode('utf-8', 'replace').replace('\0', '\ufffd')    # NUL is a mark below
+    head = XML_HEAD.match(content)
+    tail = XML_TAIL.search(content, max(len(content) - 100, 0))
+    if not head or not tail:
+        return xml_loads(content, limit)
+    # Text and value take enough memory
+    with memoryview(content) as view:
+        inner = bytes(view[head.end():tail.start()])
     try:
-        if '<base64>' in text:
-            text = re.sub('<base64>([^<]*)</base64>', xml_from_base64, text)
-        answer = XML_ANSWER.fullmatch(text)
-        if not answer:
-            raise ValueError('not what rTorrent sends')
-        inner = answer[2]
-        for tag, mark in XML_AS_JSON:
-            inner = inner.replace(tag, mark)
-        if '<' in inner:
-            raise ValueError('a tag that rTorrent does not send')
-        if '&' in inner:
-            inner = XML_ENTITY.sub(xml_entity, inner)
-        value = json.loads(inner.rstrip('\n,'), strict=False)
-    except (ValueError, LookupError, OverflowError, RecursionError):
-        return xml_loads(text)
-    if answer[1]:
+        inner = xml_as_json(inner)
+        text = json_text(inner, WEIGHT * limit - len(content))
+        del inner
+        value = json.loads(text, strict=False)
+    except ValueError:
+        return xml_loads(content, limit)
+    if head[1]:
         raise rpc_fault(value)
     return value
 
 
+def xml_answers(content: bytes | bytearray, count: int, limit: int = RPC_LIMIT) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed."""
+    entries = xml_reply(content, limit)
+    if not isinstance(entries, list) or len(entries) != count:
+        raise RpcError('system.multicall did not answer every call')
+    answers = []
+    for entry in entries:
+        if isinstance(entry, list) and entry:
+            answers.append(entry[0])
+        else:
+            answers.append(rpc_fault(entry))
+    return answers
+
+
 # JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
 # character, but a single name that is not UTF-8 turns a whole answer into an error.
-
 JSON_NOT_UTF8 = 'type_error.316'
-VERBS = frozenset(      # each begins a part of the name of a command that changes something
-    'add adjust call check clear close create delete disable disconnect enable erase filter insert '
-    'pause persistent prune push remove resume save set shutdown sort start stop try unset '
-    'update'.split())
-ACTIONS = frozenset(    # such parts that begin like others which only tell something
-    'open open_local open_port open_systemd send_scrape tracker_announce'.split())
-READS = frozenset('d f t p view session system throttle network pieces directory download_list '
-                  'equal not and or greater less match compare cat value false if'.split())
 
 
-def only_reads(method: str, params: Iterable) -> bool:
-    """Tell whether a call, and the commands in its parameters, change nothing."""
-    words = [method]
-    for param in params:
-        words += re.findall(r'(?<![\w.])[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
-    return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
-               and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
-               for parts in (word.split('.') for word in words))
-
-
-def json_request(calls: list[tuple]) -> bytes:
-    """Return a request of one call, or a batch; its ids count from 0."""
-    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': [
-        'data:application/octet-stream;base64,' + binascii.b2a_base64(param).decode().strip()
-        if isinstance(param, bytes) else param for param in params]}
-        for number, (method, *params) in enumerate(calls)]
+def json_batch(calls: list[tuple]) -> bytes:
+    """Return one request for many calls; their ids count from 0."""
+    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
+             for number, (method, *params) in enumerate(calls)]
     try:
-        return json.dumps(items if len(items) > 1 else items[0]).encode()
+        return json.dumps(items).encode()
     except (TypeError, ValueError) as error:
         raise RpcError(f'this cannot be sent to rTorrent: {error}') from None
 
 
-def json_reply(content: bytes, count: int) -> list:
-    """Return the results of `count` calls, an RpcError in the place of each that failed.
+def json_answers(text: str, count: int) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed.
 
     Raises it where there is no answer to all, as when one text in it is not UTF-8.
     """
-    try:
-        items = json.loads(content.decode('utf-8', 'replace'))
-    except (ValueError, RecursionError):
-        items = None
-    if isinstance(items, dict):
-        if 'error' in items and (count > 1 or JSON_NOT_UTF8 in str(items['error'])):
-            raise rpc_fault(items['error'])
+    items = None
+    with contextlib.suppress(ValueError):
+        items = json.loads(text)
+    if not isinstance(items, list):
         items = [items]
-    if not isinstance(items, list) or len(items) != count or not all(
-            isinstance(item, dict) for item in items):
-        raise RpcError(f'the answer is not JSON-RPC: {quoted(beginning(content))}')
-    return [item['result'] if 'result' in item else rpc_fault(item.get('error'))
-            for item in items]
+    answers = []
+    for item in items:
+        if not isinstance(item, dict):
+            raise Unreachable(f'the answer is not JSON-RPC: {quoted(text[:80])}')
+        if 'result' in item:
+            answers.append(item['result'])
+            continue
+        fault = rpc_fault(item.get('error'))
+        if len(items) < count or JSON_NOT_UTF8 in str(fault):
+            # One for all
+            raise fault
+        answers.append(fault)
+    if len(answers) != count:
+        raise RpcError('the batch did not answer every call')
+    return answers
 
 
-# Commands that take arguments as data; others (multicall, branch ...) run them.
-DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
-                          r'execute[\w.]{0,99}')
-RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
-                       r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
-COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+# rTorrent 0.9.8 aborts over a command on files without the file's index, be it called, among the
+# fields of a list, or one of the commands that others run. The latter may hold names of torrents:
+# they are no commands unless they begin so.
+FILE_COMMAND = re.compile(r'(?<![\w.])f\.(?!multicall)[a-z]')
+RUNS_COMMANDS = re.compile(r'load\.|branch$')
 
 
-def split_commands(text: str, marks: str) -> list[str]:
-    """Return text split at marks that are outside of double quotes."""
-    parts = ['']
-    for piece in COMMAND_PIECE.findall(text):
-        if piece in marks:
-            parts.append('')
-        else:
-            parts[-1] += piece
-    return parts
-
-
-def lacks_file(text: str, depth: int = 0) -> bool:
-    r"""Tell whether commands hold an f. command that is given no file: rTorrent 0.9.8 aborts.
-
-    >>> lacks_file('f.multicall=*,f.path='), lacks_file('branch=d.x=,"d.y=$f.path="')
-    (False, True)
-    """
-    if 'f.' not in text or depth > 20:
-        return depth > 20
-    for command in split_commands(text, ';\n'):
-        command = command.strip()
-        head = re.match(r'([$("\s]{0,9})([\w.]{0,99})', command)
-        opened, name = head.groups()            # type: ignore[union-attr]
-        rest = command[len(opened) + len(name):].lstrip()
-        if name.startswith('f.multicall'):
-            continue                            # the files are given by it
-        if name.startswith('f.') and (rest.startswith('=') or '(' in opened or '$' in opened):
-            return True
-        for word in split_commands(rest[1:], ','):
-            word = word.strip()
-            if word.startswith('"'):
-                word = re.sub(r'\\(.)', r'\1', word[1:].rstrip('"'))
-            is_text = DATA_COMMAND.fullmatch(name) and not word.startswith(('$', '('))
-            if not is_text and not word.startswith('{') and lacks_file(word, depth + 1):
-                return True
-    return False
-
-
-def refuse_deadly(method: str, params: list) -> None:
-    """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
+def refuse_deadly(method: str, params: Iterable) -> None:
+    """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
+    params, deadly = list(params), False
+    # What f.multicall runs has an index
+    words = [param.partition('f.multicall')[0].lstrip('$ ')
+             for param in params if isinstance(param, str)]
     if method == 'system.multicall':
-        for entry in params[0] if params else ():
-            refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = RUNS_TEXT.match(method) and any(
-        isinstance(param, str) and lacks_file(param) for param in params)
-    bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
-    if listing or bare:
+        for entry in params[0]:
+            refuse_deadly(entry['methodName'], entry['params'])
+    elif FILE_COMMAND.match(method):
+        deadly = ':f' not in str(params[:1])
+    elif '.multicall' in method and not method.startswith('f.'):
+        deadly = any(FILE_COMMAND.search(word) for word in words)
+    elif RUNS_COMMANDS.match(method):
+        deadly = any(FILE_COMMAND.match(word) for word in words[1:])
+    if deadly:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
-class Method:
-    """The name of a command, dots and all; calling it calls the command."""
+class Transport:
+    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
 
-    def __init__(self, proxy: Proxy, name: str):
-        self._proxy, self._name = proxy, name
+    def __init__(self, carry: Callable[[bytes], Any]):
+        self.carry = carry
 
-    def __getattr__(self, name: str) -> Method:
-        return Method(self._proxy, f'{self._name}.{name}')
+    def request(self, host: str, handler: str, body: bytes, verbose: bool = False) -> tuple:
+        """Return what a call answers, alone in a tuple; host and handler are placeholders."""
+        return (self.carry(body),)
 
-    def __call__(self, *params: Any) -> Any:
-        return self._proxy.call(self._name, *params)
+    def close(self) -> None:
+        """Do nothing: there is a connection for each call."""
 
 
-class Proxy:
-    """Calls rTorrent as xmlrpc.client.ServerProxy does: proxy.d.name(HASH).
+@functools.lru_cache(None)
+def proxy_class() -> Any:
+    """Return the class of what Engine.open() gives, a ServerProxy that takes more values."""
+    import xmlrpc.client
 
-    send: request body and content type in, body of the answer out. notice: told after every
-    exchange what failed, also that a command is missing, or None. All of it raises RpcError.
-    """
+    class Proxy(xmlrpc.client.ServerProxy):
+        # What every call of a ServerProxy goes through is its private __request.
+        def _ServerProxy__request(self, method: str, params: tuple) -> Any:
+            refuse_deadly(method, params)
+            request = super()._ServerProxy__request         # type: ignore[misc]
+            return request(method, tuple(sendable(params)))
 
-    def __init__(self, send: Callable[[bytes, str], bytes], where: str, speaks_json: bool = False,
-                 notice: Callable[[RpcError | None], None] = lambda error: None):
-        self.send, self.where, self.speaks_json, self.notice = send, where, speaks_json, notice
-        self.xml_only: set = set()      # questions whose answer JSON could not carry
-
-    def __getattr__(self, name: str) -> Method:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return Method(self, name)
-
-    def call(self, method: str, *params: Any) -> Any:
-        """Return what one command answers."""
-        if method == 'system.multicall':
-            return [{'faultCode': value.code, 'faultString': str(value)}
-                    if isinstance(value, RpcError) else [value] for value in self.batch(
-                        [(entry['methodName'], *entry['params']) for entry in params[0]])]
-        value = self.ask([(method, *params)])[0]
-        if isinstance(value, RpcError):
-            raise type(value)(f'{self.where}: {method}: {value}', value.code)
-        return value
-
-    def batch(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to many (method, *params) in one round trip, or few if very many.
-
-        In the place of a call that failed is its RpcError.
-        """
-        calls = list(calls)
-        return [answer for start in range(0, len(calls), BATCH)
-                for answer in self.ask(calls[start:start + BATCH])]
-
-    def ask(self, calls: list[tuple]) -> list:
-        """Return the answers to calls that go out in one request."""
-        name = calls[0][0] if len(calls) == 1 else f'a batch from {calls[0][0]} on'
-        try:
-            for method, *params in calls:
-                refuse_deadly(method, params)
-            answers = self.exchange(calls)
-        except RpcError as error:
-            found = type(error)(f'{self.where}: {name}: {error}', error.code)
-            self.notice(found)
-            raise found from None
-        self.notice(next((answer for answer in answers if isinstance(answer, RpcError)
-                          and answer.code in MISSING), None))
-        return answers
-
-    def exchange(self, calls: list[tuple]) -> list:
-        """Return the answers by JSON where it serves, else by XML."""
-        question = repr([(method, *params[1:]) for method, *params in calls])
-        if self.speaks_json and question not in self.xml_only:
-            content = self.send(json_request(calls), 'application/json')
-            try:
-                return json_reply(content, len(calls))
-            except RpcError as error:
-                if JSON_NOT_UTF8 not in str(error):
-                    raise
-                if not all(only_reads(method, params) for method, *params in calls):
-                    raise RpcError(f'the commands were run, but their answer is lost: {error}'
-                                   ) from None
-            if len(self.xml_only) >= 1000:
-                self.xml_only.clear()
-            self.xml_only.add(question)
-        if len(calls) == 1:
-            content = self.send(xml_request(calls[0][0], calls[0][1:]), 'text/xml')
-            try:
-                return [xml_reply(content)]
-            except RpcError as error:
-                return [error]
-        body = xml_request('system.multicall', [[
-            {'methodName': method, 'params': params} for method, *params in calls]])
-        answers = xml_reply(self.send(body, 'text/xml'))
-        if not isinstance(answers, list) or len(answers) != len(calls):
-            raise RpcError('system.multicall did not answer every call')
-        return [answer[0] if isinstance(answer, list) and answer else rpc_fault(answer)
-                for answer in answers]
+    return Proxy
 
 
 # --- Engine ----------------------------------------------------------------------------------
-# A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent. Its
-# open() gives a Proxy and looks once at what this rTorrent is and offers, again after a
-# restart. It says in the log, once, when its rTorrent is gone and when it is back.
+# A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
+# doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
+# first question, and again after a restart, it looks what this rTorrent is and offers. It says in
+# the log, once, when its rTorrent is gone and when it is back. Any thread may use it.
 
-VIEWS = ('default', 'main', 'started', 'stopped', 'complete', 'incomplete', 'seeding',
-         'leeching', 'active', 'messages')
-GAUGES = {                              # Stats field -> rTorrent command
-    'up_rate': 'throttle.global_up.rate', 'up_limit': 'throttle.global_up.max_rate',
-    'up_total': 'throttle.global_up.total', 'down_rate': 'throttle.global_down.rate',
-    'down_limit': 'throttle.global_down.max_rate', 'down_total': 'throttle.global_down.total',
-    'open_sockets': 'network.open_sockets', 'max_open_sockets': 'network.max_open_sockets',
-    'open_files': 'network.open_files', 'max_open_files': 'network.max_open_files'}
-# One look at rTorrent: uptime and rpc_time in seconds, rates in bytes a second, 0 is no limit;
-# views has the size of each. What it does not tell is None.
-Stats: Any = collections.namedtuple('Stats', (          # type: ignore[misc]
-    'engine_id', 'version', 'uptime', *GAUGES, 'views', 'rpc_time'))
-RC_FILES = ('~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc')
+VIEWS = ('default main started stopped complete incomplete seeding leeching active '
+         'messages').split()
+# Stats field -> rTorrent command
+GAUGES = {
+    'up_rate': 'throttle.global_up.rate',
+    'up_limit': 'throttle.global_up.max_rate',
+    'up_total': 'throttle.global_up.total',
+    'down_rate': 'throttle.global_down.rate',
+    'down_limit': 'throttle.global_down.max_rate',
+    'down_total': 'throttle.global_down.total',
+    'open_sockets': 'network.open_sockets',
+    'max_open_sockets': 'network.max_open_sockets',
+    'open_files': 'network.open_files',
+    'max_open_files': 'network.max_open_files'}
+ABOUT = ('view.list session.name session.path system.cwd system.client_version '
+         'system.library_version system.pid startup_time network.rpc.use_jsonrpc').split()
+RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
+            '~/.rtorrent.rc']
 RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
+# Characters of an rc that are read
+RC_LIMIT = 1 << 20
 
 
-def process_start(pid: int | None, address: Address) -> float | None:
+class Stats(NamedTuple):
+    """The figures of an rTorrent; rates in bytes a second; None is what it does not tell."""
+    engine_id: str
+    version: str
+    uptime: float | None                # seconds
+    up_rate: int | None
+    up_limit: int | None                # 0 is none
+    up_total: int | None
+    down_rate: int | None
+    down_limit: int | None
+    down_total: int | None
+    open_sockets: int | None
+    max_open_sockets: int | None
+    open_files: int | None
+    max_open_files: int | None
+    views: dict[str, int | None]        # of each of VIEWS, how many items it has
+    rpc_time: float                     # seconds that rTorrent took to tell all this
+
+
+def process_start(pid: int, address: Address) -> float | None:
     """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
-    if not pid or not address.is_local():
+    if not address.is_local():
         return None
     try:
         with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
             name, _, fields = stat.read().partition('(')[2].rpartition(')')
-        if not name.startswith('rtorrent'):             # the pid belongs to a container
+        # The pid belongs to a container
+        if not name.startswith('rtorrent'):
             return None
-        return time.time() - elapsed_time() + int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
+        # Ticks after boot at which it began: proc(5)
+        ticks = int(fields.split()[19])
     except (OSError, ValueError, IndexError):
         return None
+    booted = time.time() - elapsed_time()
+    return booted + ticks / os.sysconf('SC_CLK_TCK')
 
 
 def without_errors(answers: list) -> list:
@@ -1524,60 +1855,150 @@ def without_errors(answers: list) -> list:
     return answers
 
 
+def typed(answer: Any, unknown: Any) -> Any:
+    """Return an answer if it is of the same type as `unknown`, else that."""
+    if isinstance(answer, type(unknown)):
+        return answer
+    return unknown
+
+
+def texts(answer: Any) -> frozenset[str]:
+    """Return the texts in an answer that is a list."""
+    return frozenset(item for item in typed(answer, []) if isinstance(item, str))
+
+
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
-    But a job that is being made may open() one that is not there yet: its calls fail until it is.
+    What it is and offers is in the attributes once ask(), tell(), has() or reach() was called.
+    aliases: of trackers, name -> beginnings of their URLs.
     """
-    making = threading.local()          # .jobs is true in the thread that makes them
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
-                 same_files: bool = False):
+                 aliases: dict[str, list[str]] | None = None, same_files: bool = False):
         self.address = parse_address(url)
-        self.timeout, self.limit, self.same_files = timeout, limit, same_files
+        # Its paths mean our files, whatever can be proven of that
+        self.same_files = same_files
+        self.timeout = timeout
+        self.limit = limit
+        self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
-        self.lock = threading.Lock()            # guards gone_since
-        self.proxy: Proxy | None = None
+        # Guards gone_since
+        self.lock = threading.Lock()
+        # In elapsed time
         self.gone_since: float | None = None
-        self.stamp: Any = None
-        self.pid: int | None = None
-        self.methods: frozenset = frozenset()
-        self.engine_id, self.session_path, self.cwd, self.versions = '', '', '', ('', '')
-        self.said: set[str] = set()             # what is worth a line of the log only once
-        self.views: frozenset = frozenset()
-        self.aliases: dict[str, list[str]] = {}         # of trackers: name -> beginnings of URLs
+        # What reach() knows is of this socket file
+        self.stamp: tuple | None = None
+        self.methods = texts([])
+        self.views = texts([])
+        self.engine_id = ''
+        self.session_path = ''
+        self.cwd = ''
+        # What is worth a line of the log only once
+        self.said: set[str] = set()
+        self.versions = ('', '')
+        self.pid = 0
+        # Unix seconds
         self.startup: float | None = None
+        self.speaks_json = False
+        # Questions whose answer JSON could not carry
+        self.xml_only: set[str] = set()
 
-    def open(self) -> Proxy:
-        """Return a Proxy to call rTorrent with, after a look at what it offers."""
+    def open(self) -> Any:
+        """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
+        transport = Transport(self.carry)
+        return proxy_class()('http://rtorrent/RPC2', transport=transport)
+
+    def carry(self, body: bytes) -> Any:
+        """Return the answer to one methodCall."""
+        method = body.partition(b'<methodName>')[2].partition(b'<')[0].decode()
+        with self.exchange(method):
+            return xml_reply(self.send(body, 'text/xml'), self.limit)
+
+    def ask(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to many questions, (method, *params) each, in one round trip.
+
+        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
+        """
+        self.reach()
+        return self.in_parts(calls, self.best_answers)
+
+    def tell(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to commands, as ask() does; these are never sent twice."""
+        self.reach()
+        return self.in_parts(calls, self.answers_by_xml)
+
+    def in_parts(self, calls: Iterable[tuple], get: Callable[[list[tuple]], list]) -> list:
+        """Return the answers to calls, of which each request takes BATCH."""
+        left, answers = list(calls), []
+        for start in range(0, len(left), BATCH):
+            part = left[start:start + BATCH]
+            name = part[0][0]
+            if len(part) > 1:
+                name = f'a batch from {name} on'
+            with self.exchange(name):
+                for method, *params in part:
+                    refuse_deadly(method, params)
+                found = get(part)
+            for (method, *_), answer in zip(part, found):
+                if isinstance(answer, RpcError):
+                    answer = self.failed(answer, method)
+                answers.append(answer)
+        return answers
+
+    def best_answers(self, calls: list[tuple]) -> list:
+        """Return the answers to questions that go out together, by JSON where it serves."""
+        question = repr([(method, *params[1:]) for method, *params in calls])
+        if not self.speaks_json or question in self.xml_only:
+            return self.answers_by_xml(calls)
+        text = json_text(self.send(json_batch(calls), 'application/json'), WEIGHT * self.limit)
         try:
-            return self.reach()
-        except Unreachable:
-            if not getattr(self.making, 'jobs', False):
+            return json_answers(text, len(calls))
+        except RpcError as error:
+            if JSON_NOT_UTF8 not in str(error):
                 raise
-            return Proxy(self.send, self.address.where, False, self.notice)
+        if len(self.xml_only) >= 1000:
+            self.xml_only.clear()
+        self.xml_only.add(question)
+        return self.answers_by_xml(calls)
 
-    def reach(self) -> Proxy:
-        """Return the same, also while jobs are made only of an rTorrent that is there."""
-        stamp, proxy = None, self.proxy
-        with contextlib.suppress(OSError):      # a restarted rTorrent makes a new socket file
-            found = os.stat(self.address.path)
-            stamp = found.st_ino, found.st_ctime_ns
-        if proxy is None or stamp != self.stamp:
-            proxy, self.stamp = self.look(), stamp
-        return proxy
+    def answers_by_xml(self, calls: list[tuple]) -> list:
+        """Return the answers to calls that go out together, by XML."""
+        content = self.send(xml_batch(calls), 'text/xml')
+        return xml_answers(content, len(calls), self.limit)
 
-    def send(self, body: bytes, content_type: str) -> bytes:
+    def send(self, body: bytes, content_type: str) -> bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        request = http_request if self.address.kind == 'http' else scgi_request
+        request = scgi_request
+        if self.address.kind == 'http':
+            request = http_request
         self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         return request(self.address, body, content_type, self.timeout, self.limit)
+
+    @contextlib.contextmanager
+    def exchange(self, name: str) -> Iterator[None]:
+        """Let what fails in here say where and in which call, and notice whether it does."""
+        try:
+            try:
+                yield
+            except RecursionError:
+                raise RpcError('the answer is nested too deep') from None
+        except RpcError as error:
+            named = self.failed(error, name)
+            self.notice(named)
+            raise named from None
+        self.notice(None)
+
+    def failed(self, error: RpcError, method: str) -> RpcError:
+        """Return the error that says where and which call failed; look again if need be."""
+        if isinstance(error, Unreachable) or error.code in MISSING:
+            # It may have been restarted or upgraded
+            self.stamp = None
+        return type(error)(f'{self.address.where}: {method}: {error}', error.code)
 
     def notice(self, error: RpcError | None) -> None:
         """Log that rTorrent has gone, or is back; an error that says so counts as told."""
         with self.lock:
-            if error is not None:
-                self.proxy = None       # was it restarted or upgraded? look again
             if isinstance(error, Unreachable):
                 error.told = True
                 if self.gone_since is None:
@@ -1588,43 +2009,33 @@ class Engine:
                               show_duration(elapsed_time() - self.gone_since))
                 self.gone_since = None
 
-    def look(self) -> Proxy:
+    def reach(self) -> None:
+        """Look what rTorrent is and offers, unless that is known; RpcError if it is away."""
+        stamp = None
+        # A restarted rTorrent makes a new socket file
+        with contextlib.suppress(OSError):
+            found = os.stat(self.address.path)
+            stamp = found.st_ino, found.st_ctime_ns
+        if self.stamp is None or stamp != self.stamp[0]:
+            self.look()
+            self.stamp = (stamp,)
+
+    def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
-        proxy = Proxy(self.send, self.address.where, False, self.notice)
-        methods = proxy.call('system.listMethods')
-        if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
-            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of '
-                           f'commands: {quoted(methods)}')
-        names = ('view.list', 'session.name', 'session.path', 'system.client_version',
-                 'system.library_version', 'system.pid', 'system.cwd', 'startup_time',
-                 'network.rpc.use_jsonrpc')
-        answers = proxy.batch((name, '') for name in names)
-        known = {name: value for name, value in zip(names, answers)
-                 if not isinstance(value, RpcError)}
-        self.methods, views = frozenset(methods), known.get('view.list')
-        self.views = frozenset(views if isinstance(views, list) else ())
-        self.session_path = str(known.get('session.path', ''))
-        self.cwd = str(known.get('system.cwd', ''))
-        self.engine_id = str(known.get('session.name', self.address.where))
-        self.versions = (str(known.get('system.client_version', '?')),
-                         str(known.get('system.library_version', '?')))
-        self.pid = known.get('system.pid')
-        self.startup = known.get('startup_time') or process_start(self.pid, self.address)
-        proxy.speaks_json = known.get('network.rpc.use_jsonrpc') == 1
-        self.proxy = proxy
-        return proxy
-
-    def ask(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to many questions, (method, *params) each, in one round trip.
-
-        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
-        """
-        return self.open().batch(calls)
-
-    def tell(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to commands, as ask() does; these are never sent twice."""
-        self.open()                     # look first, whether it is there
-        return Proxy(self.send, self.address.where, False, self.notice).batch(calls)
+        self.methods = texts(self.carry(xml_request('system.listMethods', [])))
+        if not self.methods:
+            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of commands')
+        calls = [(command, '') for command in ABOUT]
+        answers = self.in_parts(calls, self.answers_by_xml)
+        views, name, path, cwd, client, library, pid, startup, by_json = answers
+        self.views = texts(views)
+        self.engine_id = typed(name, self.address.where)
+        self.session_path = typed(path, '')
+        self.cwd = typed(cwd, '')
+        self.versions = (typed(client, '?'), typed(library, '?'))
+        self.pid = typed(pid, 0)
+        self.startup = typed(startup, 0) or process_start(self.pid, self.address)
+        self.speaks_json = by_json == 1
 
     def say_once(self, text: str) -> None:
         """Log a warning about this rTorrent, if it has not been said yet."""
@@ -1645,35 +2056,50 @@ class Engine:
     @property
     def uptime(self) -> float | None:
         """Seconds since rTorrent was started, None where that cannot be known."""
-        return None if self.startup is None else max(time.time() - self.startup, 0)
+        if self.startup is None:
+            return None
+        return max(time.time() - self.startup, 0)
 
-    def stats(self) -> Any:
-        """Return rTorrent's figures as Stats, asked in one round trip."""
-        proxy = self.open()
-        commands = [command for command in GAUGES.values() if command in self.methods]
+    def stats(self) -> Stats:
+        """Return rTorrent's figures, asked in one round trip."""
+        self.reach()
+        calls: dict[str, tuple] = {'pid': ('system.pid', '')}
+        for name, command in GAUGES.items():
+            if command in self.methods:
+                calls[name] = (command, '')
+        for view in VIEWS:
+            calls[view] = ('view.size', '', view)
         began = time.perf_counter()
-        answers = proxy.batch([('system.pid', '')] + [(name, '') for name in commands]
-                              + [('view.size', '', view) for view in VIEWS])
+        answers = self.ask(calls.values())
         rpc_time = time.perf_counter() - began
-        pid, *values = (None if isinstance(value, RpcError) else value for value in answers)
-        if pid is not None and pid != self.pid:         # it was restarted: look again
-            self.look()
-        gauges = dict(zip(commands, values))
-        return Stats._make([self.engine_id, '/'.join(self.versions), self.uptime,
-                            *map(gauges.get, GAUGES.values()),
-                            dict(zip(VIEWS, values[len(commands):])), rpc_time])
+        told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
+        # It was restarted
+        if told.get('pid', self.pid) != self.pid:
+            self.stamp = None
+            self.reach()
+        return Stats(
+            engine_id=self.engine_id,
+            version='/'.join(self.versions),
+            uptime=self.uptime,
+            views={view: told.get(view) for view in VIEWS},
+            rpc_time=rpc_time,
+            **{name: told.get(name) for name in GAUGES})
 
 
 def split_outside(text: str, mark: str) -> list[str]:
     """Return text split at marks that are outside of quotes and parentheses."""
-    parts, depth = [''], 0
+    parts: list[list[str]] = [[]]
+    depth = 0
     for piece in re.findall(r'"[^"]*"?|[^"]', text):
-        depth += {'(': 1, ')': -1, '{': 1, '}': -1}.get(piece, 0)
+        if piece in '({':
+            depth += 1
+        elif piece in ')}':
+            depth -= 1
         if piece == mark and depth <= 0:
-            parts.append('')
+            parts.append([])
         else:
-            parts[-1] += piece
-    return parts
+            parts[-1].append(piece)
+    return [''.join(part) for part in parts]
 
 
 def rc_value(text: str, settings: dict, depth: int = 0) -> str:
@@ -1681,50 +2107,73 @@ def rc_value(text: str, settings: dict, depth: int = 0) -> str:
     text = text.strip()
     if depth > 20:
         raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
-    if text.startswith('"') and text.endswith('"') and len(text) > 1:
+    if len(text) > 1 and text[0] == text[-1] == '"':
         text = text[1:-1]
-    if not text.startswith('$') and not (text.startswith('(') and text.endswith(')')):
+    if text.startswith('$'):
+        inner = text[1:].replace('=', ',', 1)
+    elif text.startswith('(') and text.endswith(')'):
+        inner = text[1:-1]
+    else:
         return text
-    inner = text[1:-1] if text.startswith('(') else text[1:].replace('=', ',', 1)
-    name, *args = (part.strip() for part in split_outside(inner, ','))
+    name, *args = split_outside(inner, ',')
+    name = name.strip()
     values = [rc_value(arg, settings, depth + 1) for arg in args]
     if name == 'cat':
         return ''.join(values)
     if name == 'system.env':
-        return os.environ.get(values[0] if values else '', '')
-    if name in settings:
-        value = rc_value(settings[name], settings, depth + 1)
-        return os.path.join(os.path.expanduser(value), '') if name == 'session.path' else value
-    raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
-                    'set scgi_url in [TORQUE]')
+        return os.environ.get(''.join(values), '')
+    if name not in settings:
+        raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
+                        'set scgi_url in [TORQUE]')
+    value = rc_value(settings[name], settings, depth + 1)
+    if name == 'session.path':
+        value = os.path.join(os.path.expanduser(value), '')
+    return value
 
 
-def read_rc(path: str, settings: dict, depth: int = 0) -> None:
-    """Add the commands of an rc and of the files it imports to settings; later ones win."""
+def read_rc(path: str, settings: dict, seen: set[str]) -> None:
+    """Add the commands of an rc and of the files it imports to settings; later ones win.
+
+    seen: the files that are read, none of which is read again: one may import itself.
+    """
     try:
+        path = os.path.realpath(path)
+        if path in seen:
+            return
+        seen.add(path)
         with open(path, encoding='utf-8', errors='replace') as stream:
-            text = stream.read().replace('\\\n', ' ')
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; set scgi_url in [TORQUE]') from None
+            text = stream.read(RC_LIMIT).replace('\\\n', ' ')
+    # Its name may hold a NUL
+    except (OSError, ValueError) as error:
+        raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
     for line in text.splitlines():
-        if line.lstrip().startswith('#'):
-            continue
-        for command in split_outside(line, ';'):
-            key, equals, value = (part.strip() for part in command.partition('='))
-            if not equals:
-                continue
-            if key in ('import', 'try_import') and depth < 10:
-                forgiven = [UserError] if key == 'try_import' else []
-                with contextlib.suppress(*forgiven):
-                    target = os.path.expanduser(rc_value(value, settings))
-                    target = os.path.join(os.path.dirname(path), target)
-                    read_rc(target, settings, depth + 1)
-            elif key == 'method.insert':
-                name, *rest = split_outside(value, ',')
-                if len(rest) > 1:
-                    settings[name.strip()] = rest[-1].strip()
-            else:
-                settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
+        if not line.lstrip().startswith('#'):
+            for command in split_outside(line, ';'):
+                read_command(path, command, settings, seen)
+
+
+def import_rc(path: str, value: str, settings: dict, seen: set[str]) -> None:
+    """Read what an rc imports; its name may be worked out from settings."""
+    target = os.path.expanduser(rc_value(value, settings))
+    read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
+
+
+def read_command(path: str, command: str, settings: dict, seen: set[str]) -> None:
+    """Add a command of an rc to settings, if it is one that tells something."""
+    key, equals, value = (part.strip() for part in command.partition('='))
+    if key == 'import':
+        import_rc(path, value, settings, seen)
+    elif key == 'try_import':
+        with contextlib.suppress(UserError):
+            import_rc(path, value, settings, seen)
+    elif key == 'method.insert':
+        name, *rest = split_outside(value, ',')
+        if len(rest) > 1:
+            settings[name.strip()] = rest[-1].strip()
+    elif key == 'session':
+        settings['session.path'] = value
+    elif equals:
+        settings[re.sub(r'\.set$', '', key)] = value
 
 
 def find_url(rc_file: str | None) -> str:
@@ -1732,20 +2181,26 @@ def find_url(rc_file: str | None) -> str:
 
     rc_file None: the first of RC_FILES that exists. Raises UserError naming what was read.
     """
-    for name in [rc_file] if rc_file else RC_FILES:
+    names = RC_FILES
+    if rc_file:
+        names = [rc_file]
+    for name in names:
         path = os.path.expanduser(os.path.expandvars(name))
         if not os.path.isfile(path):
             continue
         settings: dict = {}
-        read_rc(path, settings)
+        read_rc(path, settings, set())
         for key in RC_ADDRESS:
-            if key in settings:
-                url = rc_value(settings[key], settings)
-                return os.path.expanduser(url) if key.endswith('local') else 'scgi://' + url
+            if key not in settings:
+                continue
+            url = rc_value(settings[key], settings)
+            if key.endswith('local'):
+                return os.path.expanduser(url)
+            return 'scgi://' + url
         raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
                         'set scgi_url in [TORQUE]')
     raise UserError('is not set in [TORQUE], and there is no '
-                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from; "
+                    f"{' or '.join(names)} (rtorrent_rc) to take it from; "
                     '-D scgi_url=ADDRESS sets it for once')
 
 
@@ -1759,7 +2214,7 @@ Identity = Tuple[int, int]              # st_dev, st_ino
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 COPIED_AT_ONCE = 1 << 20                # bytes
 # Some rTorrents show these for other characters: ? for any byte, %XX, a line feed for \r.
-DOUBTFUL = re.compile('[?\ufffd\n\ud800-\udfff]|%[0-9A-Fa-f]{2}')
+DOUBTFUL = re.compile('[?\ufffd\n]|%[0-9A-Fa-f]{2}')
 
 
 def identity(path: str) -> Identity | None:
@@ -1814,6 +2269,7 @@ def replace_file(path: str, text: str) -> None:
             stream.write(text)
         sync(path + '.new')
         os.replace(path + '.new', path)
+        sync(os.path.dirname(path))
 
 
 def disk_of(path: str) -> tuple[int | None, int | None]:
@@ -1885,14 +2341,6 @@ def make_folders(folder: str) -> None:
         give_owner(folder, os.stat(parent))
 
 
-def make_empty(folder: str) -> str:
-    """Make a folder and return it; an empty one that is there already will do."""
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
-    os.mkdir(folder, 0o700)
-    return folder
-
-
 def discard(folder: str) -> None:
     """Delete a folder of torque's own and all in it."""
     import shutil
@@ -1907,6 +2355,26 @@ def rename_new(path: str, new: str) -> None:
     sync(os.path.dirname(new))
 
 
+@contextlib.contextmanager
+def locked(path: str, seconds: float) -> Iterator[None]:
+    """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
+    import fcntl
+    end = time.monotonic() + seconds
+    with writing(path):
+        stream = open_private(path)
+    with stream:
+        while True:
+            try:
+                with writing(path):
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except LoggableError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
+
+
 def listening_process(path: str) -> int:
     """Return the pid of who listens on a Unix socket, as the kernel knows it."""
     with socket.socket(socket.AF_UNIX) as sock:
@@ -1917,43 +2385,49 @@ def listening_process(path: str) -> int:
 
 
 def rtorrent_process(engine: Engine) -> int | None:
-    """Return the pid of rTorrent on this machine, None where that cannot be told.
+    """Return the pid of an rTorrent that runs on this machine; None where that is not known.
 
     Behind a port, the lock in its session folder has to name this host and that process.
     """
-    if engine.address.kind == 'unix':
-        return listening_process(engine.address.path)
-    if not engine.address.is_local():
-        return None
-    pid, session, cwd = without_errors(engine.ask(
-        [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
-    with open(os.path.join(cwd, session, 'rtorrent.lock'), encoding='utf-8') as stream:
-        locked = stream.read(300).strip()
-    if locked == f'{socket.gethostname()}:+{pid}':
-        return pid
+    try:
+        if engine.address.kind == 'unix':
+            pid = listening_process(engine.address.path)
+        elif engine.address.is_local():
+            pid, session, cwd = without_errors(engine.ask(
+                [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
+            lock = os.path.join(cwd, session, 'rtorrent.lock')
+            with open(lock, encoding='utf-8') as stream:
+                if stream.read(300).strip() != f'{socket.gethostname()}:+{pid}':
+                    return None
+        else:
+            return None
+        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
+            if stream.read().startswith('rtorrent'):
+                return pid
+    except (OSError, ValueError):
+        pass
     return None
 
 
-def why_unseen(engine: Engine) -> str:
-    """Return why the paths of an rTorrent may not mean our files; '' where they do.
-
-    Its process has to see the same mounts from the same root. RpcError where it is away.
-    """
-    if engine.same_files:
-        return ''
+def has_our_mounts(pid: int) -> bool:
+    """Tell whether a process sees the same mounts as this one, from the same root."""
     try:
-        pid = rtorrent_process(engine)
-        if not pid:
-            return 'it is not known to run on this machine'
-        with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
-            if not stream.read().startswith('rtorrent'):
-                return f'process {pid}, which listens there, is not rTorrent'
         with open(f'/proc/{pid}/mountinfo', 'rb') as theirs, \
                 open('/proc/self/mountinfo', 'rb') as ours:
-            if theirs.read() != ours.read():
-                return 'it sees other mounts than torque, as in a container'
-    except (OSError, ValueError) as error:
-        return f'it is not known to run on this machine: {error}'
+            return theirs.read() == ours.read()
+    except OSError:
+        return False
+
+
+def why_unseen(engine: Engine) -> str:
+    """Return why the paths of an rTorrent may not mean our files; '' where they do."""
+    if engine.same_files:
+        return ''
+    pid = rtorrent_process(engine)
+    if not pid:
+        return 'it is not known to run on this machine'
+    if not has_our_mounts(pid):
+        return 'it sees other mounts than torque, as in a container'
     return ''
 
 
@@ -2314,6 +2788,13 @@ def all_fields() -> dict[str, TorrentField]:
 TORRENT_FIELDS = all_fields()
 
 
+# Parts of the names of d. commands that change something, or the beginnings of parts
+CHANGING = frozenset(
+    'add check clear close create delete disable disconnect enable erase initialize insert open '
+    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
+    'update'.split())
+
+
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
     if name in TORRENT_FIELDS:
@@ -2328,7 +2809,7 @@ def torrent_field(name: str) -> TorrentField:
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
         # as a column, what changes something would be done to every torrent
-        if not only_reads(f'd.{rest}', ()):
+        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
@@ -3028,9 +3509,9 @@ def read_metafile(path: str) -> Metafile:
 # --- Data ------------------------------------------------------------------------------------
 # Whose data is it? An Item of rTorrent enters; what leaves is its OwnData, proven to be its own,
 # or a LoggableError that says why not: every doubt keeps the data. A Removal is a note in
-# state_dir, on the disk before anything changes: it carries a removal out, and a later run
-# finishes what a crash has left. Notes are locked by who handles them, so other threads and
-# processes may remove something else at the same time. An owner is (address of rTorrent, hash).
+# state_dir, on the disk before anything changes: a later run finishes what a crash has left.
+# data.lock in state_dir keeps other threads and processes away, from the proof of an item on
+# until all is done with it. An owner is (which rTorrent, hash).
 
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
@@ -3044,6 +3525,7 @@ class ItemFile(NamedTuple):
     size_bytes: int
     completed_chunks: int
     size_chunks: int
+    priority: int
     is_created: int                     # does rTorrent find a file there, right now?
 
 
@@ -3052,6 +3534,7 @@ class Item(NamedTuple):
     hash: str
     name: str
     is_open: int
+    is_active: int
     state: int
     hashing: int
     base_path: str
@@ -3059,16 +3542,13 @@ class Item(NamedTuple):
     directory_base: str
     is_multi_file: int
     completed_bytes: int
+    down_total: int
     timestamp_started: int
     files: list[ItemFile]
     cwd: str                            # where relative paths start from
     default_folder: str                 # where items are put when nothing else is said
-    session: str                        # folder of the session
+    session: str                        # folder of the session, absolute
     engine: Engine
-
-    @property
-    def owner(self) -> tuple[str, str]:
-        return self.engine.address.where, self.hash
 
     def absolute(self, path: str) -> str:
         """Return what a path of rTorrent is from anywhere."""
@@ -3081,10 +3561,21 @@ class Item(NamedTuple):
 
 
 class OwnFile(NamedTuple):
-    """A file that is proven to be an item's own."""
+    """A file that is proven to be an item's own, and how it was then."""
     path: str
-    device: int
+    device: int                         # may be another when the disk is mounted again
     inode: int
+    size: int
+    changed: int                        # nanoseconds
+
+    @classmethod
+    def at(cls, path: str, status: os.stat_result) -> OwnFile:
+        return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def is_same(self, status: os.stat_result) -> bool:
+        """Tell whether a file is this one, and has not changed."""
+        now = status.st_ino, status.st_size, status.st_mtime_ns
+        return now == (self.inode, self.size, self.changed)
 
 
 class OwnData(NamedTuple):
@@ -3098,13 +3589,13 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     """Return an item as it is now; raises HashNotFound where there is none."""
     fields = Item._fields[:Item._fields.index('files')]
     calls: list[tuple] = [
-        ('d.' + name.replace('timestamp_', 'timestamp.'), info_hash) for name in fields]
+        ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
     columns = [f'f.{name}=' for name in ItemFile._fields]
     calls.append(('f.multicall', info_hash, '', *columns))
     calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
     *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item(*facts, files, cwd, default, session, engine)
+    return Item._make([*facts, files, cwd, default, os.path.join(cwd, session), engine])
 
 
 @contextlib.contextmanager
@@ -3133,9 +3624,11 @@ def start_again(item: Item) -> None:
         # In one request, for a crash between them would leave it stopped. d.start alone does
         # nothing where d.state is 1 already.
         item.tell(('d.open',), ('d.stop',), ('d.start',))
-    elif item.is_open:
+    if item.state and item.is_open and not item.is_active:
+        item.tell(('d.pause',))
+    if not item.state and item.is_open:
         item.tell(('d.open',))
-    else:
+    if not item.state and not item.is_open:
         item.tell(('d.close',))
 
 
@@ -3146,11 +3639,23 @@ def erase(item: Item) -> None:
         erased = item.engine.tell(commands)[-1]
     except Unreachable as error:
         # An answer that never came is no answer, neither yes nor no.
-        there, = item.engine.ask([('d.hash', item.hash)])
-        if isinstance(there, HashNotFound):
+        if has_item(item.engine, item.hash, item.session) is False:
             return
-        raise Unreachable(f'{error}; it is still there') from None
+        raise Unreachable(f'{error}; it may be there still') from None
     without_errors([erased])
+
+
+def has_item(engine: Engine, info_hash: str, session: str) -> bool | None:
+    """Tell whether an rTorrent has an item; None where its session is another."""
+    there, path, cwd = engine.ask([
+        ('d.hash', info_hash), ('session.path', ''), ('system.cwd', '')])
+    without_errors([path, cwd])
+    if not path or os.path.join(cwd, path) != session:
+        return None
+    if isinstance(there, HashNotFound):
+        return False
+    without_errors([there])
+    return True
 
 
 def plain_parts(names: Iterable[str]) -> list[str]:
@@ -3194,20 +3699,25 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     root, shown = item.absolute(item.base_path), [file.path for file in item.files]
     if not any(map(DOUBTFUL.search, [root, *shown])):
         return root, shown
-    metafile = item.absolute(f'{item.session}/{item.hash}.torrent')
-    name, names = names_of_metafile(metafile, item.hash)
+    name, names = names_of_metafile(f'{item.session}/{item.hash}.torrent', item.hash)
     folder, last = os.path.split(root)
     if plain_parts([last]) == plain_parts([name]):
+        # A folder may have been renamed, to another name that comes through as this one does.
+        if item.is_multi_file and identity(folder):
+            for other in os.listdir(folder):
+                if other != name and not DOUBTFUL.search(other) \
+                        and plain_parts([other]) == plain_parts([name]):
+                    raise LoggableError(f'{quoted(root)} may be {quoted(name)}, or '
+                                        f'{quoted(other)}')
         last = name
     true_root = os.path.join(folder, last)
-    # Surrogates are right in a name that the metafile tells, but not in what rTorrent told.
     doubtful = DOUBTFUL.search(folder) or last != name and DOUBTFUL.search(last)
     if doubtful or plain_parts(shown) != plain_parts(names):
         raise LoggableError(f'its path {quoted(root)} came through badly')
     return true_root, names
 
 
-def check_file(path: str, file: ItemFile) -> OwnFile | None:
+def check_file(path: str, file: ItemFile, item: Item) -> OwnFile | None:
     """Return a file of an item, None where it is not there; LoggableError where in doubt."""
     try:
         status = os.lstat(path)
@@ -3222,10 +3732,15 @@ def check_file(path: str, file: ItemFile) -> OwnFile | None:
     if not stat.S_ISREG(status.st_mode):
         raise LoggableError(f'{quoted(path)} is a link, or no file')
     is_whole = file.completed_chunks == file.size_chunks > 0
-    if is_whole and status.st_size != file.size_bytes:
+    if status.st_size > file.size_bytes or is_whole and status.st_size < file.size_bytes:
         raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
-                            f'{file.size_bytes} that it is complete with')
-    return OwnFile(path, status.st_dev, status.st_ino)
+                            f'{file.size_bytes} that it should have')
+    # A user's file may lie where an item that has nothing of it yet would have its own.
+    begun = item.down_total and file.priority and item.timestamp_started
+    empty = item.timestamp_started and not status.st_blocks
+    if not file.completed_chunks and not begun and not empty and status.st_size:
+        raise LoggableError(f'{quoted(path)} may not be its own: rTorrent has no piece of it')
+    return OwnFile.at(path, status)
 
 
 def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
@@ -3239,11 +3754,8 @@ def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def own_data(item: Item, fresh: bool) -> OwnData:
-    """Return what an open item has on the disk, proven to be its own; else LoggableError.
-
-    fresh: it was not open before.
-    """
+def own_data(item: Item) -> OwnData:
+    """Return what an open item has on the disk, proven to be its own; else LoggableError."""
     if not item.is_open:
         raise LoggableError('rTorrent cannot open it')
     require_same_files(item.engine)
@@ -3255,18 +3767,13 @@ def own_data(item: Item, fresh: bool) -> OwnData:
     for folder in folders:
         if os.path.islink(folder) or os.path.basename(folder) == '..':
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
-    files = [check_file(path, file) for path, file in zip(paths, item.files)]
-    own = [file for file in files if file]
-    # A user's file may lie where an item that has nothing yet would have its own.
-    begun = item.timestamp_started and not fresh
-    if own and not item.completed_bytes and not begun:
-        raise LoggableError(f'{quoted(root)} may not be its own: rTorrent has no piece of it')
+    files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
     # Other downloads may come to lie in a folder that is not named after this one.
     common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
     named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
     if folders and (not named or identity(root) in common):
         folders.remove(root)
-    return OwnData(root, own, folders)
+    return OwnData(root, [file for file in files if file], folders)
 
 
 def freed_by(data: OwnData) -> int:
@@ -3287,25 +3794,51 @@ class Users:
     """
 
     def __init__(self, engines: Iterable[Engine]):
-        self.engines = {engine.address.where: engine for engine in engines}
+        self.engines: dict[str, Engine] = {}                # by pid, or address
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
         self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
-        for engine in self.engines.values():
-            self.add_engine(engine)
+        own = None
+        for engine in engines:
+            own = own or engine
+            try:
+                self.add_engine(engine)
+            except RpcError as error:
+                if engine is own:
+                    raise
+                raise LoggableError(f'what other items use is not known: {error}') from None
+
+    @staticmethod
+    def key(engine: Engine) -> str:
+        """Return which rTorrent this is: one may have several addresses."""
+        pid = rtorrent_process(engine)
+        if pid:
+            return f'process {pid}'
+        return engine.address.where
 
     def add_engine(self, engine: Engine) -> None:
         """Add all items of an rTorrent, by directory and by base path: one may be old."""
+        key, pid = self.key(engine), rtorrent_process(engine)
+        if key in self.engines:
+            return
+        self.engines[key] = engine
+        if pid and not engine.same_files and not has_our_mounts(pid):
+            raise LoggableError('what other items use is not known: rTorrent at '
+                                f'{engine.address.where} sees other mounts than torque')
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
-        cwd, = without_errors(engine.ask([('system.cwd', '')]))
+        hidden, cwd = without_errors(engine.ask(
+            [('view.size_not_visible', '', 'default'), ('system.cwd', '')]))
+        if hidden:
+            raise LoggableError(f'what other items use is not known: the view "default" of rTorrent '
+                                f'at {engine.address.where} hides {hidden}')
         for info_hash, base, directory, name, is_multi in zip(*columns.values()):
             if directory and not is_multi:
                 directory = os.path.join(directory, name)
             try:
                 for place in {base, directory} - {''}:
                     for path in self.meanings(os.path.join(cwd, place)):
-                        self.add((engine.address.where, info_hash), path)
+                        self.add((key, info_hash), path)
             except OSError as error:
                 raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
                                     f'{quoted(error.filename)}: {error.strerror}') from None
@@ -3369,15 +3902,33 @@ class Users:
         return {owner: path for owner, path in users.items() if owner not in but}
 
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
-        """Tell whether an item has all files of data in its own list, too."""
-        where, info_hash = owner
-        item = ask_item(self.engines[where], info_hash)
-        known = set()
-        for base in {item.base_path, item.directory} - {''}:
-            known.add(identity(item.absolute(base)))
-            for file in item.files:
-                known.add(identity(item.absolute(f'{base}/{file.path}')))
-        return all((file.device, file.inode) in known for file in data.files)
+        """Tell whether an item has all files of data, too, by its own list and as its own."""
+        key, info_hash = owner
+        item = ask_item(self.engines[key], info_hash)
+        base = item.directory
+        if item.is_open:
+            base = item.base_path
+        elif not item.is_multi_file:
+            base = os.path.join(item.directory, item.name)
+        known = {identity(item.absolute(base))}
+        if item.is_multi_file:
+            known = {identity(item.absolute(f'{base}/{file.path}')) for file in item.files}
+        return bool(item.completed_bytes) and all(
+            (file.device, file.inode) in known for file in data.files)
+
+
+def data_at(data: OwnData, root: str) -> OwnData:
+    """Return the copies of data at another root: files of the same size in other folders."""
+    files = []
+    for file in data.files:
+        path = root + file.path[len(data.root):]
+        with contextlib.suppress(OSError):
+            status, folders = os.lstat(path), [os.path.dirname(name) for name in (path, file.path)]
+            if stat.S_ISREG(status.st_mode) and status.st_size == file.size \
+                    and identity(folders[0]) != identity(folders[1]):
+                files.append(OwnFile.at(path, status))
+    folders = [root + folder[len(data.root):] for folder in data.folders]
+    return OwnData(root, files, folders)
 
 
 def copy_data(data: OwnData, root: str) -> None:
@@ -3391,14 +3942,11 @@ def copy_data(data: OwnData, root: str) -> None:
         while len(original) >= len(data.root):
             folders[folder] = original
             folder, original = os.path.dirname(folder), os.path.dirname(original)
-        before = os.lstat(file.path)
         try:
             os.link(file.path, copy)
         except OSError:                 # another file system, or one without hard links
             copy_file(file.path, copy)
-        after = os.lstat(file.path)
-        if before.st_ino != file.inode or (before.st_size, before.st_mtime_ns) != (
-                after.st_size, after.st_mtime_ns):
+        if not file.is_same(os.lstat(file.path)):
             raise LoggableError(f'{quoted(file.path)} changed while it was copied')
     for folder, original in folders.items():
         give_owner(folder, os.stat(original))
@@ -3420,15 +3968,44 @@ def require_room(data: OwnData, folder: str) -> None:
                             f'{show_size(free or 0)} are free')
 
 
+def delete_data(data: OwnData) -> None:
+    """Delete those files of data that have not changed, then the folders that are empty.
+
+    Raises LoggableError where the system refuses to, or the disk is not there.
+    """
+    above, refused, log = os.path.dirname(data.root), '', logging.getLogger('torque.data')
+    if not os.path.isdir(above):
+        raise LoggableError(f'{quoted(above)} is not there: is its disk not mounted?')
+    for file in data.files:
+        folder, name = os.path.split(file.path)
+        handle = None
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            if file.is_same(os.stat(name, dir_fd=handle, follow_symlinks=False)):
+                os.unlink(name, dir_fd=handle)
+            else:
+                log.warning('%s stays: it was changed meanwhile', quoted(file.path))
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                refused = str(error.strerror)
+        finally:
+            if handle is not None:
+                os.close(handle)
+    for folder in data.folders:
+        with contextlib.suppress(OSError):      # something else is in it
+            os.rmdir(folder)
+    if refused:
+        raise LoggableError(f'not all data at {quoted(data.root)} is deleted: {refused}')
+
+
 class Removal:
     """A note of what is going to be removed: JSON in its first line, then steps that were done.
 
-    It is on the disk before anything changes, and goes last. Until close() it is locked.
+    It is on the disk before anything changes, and goes last.
     """
 
-    def __init__(self, path: str, stream: Any, facts: dict[str, Any], steps: list[str]):
-        self.path, self.stream = path, stream
-        self.facts, self.steps = facts, steps
+    def __init__(self, path: str, facts: dict[str, Any], steps: list[str]):
+        self.path, self.facts, self.steps = path, facts, steps
         files = [OwnFile(*file) for file in facts['files']]
         self.data = OwnData(facts['root'], files, facts['folders'])
 
@@ -3437,114 +4014,55 @@ class Removal:
 
     @classmethod
     def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
-        """Write a note. Raises LoggableError where another run has one for the same item."""
-        import fcntl
-        facts.update(data._asdict(), name=item.name, hash=item.hash,
-                     engine=item.engine.address.where, session=item.session)
+        """Write a note. Raises LoggableError where there is one for the same item."""
         path = os.path.join(folder, NOTE + item.hash)
-        unfinished = f'{path}.{os.getpid()}.{threading.get_ident()}'
-        with writing(path):
-            stream = open_private(unfinished)
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                stream.write(json.dumps(facts) + '\n')
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.link(unfinished, path)       # it is locked from its first moment on
-                sync(folder)
-            except BaseException as error:
-                stream.close()
-                if isinstance(error, FileExistsError):
-                    raise LoggableError(f'another run is at it, or was ended: {path}') from None
-                raise
-            finally:
-                os.remove(unfinished)
-        return cls(path, stream, facts, [])
+        facts.update(data._asdict(), name=item.name, hash=item.hash, session=item.session,
+                     engine=item.engine.address.where)
+        if os.path.lexists(path):
+            raise LoggableError(f'a removal was cut short; {path} tells of it')
+        replace_file(path, json.dumps(facts) + '\n')
+        return cls(path, facts, [])
 
     @classmethod
-    def take_up(cls, path: str) -> Removal | None:
-        """Return the note that an ended run has left, None where its run goes on."""
-        import fcntl
-        try:
-            stream = open(path, 'r+', encoding='utf-8', opener=open_own)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:      # else it was dropped just now
-                first, *steps = stream.read().splitlines()
-                return cls(path, stream, json.loads(first), steps)
-        except BlockingIOError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            # It was not whole yet: nothing had begun.
-            logging.getLogger('torque.data').info('%s is no note of a removal: %s', path, error)
-            os.remove(path)
-        stream.close()
-        return None
+    def read(cls, path: str) -> Removal:
+        """Return a note that was left; raises ValueError and the like where it is none."""
+        with open(path, encoding='utf-8', opener=open_own) as stream:
+            if os.fstat(stream.fileno()).st_uid != os.geteuid():
+                raise ValueError('it belongs to another user')
+            first, *steps = stream.read().splitlines()
+        return cls(path, json.loads(first), steps)
 
     def mark(self, step: str) -> None:
-        """Add a step that was done, on the disk when this returns."""
-        with writing(self.path):
-            self.stream.write(step + '\n')
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
+        """Add a step that was done, or is going to be, on the disk when this returns."""
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as stream:
+            stream.write(step + '\n')
+            stream.flush()
+            os.fsync(stream.fileno())
         self.steps.append(step)
-
-    def remove_files(self) -> int:
-        """Delete the files that are still the same, then empty folders; count the others.
-
-        Raises LoggableError where the system refuses to.
-        """
-        others, refused = 0, None
-        for file in self.data.files:
-            folder, name = os.path.split(file.path)
-            handle = None
-            try:
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
-                if (status.st_dev, status.st_ino) == (file.device, file.inode):
-                    os.unlink(name, dir_fd=handle)
-                else:
-                    others += 1
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    refused = error
-            finally:
-                if handle is not None:
-                    os.close(handle)
-        for folder in self.data.folders:
-            with contextlib.suppress(OSError):      # something else is in it
-                os.rmdir(folder)
-        if refused:
-            raise LoggableError(f'not all data at {quoted(self.data.root)} is deleted: '
-                                f'{refused.strerror}; it is tried again in the next run')
-        return others
 
     def drop(self) -> None:
         """Remove the note: all is done, or nothing is to be done."""
         with contextlib.suppress(OSError):
             os.remove(self.path)
-        self.close()
-
-    def close(self) -> None:
-        """Let others have the note."""
-        self.stream.close()
 
 
 def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
-    """Give the notes of an rTorrent that ended runs have left, each locked until the next."""
+    """Give the notes of an rTorrent that ended runs have left."""
     names = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = sorted(os.listdir(folder))
     for name in names:
-        removal = None
-        if name.startswith(NOTE):
-            removal = Removal.take_up(os.path.join(folder, name))
-        if removal:
-            with contextlib.closing(removal):
-                if removal.facts['engine'] == engine.address.where:
-                    yield removal
+        path = os.path.join(folder, name)
+        if not name.startswith(NOTE) or name.endswith('.new'):
+            continue
+        try:
+            removal = Removal.read(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
+                                                     error_text(error))
+            continue
+        if removal.facts.get('engine') == engine.address.where:
+            yield removal
 
 
 def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
@@ -3553,14 +4071,15 @@ def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str
     It goes where its item was erased for sure, and nobody uses the data by now.
     """
     facts = removal.facts
-    if [facts['session']] != engine.ask([('session.path', '')]):
+    there = has_item(engine, facts['hash'], facts['session'])
+    if there is None:
         return 'that was another rTorrent'
-    if 'erased' not in removal.steps:
-        hashes = fetch_columns(engine, 'default', ['d.hash'])['d.hash']
-        if facts['hash'] in hashes:
-            return 'its item was not erased'
-        if not hashes:
-            return 'rTorrent has no items at all'
+    if there:
+        return 'its item is there'
+    if 'asked' not in removal.steps:
+        return 'it had not begun'
+    if 'erased' not in removal.steps and engine.ask([('view.size', '', 'default')]) == [0]:
+        return 'rTorrent has no items at all'
     if not facts['shared']:
         for path in Users(engines).of(removal.data).values():
             return f'another item uses {quoted(path)}'
@@ -4036,6 +4555,26 @@ def argument_text(word: str) -> str:
     return text
 
 
+# Commands that take arguments as data; others (multicall, branch ...) run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
+                          r'execute[\w.]{0,99}')
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+# An f. command that is called; within f.multicall, which says of which file, it is right
+LISTING = re.compile(r'"f\.multicall(?:[^"\\]|\\.){0,999}"')
+FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|\(\s{0,9}f\.(?!multicall)')
+
+
+def split_commands(text: str, marks: str) -> list[str]:
+    """Return text split at marks that are outside of double quotes."""
+    parts = ['']
+    for piece in COMMAND_PIECE.findall(text):
+        if piece in marks:
+            parts.append('')
+        else:
+            parts[-1] += piece
+    return parts
+
+
 class CommandTemplate(Template):
     r"""Commands of rTorrent, separated by ; or line breaks; one without values stays as it is.
 
@@ -4055,7 +4594,7 @@ class CommandTemplate(Template):
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
-        if lacks_file(text):
+        if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
         # Without a value it is the user's own, and goes to rTorrent as it is written.
@@ -4127,8 +4666,15 @@ class ArgsTemplate(Template):
 # --- Jobs ------------------------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
 # its engine and to nothing above: files, threads and signals are other sections' business.
-# Built-in jobs list their options in a table that checks the ini and prints the help.
+# Built-in jobs list their options in a table that checks the ini and prints the help. A job is
+# made and cleaned up in the main thread; run() is called in a thread of its own, never twice
+# at once.
 
+MEMORY_FIGURES = {                      # of InfluxDB, and the rows of /proc/meminfo, in kB
+    'memory_total': 'MemTotal',
+    'memory_available': 'MemAvailable',
+    'swap_total': 'SwapTotal',
+    'swap_free': 'SwapFree'}
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
@@ -4136,29 +4682,35 @@ class Settings(dict):
     """Settings by name: config.path or config['path']; as an attribute, None when missing."""
 
     def __getattr__(self, name: str) -> Any:
+        # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
         if name.startswith('__'):
             raise AttributeError(name)
         return self.get(name)
 
-    __setattr__ = dict.__setitem__
-
     def __repr__(self) -> str:
-        return repr({name: '***' if re.search(SECRET + '$', name) and value else
-                     redacted(value) if isinstance(value, str) else value
-                     for name, value in self.items()})
+        shown = dict(self)
+        for name, value in shown.items():
+            if re.search(SECRET + '$', name) and value:
+                shown[name] = '***'
+            elif isinstance(value, str):
+                shown[name] = redacted(value)
+        return repr(shown)
 
 
 class JobConfig(Settings):
-    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active.
+    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active ...
 
-    engine is the job's rTorrent, engines are all of the configuration. state_dir is where it may
-    keep a file.
+    engine is the job's rTorrent, engines are those of all jobs. state_dir is where it may keep
+    files. alone: this is a single run, perhaps beside the daemon.
     """
-    engine: Any
-    engines: Any
-    state_dir: str
-    alone: bool                         # a single run, beside the daemon perhaps
-    __setattr__ = object.__setattr__
+
+    def __init__(self, settings: Any = (), engine: Any = None, engines: Any = (),
+                 state_dir: str = '', alone: bool = False):
+        super().__init__(settings)
+        self.engine = engine
+        self.engines = engines
+        self.state_dir = state_dir
+        self.alone = alone
 
 
 class Option(NamedTuple):
@@ -4179,8 +4731,11 @@ class Option(NamedTuple):
 
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
+    name = type(job).__name__
     config = getattr(job, 'config', None)
-    return logging.getLogger(f"torque.{getattr(config, 'job_name', None) or type(job).__name__}")
+    if config is not None:
+        name = getattr(config, 'job_name', None) or name
+    return logging.getLogger('torque.' + name)
 
 
 class Job:
@@ -4196,15 +4751,45 @@ class Job:
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
 
+    @classmethod
+    def takes(cls, setting: str) -> bool:
+        """Tell whether a setting is one of the options."""
+        for option in cls.options or ():
+            if setting in (option.name, option.alias):
+                return True
+        return setting.startswith(cls.families)
+
+    def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
+        """Return the torrents of a view that meet a condition, with the fields it names.
+
+        fields: `size uploaded`, or a list of names. A row reads as torrent.size and as
+        torrent['size']; hash and name are always there.
+        """
+        if isinstance(fields, str):
+            fields = fields.replace(',', ' ').split()
+        matcher = None
+        if condition.strip():
+            matcher = Filter(condition)
+        return list_torrents(self.engine, view, fields, matcher)
+
     def state_file(self, ending: str) -> str:
         """Return the path of a file that the job may keep."""
         name = f'{self.config.job_name}.{ending}'.replace('/', '_')
         return os.path.join(self.config.state_dir, name)
 
+    def risks(self) -> list[str]:
+        """Return what to be warned of before it does harm, a line each."""
+        return []
+
+    def end_run(self) -> None:
+        """End what a run has started outside of this process: it has run out of time."""
+
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
-        self.LOG.info('%s%s', 'dry run, not done: ' if self.dry_run else '',
-                      ' '.join(str(word) for word in words if word))
+        text = ' '.join(str(word) for word in words if word)
+        if self.dry_run:
+            text = 'dry run, not done: ' + text
+        self.LOG.info('%s', text)
         return not self.dry_run
 
     def act(self, method: str, *params: Any) -> Any:
@@ -4212,7 +4797,29 @@ class Job:
         if self.dry_run:
             self.announce(method, *map(quoted, params))
             return None
-        return self.engine.open().call(method, *params)
+        answer, = without_errors(self.engine.tell([(method, *params)]))
+        return answer
+
+
+def count_text(number: int | None) -> str:
+    """Return a number, or `?` where it is not known."""
+    if number is None:
+        return '?'
+    return str(number)
+
+
+def rate_text(way: str, rate: int | None, limit: int | None) -> str:
+    """Return a rate and its limit in bytes a second; a limit of 0 is none.
+
+    >>> rate_text('up', 1258291, 2097152), rate_text('down', None, 0)
+    ('up 1.2 MiB/s of 2.0 MiB', 'down ?')
+    """
+    text = f'{way} ?'
+    if rate is not None:
+        text = f'{way} {show_size(rate)}/s'
+    if limit:
+        text += f' of {show_size(limit)}'
+    return text
 
 
 class EngineStats(Job):
@@ -4223,44 +4830,74 @@ class EngineStats(Job):
     def run(self) -> None:
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
-        started = '' if stats.uptime is None else f' up {show_duration(stats.uptime)}'
-        rates = [f'{way} ' + ('?' if rate is None else f'{show_size(rate)}/s')
-                 + (f' of {show_size(limit)}' if limit else '') for way, rate, limit in (
-                     ('up', stats.up_rate, stats.up_limit),
-                     ('down', stats.down_rate, stats.down_limit))]
-        torrents, active = ('?' if stats.views[view] is None else stats.views[view]
-                            for view in ('main', 'active'))
-        self.LOG.info('%s rTorrent %s%s; %s torrents, %s active; %s; rpc %.1f ms',
-                      stats.engine_id, stats.version, started, torrents, active,
-                      ', '.join(rates), stats.rpc_time * 1000)
+        started = ''
+        if stats.uptime is not None:
+            started = f' up {show_duration(stats.uptime)}'
+        self.LOG.info(
+            '%s rTorrent %s%s; %s torrents, %s active; %s, %s; rpc %.1f ms',
+            stats.engine_id, stats.version, started,
+            count_text(stats.views['main']), count_text(stats.views['active']),
+            rate_text('up', stats.up_rate, stats.up_limit),
+            rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
 
 
 def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
-    pairs = {part.partition('=')[0].strip(): part.partition('=')[2].strip()
-            for part in text.split(',') if part.strip()}
-    if not all(name and value for name, value in pairs.items()):
-        raise UserError(f'{text!r} is not understood; allowed is name=value, name=value')
+    pairs = {}
+    for number, part in enumerate(text.split(','), 1):
+        name, _, value = part.partition('=')
+        name, value = name.strip(), value.strip()
+        if name and value:
+            pairs[name] = value
+        elif part.strip():              # not shown: it may be the end of a password
+            raise UserError(f'part {number} is not understood; allowed is name=value, name=value')
     return pairs
 
 
-def parse_form(form: re.Pattern, what: str, text: str) -> str:
-    """Return the first group of a regex that text has to match; what: what it should have been."""
-    found = form.fullmatch(text)
-    if not found:
-        raise UserError(f'{redacted(text)!r} is no {what}')
-    return found[1]
+def parse_web_url(text: str) -> str:
+    """Return the base URL of a web server, without the slash at its end."""
+    if not re.fullmatch(r'https?://[^/@\s]+(?:/\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
+                        'with user and password as settings')
+    return text.rstrip('/')
 
 
-parse_web_url = functools.partial(
-    parse_form, re.compile(r'(https?://[^/@\s]+(?:/\S*[^\s/])?)/*'),
-    'web address; allowed is http(s)://host:port, with user and password as settings')
-parse_ping_url = functools.partial(
-    parse_form, re.compile(
-        r'(https?://[\w.-]+(?::\d+)?(?:[/?]\S*)?|https?://\[[\da-fA-F:]+\]\S*|)'),
-    'web address; allowed is http(s)://host/..., without user and password')
-parse_api = functools.partial(
-    parse_form, re.compile('([123]?)'), 'version of the interface; allowed are 1, 2, 3')
+def parse_ping_url(text: str) -> str:
+    """Return the URL of a monitor, or nothing."""
+    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
+    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
+                        'without user and password')
+    return text
+
+
+def parse_api(text: str) -> str:
+    """Return a version of InfluxDB's interface, or nothing."""
+    if text not in ('', '1', '2', '3'):
+        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
+    return text
+
+
+def parse_token(text: str) -> str:
+    """Return a token that can stand in a header; what is wrong with it is not shown."""
+    if not re.fullmatch('[!-~]*', text):
+        raise UserError('holds a blank, a line break or another character that no token has')
+    return text
+
+
+def escape_key(text: Any) -> str:
+    """Return the name of a series or field, or a tag, for line protocol."""
+    return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
+
+
+def field_text(value: Any) -> str:
+    """Return the value of a field as its type is written in line protocol."""
+    if isinstance(value, (bool, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f'{value}i'
+    text = re.sub(r'[\x00-\x1f]', ' ', str(value))
+    return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
 
 
 def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
@@ -4269,47 +4906,72 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
     >>> influx_line('s', {'a b': 'c,d'}, {'n': 1, 'x': 0.5, 't': 'y"', 'z': None}, 2)
     's,a\\\\ b=c\\\\,d n=1i,x=0.5,t="y\\\\"" 2000'
     """
-    def escape(text: Any) -> str:
-        return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
+    head = escape_key(series)
+    for name, tag in sorted(tags.items()):
+        head += f',{escape_key(name)}={escape_key(tag)}'
+    values = ','.join(f'{escape_key(name)}={field_text(value)}' for name, value in fields.items()
+                      if value is not None)
+    return f'{head} {values} {int(when * 1000)}'
 
-    def value(item: Any) -> str:
-        """Return a field's value as its type is written."""
-        if isinstance(item, (bool, float)):
-            return str(item)
-        if isinstance(item, int):
-            return f'{item}i'
-        return '"%s"' % re.sub(r'(["\\])', r'\\\1', re.sub(r'[\x00-\x1f]', ' ', str(item)))
 
-    names = ''.join(f',{escape(name)}={escape(tag)}' for name, tag in sorted(tags.items()))
-    values = ','.join(f'{escape(name)}={value(item)}' for name, item in fields.items()
-                      if item is not None)
-    return f'{escape(series)}{names} {values} {int(when * 1000)}'
+def series_of(line: str) -> str:
+    """Return the series of a line in line protocol, escaped as it is there."""
+    return re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
+
+
+def by_series(lines: list[str]) -> list[list[str]]:
+    """Return lines in groups of the same series."""
+    groups = collections.defaultdict(list)
+    for line in lines:
+        groups[series_of(line)].append(line)
+    return list(groups.values())
+
+
+def proc_rows(name: str) -> dict[str, list[str]]:
+    """Return the words behind each `name:` of a file of /proc; none where it is not there."""
+    rows = {}
+    with contextlib.suppress(OSError), open(f'/proc/{name}', encoding='ascii') as stream:
+        for line in stream:
+            key, _, words = line.partition(':')
+            rows[key.strip()] = words.split()
+    return rows
 
 
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
     figures: dict = {}
-    with contextlib.suppress(OSError):  # not Linux: what could be had
-        figures.update(zip(('load1', 'load5', 'load15'), os.getloadavg()))
-        with open('/proc/meminfo', encoding='ascii') as stream:
-            memory = dict(re.findall(r'(?m)^(\w+): +(\d+) kB', stream.read()))
-        figures.update((name, int(memory[key]) * 1024) for name, key in (
-            ('memory_total', 'MemTotal'), ('memory_available', 'MemAvailable'),
-            ('swap_total', 'SwapTotal'), ('swap_free', 'SwapFree')) if key in memory)
-        with open('/proc/net/dev', encoding='ascii') as stream:
-            rows = re.findall(r'^ *(?!lo:)\S+:(.+)', stream.read(), re.M)
-        for name, column in (('net_received', 0), ('net_sent', 8)):
-            figures[name] = sum(int(row.split()[column]) for row in rows)
+    with contextlib.suppress(OSError):
+        figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
+    memory = proc_rows('meminfo')
+    for name, key in MEMORY_FIGURES.items():
+        if key in memory:
+            figures[name] = int(memory[key][0]) * 1024
+    for device, words in proc_rows('net/dev').items():
+        if device != 'lo' and len(words) > 8:   # the heads of the table have none
+            figures['net_received'] = figures.get('net_received', 0) + int(words[0])
+            figures['net_sent'] = figures.get('net_sent', 0) + int(words[8])
     return figures
 
 
 def read_secret(path: str) -> str:
     """Return the first line of a file that holds a password or token; '' for no file."""
+    if not path:
+        return ''
     try:
-        with open(os.path.expanduser(path or os.devnull), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path), encoding='utf-8') as stream:
             return stream.readline().strip()
-    except (OSError, ValueError) as error:
-        raise LoggableError(f'{path}: {getattr(error, "strerror", "") or error}') from None
+    except OSError as error:
+        raise LoggableError(f'{path}: {error.strerror}') from None
+    except ValueError:
+        raise LoggableError(f'{path}: not UTF-8 text') from None
+
+
+def retry_after(answer: HttpAnswer) -> float:
+    """Return the seconds that a server wants to be left alone, 0 where it does not say."""
+    said = answer.headers.get('retry-after', '')
+    if not re.fullmatch('[0-9]{1,9}', said):    # it may be a date as well
+        return 0
+    return min(int(said), 3600)
 
 
 class InfluxDB(Job):
@@ -4320,7 +4982,7 @@ class InfluxDB(Job):
         Option('user', str, '', 'account (1.x)'),
         Option('password', str, '', 'password of that account'),
         Option('password_file', str, '', 'file that holds the password'),
-        Option('token', str, '', 'API token (2.x, 3.x)'),
+        Option('token', parse_token, '', 'API token (2.x, 3.x)'),
         Option('token_file', str, '', 'file that holds the token'),
         Option('org', str, '', 'organization (2.x)'),
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
@@ -4335,34 +4997,38 @@ class InfluxDB(Job):
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
     LONGEST_PAUSE = 300                 # seconds between tries
+    SAVE_EVERY = 60                     # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series and series_host are both empty: nothing to push')
-        self.api = config.api or ('2' if config.org or config.bucket else '1')
-        self.pause = self.retry_at = self.saved_at = 0.0
+        self.pause = 0.0                # before the next try
+        self.asked_pause = 0.0          # the same, as the server wants it
+        self.retry_at = self.saved_at = 0.0
         self.problem = ''
-        self.file = '' if config.alone else self.state_file('points')
-        self.points: list[str] = []
-        self.load()                             # a file that cannot be read stops the start
-        self.loaded = False
+        self.file = ''
+        if not config.alone and not self.dry_run:
+            self.file = self.state_file('points')
+        self.points = self.load()
 
     def load(self) -> list[str]:
         """Return the points that an earlier process could not deliver."""
+        if not self.file:
+            return []
         try:
-            with open(self.file or os.devnull, encoding='utf-8', errors='replace') as stream:
-                return [line for line in stream.read().split('\n')
-                        if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
+            with open(self.file, encoding='utf-8', errors='replace') as stream:
+                lines = stream.read().split('\n')
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(f'{self.file}: {error.strerror}') from None
+        return [line for line in lines if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
 
     def save(self) -> None:
         """Keep undelivered points for the next process, or remove what was kept."""
         self.saved_at = elapsed_time()
-        if not self.file or not self.loaded:
+        if not self.file:
             return
         try:
             if self.points:
@@ -4372,128 +5038,151 @@ class InfluxDB(Job):
         except (LoggableError, OSError) as error:
             self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
 
-    cleanup = save
+    def cleanup(self) -> None:
+        """Save what is not delivered."""
+        self.save()
 
     def run(self) -> None:
-        """Measure, and deliver all that waits; LoggableError for what has to wait on."""
-        lines, problems = self.measure()
+        """Measure, and deliver all that waits; raises what kept points from being had or sent."""
+        lines, problems = self.measure(time.time())
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
-            if not self.loaded:                 # not before a job that this one replaces has saved
-                self.points.extend(self.load())
-                self.loaded = True
-            self.points.extend(lines)
+            self.points += lines
             try:
-                self.deliver()
+                self.deliver(self.points)
             finally:
-                if elapsed_time() - self.saved_at >= 60 or not self.points:
+                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
                     self.save()
         if problems:
             raise problems[0]
 
-    def measure(self) -> tuple[list[str], list[LoggableError]]:
+    def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
         import shutil
-        config, now = self.config, time.time()
-        lines: list[str] = []
+        config, host = self.config, socket.gethostname()
+        rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
-
-        def add(series: str, figures: dict, **tags: str) -> None:
-            if any(figure is not None for figure in figures.values()):
-                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
-
         if config.series:
             try:
-                stats = self.engine.stats()._asdict()
-                views, uptime = stats.pop('views'), stats.pop('uptime')
-                stats['uptime'] = None if uptime is None else int(uptime)
-                name = stats['engine_id'].partition(':')[0]
-                add(config.series, stats, host=name)
-                add(config.series + '_views', views, host=name)
+                rows += self.engine_rows()
             except RpcError as error:
                 problems.append(error)
         if config.series_host:
-            name = socket.gethostname()
-            add(config.series_host, host_figures(), host=name)
+            rows.append((config.series_host, {'host': host}, host_figures()))
             for path in filter(None, config.disk_path.split(os.pathsep)):
                 try:
                     disk = shutil.disk_usage(os.path.expanduser(path))
-                    add(config.series_host, {'disk_total': disk.total, 'disk_free': disk.free},
-                        disk=path, host=name)
+                    figures = {'disk_total': disk.total, 'disk_free': disk.free}
+                    rows.append((config.series_host, {'disk': path, 'host': host}, figures))
                 except OSError as error:
                     problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+        lines = []
+        for series, tags, figures in rows:
+            if set(figures.values()) != {None}:
+                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
         return lines, problems
 
-    def deliver(self) -> None:
-        """Send all points, oldest first; raises LoggableError when some have to wait."""
-        while self.points and elapsed_time() >= self.retry_at:
-            lines = self.points[:self.BATCH]
+    def engine_rows(self) -> list[tuple]:
+        """Return (series, tags, figures) of rTorrent and of its views."""
+        figures = self.engine.stats()._asdict()
+        views = figures.pop('views')
+        uptime = figures.pop('uptime')
+        if uptime is not None:
+            figures['uptime'] = int(uptime)
+        tags = {'host': figures['engine_id'].partition(':')[0]}
+        series = self.config.series
+        return [(series, tags, figures), (series + '_views', tags, views)]
+
+    def deliver(self, points: list[str]) -> None:
+        """Send points, oldest first, and take them out of the list.
+
+        Raises LoggableError when some have to wait, or were refused for good.
+        """
+        refused: list[str] = []
+        while points and elapsed_time() >= self.retry_at:
+            batch = points[:self.BATCH]
             try:
-                self.post(lines)
+                refused += self.post(batch)
+                del points[:len(batch)]
                 self.pause = 0.0
-                del self.points[:len(lines)]
             except LoggableError as error:
                 self.problem = f'{self.config.url}: {error}'
                 self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
-                self.retry_at = elapsed_time() + (error.pause or self.pause)
-        if self.points:
-            lost = max(len(self.points) - self.config.buffer, 0)
-            del self.points[:lost]
-            kept = f'{len(self.points)} points are kept' if self.file else 'nothing is kept'
-            dropped = f', the oldest {lost} dropped' if lost else ''
-            raise LoggableError(f'{self.problem}; {kept}{dropped}')
+                self.retry_at = elapsed_time() + (self.asked_pause or self.pause)
+        if points:
+            refused.append(f'{self.problem}; {self.keep(points)}')
+        if refused:
+            raise LoggableError('; '.join(refused))
 
-    def post(self, lines: list[str]) -> None:
-        """Write points, in parts where the server wants that; drop what it calls malformed.
+    def keep(self, points: list[str]) -> str:
+        """Drop the oldest points that are too many, and return what becomes of the others."""
+        lost = len(points) - self.config.buffer
+        text = f'{min(len(points), self.config.buffer)} points are kept'
+        if not self.file:
+            text = 'nothing is kept'
+        if lost > 0:
+            del points[:lost]
+            text += f', the oldest {lost} dropped'
+        return text
+
+    def post(self, lines: list[str]) -> list[str]:
+        """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
         """
+        self.asked_pause = 0.0
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
-            return
-        said = f'HTTP {answer.status} {answer.reason} {quoted(beginning(answer.body))}'
+            return []
+        said = one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(beginning(answer.body))
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
-            self.post(lines[:half])
-            self.post(lines[half:])
-        elif answer.status in (400, 413, 422):
-            parts = collections.defaultdict(list)
-            for line in lines:
-                parts[re.split(r'(?<!\\)[, ]', line)[0]].append(line)
-            if len(parts) == 1:
-                self.LOG.warning('%s: %d points of %s were refused and dropped: %s',
-                                 self.config.url, len(lines), *parts, said)
-                return
-            for part in parts.values():         # one bad series must not cost the others
-                self.post(part)
-        else:
-            refused = LoggableError(said)
-            after = answer.headers.get('retry-after', '')
-            refused.pause = min(int(after), 3600) if after.isdigit() else None
-            raise refused
+            parts = [lines[:half], lines[half:]]
+        elif answer.status in (400, 422):
+            parts = by_series(lines)    # one bad series must not cost the others
+        else:                           # 413 for one point: it would refuse all of them
+            self.asked_pause = retry_after(answer)
+            raise LoggableError(said)
+        if len(parts) == 1:
+            return [f'{self.config.url}: {len(lines)} points of {series_of(lines[0])} were '
+                    f'refused and dropped: {said}']
+        refused = []
+        for part in parts:
+            refused += self.post(part)
+        return refused
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
         from urllib.parse import urlencode
-        config = self.config
-        path, query = {
-            '1': ('/write', {'db': config.dbname, 'precision': 'ms'}),
-            '2': ('/api/v2/write', {'org': config.org, 'bucket': config.bucket or config.dbname,
-                                    'precision': 'ms'}),
-            '3': ('/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'})}[self.api]
-        headers = {'Content-Type': 'text/plain; charset=utf-8'}
-        token = config.token or read_secret(config.token_file)
-        password = config.password or read_secret(config.password_file)
-        if token:
-            headers['Authorization'] = f"{'Bearer' if self.api == '3' else 'Token'} {token}"
-        elif config.user:
-            login = f'{config.user}:{password}'.encode()
-            headers['Authorization'] = f'Basic {binascii.b2a_base64(login, newline=False).decode()}'
+        config, headers = self.config, self.login()
+        if config.api == '3':
+            path, query = '/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'}
+        elif config.api == '2' or not config.api and (config.org or config.bucket):
+            path, query = '/api/v2/write', {
+                'org': config.org, 'bucket': config.bucket or config.dbname, 'precision': 'ms'}
+        else:
+            path, query = '/write', {'db': config.dbname, 'precision': 'ms'}
+        headers['Content-Type'] = 'text/plain; charset=utf-8'
         if config.gzip:
             import gzip
-            body, headers['Content-Encoding'] = gzip.compress(body), 'gzip'
+            body = gzip.compress(body)
+            headers['Content-Encoding'] = 'gzip'
         return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
+
+    def login(self) -> dict[str, str]:
+        """Return the header that says who writes: a token, else user and password, else none."""
+        config = self.config
+        token = config.token or parse_token(read_secret(config.token_file))
+        if token and config.api == '3':
+            return {'Authorization': f'Bearer {token}'}
+        if token:
+            return {'Authorization': f'Token {token}'}
+        if not config.user:
+            return {}
+        password = config.password or read_secret(config.password_file)
+        login = binascii.b2a_base64(f'{config.user}:{password}'.encode(), newline=False)
+        return {'Authorization': f'Basic {login.decode()}'}
 
 
 def parse_condition(text: str) -> Filter | None:
@@ -4537,6 +5226,7 @@ class Choice(Job):
     fields: tuple = ()                  # what the job needs to know of a torrent, too
     deletes = False                     # then it says more of what it leaves alone
     FRESH = 1.0                         # seconds that a list may be old
+    PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -4564,6 +5254,12 @@ class Choice(Job):
     def engines(self) -> list[Engine]:
         """Return all rTorrents of the configuration, that of the job among them."""
         return [self.engine, *(self.config.engines or ())]
+
+    def alone(self) -> Any:
+        """Hold what lets one run at a time delete or move; a dry run does neither."""
+        if self.dry_run:
+            return contextlib.nullcontext()
+        return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
     def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
         """Log which torrents are left alone for now."""
@@ -4642,89 +5338,163 @@ class QueueManager(Job):
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
         self.running = parse_condition(self.RUNNING)
-        self.startable = parse_condition(' '.join(f'[ {condition.text} ]' for condition in (
-            config.queue_startable_base, config.startable) if condition))
-        self.needs = ('left', 'path') if config.room else ()
+        texts = []
+        for condition in (config.queue_startable_base, config.startable):
+            if condition:
+                texts.append(f'[ {condition.text} ]')
+        self.startable = parse_condition(' '.join(texts))
+        self.order_fields = [name for name, _ in config.sort_fields]
+        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
+                               'message', 'down']
+        if config.downloading:
+            self.running_fields += config.downloading.fields
+        if config.room:
+            needs = ['left', 'path']
+            self.order_fields += needs
+            self.running_fields += needs
+        self.failed: set[str] = set()           # hashes of what did not start
+        self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
         self.last_start = 0.0
-        with contextlib.suppress(OSError, ValueError), open(self.file, encoding='ascii') as stream:
-            self.last_start = float(stream.read())
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.file, encoding='ascii') as stream:
+                self.last_start = float(stream.read())
 
     def run(self) -> None:
         """Start what there is a place for, in order, unless the intermission goes on."""
-        config, now = self.config, time.time()
-        self.last_start = min(self.last_start, now)     # the clock may have been set back
-        if now < self.last_start + config.intermission:
+        now = time.time()
+        # The clock may have been set back.
+        self.last_start = min(self.last_start, now)
+        if now < self.last_start + self.config.intermission:
             self.LOG.debug('no start: the intermission is not over')
             return
-        if not self.places(self.list_running()):
-            return
-        view = config.viewname or ('pyrotorque' if self.engine.has_view('pyrotorque') else 'main')
-        startable = in_order(list_torrents(self.engine, view, [
-            *self.needs, *(name for name, _ in config.sort_fields)], self.startable),
-            config.sort_fields)
-        if not startable:
-            self.LOG.debug('no start: nothing is startable')
-            return
-        running = self.list_running()           # again: listing took time, and a view may be stale
-        hashes = {torrent['hash'] for torrent in running}
-        ready: Iterable[Torrent] = [torrent for torrent in startable
-                                    if torrent['hash'] not in hashes]
-        if config.room:
-            ready = self.fitting(ready, running)
-        for torrent in itertools.islice(ready, self.places(running)):
-            self.start(torrent, now)
+        with self.turn:
+            if not self.places(self.list_running()):
+                return
+            startable = self.list_startable()
+            if not startable:
+                self.LOG.debug('no start: nothing is startable')
+                return
+            # Again: listing took time, and a view may be stale.
+            running = self.list_running()
+            self.start_some(startable, running)
 
     def list_running(self) -> list[Torrent]:
         """Return all that is started and not complete: hashing, paused or failing, too."""
-        config = self.config
-        return list_torrents(self.engine, 'default', [
-            'is_active', 'down', *self.needs,
-            *(config.downloading.fields if config.downloading else ())], self.running)
+        fields = self.running_fields
+        return list_torrents(self.engine, 'default', fields, self.running)
+
+    def list_startable(self) -> list[Torrent]:
+        """Return what may be started, in order; what did not start the last time comes last."""
+        view = self.config.viewname
+        if not view:
+            view = 'main'
+            if self.engine.has_view('pyrotorque'):
+                view = 'pyrotorque'
+        fields = self.order_fields
+        torrents = list_torrents(self.engine, view, fields, self.startable)
+        torrents = in_order(torrents, self.config.sort_fields)
+        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config, now = self.config, time.time()
-        downloading = [torrent for torrent in running if not torrent['is_active']
-                       or not config.downloading or config.downloading.match(torrent, now)]
-        count, traffic = len(downloading), sum(torrent['down'] for torrent in downloading)
+        config = self.config
+        downloading = list(filter(self.is_downloading, running))
+        count = len(downloading)
+        traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
-        self.LOG.debug('%d of at most %d are downloading', count, config.downloading_max)
-        return max(min(max(config.start_at_once, config.downloading_min - count),
-                       config.downloading_max - count), 0)
+        most = config.downloading_max
+        self.LOG.debug('%d of at most %d are downloading', count, most)
+        if count >= most:
+            self.tell_of_closed(downloading)
+            return 0
+        wanted = max(config.start_at_once, config.downloading_min - count)
+        return min(wanted, most - count)
 
-    def fitting(self, torrents: Iterable[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
+    def is_downloading(self, torrent: Torrent) -> bool:
+        """Tell whether a running item takes a place."""
+        condition = self.config.downloading
+        if not torrent['is_active'] or not condition:
+            return True
+        return condition.match(torrent, time.time())
+
+    def tell_of_closed(self, torrents: list[Torrent]) -> None:
+        """Say once of an item that it takes a place although rTorrent could not open it."""
+        for torrent in torrents:
+            # What waits for its turn to be checked is closed, too.
+            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
+            if torrent['is_open'] or waits or torrent['hash'] in self.told:
+                continue
+            self.told.add(torrent['hash'])
+            why = torrent['message'] or 'rTorrent does not say why'
+            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
+                             torrent, quoted(why))
+
+    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
+        """Start items while there are places; one that fails leaves its place to the next."""
+        places = self.places(running)
+        hashes = {torrent['hash'] for torrent in running}
+        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+        errors = []
+        for torrent in self.fitting(waiting, running):
+            if places == 0:
+                break
+            try:
+                self.start(torrent)
+                places -= 1
+            except Unreachable:
+                raise
+            except RpcError as error:
+                self.failed.add(torrent['hash'])
+                errors.append(f'{torrent} was not started: {error}')
+        if errors:
+            raise LoggableError('; '.join(errors[:3]))
+
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
         """Give the items that their disk has room for, beside what is still coming to it."""
+        if not self.config.room:
+            yield from torrents
+            return
         coming: dict = collections.Counter()
         for torrent in running:
-            coming[disk_of(torrent['path'])[0]] += torrent['left']
+            device, _ = disk_of(torrent['path'])
+            coming[device] += torrent['left']
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
-            if free is None or free - coming[device] - torrent['left'] < self.config.room:
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised', torrent,
-                               *map(show_size, (torrent['left'], free or 0, coming[device])))
+            left = torrent['left']
+            rest = (free or 0) - coming[device] - left
+            if free is None or rest < self.config.room:
+                sizes = left, free or 0, coming[device]
+                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
+                               torrent, *map(show_size, sizes))
                 continue
-            coming[device] += torrent['left']
+            coming[device] += left
             yield torrent
 
-    def start(self, torrent: Torrent, now: float) -> None:
-        """Start an item, having noted when."""
+    def start(self, torrent: Torrent) -> None:
+        """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
             return
-        if self.config.intermission and self.last_start != now:
-            replace_file(self.file, f'{now}\n')
-        self.last_start = now
-        proxy = self.engine.open()
-        proxy.d.start(torrent['hash'])
-        if self.config.log_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):         # older ones take no emoji, for example
-                proxy.call('print', '', f"torque: started {quoted(torrent['name'])}")
+        config = self.config
+        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
+        self.failed.discard(torrent['hash'])
+        self.last_start = time.time()
+        if config.intermission:
+            replace_file(self.file, f'{self.last_start}\n')
+        if config.log_to_client and not config.quiet:
+            text = f"torque: started {quoted(torrent['name'])}"
+            # Older ones take no emoji, for example.
+            with contextlib.suppress(RpcError):
+                self.engine.tell([('print', '', text)])
 
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
@@ -4893,6 +5663,13 @@ class Action(Choice):
         self.gone: list[tuple] = []             # owners that this dry run would have erased
         self.promised: Any = None               # PromisedSpace of this run
 
+    def risks(self) -> list[str]:
+        """Return the conditions of a deleting rule that may mean more than meets the eye."""
+        if not self.deletes:
+            return []
+        return [f'job.{self.config.job_name}.matcher: {text}: [...] stands for one of the characters '
+                'in it, as in a shell' for text in self.config.matcher.classes]
+
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
         config = self.config
@@ -4901,7 +5678,8 @@ class Action(Choice):
         self.held.clear()
         self.promised = PromisedSpace(os.path.join(config.state_dir, 'promised.json'))
         if config.action == 'cull' and not self.dry_run:
-            self.finish_removals()
+            with self.alone():
+                self.finish_removals()
         torrents = self.chosen()
         self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
         confirm, limit = config.confirm, config.limit
@@ -4965,8 +5743,8 @@ class Action(Choice):
             self.announce('cull', torrent, CLOSED)
             self.promise(torrent['path'], torrent['d_completed_bytes'])
             return True
-        with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(item, fresh)
+        with self.alone(), opened(self.engine, torrent['hash']) as (item, _):
+            data = own_data(item)
             if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
                                     'is for an item without')
@@ -4982,7 +5760,7 @@ class Action(Choice):
             if self.announce('cull', torrent, why or shown):
                 self.erase_with_data(item, data, freed)
             else:
-                self.gone.append(item.owner)
+                self.gone.append((Users.key(item.engine), item.hash))
                 self.promise(data.root, freed)
         return True
 
@@ -4995,7 +5773,7 @@ class Action(Choice):
         if self.config.shared == 'delete' or not data.files:
             return data, ''
         users = Users(self.engines())
-        others = users.of(data, [item.owner, *self.gone])
+        others = users.of(data, [(users.key(item.engine), item.hash), *self.gone])
         for owner, path in others.items():
             if users.has_all(owner, data):
                 return data._replace(files=[], folders=[]), \
@@ -5007,33 +5785,29 @@ class Action(Choice):
     def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
         """Write down what is going to be removed, erase the item, and delete the data."""
         device, free = disk_of(data.root)
-        shared = self.config.shared == 'delete'
-        removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
-        with contextlib.closing(removal):
-            try:
-                erase(item)
-            except Unreachable:         # the note stays, and the next run asks again
-                raise
-            except RpcError:
-                removal.drop()
-                start_again(item)
-                raise
-            try:
-                removal.mark('erased')
-                self.delete(removal)
-            except LoggableError as error:      # the item is gone, and counts
-                self.failures.append(error)
-                self.LOG.warning('%s', error)
+        item.tell(('d.stop',), ('d.close',))    # from now on it does not change
+        data = data._replace(files=[
+            OwnFile.at(file.path, os.lstat(file.path)) for file in data.files])
+        removal = Removal.begin(self.config.state_dir, item, data,
+                                shared=self.config.shared == 'delete')
+        try:
+            removal.mark('asked')
+            erase(item)
+        except Unreachable:             # the note stays, and the next run asks again
+            raise
+        except LoggableError:
+            removal.drop()
+            start_again(item)
+            raise
+        try:
+            removal.mark('erased')
+            delete_data(data)
+            removal.drop()
+        except LoggableError as error:          # the item is gone, and counts
+            self.failures.append(error)
+            self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
             self.promised.add(device, free, freed, time.time())
-
-    def delete(self, removal: Removal) -> None:
-        """Delete the data of a note, and the note; LoggableError where some cannot be deleted."""
-        others = removal.remove_files()
-        if others:
-            self.LOG.warning('%d files at %s stay: they were changed meanwhile', others,
-                             quoted(removal.data.root))
-        removal.drop()
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5045,11 +5819,15 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
-                removal.drop()
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
-                self.delete(removal)
+                try:
+                    delete_data(removal.data)
+                except LoggableError as error:
+                    raise LoggableError(f'{error}; nothing more is culled until that works, or '
+                                        f'{removal.path} is deleted') from None
+            removal.drop()
 
     def is_enough(self, path: str) -> bool:
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
@@ -5068,9 +5846,25 @@ class Action(Choice):
             self.promised.add(device, free, freed, time.time())
 
 
+OUTPUT_KEPT = 50000                     # bytes of what a program says
+
+
+def keep_end(stream: Any, kept: bytearray) -> None:
+    """Read all that a program says, and keep the end of it; a thread.
+
+    It goes on while any process has the other end, so that none is ended by a closed pipe.
+    """
+    with stream:
+        while True:
+            content = stream.read1(1 << 16)
+            if not content:
+                return
+            kept += content
+            del kept[:-OUTPUT_KEPT]
+
+
 class Command(Job):
     """Run a program."""
-    children: set = set()               # pids of programs that run
     options: Any = (
         Option('args', str, '', 'program and arguments; quotes as in a shell'),
         Option('shell', parse_bool, 'no', 'args is a line for the shell'),
@@ -5081,63 +5875,109 @@ class Command(Job):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
+        self.children: set[int] = set()         # pids of programs that run
         if not config.args:
             raise UserError('is not set', option='args')
-        try:
-            self.words = config.args if config.shell else shlex.split(config.args)
-        except ValueError as error:
-            raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
+        self.words: Any = config.args           # the shell's line, or a list
+        if not config.shell:
+            try:
+                self.words = shlex.split(config.args)
+            except ValueError as error:
+                raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
 
     def run(self) -> None:
         self.execute(self.words, {})
 
-    @classmethod
-    def end_all(cls) -> None:
-        """End the programs that still run, for torque ends."""
-        for pid in list(cls.children):
-            with contextlib.suppress(OSError):
-                os.killpg(pid, 15)              # SIGTERM
+    def end_run(self) -> None:
+        """End the program that still runs, and all it has started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in list(self.children):
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, number)
+            end = elapsed_time() + 3
+            while self.children and elapsed_time() < end:
+                time.sleep(0.01)
 
-    def execute(self, words: str | list[str], environment: dict) -> None:
+    def execute(self, words: Any, environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
-        import signal
-        import subprocess
-        import tempfile
         config = self.config
-        shown = quoted(words if isinstance(words, str) else ' '.join(map(shlex.quote, words)))
+        line, program = words, words[0]
+        if config.shell:
+            program = words.split()[0]
+        else:
+            line = ' '.join(map(shlex.quote, words))
         if self.dry_run:
-            self.announce('running', shown)
+            self.announce('running', quoted(line))
             return
-        self.LOG.debug('running %s', shown)     # further on without args: they may hold a password
-        program = quoted(words.split()[0] if isinstance(words, str) else words[0])
-        with tempfile.TemporaryFile() as output:        # a pipe may stay open in a grandchild
-            try:
-                process = subprocess.Popen(
-                    words, shell=config.shell, cwd=os.path.expanduser(config.cwd) or None,
-                    env={**os.environ, **environment, **config.env}, start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            except (OSError, ValueError) as error:
-                raise LoggableError(f'{program}: {error}') from None
-            self.children.add(process.pid)
-            try:
-                status = f'status {process.wait(config.timeout or None)}'
-            except BaseException as error:              # KeyboardInterrupt, too
-                for number in (signal.SIGTERM, signal.SIGKILL):
-                    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                        os.killpg(process.pid, number)
-                        process.wait(3)
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                status = f'force after {config.timeout:g} s'
-            finally:
-                self.children.discard(process.pid)
-            output.seek(max(output.seek(0, os.SEEK_END) - 50000, 0))
-            for line in output.read().decode('utf-8', 'replace').splitlines()[-100:]:
-                self.LOG.info('%s', line[:500])
-        if status != 'status 0':
-            if config.check or 'force' in status:
-                raise LoggableError(f'{program} ended with {status}')
-            self.LOG.info('%s ended with %s', program, status)
+        # From here on without arguments: they may hold a password.
+        self.LOG.debug('running %s', quoted(line))
+        try:
+            process = self.start(words, environment)
+        except (OSError, ValueError) as error:
+            raise LoggableError(f'{quoted(program)}: {error}') from None
+        kept = bytearray()
+        in_time = self.wait(process, kept)
+        output = bytes(kept).decode('utf-8', 'replace')
+        for text in output.splitlines()[-100:]:
+            self.LOG.info('%s', text[:500])
+        if not in_time:
+            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
+        if process.returncode != 0:
+            text = f'{quoted(program)} ended with status {process.returncode}'
+            if config.check:
+                raise LoggableError(text)
+            self.LOG.info('%s', text)
+
+    def start(self, words: Any, environment: dict) -> Any:
+        """Start the program in a process group of its own."""
+        import subprocess
+        config = self.config
+        return subprocess.Popen(
+            words,
+            shell=config.shell,
+            cwd=os.path.expanduser(config.cwd) or None,
+            env={**os.environ, **environment, **config.env},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+
+    def wait(self, process: Any, kept: bytearray) -> bool:
+        """Wait for the program, and keep the end of its output; tell whether it was in time."""
+        import subprocess
+        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
+        self.children.add(process.pid)
+        try:
+            reader.start()
+            process.wait(self.config.timeout or None)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            if process.returncode is None:      # also when torque is interrupted
+                self.end(process)
+            self.children.discard(process.pid)
+            # The end of the output, which a process that is left behind may hold open for ever.
+            if reader.ident:
+                reader.join(1)
+
+    @staticmethod
+    def end(process: Any) -> None:
+        """End the program and its children, gently first."""
+        import subprocess
+        for number in (15, 9):                  # SIGTERM, SIGKILL
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(3)
+
+
+def once_mark(job_name: str) -> str:
+    """Return the custom value that marks an item for a job, another one for each name."""
+    plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
+    if plain == job_name:
+        return f'torque_{plain}'
+    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+    return f'torque_{plain}_{number:08x}'
 
 
 class ItemCommand(Choice, Command):
@@ -5155,22 +5995,30 @@ class ItemCommand(Choice, Command):
         elif '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
-        self.mark = 'torque_' + re.sub('[^A-Za-z0-9_-]', '_', config.job_name)
+        self.mark = once_mark(config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
 
     def run(self) -> None:
         self.each(self.chosen(), self.for_torrent)
 
-    def for_torrent(self, torrent: Torrent) -> None:
-        """Run the program for one torrent."""
-        words = self.words if self.config.shell else self.template.render(torrent)
-        self.execute(words, {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
-                             for name in self.ENVIRONMENT})
+    def for_torrent(self, torrent: Torrent) -> bool:
+        """Run the program for one torrent, which counts as a change."""
+        words = self.words
+        if not self.config.shell:
+            words = self.template.render(torrent)
+        environment = {}
+        for name in self.ENVIRONMENT:
+            value = show(torrent[name])
+            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
+        self.execute(words, environment)
         if self.config.once and not self.dry_run:
-            proxy = self.engine.open()
-            proxy.d.custom.set(torrent['hash'], self.mark, '1')
-            proxy.d.save_full_session(torrent['hash'])
+            item = torrent['hash']
+            answers = self.engine.tell([
+                ('d.custom.set', item, self.mark, '1'),
+                ('d.save_full_session', item)])
+            without_errors(answers)
+        return True
 
 
 class Move(Choice):
@@ -5198,9 +6046,10 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
         if not self.dry_run:
-            for removal in left_removals(self.config.state_dir, self.engine):
-                if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
-                    self.take_up(removal)
+            with self.alone():
+                for removal in left_removals(self.config.state_dir, self.engine):
+                    if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
+                        self.take_up(removal)
         self.each(self.chosen(), self.move)
 
     def is_paused(self, info_hash: str) -> bool:
@@ -5229,8 +6078,8 @@ class Move(Choice):
         require_same_files(self.engine)
         if self.dry_run and not torrent['is_open']:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with opened(self.engine, torrent['hash']) as (item, fresh):
-            data = own_data(item, fresh)
+        with self.alone(), opened(self.engine, torrent['hash']) as (item, fresh):
+            data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
                 return False
@@ -5258,84 +6107,74 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users, there = Users(self.engines()), self.data_at(data, target)
-        for part in (data, there):
-            for path in users.of(part, [item.owner]).values():
-                raise LoggableError(f'another item uses {quoted(path)}')
-        if not os.path.lexists(target):
-            require_room(data, folder)
-        elif len(there.files) < len(data.files):
+        users = Users(self.engines())
+        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            raise LoggableError(f'another item uses {quoted(path)}')
+        if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-
-    @staticmethod
-    def data_at(data: OwnData, target: str) -> OwnData:
-        """Return those files of data that are at the target, too, and have the same size."""
-        files = []
-        for file in data.files:
-            path = target + file.path[len(data.root):]
-            with contextlib.suppress(OSError):
-                status, size = os.lstat(path), os.lstat(file.path).st_size
-                if stat.S_ISREG(status.st_mode) and status.st_size == size:
-                    files.append(OwnFile(path, status.st_dev, status.st_ino))
-        return OwnData(target, files, [])
+        require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
         """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
         folder = os.path.dirname(target)
         make_folders(folder)
-        copy = make_empty(os.path.join(folder, f'.torque-{item.hash}'))
-        new = folder
-        if item.is_multi_file:
-            new = target
+        removal = Removal.begin(
+            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
+            is_open=item.is_open, is_active=item.is_active)
         try:
-            removal = Removal.begin(
-                self.config.state_dir, item, data, new=new, target=target, copy=copy,
-                copy_identity=identity(copy), state=item.state, is_open=item.is_open)
+            self.copy(item, removal)
+            self.tell_place(item, target)
+            self.open_there(item, removal)
         except BaseException:
-            os.rmdir(copy)
+            self.undo(item, removal)
             raise
-        with contextlib.closing(removal):
-            try:
-                self.bring(item, removal)
-            except BaseException:
-                self.undo(item, removal)
-                raise
-            self.finish(item, removal)
+        self.finish(item, removal)
 
-    def bring(self, item: Item, removal: Removal) -> None:
-        """Have the data at the target, and rTorrent use it there."""
-        data, new, target = removal.data, removal.facts['new'], removal.facts['target']
+    def copy(self, item: Item, removal: Removal) -> None:
+        """Have the data of an item at the target."""
+        copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
-        if os.path.lexists(target):
-            for file in data.files:
-                if not same_content(file.path, target + file.path[len(data.root):]):
-                    raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
-        else:
-            made = self.made(removal)
-            copy_data(data, made)
-            if ask_item(self.engine, item.hash).is_open:
-                raise LoggableError('it was opened while its data was copied')
-            rename_new(made, target)
-            removal.mark('copied')
-        item.tell(('d.directory_base.set', new))
-        if ask_item(self.engine, item.hash).directory_base != new:
-            raise LoggableError(f'rTorrent took {quoted(new)} for something else')
-        self.open_data(item, removal)
-        item.tell(('d.save_full_session',))
+        discard(copy)                   # what a crash left
+        os.mkdir(copy, 0o700)
+        made = os.path.join(copy, os.path.basename(target))
+        copy_data(removal.data, made)
+        if ask_item(self.engine, item.hash).is_open:
+            raise LoggableError('it was opened while its data was copied')
+        removal.mark('copied')
+        rename_new(made, target)
 
     @staticmethod
-    def made(removal: Removal) -> str:
-        """Return the root of the copy in the temporary folder."""
-        return os.path.join(removal.facts['copy'], os.path.basename(removal.data.root))
+    def tell_place(item: Item, root: str) -> None:
+        """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
+        folder, last = os.path.split(root)
+        if not item.is_multi_file:
+            item.tell(('d.directory_base.set', folder))
+        elif plain_parts([last]) == plain_parts([item.name]):
+            item.tell(('d.directory.set', folder))
+        else:
+            item.tell(('d.directory_base.set', root))
 
-    def open_data(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item; LoggableError where it does not find all files."""
+    @staticmethod
+    def is_at(item: Item, root: str) -> bool:
+        """Tell whether rTorrent looks for an item at a root."""
+        folder, last = os.path.split(item.absolute(item.directory_base))
+        if not item.is_multi_file:
+            return os.path.join(folder, last) == os.path.dirname(root)
+        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
+            [os.path.basename(root)])
+
+    def open_there(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
+        target = removal.facts['new']
         item.tell(('d.open',))
         now = ask_item(self.engine, item.hash)
+        if not self.is_at(now, target):
+            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
         if sum(file.is_created for file in now.files) < len(removal.data.files):
-            target = quoted(removal.facts['target'])
-            raise LoggableError(f'rTorrent cannot open the data at {target}: it stays at the old '
-                                'place, too')
+            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
+                                'the old place')
+        item.tell(('d.save_full_session',))
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -5343,35 +6182,34 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',), ('d.directory_base.set', item.directory_base))
+        item.tell(('d.close',))
+        if DOUBTFUL.search(removal.facts['old']):
+            self.tell_place(item, removal.data.root)
+        else:
+            item.tell(('d.directory_base.set', removal.facts['old']))
         if 'copied' in removal.steps:
-            os.rename(removal.facts['target'], self.made(removal))
-        self.discard_copy(removal)
+            copies = data_at(removal.data, removal.facts['new'])
+            if len(copies.files) == len(removal.data.files):
+                delete_data(copies)
+        discard(removal.facts['copy'])
         start_again(item)
         removal.drop()
 
-    @staticmethod
-    def discard_copy(removal: Removal) -> None:
-        """Delete the temporary folder of a move, if it is still that one."""
-        copy = removal.facts['copy']
-        if identity(copy) == tuple(removal.facts['copy_identity']):
-            discard(copy)
-
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['target']
-        self.discard_copy(removal)
+        data, target = removal.data, removal.facts['new']
         left = [file for file in data.files if os.path.lexists(file.path)]
         try:
-            why = ''
-            if len(self.data_at(data._replace(files=left), target).files) < len(left):
+            why, users = '', Users(self.engines())
+            if len(data_at(data._replace(files=left), target).files) < len(left):
                 why = f'{quoted(target)} does not have all of it'
-            for path in Users(self.engines()).of(data, [item.owner]).values():
+            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
             else:
-                removal.remove_files()
+                delete_data(data)
+            discard(removal.facts['copy'])
         except BaseException:
             self.pause(item.hash)
             raise
@@ -5381,96 +6219,182 @@ class Move(Choice):
         removal.drop()
 
     def take_up(self, removal: Removal) -> None:
-        """Finish a move that an ended run has begun, or undo it where rTorrent was not told."""
-        facts, item = removal.facts, None
-        with contextlib.suppress(HashNotFound):
-            item = ask_item(self.engine, facts['hash'])
-        if item is None or item.session != facts['session']:
+        """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
+        facts = removal.facts
+        if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
                              'does not have it any more', removal, quoted(removal.data.root))
-            self.discard_copy(removal)
+            discard(facts['copy'])
             removal.drop()
             return
         require_same_files(self.engine)
-        told = item.absolute(item.directory_base) == facts['new']
-        item = item._replace(state=facts['state'], is_open=facts['is_open'])
-        if told:
-            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['target']))
-            self.open_data(item, removal)
-            self.finish(item, removal)
-        else:
+        item = ask_item(self.engine, facts['hash'])
+        told = self.is_at(item, facts['new'])
+        item = item._replace(state=facts['state'], is_open=facts['is_open'],
+                             is_active=facts['is_active'])
+        copies = data_at(removal.data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
+        if not told and not whole:
             self.LOG.info('the move of %s was cut short; it is started again at its old place',
                           removal)
-            self.discard_copy(removal)
+            discard(facts['copy'])
             start_again(item)
             removal.drop()
+            return
+        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+        try:
+            if not told:
+                item.tell(('d.close',))
+                self.tell_place(item, facts['new'])
+            self.open_there(item, removal)
+        except LoggableError:
+            if all(os.path.lexists(file.path) for file in removal.data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
 
 
 class Inotify:
-    """Changes in folders, told by Linux; raises OSError where that does not work."""
-    ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
-    MOVE_SELF, OVERFLOW, IGNORED, ONLYDIR, ISDIR = 0x800, 0x4000, 0x8000, 0x1000000, 0x40000000
+    """Wakes who waits for changes in folders, as Linux tells of them.
+
+    Raises OSError where that does not work.
+    """
+    # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
+    # the last one is ONLYDIR.
+    MASK = 0x4 | 0x8 | 0x80 | 0x100 | 0x400 | 0x800 | 0x1000000
 
     def __init__(self) -> None:
         import ctypes
-        self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
-        self.folders: dict[int, str] = {}       # by the number of the watch
-        self.stream = open(self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC), 'rb', 0)
+        self.get_errno = ctypes.get_errno
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.watches: set = set()               # numbers
+        self.added: set = set()                 # those since the last drop_others()
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        handle = self.call('inotify_init1', flags)
+        self.events = open(handle, 'rb', 0)
+        # A disk mounted over a folder is no event of the folder; this file tells of it.
+        self.mounts = open('/proc/self/mountinfo', 'rb', 0)
+        self.poll = select.poll()
+        self.poll.register(self.events, select.POLLIN)
+        self.poll.register(self.mounts, select.POLLPRI)
 
     def call(self, name: str, *args: Any) -> int:
         """Return what a system call gives."""
         result = getattr(self.libc, name)(*args)
         if result < 0:
-            raise OSError(self.ctypes.get_errno(), os.strerror(self.ctypes.get_errno()))
+            number = self.get_errno()
+            raise OSError(number, os.strerror(number))
         return result
 
     def add(self, folder: str) -> None:
-        """Watch one folder; one that is watched already by another name goes by this one."""
-        mask = (self.ATTRIB | self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE
-                | self.MOVE_SELF | self.ONLYDIR)        # ATTRIB: it may be readable now
-        self.folders[self.call('inotify_add_watch', self.stream.fileno(), os.fsencode(folder),
-                               mask)] = folder
+        """Watch a folder; one that is watched already stays so."""
+        handle = self.events.fileno()
+        path = os.fsencode(folder)
+        watch = self.call('inotify_add_watch', handle, path, self.MASK)
+        self.added.add(watch)
 
-    def forget(self, folder: str) -> None:
-        """Watch a folder and what is below it no longer; this wakes who waits for events."""
-        for watch, path in list(self.folders.items()):
-            if os.path.join(path, '').startswith(os.path.join(folder, '')):
-                self.libc.inotify_rm_watch(self.stream.fileno(), watch)
-                self.folders.pop(watch, None)
+    def drop_others(self) -> None:
+        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
+        handle = self.events.fileno()
+        for watch in self.watches - self.added:
+            self.libc.inotify_rm_watch(handle, watch)
+        self.watches = self.added
+        self.added = set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; tell whether something changed."""
+        milliseconds = max(seconds, 0) * 1000
+        return bool(self.poll.poll(milliseconds))
+
+    def forget(self) -> None:
+        """Take what happened so far for seen."""
+        self.events.read(1 << 16)
 
     def close(self) -> None:
         """Watch nothing any more."""
-        self.folders.clear()
-        self.stream.close()
+        self.events.close()
+        self.mounts.close()
 
-    def events(self) -> Iterator[tuple[int, str]]:
-        """Give (mask, path) of what happened; the path of an overflow is empty.
 
-        IGNORED: a folder that was watched is gone.
-        """
-        content, at = self.stream.read(1 << 16) or b'', 0
-        while at < len(content):
-            watch, mask, _, length = struct.unpack_from('iIII', content, at)
-            name = content[at + 16:at + 16 + length].rstrip(b'\0')
-            at += 16 + length
-            folder = self.folders.pop(watch, '') if mask & self.IGNORED else \
-                self.folders.get(watch, '')
-            if folder or mask & self.OVERFLOW:
-                yield mask, os.path.join(folder, os.fsdecode(name)) if name else folder
+def as_sent(text: str) -> str | bytes:
+    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
+    if re.fullmatch('[ -\ud7ff]*', text):
+        return text
+    return text.encode('utf-8', 'surrogateescape')
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from another, and from itself before it was changed."""
+    device: int
+    inode: int
+    size: int
+    changed: int                        # Unix nanoseconds, as nobody can set them
+    modified: float                     # Unix seconds
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """Return the stamp of a file."""
+    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+                     status.st_mtime)
+
+
+# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
+NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
+
+
+def is_tied(tied: str, path: str) -> bool:
+    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
+    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
+        return True
+    with contextlib.suppress(OSError):
+        return identity(tied) == identity(path)
+    return False
 
 
 def parse_mode(text: str) -> str:
     """Return how new items are loaded: normal or start."""
-    if text.lower() not in ('', 'normal', 'load', 'start', 'started'):
+    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
+             'started': 'start'}
+    mode = modes.get(text.lower())
+    if mode is None:
         raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return 'start' if text.lower().startswith('start') else 'normal'
+    return mode
+
+
+NEVER = float('inf')
+
+
+class Handled(NamedTuple):
+    """A file that was handled: in which state, and when again although it stays like that."""
+    stamp: FileStamp
+    due: float = NEVER                  # monotonic seconds
+    pause: float = 0.0                  # seconds from one try to the next
+
+
+class Refused(LoggableError):
+    """rTorrent does not take a metafile, and will not take it later either."""
+
+
+class LoadPlan(NamedTuple):
+    """What becomes of a metafile."""
+    how: str                            # started, queued, or nothing
+    commands: list[str]                 # for the new item
+    values: dict[str, Any]              # what templates know of it
+
+    @property
+    def suffix(self) -> str:
+        """What follows in the log."""
+        if not self.how:
+            return ''
+        return f' [{self.how}]'
 
 
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
-    What a look through the trees or an event finds goes into `waiting`, as does a root that is
-    not there; work() handles it.
+    A look through the trees decides what is new; an event of inotify only means `look again`.
+    A thread waits for events, and for files that are to be tried again.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -5485,356 +6409,580 @@ class TreeWatch(Job):
                                                          'before, and is not tied to it'),
         Option('check_unhandled', parse_bool, 'yes', 'has no effect: files are never missed'),
         Option('preload_fields', str, '', 'has no effect: what is needed is known'),
-        Option('trace_inotify', parse_bool, 'no', 'log every event'),
+        Option('trace_inotify', parse_bool, 'no', 'log when inotify tells of changes'),
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    ENDINGS = ('.torrent', '.load', '.start', '.queue')
-    RETRY = 5                           # seconds between looks at files that wait
+    FLAGS = ('start', 'load', 'queue')
+    # Trash and caches of file servers and file systems; so are all that begin with a dot.
+    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
+                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
+                         'lost+found'))
+    TELL = CommandTemplate('print={{told}}', ('told',))
+    SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    RETRY = 5.0                         # seconds until what did not work is tried again
+    MOST = 3600.0                       # seconds, to which that grows
+    REST = 9                            # times as long as it looked it does not look again
+    LONGEST = 60.0                      # seconds until a thread sees that it is to end
     NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                       'filetype label traits flags'.split())
 
     @staticmethod
     def folders(config: Any) -> list[str]:
         """Return the folders that a configuration names."""
-        return [os.path.abspath(os.path.expanduser(path.strip()))
-                for path in config.path.split(os.pathsep) if path.strip()]
+        folders = []
+        for path in config.path.split(os.pathsep):
+            if path.strip():
+                path = os.path.expanduser(path.strip())
+                folders.append(os.path.abspath(path))
+        return folders
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
             raise UserError('is not set', option='path')
-        for root in self.roots:
-            if not os.path.isdir(root):
-                raise UserError(f'{root!r} is not a folder', option='path')
         self.commands = []
-        for key in sorted(key for key in config if key.startswith(self.families)):
-            with reading(key):
-                self.commands.append(CommandTemplate(config[key], self.NAMES))
+        for key in sorted(config):
+            if key.startswith(self.families):
+                with reading(key):
+                    self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
-        self.done: dict[str, Any] = {}          # path -> stamp of a file that is dealt with
-        self.waiting: dict[str, float] = {}     # path -> when to look at it, monotonic seconds
-        self.by_path = None if self.engine.address.is_local() else False    # None: not known
-        self.use_inotify = config.inotify and not config.alone
+        self.handled: dict[str, Handled] = {}
+        self.untied_file = self.state_file('untied')
+        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
+        self.untied = self.read_untied()
+        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.trouble: dict[str, str] = {}       # what the last look could not read, and why
+        self.next_look = 0.0                    # monotonic seconds, though nothing changes
+        self.rested = 0.0                       # no look before that, whatever changes
+        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
+        if not self.engine.address.is_local():
+            self.by_path = False
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
-        self.ended = False
+        self.ended = threading.Event()
+
+    def risks(self) -> list[str]:
+        """Return what lets others load items: folders that every user may write."""
+        texts = []
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if os.stat(root).st_mode & 0o002:
+                    texts.append(f'{root}, which is watched, can be written by every user')
+        return texts
 
     def run(self) -> None:
         """Look through the trees, and see to it that changes are watched."""
         with self.lock:
-            if self.use_inotify and (not self.inotify or self.inotify.stream.closed):
-                try:
-                    self.inotify = Inotify()
-                    self.thread = threading.Thread(target=self.watch, args=(self.inotify,),
-                                                   daemon=True)
-                    self.thread.start()
-                except (ImportError, AttributeError, OSError, RuntimeError) as error:
-                    self.LOG.warning('no inotify, files are found on schedule only: %s', error)
-                    if self.inotify:
-                        self.inotify.close()
-                    self.use_inotify, self.inotify = False, None
-            trouble = self.look()
-            self.work()
-        if trouble:
-            raise LoggableError(trouble)
+            reason = self.start_watching()
+            self.look()
+        if reason or self.trouble:
+            raise LoggableError(reason or self.trouble_text())
 
     def cleanup(self) -> None:
-        """End the watching thread."""
-        self.ended = True
-        if self.inotify and self.thread:
-            if self.lock.acquire(timeout=5):    # else it is in a call, and will see `ended`
-                self.inotify.forget(os.sep)
-                self.lock.release()
-            self.thread.join(5)
+        """Load nothing any more; a file in progress has a while to end."""
+        self.ended.set()
+        if self.lock.acquire(timeout=5):
+            self.lock.release()
+
+    # Watching.
+
+    def start_watching(self) -> str:
+        """Have a thread look at once when something changes; return why that is not possible."""
+        if not self.config.inotify or self.config.alone:
+            return ''
+        if self.thread and self.thread.is_alive():
+            return ''
+        self.inotify = None
+        try:
+            self.inotify = Inotify()
+            self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
+            self.thread.start()
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            if self.inotify:
+                self.inotify.close()
+            self.inotify = None
+            return (f'no inotify, files are found on schedule only: {error}; where that is how '
+                    'it should be, write inotify = no')
+        return ''
 
     def watch(self, inotify: Inotify) -> None:
-        """Handle files as they appear, and those that wait; a thread, while there are watches."""
-        poll = select.poll()
-        poll.register(inotify.stream.fileno(), select.POLLIN)
-        timeout: float | None = 0.0
-        while not inotify.stream.closed:
-            poll.poll(timeout)
-            with self.lock, contextlib.ExitStack() as close_unless_all_went_well:
-                close_unless_all_went_well.callback(inotify.close)
-                for mask, path in inotify.events():
-                    self.see(inotify, mask, path)
-                with contextlib.suppress(RpcError):             # the engine has told it
-                    self.work()
-                due = min(self.waiting.values(), default=None)
-                timeout = None if due is None else max(due - time.monotonic(), 0) * 1000 + 1
-                if (inotify.folders or self.waiting) and not self.ended:
-                    close_unless_all_went_well.pop_all()
+        """Look again whenever something changes; a thread, until cleanup()."""
+        with contextlib.closing(inotify):
+            while True:
+                left = self.next_look - time.monotonic()
+                changed = inotify.wait(min(left, self.LONGEST))
+                if self.ended.wait(self.rested - time.monotonic()):
+                    return
+                if not changed and left > self.LONGEST:
+                    continue
+                if changed and self.config.trace_inotify:
+                    self.LOG.info('inotify: something changed')
+                inotify.forget()
+                with self.lock:
+                    self.look_again()
 
-    def see(self, inotify: Inotify, mask: int, path: str) -> None:
-        """Note what one event of inotify tells."""
-        if self.config.trace_inotify:
-            self.LOG.info('inotify %#x %s', mask, quoted(path))
-        trouble = ''
-        if mask & Inotify.OVERFLOW:
-            self.LOG.info('too many changes at once for inotify: looking through everything')
-            trouble = self.look()
-        elif mask & (Inotify.IGNORED | Inotify.MOVE_SELF):
-            if path in self.roots and path not in self.waiting:
-                inotify.forget(path)            # it is a folder elsewhere now, or none
-                self.waiting[path] = time.monotonic() + self.RETRY
-                trouble = f'{quoted(path)} is gone; it is watched again when it is back'
-        elif mask & Inotify.ISDIR and mask & Inotify.MOVED_FROM:
-            inotify.forget(path)
-        elif mask & Inotify.ISDIR:
-            trouble = self.scan([path])
-        elif not mask & Inotify.MOVED_FROM:
-            self.note(path)
-        if trouble:
-            self.LOG.warning('%s', trouble)
-
-    def look(self) -> str:
-        """Note all files of the trees, watch all folders anew; return what cannot be read."""
-        if self.inotify:
-            self.inotify.forget(os.sep)         # also what was moved away unseen
-        self.waiting.clear()
-        trouble = self.scan(self.roots)
-        self.done = {path: stamp for path, stamp in self.done.items() if path in self.waiting}
-        return trouble
-
-    def scan(self, folders: list[str]) -> str:
-        """Note the files below folders, which are watched from before they are read."""
-        left = folders[:]
-        trouble: dict[str, str] = {}            # one folder for each reason is enough
-
-        def failed(error: OSError) -> None:
-            """Note why a folder cannot be watched or read."""
-            why = 'too many inotify watches' if error.errno == errno.ENOSPC else \
-                str(error.strerror)
-            if folder in self.roots or error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                trouble.setdefault(why, f'{quoted(folder)} cannot be watched or read: {why}')
-            if folder in self.roots and not os.path.isdir(folder):
-                self.waiting[folder] = time.monotonic() + self.RETRY
-
-        for folder in left:                     # it grows meanwhile
-            try:
-                if self.inotify:
-                    self.inotify.add(folder)
-            except OSError as error:            # the schedule finds its files
-                failed(error)
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            left.append(entry.path)
-                        else:
-                            self.note(entry.path)
-            except OSError as error:
-                failed(error)
-        return '; '.join(trouble.values())
-
-    def note(self, path: str) -> None:
-        """Let work() handle a file, if its name is one of a metafile."""
-        if path.lower().endswith(self.ENDINGS):
-            self.waiting[path] = 0.0
-
-    def work(self) -> None:
-        """Handle the files that are due; raises Unreachable when rTorrent is away."""
-        now = time.monotonic()
-        for path in sorted(path for path, due in self.waiting.items() if due <= now):
-            if self.ended:
-                return
-            del self.waiting[path]
-            try:
-                if path not in self.roots:
-                    self.handle(path)
-                elif os.path.isdir(path):
-                    self.LOG.info('%s is there again', quoted(path))
-                    self.scan([path])
-                else:
-                    self.waiting[path] = time.monotonic() + self.RETRY
-            except Unreachable:
-                self.waiting = dict.fromkeys([path, *self.waiting], time.monotonic() + self.RETRY)
-                raise
-
-    def handle(self, path: str) -> None:
-        """Load a file if it is a new metafile; one that may be half-written waits."""
-        stamp: Any = None
+    def look_again(self) -> None:
+        """Look, and say in the log what run() would raise."""
+        before = self.trouble
         try:
-            found = os.stat(path)
-            stamp = found.st_ino, found.st_ctime_ns, found.st_size
-            if self.done.get(path) != stamp:
-                self.load(path, read_metafile(path))
-        except (FileNotFoundError, NotADirectoryError):
-            self.done.pop(path, None)
-            return
-        except OSError as error:
-            stamp = stamp or error.errno
-            if self.done.get(path) != stamp:
-                self.LOG.warning('%s: %s', quoted(path), error.strerror)
-        except ValueError as error:
-            if abs(time.time() - found.st_mtime) < 2 * self.RETRY and not self.config.alone:
-                self.waiting[path] = time.monotonic() + self.RETRY
+            self.look()
+        except Unreachable:
+            # The engine has told it; what else was found is told by the next look.
+            self.trouble = before
+        except LoggableError as error:
+            self.trouble = {'': str(error)}
+        if self.trouble and self.trouble != before:
+            self.LOG.warning('%s', self.trouble_text())
+        elif before and not self.trouble:
+            self.LOG.info('all folders are watched again')
+
+    def trouble_text(self) -> str:
+        """Return in one line what the last look could not read."""
+        return '; '.join(self.trouble.values())
+
+    # Looking.
+
+    def look(self) -> None:
+        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        began = time.monotonic()
+        # Unless it gets to its end.
+        self.next_look = began + self.RETRY
+        files = self.scan()
+        now = time.monotonic()
+        took = now - began
+        self.rested = now + self.REST * took
+        for path in self.handled.keys() - files.keys():
+            del self.handled[path]
+        try:
+            self.handle_new(files)
+        finally:
+            self.keep_untied(files)
+        dues = [done.due for done in self.handled.values()]
+        # A root that is not watched, or not there: no event will tell of it.
+        if not self.trouble.keys().isdisjoint(self.roots):
+            dues.append(now + self.RETRY)
+        self.next_look = min(dues, default=NEVER)
+
+    def handle_new(self, files: dict[str, FileStamp]) -> None:
+        """Handle the files that are new, were changed, or are to be tried again."""
+        now = time.monotonic()
+        for path in sorted(files):
+            if self.ended.is_set():
                 return
-            self.LOG.warning('%s is no metafile: %s', quoted(path), error)
+            stamp = files[path]
+            done = self.handled.get(path)
+            if done is None or done.stamp != stamp or done.due <= now:
+                self.handled[path] = self.handle(path, stamp, done)
+
+    def scan(self) -> dict[str, FileStamp]:
+        """Return the metafiles below the roots; have their folders watched."""
+        files: dict[str, FileStamp] = {}
+        self.trouble = {}
+        session = self.session_folder()
+        visited = {session}
+        left = collections.deque(self.roots)
+        while left:
+            folder = left.popleft()
+            try:
+                self.scan_folder(folder, visited, left, files)
+            except OSError as error:
+                self.failed(folder, error)
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                if session and identity(root) == session:
+                    self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
+        if self.inotify:
+            self.inotify.drop_others()
+        return files
+
+    def scan_folder(self, folder: str, visited: set, left: collections.deque,
+                    files: dict) -> None:
+        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
+        known = identity(folder)
+        if known and known in visited:
+            return
+        visited.add(known)
+        # Watched before it is read: what comes in between is in both.
+        self.watch_folder(folder)
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+        if any(entry.name == self.SESSION_LOCK for entry in entries):
+            return
+        for entry in entries:
+            try:
+                self.scan_entry(entry, left, files)
+            except OSError as error:
+                self.failed(entry.path, error)
+
+    def watch_folder(self, folder: str) -> None:
+        """Have changes in a folder told; where that fails, the schedule finds its files."""
+        if not self.inotify:
+            return
+        try:
+            self.inotify.add(folder)
+        except OSError as error:
+            self.failed(folder, error)
+
+    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
+        """Add a metafile to `files`, or a folder to `left`."""
+        name = entry.name
+        if not entry.is_dir():
+            if self.is_metafile(name):
+                files[entry.path] = file_stamp(entry.stat())
+        elif name.startswith('.') or name in self.SKIPPED:
+            return
+        elif entry.is_symlink():
+            # Last, so that a folder goes by its own name where it has one in the trees.
+            left.append(entry.path)
+        else:
+            left.appendleft(entry.path)
+
+    def is_metafile(self, name: str) -> bool:
+        """Tell whether a file's name is one of a metafile; flags are lower case."""
+        if name.endswith(('.load', '.start', '.queue')):
+            return True
+        return name.lower().endswith('.torrent')
+
+    def failed(self, path: str, error: OSError) -> None:
+        """Note what cannot be watched or read; one for each reason is enough."""
+        why = str(error.strerror)
+        if error.errno == errno.ENOSPC:
+            why = 'too many inotify watches'
+        text = f'{quoted(path)} cannot be watched or read: {why}'
+        if path in self.roots:
+            self.trouble[path] = text
+        # Else it is gone again.
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            self.trouble.setdefault(why, text)
+
+    def session_folder(self) -> Identity | None:
+        """Return the identity of rTorrent's session folder; None as long as it is not known.
+
+        What lies there is rTorrent's own: it is not loaded, and never removed.
+        """
+        engine = self.engine
+        if engine.session_path:
+            # One that may not be looked at cannot be reached from a watched folder either.
+            with contextlib.suppress(OSError):
+                return identity(os.path.join(engine.cwd, engine.session_path))
+        return None
+
+    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
+    # their item. An item that was erased must not come back from them, as long as they stay.
+
+    def read_untied(self) -> dict[str, list]:
+        """Return what the file in the state folder says."""
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.untied_file, encoding='ascii') as stream:
+                return dict(json.load(stream))
+        return {}
+
+    def keep_untied(self, files: dict[str, FileStamp]) -> None:
+        """Keep that for the next start, without files that are gone."""
+        if not self.trouble:
+            for path in self.untied.keys() - files.keys():
+                # On another device the disk of the file is not mounted now.
+                folder = identity(os.path.dirname(path))
+                if folder and folder[0] == self.untied[path][2]:
+                    del self.untied[path]
+        if self.untied == self.kept or self.dry_run:
+            return
+        text = json.dumps(self.untied)
+        replace_file(self.untied_file, text)
+        self.kept = self.untied.copy()
+
+    # Loading.
+
+    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
+        """Load a new metafile; return when it is to be handled again."""
+        try:
+            self.load(path, stamp, read_metafile(path))
+            return Handled(stamp)
         except Unreachable:
             raise
-        except LoggableError as error:
-            self.LOG.warning('%s is not loaded: %s', quoted(path), error)
-        except Exception:
-            self.LOG.exception('%s is not loaded', quoted(path))
-        self.done[path] = stamp
+        except FileNotFoundError:
+            return Handled(stamp)
+        except ValueError as error:
+            if self.may_be_growing(stamp):
+                return Handled(stamp, time.monotonic() + self.RETRY)
+            why = f'is no metafile: {error}'
+        except Refused as error:
+            why = f'is not loaded: {error}'
+        except Exception as error:
+            return self.try_later(path, stamp, before, error)
+        self.LOG.warning('%s %s', quoted(path), why)
+        return Handled(stamp)
+
+    def may_be_growing(self, stamp: FileStamp) -> bool:
+        """Tell whether somebody may be writing a file just now."""
+        if self.config.alone:
+            return False
+        age = time.time() - stamp.modified
+        # The clock of a file server may be ahead.
+        return abs(age) < 2 * self.RETRY
+
+    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
+                  error: Exception) -> Handled:
+        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
+        name = quoted(path)
+        pause = self.RETRY
+        if before and before.stamp == stamp and before.pause:
+            pause = min(2 * before.pause, self.MOST)
+            self.LOG.debug('%s is not loaded: %s', name, error)
+        elif isinstance(error, (OSError, LoggableError)):
+            self.LOG.warning('%s is not loaded: %s', name, error)
+        else:
+            self.LOG.error('%s is not loaded', name, exc_info=error)
+        due = time.monotonic() + pause
+        return Handled(stamp, due, pause)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
-        root = max((root for root in self.roots if lies_in(path, root)), key=len, default=folder)
-        relative = os.path.relpath(folder, root)
-        kind = os.path.splitext(meta.main_file)[1]
-        traits = name_traits(meta.name, kind[1:].lower())
+        roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
+        root = max(roots, key=len, default=folder)
+        parts = folder[len(root):].strip(os.sep).split(os.sep)
+        # Flags at its end are no part of a label.
+        while parts and parts[-1] in self.FLAGS:
+            parts.pop()
+        relative = os.sep.join(parts)
+        ending = os.path.splitext(meta.main_file)[1]
+        kind = ending[1:]
+        traits = name_traits(meta.name, kind.lower())
+        label = traits['kind']
+        if label and kind:
+            label += f'/{kind}'
+        alias = meta.tracker
+        if alias:
+            alias = tracker_alias(alias, self.engine.aliases)
+        flags = {*path.split(os.sep), *base.split('.')}
         return {
-            'pathname': path, 'watch_path': root, 'rel_path': relative,
-            'relpath': '' if relative == '.' else relative,
-            'info_hash': meta.info_hash, 'info_name': meta.name, 'filetype': kind,
-            'tracker_alias': meta.tracker and tracker_alias(meta.tracker, self.engine.aliases),
-            'flags': {*path.split(os.sep), *base.split('.')} - {''}, 'traits': traits,
-            'label': traits['kind'] and f"{traits['kind']}/{kind[1:]}".strip('/')}
+            'pathname': path,
+            'watch_path': root,
+            'rel_path': relative or '.',
+            'relpath': relative,
+            'info_hash': meta.info_hash,
+            'info_name': meta.name,
+            'filetype': ending,
+            'tracker_alias': alias,
+            'flags': flags - {''},
+            'traits': traits,
+            'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict]:
-        """Return for a file: queued, started or nothing; commands; the template's values."""
+    def plan(self, path: str, meta: Metafile) -> LoadPlan:
+        """Return what is to become of a file; flags in its path count more than options."""
         values, config = self.values(path, meta), self.config
-        flags = set(map(str.lower, values['flags']))
-        start = 'start' in flags or 'load' not in flags and (
-            config.started or config.load_mode == 'start')
-        commands = [command for template in self.commands
-                    for command in template.commands(values)]
-        if not config.queued and 'queue' not in flags:
-            return 'started' if start else '', commands, values
-        return 'queued', commands + ['d.priority.set=0'] * (not start), values
+        flags = values['flags']
+        commands = []
+        for template in self.commands:
+            commands += template.commands(values)
+        start = 'start' in flags
+        if not start and 'load' not in flags:
+            start = config.started or config.load_mode == 'start'
+        if config.queued or 'queue' in flags:
+            if not start:
+                commands.append('d.priority.set=0')
+            return LoadPlan('queued', commands, values)
+        if start:
+            return LoadPlan('started', commands, values)
+        return LoadPlan('', commands, values)
 
-    def load(self, path: str, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, and wait for that."""
-        proxy, name = self.engine.open(), quoted(meta.name)
-        how, commands, _ = self.plan(path, meta)
-        with contextlib.suppress(HashNotFound):
-            file = os.path.expanduser(proxy.d.tied_to_file(meta.info_hash))
-            tied, ours = (re.sub(r'(%[0-9A-F]{2}|[^ -~]|\?)+', '?', text)   # as rTorrent has it
-                          for text in (file, path))
-            if tied != ours and os.path.realpath(file) != os.path.realpath(path):
-                self.LOG.info('%s: %s is loaded already', quoted(path), name)
-                gone = file and not os.path.exists(file)
-                if self.config.remove_already_added and not gone and (  # else this may be the last
-                        self.announce('removing', quoted(path))):
-                    os.remove(path)
-            return
-        shown = f' [{how}]' if how else ''
-        if self.dry_run:
-            self.announce('loading', name, 'from', quoted(path) + shown)
-            return
-        self.send(proxy, path, meta, how == 'started', commands)
-        self.LOG.info('loaded %s from %s%s', name, quoted(path), shown)
-        message = proxy.d.message(meta.info_hash) if commands else ''
-        if 'creation failed' in message:        # a command was wrong; the item is there
-            self.LOG.warning('%s: %s', name, quoted(message))
-        if self.config.print_to_client and not self.config.quiet:
-            with contextlib.suppress(RpcError):
-                proxy.print('', f'torque: loaded {ascii(meta.name)} from {ascii(path)}{shown}')
+    def ask(self, *call: str) -> Any:
+        """Return the answer to one question, an RpcError where it failed."""
+        return self.engine.ask([call])[0]
 
-    def send(self, proxy: Proxy, path: str, meta: Metafile, start: bool, texts: list) -> None:
-        """Load by path where rTorrent sees the file, else by content; wait for the item."""
-        if not all(re.fullmatch('[ -\ud7ff]*', text) for text in (path, *texts)):
-            path, *texts = (text.encode('utf-8', 'surrogateescape') for text in (path, *texts))
-            proxy = Proxy(self.engine.send, self.engine.address.where, False, self.engine.notice)
-        patience = 1 + len(meta.content) / 5e6
-        pattern = re.search(r'[*?[]', os.fsdecode(path))        # rTorrent would look for others
-        by_path = self.by_path is not False and not pattern
-        if by_path:
-            (proxy.load.start if start else proxy.load.normal)('', path, *texts)
-            if self.appears(proxy, meta.info_hash, patience):
-                self.by_path = True
+    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
+        """Load a metafile unless its item is there, or was erased."""
+        tied = self.ask('d.tied_to_file', meta.info_hash)
+        # The first answer of a new rTorrent may be the first that tells of its session.
+        if identity(os.path.dirname(path)) == self.session_folder():
+            return
+        known = [meta.info_hash, stamp.modified, stamp.device]
+        if not isinstance(tied, HashNotFound):
+            without_errors([tied])
+            tied = os.path.expanduser(tied)
+            if is_tied(tied, path):
+                self.untied.pop(path, None)
                 return
-        try:
-            (proxy.load.raw_start if start else proxy.load.raw)('', meta.content, *texts)
-        except Unreachable:
-            if len(meta.content) > 100000:
-                proxy.system.pid('')            # is it away, or was this too much for it?
-                raise LoggableError(f'{show_size(len(meta.content))} are more than rTorrent takes '
-                                    'in one request') from None
-            raise
-        if not self.appears(proxy, meta.info_hash, patience):
-            raise LoggableError('rTorrent did not take it, and does not say why'
-                                + ('' if meta.tracker else '; it has no tracker: is DHT off?'))
-        if by_path and self.by_path is None:
-            self.by_path = False                # it sees other files than torque does
-        if pattern and self.by_path:            # so that it goes with its item, as others do
-            proxy.d.tied_to_file.set(meta.info_hash, path)
-            proxy.d.save_full_session(meta.info_hash)
+            self.untied[path] = known
+            self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
+            if self.config.remove_already_added:
+                self.remove(path, stamp, tied)
+        elif self.untied.get(path, [])[:2] == known[:2]:
+            self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
+        elif not self.load_new(path, meta):
+            self.untied[path] = known
 
-    @staticmethod
-    def appears(proxy: Proxy, item: str, seconds: float) -> bool:
-        """Tell whether an item comes up in time."""
-        end, pause = time.monotonic() + seconds, 0.0002
+    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+        """Remove a file that was read, unless it may be the last metafile of the item."""
+        if tied and not os.path.exists(tied):
+            return
+        # A link, and a file that was changed since it was read, have another stamp.
+        if file_stamp(os.lstat(path)) != stamp:
+            return
+        if self.announce('removing', quoted(path)):
+            os.remove(path)
+
+    def load_new(self, path: str, meta: Metafile) -> bool:
+        """Load a metafile and wait for its item; tell whether that is tied to the file."""
+        plan = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
+        if self.dry_run:
+            self.announce('loading', shown)
+            return True
+        commands = plan.commands
+        if self.config.print_to_client and not self.config.quiet:
+            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
+            commands = self.TELL.commands({'told': told}) + commands
+        start = plan.how == 'started'
+        tied = self.send(path, meta, start, commands)
+        self.LOG.info('loaded %s', shown)
+        if plan.commands:
+            message = str(self.ask('d.message', meta.info_hash))
+            # Of a command that failed; the item is there all the same.
+            if 'creation failed' in message:
+                self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
+        return tied
+
+    def send(self, path: str, meta: Metafile, start: bool, commands: list[str]) -> bool:
+        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
+        by_path, by_content = 'load.normal', 'load.raw'
+        if start:
+            by_path, by_content = 'load.start', 'load.raw_start'
+        file = as_sent(path)
+        texts = [as_sent(text) for text in commands]
+        # The path of load.normal is a pattern: rTorrent would look for other files.
+        is_pattern = re.search(r'[*?[]', path)
+        if self.by_path is not False and not is_pattern:
+            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+            if self.appears(meta):
+                self.by_path = True
+                return True
+        self.send_content((by_content, '', meta.content, *texts))
+        if not self.appears(meta):
+            why = 'rTorrent did not take it, and does not say why'
+            if not meta.tracker:
+                why += '; it has no tracker: is DHT off?'
+            raise Refused(why)
+        if is_pattern:
+            return self.tie(meta.info_hash, path)
+        # It took the content and not the path: it sees other files than torque does.
+        if self.by_path is None:
+            self.by_path = False
+        return False
+
+    def send_content(self, call: tuple) -> None:
+        """Load by content; what is too large for one request is no sign that rTorrent is away."""
+        try:
+            without_errors(self.engine.tell([call]))
+        except Unreachable:
+            size = len(call[2])
+            if size <= 100000:
+                raise
+            self.ask('system.pid', '')
+            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
+                          ) from None
+
+    def appears(self, meta: Metafile) -> bool:
+        """Tell whether a new item comes up in time: load commands never say what went wrong."""
+        end = time.monotonic() + 1 + len(meta.content) / 5e6
+        pause = 0.0002
         while True:
-            with contextlib.suppress(HashNotFound):
-                proxy.d.hash(item)
+            answer = self.ask('d.hash', meta.info_hash)
+            if not isinstance(answer, HashNotFound):
+                without_errors([answer])
                 return True
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
+    def tie(self, info_hash: str, path: str) -> bool:
+        """Tie an item to its file if rTorrent sees that; they go together then."""
+        if why_unseen(self.engine):
+            return False
+        answers = self.engine.tell([
+            ('d.tied_to_file.set', info_hash, as_sent(path)),
+            ('d.save_full_session', info_hash)])
+        return not isinstance(answers[0], RpcError)
+
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not path.lower().endswith(self.ENDINGS):
-                raise ValueError(f"its name ends in none of {' '.join(self.ENDINGS)}")
+            if not self.is_metafile(os.path.basename(path)):
+                raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            how, commands, values = self.plan(path, meta)
+            plan = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        place = '' if values['watch_path'] in self.roots else ' (if it lay below path)'
-        there = ''
+        how = plan.how or 'loaded, not started'
+        first = f'{path}: {how}'
+        if plan.values['watch_path'] not in self.roots:
+            first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
-            self.engine.open().d.hash(meta.info_hash)
-            there = '; but it is loaded already'
-        values['flags'] = sorted(values['flags'])
-        return [f"{path}: {how or 'loaded, not started'}{place}{there}",
-                *(f'  {name} = {value!r}' for name, value in sorted(values.items())),
-                *(f'  command {command}' for command in commands)]
+            without_errors([self.ask('d.hash', meta.info_hash)])
+            first += '; but it is loaded already'
+        lines = [first]
+        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
+        for name, value in sorted(values.items()):
+            lines.append(f'  {name} = {value!r}')
+        for command in plan.commands:
+            lines.append(f'  command {command}')
+        return lines
 
 
 # --- Config ----------------------------------------------------------------------------------
-# torque.ini becomes entries (value and place), entries become settings, settings become jobs.
-# Every mistake is collected as one line `file:line: setting: what is wrong; what is allowed`;
-# only when there is none does anything start. config_ini is the configuration as jobs see it.
+# torque.ini becomes entries (a value and its place), entries become settings, settings become
+# planned jobs, and those become the objects that run. Mistakes are collected as (file, line,
+# text), so that all are told at once, each as `file:line: setting: what is wrong; what is
+# allowed`; only where there is none does anything start. What has no effect is a warning.
+# config_ini is the configuration as jobs see it. All of this runs in the main thread.
 
-DEFAULTS = {                            # jobs under those of the ini: handler, schedule, active
-    'connstats': ('torque:EngineStats', 'minute=*', 'yes'),
-    'fluxstats': ('torque:InfluxDB', 'second=*/15', 'no'),
-    'queue': ('torque:QueueManager', 'second=*/15', 'no'),
-    'treewatch': ('torque:TreeWatch', 'hour=*', 'no')}
-HANDLERS = {                            # names that pyrocore and pyrosimple have for our jobs
-    f'{package}.{name}': f'torque:{ours}'
-    for package in ('pyrocore.torrent', 'pyrocore.job', 'pyrosimple.torrent', 'pyrosimple.job')
-    for name, ours in {
-        'jobs:EngineStats': 'EngineStats', 'metrics:EngineStats': 'EngineStats',
-        'jobs:InfluxDBStats': 'InfluxDB', 'jobs:InfluxDB': 'InfluxDB',
-        'queue:QueueManager': 'QueueManager', 'watch:QueueManager': 'QueueManager',
-        'watch:TreeWatch': 'TreeWatch',
-        'action:Action': 'Action', 'action:Command': 'Command',
-        'action:ItemCommand': 'ItemCommand', 'move_path:PathMover': 'Move'}.items()}
-BUILT_IN = {f'torque:{name}': job for name, job in list(globals().items())
-            if isinstance(job, type) and issubclass(job, Job) and hasattr(job, 'run')}
+INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+DEFAULTS = """[TORQUE]
+job.connstats.handler = torque:EngineStats
+job.connstats.schedule = minute=*
+job.connstats.active = yes
+job.fluxstats.handler = torque:InfluxDB
+job.fluxstats.schedule = second=*/15
+job.fluxstats.active = no
+job.queue.handler = torque:QueueManager
+job.queue.schedule = second=*/15
+job.queue.active = no
+job.treewatch.handler = torque:TreeWatch
+job.treewatch.schedule = hour=*
+job.treewatch.active = no
+"""
+BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
+# Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
+OLD_HANDLERS = {
+    'jobs:EngineStats': 'EngineStats',
+    'metrics:EngineStats': 'EngineStats',
+    'jobs:InfluxDBStats': 'InfluxDB',
+    'jobs:InfluxDB': 'InfluxDB',
+    'queue:QueueManager': 'QueueManager',
+    'watch:QueueManager': 'QueueManager',
+    'watch:TreeWatch': 'TreeWatch',
+    'action:Action': 'Action',
+    'action:Command': 'Command',
+    'action:ItemCommand': 'ItemCommand',
+    'move_path:PathMover': 'Move'}
 
 
 def origin(error: BaseException) -> str:
     """Return one line that says what was raised and in which line of which file."""
+    if isinstance(error, SyntaxError):
+        return f'{error.filename}:{error.lineno}: {error.msg}'
     place, trace = '', error.__traceback__
     while trace:
         file = trace.tb_frame.f_code.co_filename
         if not file.startswith('<') and file != __file__:
             place = f'{file}:{trace.tb_lineno}: '
         trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        return f'{error.filename}:{error.lineno}: {error.msg}'
     return f'{place}{type(error).__name__}: {error}'
 
 
@@ -5845,27 +6993,49 @@ def required(text: str) -> str:
     return text
 
 
-def import_handler(text: str) -> Any:
-    """Return the class that `module.path:ClassName` names."""
-    text = required(text).replace('::', ':')
-    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', text):
-        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
-    module, name = HANDLERS.get(text, text).split(':')
+def handler_name(text: str) -> str:
+    """Return the `module:Class` of a handler, of ours for those of pyrocore and pyrosimple.
+
+    >>> handler_name('pyrocore.torrent.jobs::InfluxDBStats'), handler_name('my.jobs:Space')
+    ('torque:InfluxDB', 'my.jobs:Space')
+    """
+    text = text.replace('::', ':')
+    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.(\S+)', text)
+    if old and old[1] in OLD_HANDLERS:
+        return 'torque:' + OLD_HANDLERS[old[1]]
+    return text
+
+
+def import_module(module: str, name: str) -> Any:
+    """Return a module that has the class `name`; raises UserError whatever goes wrong."""
     import importlib
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if module != missing and not module.startswith(missing + '.'):
+            raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
+        hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
+        if module.endswith('.py'):
+            hint = f'; write {module[:-3]}:{name}'
+        raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
+                        f'Python does){hint}') from None
     except (Exception, SystemExit) as error:    # whatever the module does when imported
-        if isinstance(error, ModuleNotFoundError) and error.name and (
-                module == error.name or module.startswith(error.name + '.')):
-            hint = f'; write {module[:-3]}:{name}' if module.endswith('.py') else \
-                nearest(text, BUILT_IN)
-            raise UserError(f'there is no module {error.name!r} (looked beside the ini and where '
-                            f'Python does){hint}') from None
         raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-    if not callable(getattr(found, name, None)):
-        classes = [other for other in dir(found) if isinstance(getattr(found, other), type)]
-        raise UserError(f'module {module!r} has no class {name!r}{nearest(name, classes)}')
-    return getattr(found, name)
+
+
+def import_handler(text: str) -> Any:
+    """Return the class that `module.path:ClassName` names."""
+    handler = handler_name(required(text))
+    if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
+        raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
+    path, name = handler.split(':')
+    module = import_module(path, name)
+    handler_class = getattr(module, name, None)
+    if not callable(handler_class):
+        classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
+        raise UserError(f'module {path!r} has no class {name!r}{nearest(name, classes)}')
+    return handler_class
 
 
 def parse_due(text: str) -> Schedule:
@@ -5902,7 +7072,8 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('same_files', parse_bool, 'no', 'its paths mean files of this machine, though torque '
                                            'cannot prove it'),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
-    Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
+    Option('rpc_limit', parse_size, '64m', 'largest answer of rTorrent that is read'),
+    Option('dry_run', parse_bool, 'no', 'all jobs only say what would be done'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
     Option('pid_file', str, '', 'left out, torque.pid in state_dir'),
@@ -5910,13 +7081,29 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
+CORE_NAMES = [option.name for option in CORE_OPTIONS]
 TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
+class Place(NamedTuple):
+    """Where a setting stands: a file or `-D`, and the line, 0 where there is none."""
+    file: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        if self.line:
+            return f'{self.file}:{self.line}'
+        return self.file
+
+
 class Entry(NamedTuple):
-    """A value in the ini, and where it stands, as file:line."""
+    """A value of the configuration, and where it stands."""
     value: str
-    place: str
+    place: Place
+
+
+Entries = Dict[str, Entry]              # by name
+Mistake = Tuple[Place, str]             # where, and what is wrong
 
 
 class UnknownJob(UserError):
@@ -5924,84 +7111,228 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration, a line each."""
+    """All that is wrong with a configuration; `lines` has a line for each, in their order."""
 
-    def __init__(self, lines: list[str]):
-        def number(line: str) -> list[int]:
-            return [int(digits) for digits in re.findall(r'^[^:]*:(\d+): ', line)]
-        self.lines = [one_line(line) for line in sorted(dict.fromkeys(lines), key=number)]
+    def __init__(self, mistakes: list[Mistake]):
+        self.mistakes = mistakes
+        self.lines = []
+        for place, text in sorted(dict.fromkeys(mistakes), key=operator.itemgetter(0)):
+            self.lines.append(one_line(f'{place}: {text}'))
         super().__init__('\n'.join(self.lines))
 
 
+class NumberedParser(configparser.RawConfigParser):
+    """Puts before each key the number of its line, and leaves the delimiter behind it.
+
+    optionxform() is called while the line of the key is in hand. Keys with numbers are all
+    different, so none is lost when it is given twice.
+    """
+    SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
+    # Matches any line, so that none ends the reading; is_key() tells what was no key.
+    OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
+
+    def __init__(self, lines: list[str], file: str):
+        super().__init__(strict=False, default_section='', interpolation=None)
+        self.number = 0
+        self.read_file(self.counted(lines), file)
+
+    def counted(self, lines: list[str]) -> Iterator[str]:
+        """Give a header for what stands before the first one, then the lines."""
+        yield '[ ]'
+        for self.number, line in enumerate(lines, 1):
+            yield line
+
+    def optionxform(self, optionstr: str) -> str:
+        return f'{self.number} {optionstr}'
+
+    def rows(self) -> list[tuple[int, str, str, str]]:
+        """Return (line, section, key with delimiter, value) of all that was read, in order."""
+        rows = []
+        for section in self.sections():
+            for numbered, value in self.items(section):
+                number, _, key = numbered.partition(' ')
+                rows.append((int(number), section.strip().upper(), key, value))
+        return sorted(rows)
+
+
+def common_section(section: str, key: str) -> str:
+    """Return under which section torque has a setting of pyrocore's config.ini; or nothing."""
+    if section in ('INFLUXDB', 'ANNOUNCE'):
+        return section
+    if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
+        return 'TORQUE'
+    return ''
+
+
+def is_key(text: str) -> bool:
+    """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
+    if text[-1] not in '=:' or text[0] in '=:[':
+        return False
+    return not re.search(r'\s;', text)
+
+
+def excerpt(text: str, line: str) -> str:
+    """Return part of a line as a message may show it; line: what tells of secrets in it."""
+    if re.search(SECRET + '|url', line):
+        return '***'
+    return quoted(redacted(text.strip()), 60)
+
+
 class Ini:
-    """The entries of configuration files by section and key, mistakes, and warnings."""
+    """The entries of configuration files by section and key; mistakes, warnings, notes."""
 
     def __init__(self) -> None:
-        self.sections: dict[str, dict[str, Entry]] = {'TORQUE': {}}
-        self.mistakes: list[str] = []
+        self.sections: dict[str, Entries] = {'TORQUE': {}}
+        self.mistakes: list[Mistake] = []
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
-    @staticmethod
-    def excerpt(text: str, line: str) -> str:
-        """Return part of a line as a message may show it."""
-        return '***' if re.search(SECRET, line) else quoted(redacted(text.strip()), 60)
+    def refuse(self, place: Place, text: str) -> None:
+        """Add a mistake."""
+        self.mistakes.append((place, text))
 
-    def read(self, lines: Iterable[str], name: str) -> None:
-        """Add the entries of one file, by the rules of pyrocore's parser.
+    def warn(self, place: Place, text: str) -> None:
+        """Add a warning of what has no effect, or another one than it seems."""
+        self.warnings.append(one_line(f'{place}: {text}'))
 
-        configparser knows no lines, and cuts comments from the wrong ones.
-        """
-        section = key = ''
-        indent: int | None = None               # of the last key: what stands deeper goes on it
-        found: dict = {}                        # (section, key) -> [value, place]
+    def read(self, text: str, file: str, common: bool = False) -> None:
+        """Add the entries of one file; common: it is pyrocore's config.ini."""
+        lines = [line.rstrip() for line in text.split('\n')]
+        rows = NumberedParser(lines, file).rows()
+        self.warn_of_glued(lines, file, {row[0] for row in rows})
+        before = ''
+        for number, section, key, value in rows:
+            name = key[:-1].rstrip()
+            if common:
+                section = common_section(section, name)
+                if not section:
+                    continue
+            place = Place(file, number)
+            line = lines[number - 1]
+            shown = excerpt(line, before + line)    # it may go on a secret
+            before = name
+            if not is_key(key):
+                self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
+            elif section:
+                value = self.without_comment(place, name, value, line)
+                self.add(section, name, value, place)
+            elif number == rows[0][0]:
+                self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
+                                   'under [TORQUE]')
+
+    def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
+        """Warn of lines that look like settings, and go on a value because they are indented."""
+        pattern = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
         for number, line in enumerate(lines, 1):
-            line, place = line.replace('\ufeff', '').rstrip(), f'{name}:{number}'
-            text, depth = line.lstrip(), len(line) - len(line.lstrip())
-            deeper = indent is not None and depth > indent
-            if not text or line[0] in '#;' or text[0] in '#;' and not deeper:
-                continue
-            if deeper:
-                if key:                         # else it goes on a line that was refused
-                    found[section, key][0] += '\n' + text
-                    if re.match(rf"(job\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", text):
-                        self.warnings.append(f'{place}: an indented line belongs to the value '
-                                             f'above it: {self.excerpt(text, line)}')
-                continue
-            cut = re.search(r'\s;', text)
-            header = re.match(r'\[([^]]+)\]', text)
-            entry = re.match(r'([^=:[][^=:]*)[=:](.*)', text[:cut.start()] if cut else text)
-            if header:
-                section, key, indent = header[1].upper(), '', None
-            elif not section or not entry:
-                self.mistakes.append(f'{place}: {self.excerpt(text, line)} ' + (
-                    'is neither KEY = VALUE nor [SECTION]' if section or text[0] == '['
-                    else 'stands before any [SECTION]; settings belong under [TORQUE]'))
-                section, key, indent = section or '?', '', depth
-            else:
-                if cut and '=' in text[cut.end():]:
-                    self.warnings.append(f'{place}: text after `;` is a comment: '
-                                         f'{self.excerpt(text[cut.end():], line)}')
-                key, indent = entry[1].strip(), depth
-                if (section, key) in found:
-                    self.warnings.append(f'{place}: {key} stands here again, and this one counts, '
-                                         f'not that of {found[section, key][1]}')
-                found[section, key] = [entry[2].strip(), place]
-        for (section, key), (value, place) in found.items():
-            self.add(section, key, '' if value == '""' else value, place)
+            setting = pattern.match(line)
+            if setting and number not in keys:
+                self.warn(Place(file, number), f'{setting[1]} is indented, so it belongs to the '
+                                               'value above it')
 
-    def add(self, section: str, key: str, value: str, place: str) -> None:
+    def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
+        """Return a value without empty lines, and without the `; note` that ends its first one."""
+        first, *more = value.split('\n')
+        comment = re.search(r'\s;', line)
+        if comment:
+            first = first[:comment.start() - len(line)].rstrip()
+            said = line[comment.end():]
+            if re.search(r'\.(args$|cmd[._])', key):
+                self.warn(place, f'{key}: text after ` ;` is a comment, and cut off from the '
+                                 f'command: {excerpt(said, line)}; a ; without a blank before '
+                                 'it belongs to the value')
+            elif '=' in said:
+                self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
+        if first == '""':
+            first = ''
+        return '\n'.join([first, *filter(None, more)])
+
+    def add(self, section: str, key: str, value: str, place: Place) -> None:
         """Add one entry; a later one replaces an earlier one."""
-        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.mistakes.append(f'{place}: {key}: {self.excerpt(value, key)}: nothing is '
-                                 'interpolated; write the value itself, and %% for %')
-        self.sections.setdefault(section, {})[key] = Entry(value.replace('%%', '%'), place)
+        entries = self.sections.setdefault(section, {})
+        if key in entries and entries[key].place.file == place.file:
+            self.warn(place, f'{key} stands here again, and this one counts, not that of '
+                             f'{entries[key].place}')
+        if not key.isprintable():
+            self.refuse(place, f'{quoted(key)}: a name has no control characters')
+        elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
+                               'the value itself, and %% for %')
+        else:
+            entries[key] = Entry(value.replace('%%', '%'), place)
 
-    def warn_if_near(self, word: str, known: Iterable[str], place: str, text: str) -> None:
-        """Warn of something without an effect where it looks like a slip."""
-        close = nearest(word, known)
-        if close:
-            self.warnings.append(f'{place}: {text}{close}')
+    def override(self, text: str) -> None:
+        """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
+        place = Place('-D')
+        key, equals, value = text.partition('=')
+        key, value = key.strip(), value.strip()
+        section, _, rest = key.partition('.')
+        section = section.upper()
+        if not equals or not section:
+            self.refuse(place, f'{excerpt(text, text)}: allowed is KEY=VALUE or section.KEY=VALUE')
+        elif rest and section in (*self.sections, *SECTIONS):
+            self.add(section, rest, value, place)
+        else:
+            self.add('TORQUE', key, value, place)
+
+
+def read_text(path: str) -> str:
+    """Return the text of a configuration file; raises Mistakes where there is none."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            wrong = 'is no regular file'        # a pipe would block, a device might never end
+        elif os.path.getsize(path) > INI_LIMIT:
+            wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
+        else:
+            with open(path, encoding='utf-8-sig') as stream:
+                return stream.read()
+    except UnicodeDecodeError as error:
+        wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
+    except OSError as error:
+        wrong = str(error.strerror)
+    raise Mistakes([(Place(path), wrong)])
+
+
+def read_common(ini: Ini, path: str) -> None:
+    """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
+    file = beside(path, 'config.ini')
+    if not os.path.isfile(file) or os.path.realpath(path) == file:
+        return
+    try:
+        ini.read(read_text(file), file, common=True)
+        ini.notes.append(one_line(f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, '
+                                  '[INFLUXDB], [ANNOUNCE]'))
+    except Mistakes as error:
+        ini.warnings.append(str(error))
+
+
+def read_files(path: str, overrides: Iterable[str]) -> Ini:
+    """Return the entries of the defaults, of the user's files over them, and of -D over all."""
+    ini = Ini()
+    ini.read(DEFAULTS, '<defaults>')
+    read_common(ini, path)
+    ini.read(read_text(path), path)
+    for text in overrides:
+        ini.override(text)
+    return ini
+
+
+def beside(path: str, name: str | None) -> str:
+    """Return where a file named in a configuration is: a relative name is beside it."""
+    if not name:
+        return ''
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.path.join(folder, os.path.expanduser(name))
+
+
+def default_state_dir(path: str) -> str:
+    """Return the folder of state of one configuration file, by its real path."""
+    import hashlib
+    real = os.path.realpath(path)
+    base = os.environ.get('XDG_STATE_HOME')
+    if not base:
+        base = os.path.expanduser('~/.local/state')
+    mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
+    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
 
 def convert(text: str) -> Any:
@@ -6012,168 +7343,178 @@ def convert(text: str) -> Any:
     """
     if re.fullmatch('[0-9]{1,4000}', text):     # Python refuses to convert more
         return int(text)
-    return parse_bool(text) if text.lower() in 'true yes on false no off'.split() else text
+    if text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
+        return parse_bool(text)
+    return text
 
 
-class PlannedJob(NamedTuple):
-    """A job that can be made; place is where the user's file speaks of it."""
-    name: str
-    make: Callable[[JobConfig], Any]
-    config: JobConfig
-    schedule: Schedule
-    places: dict[str, str]              # of its settings, and '' of the first
-    source: dict[str, str]              # all texts it is made of: the same, and so is the job
+def texts_of(entries: Entries) -> Settings:
+    """Return the values of entries as they are."""
+    return Settings((key, entry.value) for key, entry in entries.items())
 
 
-def beside(path: str, name: str | None) -> str:
-    """Return where a file named in a configuration is: a relative name is beside it."""
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.join(folder, os.path.expanduser(name)) if name else ''
+def converted(entries: Entries) -> Settings:
+    """Return the values of entries as pyrocore's jobs expect them; a handler stays text."""
+    values = texts_of(entries)
+    for key, text in values.items():
+        if key not in ('handler', 'schedule'):
+            values[key] = convert(text)
+    return values
 
 
-def default_state_dir(path: str) -> str:
-    """Return the folder of state of one configuration file, by its real path."""
-    import hashlib
-    real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    mark = hashlib.sha256(real.encode('utf-8', 'surrogateescape')).hexdigest()[:8]
-    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
-
-
-def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's file over them, and of -D over both."""
-    ini = Ini()
-    for name, values in DEFAULTS.items():
-        for key, value in zip(('handler', 'schedule', 'active'), values):
-            ini.add('TORQUE', f'job.{name}.{key}', value, '<defaults>')
-    try:
-        with open(path, encoding='utf-8') as stream:
-            ini.read(stream, path)
-    except UnicodeDecodeError as error:
-        raise Mistakes([f'{path}: not UTF-8 text: {error.reason} at byte {error.start}']) from None
-    except OSError as error:
-        raise Mistakes([f'{path}: {error.strerror}']) from None
-    for text in overrides:
-        key, equals, value = text.partition('=')
-        shown = ini.excerpt(text, text)
-        section, dot, rest = key.strip().partition('.')
-        if not equals or not key.strip():
-            ini.mistakes.append(f'-D {shown}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif dot and section.upper() in {*ini.sections, *SECTIONS}:
-            ini.add(section.upper(), rest, value.strip(), '-D')
-        elif dot and section.lower() not in ('job', 'apscheduler', 'httpd'):
-            ini.mistakes.append(f'-D {shown}: there is no section [{section.upper()}]')
-        else:
-            ini.add('TORQUE', key.strip(), value.strip(), '-D')
-    return ini
-
-
-def first_place(entries: dict[str, Entry]) -> str:
+def first_place(entries: Entries) -> Place:
     """Return where the user's file begins to speak of something."""
-    return next((entry.place for entry in entries.values() if entry.place != '<defaults>'),
-                '<defaults>')
+    for entry in entries.values():
+        if entry.place.file != '<defaults>':
+            return entry.place
+    return Place('<defaults>')
 
 
-def group_jobs(ini: Ini) -> dict[str, dict[str, Entry]]:
+def built_in(entries: Entries) -> Any:
+    """Return the class of a job where it is a built-in one, else None."""
+    if 'handler' in entries:
+        for job in BUILT_IN:
+            if handler_name(entries['handler'].value) == f'torque:{job.__name__}':
+                return job
+    return None
+
+
+def is_off(entries: Entries) -> bool:
+    """Tell whether a job's settings say that it is not active."""
+    if 'active' not in entries:
+        return False
+    return entries['active'].value.lower() in FALSE
+
+
+def group_jobs(ini: Ini) -> dict[str, Entries]:
     """Return the entries of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, dict[str, Entry]] = {}
-    ignored = set()
+    groups: dict[str, Entries] = {}
+    others: Entries = {}
     for key, entry in ini.sections['TORQUE'].items():
-        stem, _, rest = key.partition('.')
-        name, _, param = rest.partition('.')
-        if stem == 'job' and name and param:
-            groups.setdefault(name, {})[param] = entry
-        elif stem == 'job':
-            ini.mistakes.append(f'{entry.place}: {key}: allowed is job.NAME.PARAM')
-        elif stem in ('apscheduler', 'httpd'):
-            ignored.add(f'{stem}.*')
-        elif stem not in TORQUE_NAMES:
-            ini.warn_if_near(stem.lower(), [*TORQUE_NAMES, 'job'], entry.place,
-                             f'{key} means nothing to torque')
-    for section, entries in ini.sections.items():
-        if section not in SECTIONS:
-            ini.warn_if_near(section, SECTIONS, first_place(entries),
-                             f'section [{section}] means nothing to torque')
-    for name, entries in groups.items():
-        if 'handler' not in entries:
-            ini.warn_if_near(name, groups.keys() - {name}, first_place(entries),
-                             f'job.{name} has no handler')
-    if ignored:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(ignored))}")
+        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
+        if setting:
+            groups.setdefault(setting[1], {})[setting[2]] = entry
+        elif key.partition('.')[0] == 'job':
+            ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
+        elif key not in TORQUE_NAMES:
+            others[key] = entry
+    old = set()
+    for key, entry in others.items():
+        family = key.partition('.')[0]
+        if family in ('apscheduler', 'httpd'):
+            old.add(f'{family}.*')
+        else:
+            hint = where_it_belongs(key, groups)
+            ini.warn(entry.place, f'{key} means nothing to torque{hint}')
+    if old:
+        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(old))}")
     return groups
 
 
-def checked(options: Iterable[Option], entries: dict[str, Entry], prefix: str,
-            mistakes: list[str]) -> Settings:
-    """Return the values of options, noting the mistakes in them."""
+def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
+    """Return what to write instead of a key of [TORQUE] that has no effect there."""
+    stem, _, rest = key.partition('.')
+    if rest and stem.lower() in ('job', 'jobs'):
+        return f"; did you mean 'job.{rest}'?"
+    if rest and stem in groups:
+        return f"; did you mean 'job.{key}'?"
+    if key in CORE_NAMES:
+        return f'; write job.NAME.{key}, for each job'
+    for name in ('queue', 'treewatch', 'fluxstats'):
+        job = built_in(groups[name])
+        if job and job.takes(key):
+            hint = f'; write job.{name}.{key}'
+            if job.section == 'INFLUXDB':
+                hint += ', or put it under [INFLUXDB]'
+            return hint
+    return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
+
+
+def warn_of_sections(ini: Ini) -> None:
+    """Warn of sections, and of settings in them, that have no effect."""
+    for section, entries in ini.sections.items():
+        if section not in SECTIONS:
+            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+            ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
+            continue
+        for key, entry in entries.items():
+            if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
+                ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs under '
+                                      '[TORQUE]')
+
+
+def checked(options: Iterable[Option], entries: Entries, prefix: str,
+            mistakes: list[Mistake]) -> Settings:
+    """Return the values of options, adding the mistakes in them to `mistakes`."""
     values = Settings()
     for option in options:
         entry = entries.get(option.name) or entries.get(option.alias)
         typed = option.kind != 'text'           # empty is as if it were left out
-        text = entry.value if entry and (entry.value or not typed) else option.default
+        text = option.default
+        if entry and (entry.value or not typed):
+            text = entry.value
+        values[option.name] = None
+        if typed and text == '':
+            continue
         try:
-            values[option.name] = None if typed and text == '' else option.parse(text)
+            values[option.name] = option.parse(text)
         except UserError as error:
             place = entry.place if entry else first_place(entries)
-            mistakes.append(f'{place}: {prefix}{option.name}: {error}')
-            values[option.name] = None
+            mistakes.append((place, f'{prefix}{option.name}: {error}'))
     return values
 
 
-def refuse_unknown(job: Any, prefix: str, entries: dict[str, Entry], shared: dict[str, Entry],
-                   mistakes: list[str]) -> None:
-    """Note what a built-in job, or the section for its like, has that is none of its options."""
-    known = [name for option in (*CORE_OPTIONS, *job.options)
-             for name in (option.name, option.alias) if name]
-    groups = {prefix: entries, '': {} if job.section == 'TORQUE' else shared}
-    mistakes += [f'{entry.place}: {before}{key}: {job.__name__} has no such option'
-                 f"{nearest(key, known) or '; see --list-jobs'}"
-                 for before, group in groups.items() for key, entry in group.items()
-                 if key not in known and not key.startswith(job.families)]
-
-
-def is_off(entries: dict[str, Entry]) -> bool:
-    """Tell whether a job's settings say that it is not active."""
-    return 'active' in entries and entries['active'].value.lower() in FALSE
-
-
-def is_active(name: str, entries: dict[str, Entry], ini: Ini) -> bool:
-    """Tell whether a job is active; warn of a slip that may be what keeps it from that."""
-    if not is_off(entries):
-        return True
-    names = [option.name for option in CORE_OPTIONS]
+def unknown_options(job: Any, prefix: str, entries: Entries) -> list[Mistake]:
+    """Return what is among a built-in job's settings and is none of its options."""
+    known = list(CORE_NAMES)
+    for option in job.options:
+        known += filter(None, (option.name, option.alias))
+    unknown = []
     for key, entry in entries.items():
-        if key not in names and key[:3] != 'cmd':
-            ini.warn_if_near(key, names, entry.place, f'job.{name}.{key} of an inactive job')
-    return False
+        if key not in CORE_NAMES and not job.takes(key) and not key.startswith('job.'):
+            hint = nearest(key, known) or '; see --list-jobs'
+            unknown.append((entry.place, f'{prefix}{key}: {job.__name__} has no such option{hint}'))
+    return unknown
 
 
-def plan_job(name: str, entries: dict[str, Entry], ini: Ini, dry_run: bool) -> PlannedJob:
-    """Return a job ready to be made, if there are no mistakes."""
-    prefix, places = f'job.{name}.', {key: entry.place for key, entry in entries.items()}
-    core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-    make, schedule = core.pop('handler'), core.pop('schedule')
-    config = JobConfig((key, entry.value if key in ('handler', 'schedule') else
-                        convert(entry.value)) for key, entry in entries.items())
-    for key in entries.keys() & {*JobConfig.__annotations__, *dir(dict)}:
-        ini.warnings.append(f'{entries[key].place}: {prefix}{key}: config.{key} is something else; '
-                            f'the job finds it as config[{key!r}]')
-    if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-        shared = ini.sections.get(make.section, {})
-        refuse_unknown(make, prefix, entries, shared, ini.mistakes)
-        for option in make.options:
-            if option.name in entries and option.alias in entries:
-                ini.warnings.append(f'{entries[option.alias].place}: {prefix}{option.alias} is '
-                                    f'another name of {option.name}, and that counts')
-        entries = {**entries, **{
-            option.name: shared[option.name] for option in make.options
-            if option.name in shared and entries.keys().isdisjoint((option.name, option.alias))}}
-        config.update({key: entry.value for key, entry in entries.items()
-                       if key.startswith(make.families)},
-                      **checked(make.options, entries, prefix, ini.mistakes))
-    config.update(core, job_name=name, dry_run=core.dry_run or dry_run)
-    return PlannedJob(name, make, config, schedule, {**places, '': first_place(entries)},
-                      {key: entry.value for key, entry in entries.items()})
+def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
+    """Return a built-in job's entries with those that its section gives to all of its kind.
+
+    What is none of its options is a mistake.
+    """
+    shared = ini.sections.get(job.section, {})
+    merged = dict(entries)
+    ini.mistakes += unknown_options(job, prefix, entries)
+    if job.section != 'TORQUE':
+        ini.mistakes += unknown_options(job, '', shared)
+    for option in job.options:
+        if option.name in entries and option.alias in entries:
+            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
+                                                  f'{option.name}, and that counts')
+        elif option.name in shared and option.alias not in entries:
+            merged.setdefault(option.name, shared[option.name])
+    return merged
+
+
+def import_modules(path: str, groups: dict[str, Entries]) -> None:
+    """Import the modules of all active jobs: each may add fields that others' conditions name."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    for entries in groups.values():
+        if 'handler' in entries and not is_off(entries):
+            with contextlib.suppress(UserError):    # told of when the job is planned
+                import_handler(entries['handler'].value)
+
+
+class PlannedJob(NamedTuple):
+    """A job that can be made."""
+    name: str
+    make: Callable[[JobConfig], Any]
+    config: JobConfig
+    schedule: Schedule
+    places: dict[str, Place]            # of its settings, and '' of the first
+    source: Settings                    # all texts it is made of: the same, and so is the job
 
 
 class Config(Settings):
@@ -6181,127 +7522,165 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
-    __setattr__ = object.__setattr__
-    former: dict[tuple, Engine] = {}    # of the configuration before, which may serve on
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
-        options = checked(TORQUE_OPTIONS, ini.sections['TORQUE'], '', ini.mistakes)
+        self.path = path
+        self.warnings = ini.warnings
+        self.notes = ini.notes
+        warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
-        self.path, self.warnings, self.notes = path, ini.warnings, ini.notes
-        self.clear()
-        for section, entries in ini.sections.items():
-            self[section.lower()] = Settings((key, entry.value) for key, entry in entries.items())
-        self['torque'] = Settings((key, convert(text)) for key, text in self['torque'].items())
-        self['torque'].update(options)
-        self.state_dir = beside(path, options.state_dir) or default_state_dir(path)
-        self.aliases = {name: text.split() for name, text in self.get('announce', {}).items()}
-        self.engines: dict[tuple, Engine] = {}          # by address, timeout and limit
-        self.scgi_entry = ini.sections['TORQUE'].get('scgi_url')
-        self.engine = self.find_engine(ini.sections['TORQUE'], '', ini)
-        folder = os.path.dirname(os.path.realpath(path))
-        if folder not in sys.path:
-            sys.path.append(folder)
-        for entries in groups.values():         # modules first: they may add fields of torrents
-            if 'handler' in entries and not is_off(entries):
-                with contextlib.suppress(UserError):
-                    import_handler(entries['handler'].value)
+        self.fill(ini, dry_run)
+        import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
         for name, entries in groups.items():
-            if name == only or only is None and is_active(name, entries, ini):
-                planned = plan_job(name, entries, ini, dry_run)
-                planned.config.engine = self.engine
-                if planned.config.scgi_url or planned.config.same_files is not None:
-                    planned.config.engine = self.find_engine(entries, f'job.{name}.', ini)
-                planned.config.state_dir, planned.config.alone = self.state_dir, bool(only)
-                self.jobs.append(planned)
-            elif only is not None and entries.get('scgi_url') and not is_off(entries):
-                self.find_engine(entries, f'job.{name}.', ini)  # its items have data, too
-        for planned in self.jobs:
-            planned.config.engines = [*self.engines.values()]
+            if name == only or only is None and not is_off(entries):
+                self.jobs.append(self.plan(name, entries, ini, bool(only)))
+            elif entries.get('scgi_url') and entries['scgi_url'].value:
+                # No job of this run, but its items have data that others must not touch.
+                self.find_engine(entries['scgi_url'].value, self.torque.same_files,
+                                 f'job.{name}.scgi_url', entries, ini)
+            elif only is None and built_in(entries):    # a slip may be why it is not active
+                for place, text in unknown_options(built_in(entries), f'job.{name}.', entries):
+                    ini.warn(place, f'{text} (of an inactive job)')
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
-    def find_engine(self, entries: dict[str, Entry], prefix: str, ini: Ini) -> Any:
-        """Return the Engine for scgi_url; without one for what rTorrent's own rc says."""
-        entry, key = entries.get('scgi_url'), prefix + 'scgi_url'
-        if prefix and not (entry and entry.value):
-            entry, key = self.scgi_entry, 'scgi_url'
-        url = entry.value if entry else ''
+    def fill(self, ini: Ini, dry_run: bool) -> None:
+        """Replace the sections by those of the files, and find what all jobs share."""
+        self.clear()
+        for section, entries in ini.sections.items():
+            self[section.lower()] = texts_of(entries)
+        entries = ini.sections['TORQUE']
+        torque = converted(entries)
+        torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
+        torque['dry_run'] = bool(torque.dry_run or dry_run)
+        self['torque'] = torque
+        self.state_dir = beside(self.path, torque.state_dir)
+        if not self.state_dir:
+            self.state_dir = default_state_dir(self.path)
+        self.aliases = {}
+        for name, text in self.get('announce', {}).items():
+            self.aliases[name] = text.split()
+        self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
+        self.all_engines: list[Engine] = []         # the same, as jobs have them
+        self.engine = self.find_engine(torque.scgi_url, torque.same_files, 'scgi_url', entries,
+                                       ini)
+
+    def plan(self, name: str, entries: Entries, ini: Ini, alone: bool) -> PlannedJob:
+        """Return a job ready to be made, if there are no mistakes."""
+        prefix = f'job.{name}.'
+        core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
+        values = converted(entries)
+        make = core.pop('handler')
+        if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
+            entries = with_shared(make, prefix, entries, ini)
+            values = texts_of(entries)
+            values.update(checked(make.options, entries, prefix, ini.mistakes))
+        schedule = core.pop('schedule')
+        values.update(core)
+        values['job_name'] = name
+        values['dry_run'] = bool(core.dry_run or self.torque.dry_run)
+        if core.same_files is None:
+            values['same_files'] = self.torque.same_files
+        engine = self.engine
+        if core.scgi_url:
+            engine = self.find_engine(core.scgi_url, values.same_files, f'{prefix}scgi_url',
+                                      entries, ini)
+        elif values.same_files != self.torque.same_files:
+            engine = self.find_engine(self.torque.scgi_url, values.same_files, 'scgi_url',
+                                      ini.sections['TORQUE'], ini)
+        config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
+        for key in set(dir(config)).intersection(entries):
+            ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
+                                         f'the job finds it as config[{key!r}]')
+        places = {'': first_place(entries)}
+        for key, entry in entries.items():
+            places[key] = entry.place
+        return PlannedJob(name, make, config, schedule, places, texts_of(entries))
+
+    def find_engine(self, url: str, same_files: bool, key: str, entries: Entries,
+                    ini: Ini) -> Any:
+        """Return the Engine at an address; an empty one is what rTorrent's own rc says.
+
+        key, entries: the setting that a mistake is told of, and those that it stands among.
+        """
+        if not url and ini.mistakes:            # it may be among what was not understood
+            return None
         try:
-            if not url and ini.mistakes:        # it may be among what was not understood
-                return None
             if not url:
-                url, key = find_url(self.torque.rtorrent_rc), 'rtorrent_rc'
-            same_files = self.torque.same_files
-            if prefix and 'same_files' in entries:
-                same_files = entries['same_files'].value.lower() in TRUE
-            made_of = (url, self.torque.rpc_timeout or RPC_TIMEOUT,
-                       self.torque.rpc_limit or RPC_LIMIT, same_files)
-            if made_of not in self.engines:
-                engine = self.former.get(made_of)
-                if not engine:
-                    engine = Engine(*made_of)
-                    engine.aliases = self.aliases
-                self.engines[made_of] = engine
-            return self.engines[made_of]
+                url = find_url(self.torque.rtorrent_rc)
+                key = 'rtorrent_rc'
+            return self.engine_at(url, same_files)
         except UserError as error:
-            entry = entry or entries.get('rtorrent_rc')
-            ini.mistakes.append(f'{entry.place if entry else self.path}: {key}: {error}')
+            entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
+            place = entry.place if entry else Place(self.path)
+            ini.refuse(place, f'{key}: {error}')
             return None
 
-    def snapshot(self) -> list:
-        """Return what restore() takes to go back to this configuration."""
-        return [dict(self), dict(vars(self))]
-
-    def restore(self, snapshot: list) -> None:
-        """Go back to an earlier configuration."""
-        values, attributes = snapshot
-        self.update(values)                     # at no moment is it empty
-        for name in set(self).difference(values):
-            del self[name]
-        vars(self).update(attributes)
+    def engine_at(self, url: str, same_files: bool) -> Engine:
+        """Return the Engine at an address: one for all jobs that name the same."""
+        torque = self.torque
+        timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
+        limit = torque.rpc_limit or RPC_LIMIT
+        made_of = (url, bool(same_files))
+        if made_of not in self.engines:
+            engine = Engine(url, timeout, limit, self.aliases, bool(same_files))
+            self.engines[made_of] = engine
+            self.all_engines.append(engine)
+        return self.engines[made_of]
 
 
 def clean_up(name: str, job: Any) -> None:
-    """Call a job's cleanup(), whatever comes of it."""
+    """Call a job's cleanup(), if it has one, whatever comes of it."""
     try:
-        getattr(job, 'cleanup', lambda: None)()
+        if hasattr(job, 'cleanup'):
+            job.cleanup()
     except BaseException as error:
         logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
+
+
+def make_job(planned: PlannedJob) -> Any:
+    """Return the object of a job; raises Mistakes."""
+    place, name = planned.places[''], f'job.{planned.name}'
+    try:
+        job = planned.make(planned.config)
+        if callable(getattr(job, 'run', None)):
+            return job
+        text = f'{name}: the class has no run()'
+    except Unreachable:                         # no mistake: it may be there the next time
+        raise
+    except UserError as error:
+        place = planned.places.get(error.option, place)
+        text = f'{name}: {error}'
+        if error.option:
+            text = f'{name}.{error.option}: {error}'
+    except (Exception, SystemExit) as error:
+        text = f'{name} cannot be made: {origin(error)}'
+    raise Mistakes([(place, text)])
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
-    mistakes = []
-    Engine.making.jobs = True
+    mistakes: list[Mistake] = []
     try:
         for planned in plans:
             try:
-                job = made[planned.name] = planned.make(planned.config)
-                if not callable(getattr(job, 'run', None)):
-                    raise UserError('the class has no run()')
-            except UserError as error:
-                place = planned.places.get(error.option) or planned.places['']
-                option = '.'[:bool(error.option)] + error.option
-                mistakes.append(f'{place}: job.{planned.name}{option}: {error}')
-            except (Exception, SystemExit) as error:
-                mistakes.append(f"{planned.places['']}: job.{planned.name} cannot be made: "
-                                f'{origin(error)}')
+                made[planned.name] = make_job(planned)
+            except Mistakes as error:
+                mistakes += error.mistakes
         if mistakes:
             raise Mistakes(mistakes)
     except BaseException:                       # KeyboardInterrupt: torque is to end
         for name, job in made.items():
             clean_up(name, job)
         raise
-    finally:
-        Engine.making.jobs = False
     return made
 
 
@@ -6309,150 +7688,214 @@ config_ini = Config()
 
 
 # --- Daemon ----------------------------------------------------------------------------------
-# The life of the process: the lock on its pid file, what is remembered over restarts, pings of
-# a monitor, reload, and the socket beside the pid file over which --status and --reload ask.
-# What may take long (making jobs, cleanup, answers) has a thread of its own; tasks are changed
-# in the main thread alone, by functions put into the scheduler's mail.
+# The life of the process, from the lock on its pid file to its end or its start over. Planned
+# jobs enter; runs, a log, the status at a socket and pings of a monitor leave. The scheduler is
+# the main thread's. The status, each monitor, each cleanup and the check before a reload have
+# threads of their own, which only read what is the main thread's, or use call_soon().
 
-STATUS_TIMEOUT, RELOAD_TIMEOUT = 10, 60 # seconds that a daemon has to answer over its socket
+STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
+STATUS_LIMIT = 16 << 20         # bytes of it that are read
+STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
+CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
+PID_FILE_PAUSE = 1              # seconds, at least, from one look after the pid file to the next
+LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
+SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
 
 
-@contextlib.contextmanager
-def short_path(path: str) -> Iterator[str]:
-    """Give a name for a Unix socket that fits into the 107 bytes it may have."""
-    if len(os.fsencode(path)) <= 107:
-        yield path
-        return
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+def open_plain(path: str, flags: int) -> int:
+    """Open a plain file of this user, in a folder that others may write to: no link, no pipe.
+
+    Root may read files of others. Raises FileNotFoundError, and UserError for all the rest.
+    """
     try:
-        yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
-    finally:
-        os.close(folder)
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    status = os.fstat(file)
+    own = status.st_uid == os.geteuid()
+    if os.geteuid() == 0 and flags == os.O_RDONLY:
+        own = True
+    if own and stat.S_ISREG(status.st_mode):
+        return file
+    os.close(file)
+    raise UserError(f'{path}: this is no file of your own; it is left alone')
 
 
 class PidFile:
-    """The file with the daemon's pid, locked as long as it lives: what is written does not count.
+    """The file with the daemon's pid, which keeps it locked, and the socket beside it.
 
-    Where somebody has removed it, the socket beside it tells.
+    The lock says whether a daemon runs, the kernel says who answers at the socket: what is
+    written in the file never decides whom a signal is sent to.
     """
 
     def __init__(self, path: str):
         self.path = path
-        self.stream: Any = None
         self.socket = path + '.sock'
+        self.file = -1                          # descriptor, while we hold the lock
+        if len(os.fsencode(self.socket)) > 107:
+            raise UserError(f'pid_file {path}: the name of the socket beside it is longer than '
+                            'the 107 bytes that it may have; set pid_file to a shorter path')
 
-    def acquire(self) -> bool:
-        """Lock the file and write our pid; tell whether nobody else has it."""
-        import fcntl
-        try:
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            stream = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), 'r+')
-        except OSError as error:
-            raise UserError(f'pid file {self.path}: {error.strerror}') from None
-        if self.listener():                     # the file was removed under a daemon
-            stream.close()
+    def inherit(self) -> bool:
+        """Take over the lock from the program that this process was until now, if any."""
+        file = os.environ.pop(LOCK, '')
+        if not file:
             return False
-        if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(stream.fileno(), 65, 0)):
-            stream.close()
-            raise UserError(f'pid file {self.path}: this is something else; it is left alone')
-        for _ in range(20):                     # holder() of another process has it for a moment
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        else:
-            stream.close()
-            return False
-        self.stream = stream
-        os.register_at_fork(after_in_child=stream.close)        # a job's child must not keep it
-        with contextlib.suppress(OSError):      # on a full disk the lock has to do
-            stream.truncate()
-            os.write(stream.fileno(), b'%d\n' % os.getpid())
+        # flock() belongs to the open file: opened anew, it would be refused even to its holder.
+        self.file = int(file)
+        os.set_inheritable(self.file, False)
         return True
 
-    def holder(self) -> int | None:
-        """Return the pid of a running daemon, 0 where it cannot be told, None for no daemon."""
-        import fcntl
+    def keep(self) -> bool:
+        """Lock the file and write our pid, where that is not done; False where another has it."""
+        # A file that was removed or replaced still has our lock, and keeps nobody out.
+        with contextlib.suppress(OSError):
+            there = os.lstat(self.path)
+            if os.path.samestat(there, os.fstat(self.file)):
+                return True
         try:
-            with open(self.path, encoding='ascii', errors='replace') as stream:
-                text, file = stream.read(20).strip(), os.fstat(stream.fileno())
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return self.listener()
-        except BlockingIOError:
-            pass
-        except (FileNotFoundError, NotADirectoryError):
-            return self.listener()
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
         except OSError as error:
             raise UserError(f'pid file {self.path}: {error.strerror}') from None
-        named = int(text) if text.isdigit() else 0
-        try:                                    # Linux knows whose lock it is, whatever is written
-            with open('/proc/locks', encoding='ascii') as locks:
-                rows = [(words[5], int(words[4])) for words in map(str.split, locks)
-                        if words[1] == 'FLOCK' and words[5].endswith(f':{file.st_ino}')]
-        except OSError:
-            return named
-        place = f'{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}'
-        ours = {pid for where, pid in rows if where == place}
-        if named in (ours or {pid for _, pid in rows}):         # btrfs shows another device there
-            return named
-        return max(ours, default=0)
+        file = open_plain(self.path, os.O_RDWR | os.O_CREAT)
+        if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
+            os.close(file)
+            raise UserError(f'pid file {self.path}: this is something else; it is left alone')
+        if not self.lock(file):
+            os.close(file)
+            return False
+        if self.file >= 0:
+            os.close(self.file)
+        self.file = file
+        with contextlib.suppress(OSError):
+            # On a full disk the lock alone has to do.
+            os.ftruncate(file, 0)
+            os.pwrite(file, b'%d\n' % os.getpid(), 0)
+        return True
 
-    def listener(self) -> int | None:
-        """Return the pid of a daemon that answers, where nobody locks the file."""
-        with contextlib.suppress(LoggableError, LookupError, TypeError, ValueError):
-            return int(self.ask('status', 2)['pid'])
-        return None
+    @staticmethod
+    def lock(file: int) -> bool:
+        """Lock an open file; tell whether nobody else has it."""
+        import fcntl
+        for _ in range(20):
+            # A process that only looks, in is_locked(), has the lock for a moment.
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.01)
+        return False
+
+    def is_locked(self) -> bool:
+        """Tell whether a daemon runs."""
+        import fcntl
+        try:
+            file = open_plain(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    def read(self) -> tuple[int, str]:
+        """Return the owner of the file, and what is written in it."""
+        file = open_plain(self.path, os.O_RDONLY)
+        with open(file, encoding='ascii', errors='replace') as stream:
+            owner = os.fstat(file).st_uid
+            return owner, stream.read(20).strip()
+
+    def connect(self, seconds: float) -> tuple[socket.socket, int]:
+        """Return a connection to the daemon, and its pid."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(seconds)
+        try:
+            sock.connect(self.socket)
+        except OSError as error:
+            sock.close()
+            why = error.strerror or error
+            raise LoggableError('torque is starting, or cannot be reached at '
+                                f'{self.socket}: {why}') from None
+        # The kernel says who called listen(), as pid, uid, gid: struct ucred, unix(7).
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, user, _ = struct.unpack('3i', peer)
+        # Root may speak with one whose user owns the pid file, and whose pid it holds.
+        allowed = user == os.geteuid()
+        if os.geteuid() == 0 and not allowed:
+            allowed = self.read() == (user, str(pid))
+        if not allowed:
+            sock.close()
+            raise LoggableError(f'{self.socket}: a process of another user answers; it is left '
+                                'alone')
+        return sock, pid
+
+    def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
+        """Return what the running daemon says of itself."""
+        end = time.monotonic() + seconds
+        content = bytearray()
+        status = None
+        sock, pid = self.connect(seconds)
+        with sock, contextlib.suppress(OSError, ValueError, RecursionError):
+            piece = sock.recv(65536)
+            while piece and len(content) < STATUS_LIMIT:
+                content += piece
+                sock.settimeout(max(end - time.monotonic(), 0.001))
+                piece = sock.recv(65536)
+            if not piece:
+                status = json.loads(content)
+        if not isinstance(status, dict) or not status.keys() >= STATUS_KEYS:
+            raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
+        return status
+
+    def signal(self, number: int) -> int:
+        """Send a signal to the running daemon; return its pid."""
+        sock, pid = self.connect(STATUS_TIMEOUT)
+        sock.close()
+        if pid <= 0:
+            raise LoggableError(f'{self.path}: the daemon is in another pid namespace')
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        return pid
 
     def stop(self, seconds: float) -> bool:
         """End a running daemon, and tell whether there was one; returns when it is gone.
 
         seconds: how long that may take, unless the daemon says more.
         """
-        import signal
-        pid = self.holder()
-        if pid is None:
+        if not self.is_locked():
             return False
-        with contextlib.suppress(LoggableError, KeyError):
-            seconds = max(seconds, self.ask('status', 2)['grace'] + 20)
+        with contextlib.suppress(LoggableError):
+            seconds = max(seconds, self.ask(2)['grace'] + 20)
         end = time.monotonic() + seconds
-        if not pid:
-            raise LoggableError(f'{self.path} is locked by a process that is not seen from here')
-        try:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        except OSError as error:
-            raise LoggableError(f'process {pid} cannot be ended: {error.strerror}') from None
-        while self.holder() == pid:
+        pid = 0
+        while self.is_locked() and not pid:
+            try:
+                pid = self.signal(signal.SIGTERM)
+            except LoggableError:
+                # It may have just begun to start over.
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
+        # A supervisor may have started the next one already, which is not waited for.
+        while self.is_locked() and os.path.exists(f'/proc/{pid}'):
             if time.monotonic() > end:
                 raise LoggableError(f'process {pid} has not ended in {seconds:g} s')
             time.sleep(0.02)
         return True
 
-    def ask(self, question: str, seconds: float) -> Any:
-        """Return a running daemon's answer to status or reload."""
-        try:
-            with socket.socket(socket.AF_UNIX) as sock, short_path(self.socket) as path:
-                sock.settimeout(seconds)
-                sock.connect(path)
-                sock.sendall(question.encode() + b'\n')
-                return json.loads(b''.join(iter(lambda: sock.recv(65536), b'')))
-        except FileNotFoundError:
-            raise LoggableError(f'there is no {self.socket}: torque is starting, or could not make '
-                                'it') from None
-        except (OSError, ValueError) as error:
-            raise LoggableError(f'the daemon does not answer over {self.socket}: {error}') from None
 
-
-def in_thread(function: Callable[[], Any], here: bool = False) -> threading.Thread | None:
-    """Start a function in a thread; where there can be none call it here, or not at all."""
-    thread = threading.Thread(target=function, daemon=True)
+def in_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:
+    """Start a function in a thread; None where there can be none."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
     try:
         thread.start()
-        return thread
     except RuntimeError:
-        if here:
-            function()
         return None
+    return thread
 
 
 class Memory:
@@ -6461,37 +7904,58 @@ class Memory:
 
     def __init__(self, folder: str):
         self.path = os.path.join(folder, 'starts.json')
-        self.lock, self.saved_at, self.repeats = threading.Lock(), 0.0, Repeats()
+        self.lock = threading.Lock()
+        self.saved_at = 0.0
+        self.repeats = Repeats()
         self.log = logging.getLogger('torque.main')
         self.starts: dict[str, float] = {}      # Unix seconds
         self.saved: dict[str, float] = {}       # what of that is on disk
         try:
-            with open(self.path, encoding='utf-8') as stream:
-                found = json.load(stream)
-            if found['version'] != 1:
-                raise ValueError(f"version {found['version']!r}")
-            self.starts = {name: min(float(when), time.time())      # a clock may have been wrong
-                           for name, when in found['starts'].items() if 0 < when < 1 << 33}
+            self.starts = self.read()
         except FileNotFoundError:
             pass
-        except Exception as error:              # whatever a disk may have made of it
+        except Exception as error:
+            # A disk may have made anything of it.
             self.log.warning('%s is not usable, starting without it: %s', self.path,
                              quoted(error, 80))
 
+    def read(self) -> dict[str, float]:
+        """Return what the file says."""
+        with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
+            content = json.load(stream)
+        if content['version'] != 1:
+            raise ValueError(f"version {content['version']!r}")
+        now = time.time()
+        starts = {}
+        for name, when in content['starts'].items():
+            if 0 < when < 1 << 33:
+                # A clock that was wrong may have written a time to come.
+                starts[name] = min(float(when), now)
+        return starts
+
     def started(self, job: PlannedJob) -> None:
         """Note that a job starts: at once where a crash would have it called missed."""
-        catch_up = job.config.catch_up          # then it is on disk before it does
-        self.starts[job.name] = when = time.time()
-        due = None if job.schedule.elapsed else job.schedule.next(when)
-        if (catch_up or due and due - when > self.PAUSE
-                or elapsed_time() - self.saved_at > self.PAUSE):
-            self.save(-1 if catch_up else 1)    # a disk that hangs holds up no other job
+        when = time.time()
+        self.starts[job.name] = when
+        if job.config.catch_up:
+            # It is on disk before the job does anything.
+            self.save(-1)
+            return
+        rare = False
+        if not job.schedule.elapsed:
+            due = job.schedule.next(when)
+            rare = due is not None and due - when > self.PAUSE
+        if rare or elapsed_time() - self.saved_at > self.PAUSE:
+            # A disk that hangs holds up no other job.
+            self.save(1)
 
     def plan(self, jobs: Iterable[PlannedJob]) -> None:
         """Note when jobs are planned for the first time: what they miss, they miss from then."""
-        new = {job.name for job in jobs if not job.config.dry_run} - self.starts.keys()
-        self.starts.update(dict.fromkeys(new, time.time()))
-        if new:
+        now = time.time()
+        for job in jobs:
+            if not job.config.dry_run:
+                self.starts.setdefault(job.name, now)
+        if self.starts.keys() != self.saved.keys():
             self.save(1)
 
     def save(self, patience: float) -> None:
@@ -6503,7 +7967,8 @@ class Memory:
             return
         try:
             starts = dict(self.starts)
-            if starts != self.saved:            # of many at once the first saves them all
+            if starts != self.saved:
+                # Of many that start at once the first saves them all.
                 self.saved_at = elapsed_time()
                 replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
                 self.saved = starts
@@ -6517,8 +7982,11 @@ class Memory:
         """Tell whether a run came due since the last start, while nobody was there."""
         if job.name not in self.starts or job.schedule.elapsed:
             return False
-        unsaved = 0 if job.config.catch_up else self.PAUSE      # of later starts
-        due = job.schedule.next(min(self.starts[job.name] + unsaved, now))
+        start = self.starts[job.name]
+        if not job.config.catch_up:
+            # Of starts that nobody waits for the last may not have been saved.
+            start += self.PAUSE
+        due = job.schedule.next(min(start, now))
         return due is not None and due <= now
 
 
@@ -6527,28 +7995,33 @@ class Pinger:
     MOST_WAITING = 100                  # pings to one monitor; more are dropped
 
     def __init__(self) -> None:
-        self.lock, self.repeats = threading.Lock(), Repeats()
+        self.lock = threading.Lock()
+        self.repeats = Repeats()
         self.queues: dict[str, queue.Queue] = {}        # by scheme and host
         self.log = logging.getLogger('torque.ping')
 
     def send(self, url: str, text: str = '') -> None:
         """Queue one ping."""
         host = '/'.join(url.split('/', 3)[:3])
-        with self.lock, contextlib.suppress(queue.Full):
-            if host not in self.queues:
-                waiting: queue.Queue = queue.Queue(self.MOST_WAITING)
-                if not in_thread(lambda: self.work(waiting)):
+        with self.lock:
+            waiting = self.queues.get(host)
+            if waiting is None:
+                waiting = queue.Queue(self.MOST_WAITING)
+                if not in_thread(self.work, waiting):
                     return
                 self.queues[host] = waiting
-            self.queues[host].put_nowait((url, text))
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait((url, text))
 
     def work(self, waiting: queue.Queue) -> None:
         """Send the pings to one monitor, one after another; a thread."""
         while True:
             url, text = waiting.get()
+            trouble = ''
             try:
                 answer = http_post(url, text.encode('utf-8', 'replace'), {}, 10)
-                trouble = '' if answer.status < 300 else f'HTTP {answer.status} {answer.reason}'
+                if answer.status >= 300:
+                    trouble = f'HTTP {answer.status} {answer.reason}'
             except Exception as error:
                 trouble = str(error)
             if trouble and self.repeats.seen((url, trouble), elapsed_time()):
@@ -6557,16 +8030,30 @@ class Pinger:
 
     def busy(self) -> bool:
         """Tell whether some ping is still on its way."""
-        return any(waiting.unfinished_tasks for waiting in list(self.queues.values()))
+        waiting = list(self.queues.values())
+        return any(one.unfinished_tasks for one in waiting)
 
 
 def systemd_notify(state: str) -> None:
     """Tell systemd our state, when it wants to know (sd_notify)."""
     address = os.environ.get('NOTIFY_SOCKET', '')
-    if address.startswith(('/', '@')):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX,
-                                                         socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), address.replace('@', '\0', 1))
+    if not address.startswith(('/', '@')):
+        return
+    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
+    if address[0] == '@':
+        address = '\0' + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendto(state.encode(), address)
+
+
+def scrubbed_word(word: re.Match) -> str:
+    """Return a word with *** for what stands between the user of a URL and the last @."""
+    login, _, host = word[0].rpartition('@')
+    start = re.search(r'\w://[^\s:/@]*:', login)
+    if start is None:
+        return word[0]
+    return f'{login[:start.end()]}***@{host}'
 
 
 def scrubbed(text: str) -> str:
@@ -6575,388 +8062,523 @@ def scrubbed(text: str) -> str:
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
     'at http://me:***@host/RPC2: refused'
     """
-    def hidden(word: re.Match) -> str:
-        secret, _, host = word[0].rpartition('@')
-        start = re.search(r'\w://[^\s:/@]*:', secret)
-        return f'{secret[:start.end()]}***@{host}' if start else word[0]
-    return re.sub(r'\S+', hidden, text)
+    # Word by word: one pattern for it all would take time by the square of a text's length.
+    return re.sub(r'\S+', scrubbed_word, text)
 
 
-def end_process(status: int, at_once: bool = False) -> None:
-    """End the process where Python would wait for threads or children of jobs, or crash."""
-    if at_once or {'multiprocessing', 'concurrent.futures.thread'}.intersection(sys.modules) or any(
-            not thread.daemon for thread in threading.enumerate()
-            if thread is not threading.main_thread()):
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
-        os._exit(status)
+def end_process(status: int) -> None:
+    """End the process at once: Python itself would wait for threads and children of jobs."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)
 
 
 AS_ROOT = 'torque runs as root; the user of rTorrent is enough'
 
 
-def warn_of_risks(config: Config, told: set[str]) -> None:
-    """Log what lets others read secrets or run commands as this user, unless it is told."""
-    risks = [(os.geteuid() == 0, AS_ROOT)]
-    secrets = [key for section in config.values() for key, value in section.items() if value and (
-        re.search(SECRET + '$', key) or redacted(value) != str(value))]
+def others_may(mode: int, path: str) -> bool:
+    """Tell whether other users have one of these permissions on a file or folder."""
+    with contextlib.suppress(OSError):
+        return bool(os.stat(path).st_mode & mode)
+    return False
 
-    def others_may(mode: int, path: str) -> bool:
-        with contextlib.suppress(OSError):
-            return bool(os.stat(path).st_mode & mode)
-        return False
-    risks += [(others_may(0o044, config.path),
-               f'{config.path} holds {key} and can be read by others: chmod 600')
-              for key in secrets[:1]]
+
+def find_secret(config: Config) -> str:
+    """Return the name of a setting that holds a secret, '' where there is none."""
+    for section in config.values():
+        for key, value in section.items():
+            if value and (re.search(SECRET + '$', key) or redacted(value) != str(value)):
+                return key
+    return ''
+
+
+def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
+    """Return what lets others read secrets or run commands as this user."""
+    risks = []
+    if os.geteuid() == 0:
+        risks.append(AS_ROOT)
+    secret = find_secret(config)
+    if secret and others_may(0o044, config.path):
+        risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
+    if others_may(0o002, config.state_dir):
+        risks.append(f'{config.state_dir}, the state folder, can be written by every user: '
+                     'chmod 700')
     for engine in config.engines.values():
         address = engine.address
-        risks.append((address.kind == 'unix' and others_may(0o002, address.path),
-                      f'{address.where} is open to every user of this machine: each runs '
-                      'commands as you'))
-        risks.append((address.exposed, f'{address.where}: the RPC port of rTorrent may be open to '
-                      'the network: whoever reaches it runs commands as you; bind it to '
-                      '127.0.0.1 or use a socket'))
-    risks += [(others_may(0o002, root), f'{root}, which is watched, can be written by every user')
-              for job in config.jobs if isinstance(job.make, type) and issubclass(
-                  job.make, TreeWatch) for root in job.make.folders(job.config)]
-    for applies, text in risks:
-        if applies and text not in told:
-            told.add(text)
-            logging.getLogger('torque.main').warning('%s', text)
+        if address.kind == 'unix' and others_may(0o002, address.path):
+            risks.append(f'{address.where} is open to every user of this machine: each runs '
+                         'commands as you')
+        if address.exposed:
+            risks.append(f'{address.where}: the RPC port of rTorrent may be open to the network: '
+                         'whoever reaches it runs commands as you; bind it to 127.0.0.1 or use a '
+                         'socket')
+    for job in jobs:
+        if hasattr(job, 'risks'):
+            risks += job.risks()
+    return list(dict.fromkeys(risks))
+
+
+def warn_of(risks: Iterable[str]) -> None:
+    """Log what is dangerous."""
+    for text in risks:
+        logging.getLogger('torque.main').warning('%s', text)
+
+
+def interpreter() -> list[str]:
+    """Return this interpreter and the flags that it was started with."""
+    # Python itself does not keep all of them: -u and -X are nowhere in sys.flags as they stood.
+    with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
+        words = stream.read().split('\0')[:-1]
+    flags = words[1:len(words) - len(sys.argv)]
+    if flags[-1:] == ['-m']:
+        # The name of a module followed; now it is that of a file.
+        flags.pop()
+    return [sys.executable, *flags]
+
+
+def byte_code(source: str) -> str:
+    """Return the path of the byte code of a program, made if need be."""
+    import importlib.util
+    import py_compile
+    path = importlib.util.cache_from_source(source)
+    with open(source, 'rb') as stream:
+        content = stream.read()
+    # PEP 552, byte code that names the hash of its source: a time of whole seconds would not
+    # tell two changes in the same second apart.
+    head = importlib.util.MAGIC_NUMBER + struct.pack('<I', 3)
+    head += importlib.util.source_hash(content)
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as stream:
+        if stream.read(len(head)) == head:
+            return path
+    py_compile.compile(source, path, doraise=True,
+                       invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    return path
+
+
+def run_from_byte_code() -> None:
+    """Start over from byte code, where that can be.
+
+    Python keeps the syntax tree of a script in memory as long as it runs: 16 MiB.
+    """
+    if __name__ != '__main__' or sys.dont_write_bytecode:
+        return
+    with contextlib.suppress(Exception):
+        # Whatever is in the way, it goes on from source.
+        words = [*interpreter(), byte_code(__file__), *sys.argv[1:]]
+        sys.stdout.flush()
+        os.environ[SOURCE] = __file__
+        try:
+            os.execv(words[0], words)
+        finally:
+            del os.environ[SOURCE]
 
 
 class Daemon:
-    """A running torque: its jobs, their tasks, and how they change."""
+    """A running torque: its jobs, their tasks, and what it tells of itself."""
+    TOLD = ('pid', 'started', 'starting', 'stopping', 'reloading', 'refusals', 'mistakes')
 
-    def __init__(self, config: Config, reload: Callable[[Config], None], pid_file: PidFile):
-        self.config, self.load_again, self.pid_file = config, reload, pid_file
+    def __init__(self, config: Config, pid_file: PidFile):
+        self.config = config
+        self.pid_file = pid_file
+        self.folder = os.getcwd()               # a job may go to another one
         self.path = os.path.realpath(config.path)
+        self.pid = os.getpid()
         self.log = logging.getLogger('torque.main')
-        self.scheduler, self.pinger = Scheduler(), Pinger()
+        self.scheduler = Scheduler()
+        self.pinger = Pinger()
         self.memory = Memory(config.state_dir)
-        self.began, self.reloading = elapsed_time(), threading.Lock()
-        self.options: Settings = config.torque  # in use; those of config may be half loaded
-        self.jobs: dict[str, Any] = {}          # a new one may wait for an old one's last run
-        self.leaving: dict[str, Task] = {}      # taken out, until their cleanup is over
-        self.cleaning: list[threading.Thread] = []      # each has its job's name
-        self.planned: dict[str, PlannedJob] = {}
-        self.files: dict[str, int] = {}         # of modules: when they were changed
-        self.told: set[str] = set()             # risks that are in the log
-        self.missed: list[str] = []             # jobs that were due while torque did not run
+        self.repeats = Repeats()
+        self.began = elapsed_time()
+        self.looked_at = self.began             # after the pid file
+        self.started = time.time()
+        self.jobs: dict[str, Any] = {}
+        self.missed: list[str] = []             # what was due while torque did not run
         self.server: socket.socket | None = None
+        self.checker: Any = None                # the child that checks the files
+        self.starting = True
+        self.stopping = False
+        self.reloading = False
+        self.refusals = 0                       # reloads that were refused
+        self.mistakes: list[str] = []           # of the last one
+        self.exit_status = EXIT_OK
 
     def begin(self) -> None:
         """Make the jobs and their tasks; from now on signals and questions are answered."""
-        import signal
-        signal.signal(signal.SIGHUP, lambda *_: self.scheduler.mail.put(self.reload_soon))
-        os.register_at_fork(after_in_child=lambda: [    # our signals are not those of a job's child
-            signal.signal(number, signal.SIG_DFL)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
+        os.register_at_fork(after_in_child=self.leave_child)
+        signal.signal(signal.SIGHUP, self.on_signal)
+        self.listen()
         self.jobs = make_jobs(self.config.jobs)
-        self.planned = {planned.name: planned for planned in self.config.jobs}
-        self.files = self.module_files()
-        for number, end in ((signal.SIGTERM, self.scheduler.stop),
-                            (signal.SIGINT, self.scheduler.interrupt)):
-            signal.signal(number, lambda *_, end=end: self.scheduler.mail.put(end))
-        self.server = self.listen()
-        self.missed = [name for name, planned in sorted(self.planned.items())
-                       if self.memory.missed(planned, time.time())]
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+        now = time.time()
+        for planned in self.config.jobs:
+            missed = self.memory.missed(planned, now)
+            task = self.scheduler.add(self.task(planned, missed))
+            if missed and planned.config.catch_up:
+                self.missed.append(f'{task.name} (made up for now)')
+            elif missed:
+                self.missed.append(task.name)
         self.memory.plan(self.config.jobs)
-        for name in self.jobs:
-            self.scheduler.add(self.task(name, name in self.missed))
 
-    def serve(self) -> int:
-        """Run jobs on schedule until a signal comes; return the exit status."""
-        warn_of_risks(self.config, self.told)
-        self.log.info('started with %d job%s: %s', len(self.jobs), 's'[:len(self.jobs) != 1],
-                      ', '.join(sorted(self.jobs)) or 'none is active')
-        if self.missed:
-            self.log.info('missed while torque was not running: %s', ', '.join(
-                name + ' (made up for now)' * bool(self.planned[name].config.catch_up)
-                for name in self.missed))
-        systemd_notify('READY=1')
-        self.scheduler.serve()
-        systemd_notify('STOPPING=1')
-        hung = self.finish()
+    def leave_child(self) -> None:
+        """Let a process that a job forks have none of what is the daemon's."""
+        os.close(self.pid_file.file)
         if self.server:
             self.server.close()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
+        if number == signal.SIGHUP:
+            self.scheduler.call_soon(self.reload)
+            return
+        hurry = self.stopping and number == signal.SIGINT
+        self.stopping = True
+        self.scheduler.call_soon(functools.partial(self.scheduler.stop, hurry))
+
+    def task(self, planned: PlannedJob, missed: bool) -> Task:
+        """Return the task of a job; missed: it was due while torque did not run."""
+        job = self.jobs[planned.name]
+        config = planned.config
+        run = job.run
+        if not config.dry_run:
+            run = functools.partial(self.run_job, planned, job)
+        task = Task(planned.name, planned.schedule, run, config.max_runtime)
+        task.log.setLevel((config.log_level or 'NOTSET').upper())
+        task.at_start = getattr(job, 'at_start', False) or (missed and config.catch_up)
+        return task
+
+    def run_job(self, planned: PlannedJob, job: Any) -> None:
+        """Run a job, and tell monitor and memory of it; in the thread of that job."""
+        self.memory.started(planned)
+        self.ping(planned, '/start')
+        try:
+            job.run()
+        except BaseException as error:
+            self.ping(planned, '/fail', f'{type(error).__name__}: {error_text(error)}')
+            raise
+        self.ping(planned, '')
+
+    def ping(self, planned: PlannedJob, way: str, text: str = '') -> None:
+        """Tell the monitor of a job, if it has one."""
+        url = self.config.torque.ping_url
+        if 'ping_url' in planned.source:
+            url = planned.config.ping_url
+        if not url or os.getpid() != self.pid:
+            return
+        base, mark, query = url.partition('?')
+        url = base.rstrip('/') + way + mark + query
+        self.pinger.send(url, scrubbed(text[:10000]))
+
+    def serve(self, verb: str) -> None:
+        """Run jobs on schedule until a signal comes, and end the process."""
+        warn_of(list_risks(self.config, self.jobs.values()))
+        noun = 'jobs'
+        if len(self.jobs) == 1:
+            noun = 'job'
+        names = ', '.join(sorted(self.jobs)) or 'none is active'
+        self.log.info('%s with %d %s: %s', verb, len(self.jobs), noun, names)
+        if self.missed:
+            names = ', '.join(sorted(self.missed))
+            self.log.info('missed while torque was not running: %s', names)
+        self.starting = False
+        systemd_notify('READY=1')
+        self.scheduler.serve(self.look_after_pid_file)
+        if not self.reloading:
+            systemd_notify('STOPPING=1')
+        hung = ', '.join(self.finish())
+        if self.reloading and not self.stopping:
+            self.start_over(hung)
+        if self.exit_status != EXIT_RUNNING:    # then it is another daemon's socket by now
             with contextlib.suppress(OSError):
                 os.remove(self.pid_file.socket)
-        self.log.info('stopped%s', f"; still running: {', '.join(sorted(hung))}" if hung else '')
         if hung:
-            Command.end_all()
-        end_process(EXIT_OK, bool(hung))
-        return EXIT_OK
+            hung = '; still running: ' + hung
+        self.log.info('stopped%s', hung)
+        end_process(self.exit_status)
 
-    def finish(self) -> set[str]:
-        """Let runs in progress end, clean up; return the names of those that still run."""
-        self.scheduler.tasks.update(self.leaving)
-        end, running = elapsed_time() + self.options.grace, self.scheduler.running()
+    def finish(self) -> list[str]:
+        """Let runs in progress end, clean up; return the names of jobs that still run."""
+        grace = self.config.torque.grace
+        end = elapsed_time() + grace
+        if self.checker:
+            self.checker.kill()
+        running = self.scheduler.running()
         if running:
-            self.log.info('stopping; %s may run for %g s more',
-                          ', '.join(task.name for task in running), self.options.grace)
-        hung = {task.name for task in self.scheduler.finish(self.options.grace)}
-        for task in list(self.leaving.values()):
-            if task.after_end and task.running_since is None:
-                task.after_end()
-        for name, job in self.jobs.items():
-            if name not in hung or name in self.leaving:        # one that waits has never run
-                self.clean_up(name, job)
+            names = ', '.join(task.name for task in running)
+            self.log.info('stopping; %s may run for %g s more', names, grace)
+        hung = {task.name for task in self.scheduler.finish(grace)}
+        for name in hung:
+            if hasattr(self.jobs[name], 'end_run'):
+                self.jobs[name].end_run()
         end = max(end, elapsed_time() + 0.8)
-        for thread in self.cleaning:
-            thread.join(max(end - elapsed_time(), 0))
-        hung.update(thread.name for thread in self.cleaning if thread.is_alive())
-        end = min(end, elapsed_time() + 3)      # a deaf monitor is not waited for longer
+        hung |= self.clean_up(self.jobs.keys() - hung, end)
+        # A deaf monitor is not waited for longer.
+        end = min(end, elapsed_time() + 3)
         while self.pinger.busy() and elapsed_time() < end:
             time.sleep(0.01)
         self.memory.save(0.5)
-        return hung
+        return sorted(hung)
 
-    def clean_up(self, name: str, job: Any, then: Callable[[], Any] = lambda: None) -> None:
-        """Clean up after a job in a thread: it may take long, or for ever."""
-        def work() -> None:
-            clean_up(name, job)
-            then()
-        thread = in_thread(work, here=True)
-        if thread:
-            thread.name = name
-            self.cleaning = [*filter(threading.Thread.is_alive, self.cleaning), thread]
+    def clean_up(self, names: Iterable[str], end: float) -> set[str]:
+        """Have jobs clean up, until then; return the names of those that still do."""
+        threads = {}
+        for name in names:
+            # Each has a thread of its own, because it may take for ever.
+            thread = in_thread(clean_up, name, self.jobs[name])
+            if thread is None:
+                clean_up(name, self.jobs[name])
+            else:
+                threads[name] = thread
+        for thread in threads.values():
+            thread.join(max(end - elapsed_time(), 0))
+        return {name for name, thread in threads.items() if thread.is_alive()}
 
-    def task(self, name: str, missed: bool = False) -> Task:
-        """Return a task for a job; missed: it was due while torque was not running."""
-        planned, job = self.planned[name], self.jobs[name]
-        config, log = planned.config, logging.getLogger('torque.' + name)
-        log.setLevel(config.log_level.upper() if config.log_level else logging.NOTSET)
-        at_start = bool(getattr(job, 'at_start', False) or missed and config.catch_up)
+    def look_after_pid_file(self) -> None:
+        """Make pid file and socket again where somebody removed them; end for another daemon."""
+        if elapsed_time() < self.looked_at + PID_FILE_PAUSE:
+            return
+        self.looked_at = elapsed_time()
+        try:
+            ours = self.pid_file.keep()
+        except UserError as error:
+            if self.repeats.seen(str(error), elapsed_time()):
+                self.log.warning('%s', error)
+            return
+        if not ours:
+            self.log.error('another torque has %s by now: this one ends', self.pid_file.path)
+            self.exit_status = EXIT_RUNNING
+            self.stopping = True
+            self.scheduler.stop()
+        elif not os.path.exists(self.pid_file.socket):
+            self.listen()
 
-        def ping(way: str, text: str = '') -> None:
-            own = config.ping_url if 'ping_url' in planned.source else self.options.ping_url
-            url, mark, query = (own or '').partition('?')
-            if url:
-                self.pinger.send(url.rstrip('/') + way + mark + query, scrubbed(text)[:10000])
+    def reload(self) -> None:
+        """Have the files checked, by a child, and start over if there are no mistakes in them."""
+        if self.reloading:
+            return
+        self.reloading = True
+        systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        if not in_thread(self.check_files):
+            self.refuse(['there can be no thread for it'])
 
-        def run() -> None:
-            """Run the job, and tell monitor and memory of it."""
-            self.memory.started(planned)
-            ping('/start')
-            try:
-                job.run()
-            except BaseException as error:
-                ping('/fail', f'{type(error).__name__}: {error_text(error)}')
-                raise
-            ping('')
-        return Task(name, planned.schedule, job.run if config.dry_run else run,
-                    config.max_runtime, log, at_start)
+    def check_files(self) -> None:
+        """Have the main thread do what the check of the files calls for; a thread."""
+        mistakes = self.find_mistakes()
+        if mistakes:
+            self.scheduler.call_soon(functools.partial(self.refuse, mistakes))
+        else:
+            self.scheduler.call_soon(self.scheduler.stop)
 
-    @staticmethod
-    def module_files() -> dict[str, int]:
-        """Return when the files of modules that are not Python's own were changed."""
-        own, files = os.path.dirname(os.__file__), {}
-        for module in list(sys.modules.values()):
-            file = getattr(module, '__file__', None) or own
-            with contextlib.suppress(OSError):
-                files[file] = 0 if file.startswith(own) else os.stat(file).st_mtime_ns
-        return files
+    def find_mistakes(self) -> list[str]:
+        """Return what a new program has to say against the files as they are now."""
+        import subprocess
+        # A new process has no module in memory: torque.py and those of jobs are read as they are.
+        words = [*interpreter(), __file__, *sys.argv[1:], '--check-files']
+        try:
+            self.checker = subprocess.Popen(
+                words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE)
+            told = self.checker.communicate(timeout=CHECK_TIMEOUT)[1]
+        except OSError as error:
+            return [f'the files cannot be checked: {error.strerror}']
+        except subprocess.TimeoutExpired:
+            self.checker.kill()
+            return [f'the check of the files took longer than {CHECK_TIMEOUT} s']
+        lines = told.decode('utf-8', 'replace').splitlines()
+        status = self.checker.returncode
+        if status == EXIT_OK:
+            return []
+        if status in (EXIT_CONFIG, EXIT_USAGE):
+            return lines
+        last = ' '.join(lines[-1:])             # of a traceback
+        return [f'torque.py ended with status {status}: {last}']
 
-    def reload_soon(self) -> None:
-        """Reload in a thread of its own: it may take long to make jobs."""
-        if not in_thread(self.reload):
-            self.log.error('not reloaded: there can be no thread for it')
-
-    def reload(self) -> dict[str, list[str]]:
-        """Read the configuration again and swap jobs; return mistakes, which kept the old."""
-        mistakes, notes = ['an earlier reload is not at its end'], []
-        if self.reloading.acquire(timeout=STATUS_TIMEOUT):
-            try:
-                systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
-                mistakes, changed = self.load_and_swap()
-                notes = [f'{name} has changed: that needs a restart' for name in changed]
-            finally:
-                systemd_notify('READY=1')
-                self.reloading.release()
+    def refuse(self, mistakes: list[str]) -> None:
+        """Go on as before, for there are mistakes in the files."""
+        self.mistakes = mistakes
+        self.refusals += 1
+        self.reloading = False
         for line in mistakes:
             self.log.error('not reloaded: %s', line)
-        for line in notes:
-            self.log.warning('%s', line)
-        return {'mistakes': mistakes, 'notes': notes}
+        systemd_notify('READY=1')
 
-    def load_and_swap(self) -> tuple[list[str], list[str]]:
-        """Return mistakes, and what has changed that cannot be swapped: modules, settings."""
-        before, loaded = self.config.snapshot(), Config()
-        loaded.former = self.config.engines
-        mistakes: list[str] = []
-        try:
-            self.load_again(loaded)
-            self.config.restore(loaded.snapshot())      # what jobs see while they are made
-            made = make_jobs(job for job in self.config.jobs if not self.is_same(job))
-        except Exception as error:
-            self.config.restore(before)
-            mistakes = error.lines if isinstance(error, Mistakes) else [
-                str(error) if isinstance(error, UserError) else origin(error)]
-        changed = [file for file, stamp in self.module_files().items()
-                   if self.files.setdefault(file, stamp) != stamp]
-        if not mistakes:
-            changed += [name for name in ('state_dir', 'pid_file', 'log_file')
-                        if self.config.torque[name] != self.options[name]]
-            swapped = threading.Event()
-
-            def in_main_thread() -> None:
-                """Swap, and let the wait here end whatever comes of that."""
-                try:
-                    self.swap(made)
-                except Exception as error:
-                    mistakes.append(origin(error))
-                swapped.set()
-            self.scheduler.mail.put(in_main_thread)
-            swapped.wait()
-            warn_of_risks(self.config, self.told)
-            self.memory.plan(self.planned.values())
-        return mistakes, changed
-
-    def is_same(self, job: PlannedJob) -> bool:
-        """Tell whether a job is planned as it runs already."""
-        old = self.planned.get(job.name)
-        return old is not None and old.source == job.source \
-            and old.config.engine is job.config.engine
-
-    def swap(self, made: dict[str, Any]) -> None:
-        """Take out jobs that are gone or changed, put in those that are new or changed."""
-        if self.scheduler.stopping:
-            for name, job in made.items():
-                self.clean_up(name, job)
+    def start_over(self, hung: str) -> None:
+        """Become a new torque: same process, same lock, everything else from the disk."""
+        if hung:
+            self.log.warning('cut short by the reload: %s', hung)
+        # Until the new program has its handlers, SIGHUP would end it; ignored it stays ignored.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if self.stopping:
+            # SIGTERM came just now, in the last moment when it is noticed.
             return
-        self.options = self.config.torque
-        for engine in self.config.engines.values():
-            engine.aliases = self.config.aliases
-        self.planned = {job.name: job for job in self.config.jobs}
-        for name in [name for name in self.jobs if name in made or name not in self.planned]:
-            self.retire(name)
-        self.jobs.update(made)
-        for name in made:
-            if name not in self.leaving:
-                self.scheduler.add(self.task(name))
-        self.log.info('reloaded: %d jobs, %d of them new or changed', len(self.planned), len(made))
-
-    def retire(self, name: str) -> None:
-        """Take a job out; after its run and cleanup one of the same name may begin."""
-        job = self.jobs.pop(name)
-        if name in self.leaving:                # it was still waiting for that
-            self.clean_up(name, job)
-            return
-        task = self.leaving[name] = self.scheduler.remove(name)
-
-        def gone() -> None:
-            del self.leaving[name]
-            if name in self.jobs:
-                self.scheduler.add(self.task(name))
-
-        def over() -> None:
-            if task.after_end:                  # once only, however the run and this race
-                task.after_end = None
-                self.clean_up(name, job, lambda: self.scheduler.mail.put(gone))
-        task.after_end = over
-        if task.running_since is None:
-            over()
-
-    def listen(self) -> socket.socket | None:
-        """Open the socket for questions, served by a thread of its own."""
-        server = socket.socket(socket.AF_UNIX)
         try:
+            os.chdir(self.folder)
+            os.set_inheritable(self.pid_file.file, True)
+            os.environ[LOCK] = str(self.pid_file.file)
+            words = [*interpreter(), __file__, *sys.argv[1:]]
+            # All threads end here, and all that is open is closed, but for the lock.
+            logging.shutdown()
+            os.execv(words[0], words)
+        except OSError as error:
+            self.log.error('cannot start over: %s', error)
+            self.exit_status = EXIT_FAILED
+
+    def listen(self) -> None:
+        """Open the socket that tells the status, served by a thread of its own."""
+        if self.server:
+            with contextlib.suppress(OSError):
+                # This ends accept() in the thread of the socket.
+                self.server.shutdown(socket.SHUT_RDWR)
+            self.server.close()
+        self.server = socket.socket(socket.AF_UNIX)
+        try:
+            # Linux makes the socket's file with the mode of the descriptor: at no moment can
+            # anybody else connect.
+            os.fchmod(self.server.fileno(), 0o600)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.pid_file.socket)
-            mask = os.umask(0o177)
-            try:
-                with short_path(self.pid_file.socket) as path:
-                    server.bind(path)
-            finally:
-                os.umask(mask)
-            server.listen(5)
-            os.register_at_fork(after_in_child=server.close)
-            threading.Thread(target=self.answer, args=(server,), daemon=True).start()
-        except (OSError, RuntimeError) as error:
-            server.close()
+            self.server.bind(self.pid_file.socket)
+            self.server.listen(5)
+        except OSError as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
-            return None
-        return server
+            return
+        if not in_thread(self.answer, self.server):
+            # It is made again when the pid file is looked after.
+            os.remove(self.pid_file.socket)
 
     def answer(self, server: socket.socket) -> None:
-        """Accept questions; a thread."""
+        """Tell the status to whoever connects, one after another; a thread."""
         while server.fileno() >= 0:
             try:
-                reply = functools.partial(self.reply, server.accept()[0])
-            except OSError:                     # closed, or no more open files
+                sock, _ = server.accept()
+            except OSError:
+                # The socket is closed, or there can be no more open files.
                 time.sleep(0.5)
-            else:
-                in_thread(reply, here=True)
-
-    def reply(self, sock: socket.socket) -> None:
-        """Answer a question."""
-        with contextlib.suppress(Exception), sock:
-            try:
-                sock.settimeout(STATUS_TIMEOUT)
-                answer = {b'status': self.status, b'reload': self.reload}[sock.recv(100).strip()]
-                sock.sendall(json.dumps(answer()).encode())
-            finally:            # close alone is no end while a child that a job forked has a copy
+                continue
+            with contextlib.suppress(Exception), sock:
+                # Who does not read is not waited for: the next may be a person.
+                sock.settimeout(2)
+                sock.sendall(json.dumps(self.status()).encode())
+                # Closing is no end while a child that a job has just forked has a copy.
                 sock.shutdown(socket.SHUT_RDWR)
 
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
-        up = elapsed_time()
-        uptime, tasks = up - self.began, {**self.leaving, **self.scheduler.tasks}
-        engines = [{'address': engine.address.where,
-                    'version': '/'.join(engine.versions) if any(engine.versions) else None,
-                    'away_for': None if engine.gone_since is None else up - engine.gone_since}
-                   for engine in list(self.config.engines.values())]
-        jobs = [{'name': task.name, 'state': 'overdue' if task.overdue else
-                 'leaving' if task.removed else
-                 'running' if task.running_since is not None else 'idle',
-                 **{name: getattr(task, name) for name in (
-                     'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed')},
-                 'last_error': task.last_error and scrubbed(task.last_error),
-                 'next_run': None if task.removed else self.scheduler.next_run(task)}
-                for _, task in sorted(tasks.items())]
-        return {'pid': os.getpid(), 'version': VERSION, 'config': self.path,
-            'started': time.time() - uptime, 'uptime': uptime, 'grace': self.options.grace,
-            'stopping': self.scheduler.stopping,
-            'log_file': next((log.baseFilename for log in logging.getLogger('torque').handlers
-                              if isinstance(log, logging.FileHandler)), None),
-            'rtorrent': engines, 'jobs': jobs}
+        log_file = None
+        for handler in logging.getLogger('torque').handlers:
+            log_file = getattr(handler, 'baseFilename', None)
+        status = {name: getattr(self, name) for name in self.TOLD}
+        status['version'] = VERSION
+        status['config'] = self.path
+        status['log_file'] = log_file
+        status['uptime'] = elapsed_time() - self.began
+        status['grace'] = self.config.torque.grace
+        engines = self.config.engines.values()
+        status['rtorrent'] = [engine_status(engine) for engine in engines]
+        status['jobs'] = []
+        for name in sorted(self.scheduler.tasks):
+            task = self.scheduler.tasks[name]
+            job = task_status(task)
+            job['next_run'] = self.scheduler.next_run(task)
+            status['jobs'].append(job)
+        return status
+
+
+def engine_status(engine: Engine) -> dict:
+    """Return the state of an rTorrent, for --status."""
+    version = None
+    if any(engine.versions):
+        version = '/'.join(engine.versions)
+    away_for = None
+    if engine.gone_since is not None:
+        away_for = elapsed_time() - engine.gone_since
+    return {'address': engine.address.where, 'version': version, 'away_for': away_for}
+
+
+def task_status(task: Task) -> dict:
+    """Return the state of a job, for --status."""
+    status = {name: getattr(task, name) for name in task.TOLD}
+    status['state'] = 'idle'
+    if task.overdue:
+        status['state'] = 'overdue'
+    elif task.running_since is not None:
+        status['state'] = 'running'
+    if task.last_error:
+        status['last_error'] = scrubbed(task.last_error)
+    return status
 
 
 def print_table(rows: list[tuple]) -> None:
-    """Print rows of text in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    """Print rows in columns."""
+    shown = [[one_line(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    for row in shown:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print('  '.join(cells).rstrip())
+
+
+def show_moment(moment: float | None) -> str:
+    """Return Unix seconds as month, day and time."""
+    if moment is None:
+        return '-'
+    return time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
 
 
 def print_status(status: dict) -> None:
     """Print a daemon's status as a table."""
-    def when(moment: float | None) -> str:
-        return '-' if moment is None else time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
-    print(f"torque {status['version']}, pid {status['pid']}, up "
-          f"{show_duration(status['uptime'])}{', stopping' * status['stopping']}, "
-          f"{status['config']}"
-          + (f", log {status['log_file']}" if status['log_file'] else ''))
+    up = show_duration(status['uptime'])
+    parts = [f"torque {status['version']}", f"pid {status['pid']}", f'up {up}']
+    for word in ('reloading', 'stopping'):
+        if status[word]:
+            parts.append(word)
+    parts.append(status['config'])
+    if status['log_file']:
+        parts.append(f"log {status['log_file']}")
+    print(one_line(', '.join(parts)))
     for engine in status['rtorrent']:
-        print(f"rTorrent {engine['version'] or ''}".rstrip() + f" at {engine['address']}: " + (
-            f"has not answered for {show_duration(engine['away_for'])}"
-            if engine['away_for'] is not None else
-            'answers' if engine['version'] else 'not asked yet'))
-    print_table([('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED', 'NEXT RUN',
-                  'LAST ERROR')] + [
-        (job['name'], job['state'] + ('' if job['running_since'] is None else
-                                      f" since {when(job['running_since'])}"),
-         when(job['last_start']), '-' if job['last_duration'] is None else
-         show_duration(job['last_duration']), str(job['runs']), str(job['failures']),
-         str(job['missed']), when(job['next_run']), one_line(job['last_error'] or '-')[:100])
-        for job in status['jobs']])
+        print(one_line(engine_line(**engine)))
+    rows: list[tuple] = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED',
+                          'NEXT RUN', 'LAST ERROR')]
+    for job in status['jobs']:
+        rows.append(job_row(job))
+    print_table(rows)
 
 
-def detach() -> Callable[[int], None]:
-    """Go into the background; return what is to be called with the exit status of the start.
+def engine_line(address: str, version: str | None, away_for: float | None) -> str:
+    """Return a line about an rTorrent."""
+    if away_for is not None:
+        state = f'has not answered for {show_duration(away_for)}'
+    elif version:
+        state = 'answers'
+    else:
+        state = 'not asked yet'
+    name = f"rTorrent {version or ''}".rstrip()
+    return f'{name} at {address}: {state}'
+
+
+def job_row(job: dict) -> tuple:
+    """Return the row of a job in the table of --status."""
+    state = job['state']
+    if job['running_since'] is not None:
+        state += f" since {show_moment(job['running_since'])}"
+    took = '-'
+    if job['last_duration'] is not None:
+        took = show_duration(job['last_duration'])
+    last_start = show_moment(job['last_start'])
+    next_run = show_moment(job['next_run'])
+    last_error = one_line(job['last_error'] or '-')[:100]
+    return (job['name'], state, last_start, took, job['runs'], job['failures'], job['missed'],
+            next_run, last_error)
+
+
+def detach() -> int:
+    """Go into the background; return the descriptor that report_start() writes to.
 
     The process that was started waits for that, so that what goes wrong at the start still
     reaches the terminal.
@@ -6964,45 +8586,53 @@ def detach() -> Callable[[int], None]:
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
-        text = os.read(reader, 16)      # not to its end: a child may have it open
-        os._exit(int(text) if text.isdigit() else EXIT_FAILED)
+        # It is not read to its end, because a child of a job may have it open.
+        text = os.read(reader, 16)
+        if not text:
+            os._exit(EXIT_FAILED)
+        os._exit(int(text))
     os.close(reader)
     os.setsid()
+    # Without a second fork, a terminal that is opened later could become that of the daemon.
     if os.fork():
         os._exit(EXIT_OK)
+    return writer
 
-    def started(status: int) -> None:
-        """Let the first process end with that status; close the terminal's streams when up."""
-        if status == EXIT_OK:
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.close(null)
-        with contextlib.suppress(OSError):      # it may have been interrupted
-            os.write(writer, str(status).encode())
-        os.close(writer)
-    return started
+
+def report_start(writer: int, status: int) -> None:
+    """Let the process that waits end with that status; leave the terminal when all is well."""
+    if status == EXIT_OK:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+    with contextlib.suppress(OSError):
+        # The first process may have been interrupted.
+        os.write(writer, str(status).encode())
+    os.close(writer)
 
 
 # --- Command line ----------------------------------------------------------------------------
-# Arguments enter, an exit status leaves. Here alone are signals, the log's form and the
-# end of the process. Signal handlers only put a function into the scheduler's mail.
-
+# Arguments enter, an exit status leaves. Here alone are the log's form and the end of the
+# process; all of it runs in the main thread.
 
 class LogFormat(logging.Formatter):
     """A line a record: control characters in a message are escaped, tracebacks follow below."""
 
     def __init__(self, with_time: bool):
-        super().__init__(('%(asctime)s ' if with_time else '') + '%(levelname)s %(job)s: %(text)s',
-                         '%Y-%m-%d %H:%M:%S')
+        form = '%(levelname)s %(job)s: %(text)s'
+        if with_time:
+            form = '%(asctime)s ' + form
+        super().__init__(form, '%Y-%m-%d %H:%M:%S')
 
     def format(self, record: logging.LogRecord) -> str:
-        record.job = record.name.partition('.')[2] or record.name
+        record.job = one_line(record.name.partition('.')[2] or record.name)
         record.text = scrubbed(one_line(record.getMessage()))
         return super().format(record)
 
     def formatException(self, ei: Any) -> str:
-        return scrubbed(super().formatException(ei).translate({**CONTROL, 10: '\n'}))
+        lines = super().formatException(ei).split('\n')
+        return scrubbed('\n'.join(map(one_line, lines)))
 
 
 def stderr_is_journal() -> bool:
@@ -7014,43 +8644,33 @@ def stderr_is_journal() -> bool:
     return os.environ.get('JOURNAL_STREAM') == f'{stream.st_dev}:{stream.st_ino}'
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """A log of 10 MiB and five older ones; begun anew when somebody moves it away."""
+def log_file_handler(path: str) -> logging.Handler:
+    """Return what writes the log to a private file: 10 MiB, and five older ones."""
+    from logging.handlers import RotatingFileHandler
 
-    def __init__(self, path: str):
-        super().__init__(path, maxBytes=10 << 20, backupCount=5, encoding='utf-8')
+    class LogFile(RotatingFileHandler):
+        def _open(self) -> Any:
+            return open(self.baseFilename, 'a', encoding='utf-8',
+                        opener=lambda path, flags: os.open(path, flags, 0o600))
 
-    def _open(self) -> Any:
-        return open(self.baseFilename, self.mode, encoding=self.encoding,
-                    opener=lambda path, flags: os.open(path, flags, 0o600))
-
-    def doRollover(self) -> None:
-        """Go on in the same file, opened again by emit(), where its folder cannot be written."""
-        with contextlib.suppress(OSError):
-            super().doRollover()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write to the file that now has the name."""
-        try:
-            same = os.path.samestat(os.stat(self.baseFilename),
-                                    os.fstat(self.stream.fileno()))     # type: ignore[union-attr]
-        except (OSError, ValueError, AttributeError):   # gone, or a full disk has closed it
-            same = False
-        if not same:
-            with contextlib.suppress(OSError, ValueError):
-                self.close()                    # emit() opens it again
+        def doRollover(self) -> None:
+            """Go on in the same file where its folder cannot be written."""
             with contextlib.suppress(OSError):
-                os.makedirs(os.path.dirname(self.baseFilename), mode=0o700, exist_ok=True)
-        super().emit(record)
+                super().doRollover()
+
+    try:
+        return LogFile(os.path.expanduser(path), maxBytes=10 << 20, backupCount=5)
+    except OSError as error:
+        raise UserError(f'log file {path}: {error.strerror}') from None
 
 
 def set_up_log(level: int, log_file: str | None) -> None:
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
-    logging.raiseExceptions = False             # a closed stderr must not end anything
-    try:
-        handler = LogFile(os.path.expanduser(log_file)) if log_file else logging.StreamHandler()
-    except OSError as error:
-        raise UserError(f'log file {log_file}: {error.strerror}') from None
+    # A closed stderr must not end anything.
+    logging.raiseExceptions = False
+    handler: logging.Handler = logging.StreamHandler()
+    if log_file:
+        handler = log_file_handler(log_file)
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
     root = logging.getLogger('torque')
     root.handlers[:] = [handler]
@@ -7061,8 +8681,8 @@ def set_up_log(level: int, log_file: str | None) -> None:
 def find_ini() -> str:
     """Return the first configuration file that exists in the usual places."""
     base = os.environ.get('XDG_CONFIG_HOME') or '~/.config'
-    places = [os.path.expanduser(place) for place in (
-        'torque.ini', f'{base}/torque/torque.ini', '~/.pyroscope/torque.ini')]
+    places = ['torque.ini', f'{base}/torque/torque.ini', '~/.pyroscope/torque.ini']
+    places = [os.path.expanduser(place) for place in places]
     for place in places:
         if os.path.isfile(place):
             return place
@@ -7073,125 +8693,174 @@ def find_ini() -> str:
 
 def run_once(config: Config) -> int:
     """Run the one planned job now, in the foreground."""
-    import signal
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     planned, = config.jobs
     job = make_jobs(config.jobs)[planned.name]
-    task = Task(planned.name, planned.schedule, job.run)
+
+    def run() -> None:
+        try:
+            job.run()
+        except KeyboardInterrupt:
+            raise LoggableError('interrupted') from None
+    task = Task(planned.name, planned.schedule, run)
     task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
     try:
-        task.run()
-        return EXIT_OK
-    except KeyboardInterrupt:
-        task.log.warning('interrupted')
-    except BaseException as error:
-        task.failed(error, elapsed_time())
-        if getattr(error, 'told', False):
-            task.log.error('failed: %s', error)
+        if task.attempt():
+            return EXIT_OK
+        if not task.failing_told:
+            # The log has another line on it, as where rTorrent is away.
+            task.log.error('failed: %s', task.last_error)
     finally:
         clean_up(planned.name, job)
     return EXIT_FAILED
+
+
+def next_runs(schedule: Schedule, now: float) -> str:
+    """Return the next three due times of a schedule, as text."""
+    due: float | None = now
+    if isinstance(schedule, Interval):
+        # Intervals count from the start of torque, which would be now.
+        schedule.start = now
+        due = now - 0.001
+    dates: list[str] = []
+    while due is not None and len(dates) < 3:
+        due = schedule.next(due)
+        if due is not None:
+            dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
+    return ', '.join(dates)
 
 
 def check(config: Config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     now = time.time()
     rows = [('JOB', 'HANDLER', 'SCHEDULE', 'NEXT RUNS')]
-    make_jobs(config.jobs)
+    jobs = make_jobs(config.jobs)
     for planned in config.jobs:
-        due: float | None = now
-        dates: list[str] = []
-        if isinstance(planned.schedule, Interval):
-            planned.schedule.start, due = now, now - 0.001
-        while due is not None and len(dates) < 3:
-            due = planned.schedule.next(due)
-            if due is not None:
-                dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
         rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
-                     ', '.join(dates)))
+                     next_runs(planned.schedule, now)))
     print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
-            engine.open()
-            print(f"{engine.address.where}: rTorrent {'/'.join(engine.versions)} answers")
+            engine.reach()
+            versions = one_line('/'.join(engine.versions))
+            print(f'{engine.address.where}: rTorrent {versions} answers')
         except RpcError as error:
             if not error.told:
                 logging.getLogger('torque.engine').warning('%s', error)
     for planned in config.jobs:
-        view, engine = planned.config.view or planned.config.viewname, planned.config.engine
-        if planned.make in BUILT_IN.values() and view and engine.views and view not in engine.views:
+        view = planned.config.view or planned.config.viewname
+        engine = planned.config.engine
+        if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
-    warn_of_risks(config, {AS_ROOT})
+    warn_of(text for text in list_risks(config, jobs.values()) if text != AS_ROOT)
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
 
 def explain(config: Config, path: str) -> int:
-    """Print what every TreeWatch would do with a metafile."""
-    lines = [f'{name}: {line}' for name, job in make_jobs(config.jobs).items()
-             if isinstance(job, TreeWatch) for line in job.explain(path)]
-    print('\n'.join(map(one_line, lines)) or 'no TreeWatch job is active')
-    failed = not lines or any(' is not loaded: ' in line for line in lines)
-    return EXIT_FAILED if failed else EXIT_OK
+    """Print what every job that can tell would do with a metafile."""
+    lines = []
+    for name, job in make_jobs(config.jobs).items():
+        if hasattr(job, 'explain'):
+            lines += [one_line(f'{name}: {line}') for line in job.explain(path)]
+    print('\n'.join(lines) or 'no TreeWatch job is active')
+    if not lines or any(' is not loaded: ' in line for line in lines):
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
-    tables = {f"{name}\n    {(job.__doc__ or '').splitlines()[0]}": job.options or ()
-              for name, job in BUILT_IN.items()}
-    for title, options in {**tables, 'any job': CORE_OPTIONS, '[TORQUE]': TORQUE_OPTIONS}.items():
+    tables = {}
+    for job in BUILT_IN:
+        summary = (job.__doc__ or '').splitlines()[0]
+        tables[f'torque:{job.__name__}\n    {summary}'] = job.options
+    tables['any job'] = CORE_OPTIONS
+    tables['[TORQUE]'] = TORQUE_OPTIONS
+    for title, options in tables.items():
         print(title)
         for option in options:
-            also = f' (or {option.alias})' if option.alias else ''
-            print(f'    {option.name:<23} {option.kind:<7} {option.help}{also}'
-                  + (f' [{option.default}]' if option.default != '' else ''))
+            line = f'    {option.name:<23} {option.kind:<7} {option.help}'
+            if option.alias:
+                line += f' (or {option.alias})'
+            if option.default != '':
+                line += f' [{option.default}]'
+            print(line)
         print()
     return EXIT_OK
 
 
 def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     """Return the pid file that goes with a configuration, and the time that an end may take."""
-    try:
+    options = Settings()
+    with contextlib.suppress(UserError):
+        # The file may be broken or gone by now.
         options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
                           '', [])
-    except UserError:                           # it may be broken or gone by now
-        options = Settings()
-    folder = beside(path, options.state_dir) or default_state_dir(path)
     name = arguments.pid_file or beside(path, options.pid_file)
-    return PidFile(os.path.abspath(name or os.path.join(folder, 'torque.pid'))), \
-        (options.grace or 10) + 20
+    if not name:
+        folder = beside(path, options.state_dir) or default_state_dir(path)
+        name = os.path.join(folder, 'torque.pid')
+    return PidFile(os.path.abspath(name)), (options.grace or 10) + 20
+
+
+def reload(daemon: PidFile) -> int:
+    """Have the daemon reload; return the exit status, when it has."""
+    before = daemon.ask()
+    daemon.signal(signal.SIGHUP)
+    end = time.monotonic() + CHECK_TIMEOUT + before['grace'] + 20
+    while time.monotonic() < end:
+        time.sleep(0.02)
+        if not daemon.is_locked():
+            raise LoggableError('the daemon has ended; its log says why')
+        try:
+            now = daemon.ask()
+        except LoggableError:
+            # The daemon is just starting over.
+            continue
+        if now['started'] != before['started']:
+            if not now['starting']:
+                print('reloaded')
+                return EXIT_OK
+        elif now['refusals'] != before['refusals']:
+            print_error('\n'.join(now['mistakes']))
+            return EXIT_CONFIG
+    raise LoggableError('the daemon has not reloaded in time; its log may say why')
 
 
 def control(arguments: Any, path: str) -> int:
     """Speak with a running daemon; return the exit status."""
     daemon, patience = pid_file(arguments, path)
-    if daemon.holder() is None:
+    if not daemon.is_locked():
         if not arguments.pid_file:
-            read_files(path, ())                # raises where it could have named another
+            # This raises where the file cannot be read, and might name another pid file.
+            read_files(path, ())
         print('{}' if arguments.json else 'torque is not running')
         return EXIT_NOT_RUNNING
     if arguments.stop:
         daemon.stop(patience)
         return EXIT_OK
     if arguments.reload:
-        answer = daemon.ask('reload', RELOAD_TIMEOUT)
-        print('\n'.join(answer['notes'] + (answer['mistakes'] or ['reloaded'])),
-              file=sys.stderr if answer['mistakes'] else sys.stdout)
-        return EXIT_CONFIG if answer['mistakes'] else EXIT_OK
-    status = daemon.ask('status', STATUS_TIMEOUT)
+        return reload(daemon)
+    status = daemon.ask()
     if arguments.json:
         print(json.dumps(status, indent=1))
+    elif status['starting']:
+        print('torque is starting')
     else:
         print_status(status)
-    return EXIT_FAILED if any(job['last_error'] or job['state'] == 'overdue'
-                              for job in status['jobs']) else EXIT_OK
+    for job in status['jobs']:
+        if job['last_error'] or job['state'] == 'overdue':
+            return EXIT_FAILED
+    return EXIT_FAILED if status['starting'] else EXIT_OK
 
 
 def load(config: Config, arguments: Any, path: str) -> None:
     """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config.warnings, config.notes = [], []
+    config.warnings = []
+    config.notes = []
     try:
         config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
@@ -7201,46 +8870,82 @@ def load(config: Config, arguments: Any, path: str) -> None:
             log.info('%s', text)
 
 
-def run_daemon(arguments: Any, path: str, level: int) -> int:
+def background_log(arguments: Any, path: str) -> str:
+    """Return the path of the log of a daemon in the background."""
+    log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
+    if not log_file:
+        log_file = os.path.join(config_ini.state_dir, 'torque.log')
+        with contextlib.suppress(OSError):
+            # What is wrong with the folder, opening the log will say.
+            os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
+    return log_file
+
+
+def check_files(arguments: Any, path: str) -> int:
+    """Check what a reload would read, without making jobs; for the daemon."""
+    load(config_ini, arguments, path)
+    if goes_to_background(arguments):
+        log_file_handler(background_log(arguments, path)).close()
+    pid_file(arguments, path)
+    return EXIT_OK
+
+
+def goes_to_background(arguments: Any) -> bool:
+    """Tell whether a daemon is to leave the terminal."""
+    return not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
+
+
+def start_daemon(arguments: Any, path: str, lock: PidFile, patience: float,
+                 reloaded: bool) -> Daemon | None:
+    """Return a daemon whose jobs are made; None where another one has the lock."""
+    load(config_ini, arguments, path)
+    if reloaded and goes_to_background(arguments):
+        set_up_log(log_level(arguments), background_log(arguments, path))
+    if arguments.restart and not reloaded:
+        # The other is ended only now that the configuration is known to be good.
+        lock.stop(patience)
+    if not lock.keep():
+        if not arguments.cron:
+            pid = lock.read()[1]
+            print_error(f'torque is running already, with pid {pid} ({lock.path})')
+        return None
+    daemon = Daemon(config_ini, lock)
+    daemon.begin()
+    if goes_to_background(arguments) and not reloaded:
+        # The risks are told twice, once on the terminal and once in the log.
+        warn_of(list_risks(config_ini, daemon.jobs.values()))
+        set_up_log(log_level(arguments), background_log(arguments, path))
+    return daemon
+
+
+def run_daemon(arguments: Any, path: str) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
-    background = not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
     lock, patience = pid_file(arguments, path)
-    if arguments.cron and lock.holder() is not None:
-        return EXIT_RUNNING                     # silently, before the file's warnings are repeated
-    full_path = os.path.abspath(path)           # a job may go to another folder
-    started = detach() if background else lambda status: None
+    reloaded = lock.inherit()
+    if arguments.cron and not reloaded and lock.is_locked():
+        return EXIT_RUNNING
+    writer = None
+    if goes_to_background(arguments) and not reloaded:
+        writer = detach()
     status = EXIT_FAILED
+    daemon = None
     try:
-        load(config_ini, arguments, path)
-        if arguments.restart:                   # not before the configuration is known to be good
-            lock.stop(patience)
-        if not lock.acquire():
-            if not arguments.cron:
-                print(f'torque is running already, with pid {lock.holder() or "unknown"} '
-                      f'({lock.path})', file=sys.stderr)
-            status = EXIT_RUNNING
-            return status
-        daemon = Daemon(config_ini, lambda config: load(config, arguments, full_path), lock)
-        daemon.begin()
-        if background:                          # once for the terminal, once for the log
-            warn_of_risks(config_ini, set())
-            log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
-            if not log_file:
-                log_file = config_ini.state_dir + '/torque.log'
-                with contextlib.suppress(OSError):      # what is wrong, the log file tells
-                    os.makedirs(config_ini.state_dir, mode=0o700, exist_ok=True)
-            set_up_log(level, log_file)
-        status = EXIT_OK
-        started(status)
-        return daemon.serve()
+        daemon = start_daemon(arguments, path, lock, patience, reloaded)
+        status = EXIT_OK if daemon else EXIT_RUNNING
     except UserError as error:
-        print(error, file=sys.stderr)
         status = EXIT_CONFIG
-        return status
+        print_error(str(error))
+        if reloaded:
+            # Nobody may see its stderr any more.
+            logging.getLogger('torque.main').error('%s', error)
     finally:
+        if writer is not None:
+            report_start(writer, status)
         if status != EXIT_OK:
-            started(status)
             end_process(status)
+    if daemon:
+        daemon.serve('reloaded' if reloaded else 'started')
+    return status
 
 
 def parse_arguments(words: list[str] | None) -> Any:
@@ -7268,9 +8973,10 @@ def parse_arguments(words: list[str] | None) -> Any:
             (('--restart',), 'end it, if it runs, and start another in the background'),
             (('--status',), 'show the running daemon and its jobs'),
             (('--json',), 'with --status: for programs'),
-            (('--reload',), 'let the running daemon read its configuration again'),
+            (('--reload',), 'check the files, and have the running daemon start over from them'),
             (('--check',), 'check the configuration, show what would run'),
-            (('--list-jobs',), 'show built-in jobs and their options')):
+            (('--list-jobs',), 'show built-in jobs and their options'),
+            (('--check-files',), argparse.SUPPRESS)):
         option(*words_of_option, action='store_true', help=text)
     option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
     option('--explain', metavar='FILE', help='show what each TreeWatch would do with a metafile')
@@ -7281,54 +8987,99 @@ def parse_arguments(words: list[str] | None) -> Any:
     return arguments
 
 
-def obey(arguments: Any) -> int:
+def log_level(arguments: Any) -> int:
+    """Return from which level on the log is shown."""
+    if arguments.check_files:
+        # What is noteworthy the new daemon will say.
+        return logging.CRITICAL
+    if arguments.debug:
+        return TRACE
+    if arguments.verbose:
+        return logging.DEBUG
+    if arguments.quiet:
+        return logging.WARNING
+    return logging.INFO
+
+
+def obey(arguments: Any, from_source: bool) -> int:
     """Do what the command line says; return the exit status."""
-    level = TRACE if arguments.debug else logging.DEBUG if arguments.verbose else \
-        logging.WARNING if arguments.quiet else logging.INFO
-    set_up_log(level, arguments.log_file)
+    others = (arguments.list_jobs, arguments.status, arguments.stop, arguments.reload,
+              arguments.explain, arguments.check, arguments.check_files,
+              arguments.run_once is not None)
+    if from_source and not any(others):
+        run_from_byte_code()
+    set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
         return list_jobs()
     path = arguments.config or find_ini()
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
-    if not (arguments.explain or arguments.check or arguments.run_once is not None):
-        return run_daemon(arguments, path, level)
+    if not any(others):
+        return run_daemon(arguments, path)
+    if arguments.check_files:
+        return check_files(arguments, path)
     load(config_ini, arguments, path)
     if arguments.explain:
         return explain(config_ini, arguments.explain)
-    return check(config_ini) if arguments.check else run_once(config_ini)
+    if arguments.check:
+        return check(config_ini)
+    return run_once(config_ini)
+
+
+def print_error(text: str) -> None:
+    """Print what went wrong; names and answers in it may hold anything."""
+    for line in text.split('\n'):
+        print(one_line(line), file=sys.stderr)
+
+
+def take_place() -> bool:
+    """Make this the module torque, whatever it was started from; tell whether that is source."""
+    # `import torque` in a module of jobs gives this program, not a second copy of it.
+    sys.modules['torque'] = sys.modules[__name__]
+    source = os.environ.pop(SOURCE, '')
+    if source:
+        # Python takes the folder of the byte code for that of the program.
+        if sys.path[-1:] == [os.path.dirname(__file__)]:
+            sys.path[-1] = os.path.dirname(source)
+        sys.argv[0] = source
+    globals()['__file__'] = source or os.path.abspath(__file__)
+    return not source
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    sys.modules['torque'] = sys.modules[__name__]       # what a job module imports is this one
+    from_source = take_place()
     arguments = parse_arguments(words)
-    for stream in (sys.stdout, sys.stderr):             # whatever it can encode: no traceback
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end in a traceback.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors='backslashreplace')       # type: ignore[union-attr]
-    fd = os.open(os.devnull, os.O_RDWR)                 # what of 0 to 2 is closed must not
-    while fd < 3:                                       # become a file of ours
+    # A standard stream that is closed must not become a file of ours.
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
         fd = os.dup(fd)
     os.close(fd)
     try:
-        status = obey(arguments)
+        status = obey(arguments, from_source)
         print(end='', flush=True)
         return status
     except UserError as error:
-        print(error, file=sys.stderr)
+        print_error(str(error))
         return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
     except LoggableError as error:
-        print(error, file=sys.stderr)
+        print_error(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_FAILED
-    except OSError as error:                            # a full disk; the reader of a pipe is gone
+    except BrokenPipeError:
+        # The reader of a pipe is gone, as with `--list-jobs | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):          # as with `--list-jobs | head`
-            return EXIT_OK
-        print(f'torque: {error}', file=sys.stderr)
+        return EXIT_OK
+    except OSError as error:
+        # As on a full disk.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print_error(f'torque: {error}')
         return EXIT_FAILED
-
 
 if __name__ == '__main__':
     sys.exit(main())
