@@ -4864,8 +4864,8 @@ def parse_web_url(text: str) -> str:
 
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
-    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
-    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+    if text and not re.fullmatch(
+            r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
                         'without user and password')
     return text
