@@ -3270,7 +3270,7 @@ def patterns_of_torque():
     """Give (name or line, compiled, method) of every regular expression in torque.py."""
     with open(torque.__file__, encoding='utf-8') as stream:
         tree = ast.parse(stream.read())
-    used = collections.defaultdict(set)
+    used = collections.defaultdict(set, SECTCRE={'match'})          # by configparser itself
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):
             child.parent = node
