@@ -4561,7 +4561,8 @@ DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?vi
 COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
 # An f. command that is called; within f.multicall, which says of which file, it is right
 LISTING = re.compile(r'"f\.multicall(?:[^"\\]|\\.){0,999}"')
-FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|\(\s{0,9}f\.(?!multicall)')
+FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|'
+                      r'\(\s{0,9}f\.(?!multicall)')
 
 
 def split_commands(text: str, marks: str) -> list[str]:
