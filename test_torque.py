@@ -7155,7 +7155,7 @@ class CommandLineTest(ConfigCase):
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))
