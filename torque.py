@@ -2356,21 +2356,19 @@ def rename_new(path: str, new: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, seconds: float) -> Iterator[None]:
+def locked(path: str, patience: float) -> Iterator[None]:
     """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
     import fcntl
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience
     with writing(path):
         stream = open_private(path)
     with stream:
         while True:
-            try:
-                with writing(path):
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(path), contextlib.suppress(BlockingIOError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except LoggableError:
-                if time.monotonic() > end:
-                    raise
+            if time.monotonic() > end:
+                raise LoggableError('another run deletes or moves something just now')
             time.sleep(0.05)
         yield
 
