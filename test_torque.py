@@ -5194,6 +5194,17 @@ class MoveTest(WithDouble):
                     self.assertGreater(dies_at, 30)
                     break
 
+    def test_one_run_at_a_time_deletes_or_moves(self):
+        lock = os.path.join(self.engine.state_dir, 'data.lock')
+        with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):
+            for run in (self.move, lambda: make_job(torque.Action, self.engine, matcher='*',
+                                                    action='cull').run()):
+                self.fails('another run deletes or moves', run)
+            self.move(dry_run=True)
+        self.assertEqual(self.engine.calls, [])
+        self.move()
+        self.whole(self.target)
+
     def test_state_that_cannot_be_written_is_one_line(self):
         self.engine.state_dir = '/dev/null/x'
         for run in (self.move, lambda: make_job(torque.Action, self.engine, matcher='*',
@@ -7155,7 +7166,7 @@ class CommandLineTest(ConfigCase):
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))

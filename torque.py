@@ -2356,21 +2356,19 @@ def rename_new(path: str, new: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, seconds: float) -> Iterator[None]:
+def locked(path: str, patience: float) -> Iterator[None]:
     """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
     import fcntl
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience
     with writing(path):
         stream = open_private(path)
     with stream:
         while True:
-            try:
-                with writing(path):
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(path), contextlib.suppress(BlockingIOError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except LoggableError:
-                if time.monotonic() > end:
-                    raise
+            if time.monotonic() > end:
+                raise LoggableError('another run deletes or moves something just now')
             time.sleep(0.05)
         yield
 
@@ -3546,7 +3544,6 @@ class Item(NamedTuple):
     timestamp_started: int
     files: list[ItemFile]
     cwd: str                            # where relative paths start from
-    default_folder: str                 # where items are put when nothing else is said
     session: str                        # folder of the session, absolute
     engine: Engine
 
@@ -3592,10 +3589,10 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
         ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
     columns = [f'f.{name}=' for name in ItemFile._fields]
     calls.append(('f.multicall', info_hash, '', *columns))
-    calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
-    *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
+    calls += [('system.cwd', ''), ('session.path', '')]
+    *facts, rows, cwd, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item._make([*facts, files, cwd, default, os.path.join(cwd, session), engine])
+    return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
 
 
 @contextlib.contextmanager
@@ -3769,9 +3766,7 @@ def own_data(item: Item) -> OwnData:
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
     files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
     # Other downloads may come to lie in a folder that is not named after this one.
-    common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
-    named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
-    if folders and (not named or identity(root) in common):
+    if folders and plain_parts([os.path.basename(root)]) != plain_parts([item.name]):
         folders.remove(root)
     return OwnData(root, [file for file in files if file], folders)
 
@@ -4094,33 +4089,27 @@ class PromisedSpace:
     KEPT = 7 * 86400                    # seconds
 
     def __init__(self, path: str):
-        self.path, self.text = path, '{}'
-        self.disks: dict[str, list[float]] = {}     # device -> bytes, free then, Unix seconds
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            with open(path, encoding='utf-8') as stream:
-                self.text = stream.read()
-            for disk, (promised, free, since) in json.loads(self.text).items():
-                self.disks[disk] = [float(promised), float(free), float(since)]
+        self.path = path
+        self.disks = {}                 # device -> [bytes, free bytes then, Unix seconds]
+        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as stream:
+            self.disks = json.load(stream)
 
-    def owed(self, disk: int, free: int, now: float) -> float:
-        """Return what has not appeared yet, now that a disk has `free` bytes."""
-        promised, before, since = self.disks.get(str(disk), (0, 0, 0))
-        if not 0 <= now - since < self.KEPT:
-            return 0
+    def owed(self, device: int, free: int) -> int:
+        """Return what has not appeared yet, now that a disk has so many bytes free."""
+        promised, before, since = self.disks.get(str(device), (0, free, 0))
+        if not 0 <= time.time() - since < self.KEPT:
+            promised = 0
         left = max(promised - max(free - before, 0), 0)
-        self.disks[str(disk)] = [left, free, since]
+        self.disks[str(device)] = left, free, since
         return left
 
-    def add(self, disk: int, free: int, freed: int, now: float) -> None:
-        """Expect a disk that has `free` bytes to have so many more soon."""
-        self.disks[str(disk)] = [self.owed(disk, free, now) + freed, free, now]
+    def add(self, device: int, free: int, freed: int) -> None:
+        """Expect a disk that has so many bytes free to have so many more soon."""
+        self.disks[str(device)] = self.owed(device, free) + freed, free, time.time()
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
-        text = json.dumps(self.disks)
-        if text != self.text:
-            replace_file(self.path, text)
-            self.text = text
+        replace_file(self.path, json.dumps(self.disks))
 
 
 # --- Template --------------------------------------------------------------------------------
@@ -5274,7 +5263,7 @@ class Choice(Job):
     def failed(self, torrent: Torrent, error: Exception) -> None:
         """Log why a torrent failed: in full once, then summed up."""
         self.failures.append(error)
-        again = self.repeats.seen((torrent['hash'], str(error)), elapsed_time())
+        again = self.repeats.seen((torrent.hash, str(error)), elapsed_time())
         if self.dry_run:
             self.hold_back([torrent], str(error))
         elif again and again[0]:
@@ -5292,19 +5281,19 @@ class Choice(Job):
         """
         done, listed = 0, elapsed_time()
         self.failures = []
-        current = {torrent['hash']: torrent for torrent in torrents}
+        current = {torrent.hash: torrent for torrent in torrents}
         for at, torrent in enumerate(torrents):
             if done == most:
                 self.hold_back(torrents[at:], f'the limit is {most}')
                 break
             if elapsed_time() - listed > self.FRESH:
-                current = {now['hash']: now for now in self.chosen()}
+                current = {now.hash: now for now in self.chosen()}
                 listed = elapsed_time()
-            if torrent['hash'] not in current:
+            if torrent.hash not in current:
                 self.LOG.info('%s does not meet the condition any more', torrent)
                 continue
             try:
-                if handle(current[torrent['hash']]):
+                if handle(current[torrent.hash]):
                     done += 1
             except Unreachable:
                 raise
@@ -5500,28 +5489,28 @@ class QueueManager(Job):
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
     """Start, unless it is active."""
-    if item['is_active']:
+    if item.is_active:
         return []
     return [('d.start',)]
 
 
 def stop_commands(item: Torrent, args: str) -> list[tuple]:
     """Stop, also what is to be started when there is a place."""
-    if item['is_active'] or item['d_state']:
+    if item.is_active or item.d_state:
         return [('d.stop',)]
     return []
 
 
 def close_commands(item: Torrent, args: str) -> list[tuple]:
     """Stop and close."""
-    if item['is_open'] or item['d_state']:
+    if item.is_open or item.d_state:
         return [('d.stop',), ('d.close',)]
     return []
 
 
 def open_commands(item: Torrent, args: str) -> list[tuple]:
     """Open, without starting."""
-    if item['is_open']:
+    if item.is_open:
         return []
     return [('d.open',)]
 
@@ -5533,14 +5522,14 @@ def check_commands(item: Torrent, args: str) -> list[tuple]:
 
 def ignore_commands(item: Torrent, args: str) -> list[tuple]:
     """Have it ignored by rTorrent's own ratio groups and the like."""
-    if item['is_ignored']:
+    if item.is_ignored:
         return []
     return [('d.ignore_commands.set', 1)]
 
 
 def heed_commands(item: Torrent, args: str) -> list[tuple]:
     """Undo ignore."""
-    if not item['is_ignored']:
+    if not item.is_ignored:
         return []
     return [('d.ignore_commands.set', 0)]
 
@@ -5552,19 +5541,19 @@ def delete_commands(item: Torrent, args: str) -> list[tuple]:
 
 def tags_command(item: Torrent, tags: set[str]) -> list[tuple]:
     """Give it these tags, unless it has them."""
-    if tags == {*item['tagged']}:
+    if tags == {*item.tagged}:
         return []
     return [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
 
 
 def tag_commands(item: Torrent, args: str) -> list[tuple]:
     """Add tags."""
-    return tags_command(item, {*item['tagged'], *args.lower().replace(',', ' ').split()})
+    return tags_command(item, {*item.tagged, *args.lower().replace(',', ' ').split()})
 
 
 def untag_commands(item: Torrent, args: str) -> list[tuple]:
     """Take tags away."""
-    return tags_command(item, {*item['tagged']}.difference(args.lower().replace(',', ' ').split()))
+    return tags_command(item, {*item.tagged}.difference(args.lower().replace(',', ' ').split()))
 
 
 def custom_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5577,7 +5566,7 @@ def custom_commands(item: Torrent, args: str) -> list[tuple]:
 
 def prio_commands(item: Torrent, args: str) -> list[tuple]:
     """Set the priority."""
-    if item['prio'] == int(args):
+    if item.prio == int(args):
         return []
     return [('d.priority.set', int(args)), ('d.update_priorities',)]
 
@@ -5585,9 +5574,9 @@ def prio_commands(item: Torrent, args: str) -> list[tuple]:
 def throttle_commands(item: Torrent, args: str) -> list[tuple]:
     """Put it into a throttle group, which rTorrent allows only while it is stopped."""
     change = ('d.throttle_name.set', args)
-    if item['throttle'] == args:
+    if item.throttle == args:
         return []
-    if item['is_active']:
+    if item.is_active:
         return [('d.stop',), change, ('d.start',)]
     return [change]
 
@@ -5682,7 +5671,7 @@ class Action(Choice):
             with self.alone():
                 self.finish_removals()
         torrents = self.chosen()
-        self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
+        self.met = {torrent.hash: met.get(torrent.hash, 0) + 1 for torrent in torrents}
         confirm, limit = config.confirm, config.limit
         if self.dry_run:
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
@@ -5692,10 +5681,10 @@ class Action(Choice):
             limit = 10
         ready = []
         for torrent in torrents:
-            if self.met[torrent['hash']] < confirm:
+            if self.met[torrent.hash] < confirm:
                 self.hold_back([torrent],
                                f'it has not yet met the condition in {confirm} runs in a row')
-            elif self.deletes and torrent['is_hashing']:
+            elif self.deletes and torrent.is_hashing:
                 # 0.9.8 may hang for good, and what is complete is not known.
                 self.hold_back([torrent], 'it is being checked')
             else:
@@ -5714,15 +5703,15 @@ class Action(Choice):
         shown = self.template.render(torrent)
         calls = []
         if commands:
-            calls = [(method, torrent['hash'], *rest)
+            calls = [(method, torrent.hash, *rest)
                      for method, *rest in commands(torrent, shown)]
         elif action == 'exec':
-            calls = [('branch', torrent['hash'], 'd.hash=', text)
+            calls = [('branch', torrent.hash, 'd.hash=', text)
                      for text in self.template.commands(torrent)]
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
-        if self.deletes and torrent['is_hashing']:      # since the run began
+        if self.deletes and torrent.is_hashing:      # since the run began
             raise LoggableError('it is being checked')
         if self.announce(action, torrent, shown and quoted(shown)) and calls:
             answers = self.engine.tell(calls)
@@ -5735,16 +5724,16 @@ class Action(Choice):
 
     def cull(self, torrent: Torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
-        if self.is_enough(torrent['path']):
+        if self.is_enough(torrent.path):
             free = show_size(self.config.until_free)
             self.hold_back([torrent], f'{free} are free without it')
             return False
         require_same_files(self.engine)
-        if self.dry_run and not torrent['is_open']:
+        if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
-            self.promise(torrent['path'], torrent['d_completed_bytes'])
+            self.promise(torrent.path, torrent.d_completed_bytes)
             return True
-        with self.alone(), opened(self.engine, torrent['hash']) as (item, _):
+        with self.alone(), opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
             if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
@@ -5808,7 +5797,7 @@ class Action(Choice):
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
-            self.promised.add(device, free, freed, time.time())
+            self.promised.add(device, free, freed)
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5837,14 +5826,13 @@ class Action(Choice):
         device, free = disk_of(path)
         if device is None or free is None:
             return True                 # what deleting would bring is not known
-        owed = self.promised.owed(device, free, time.time())
-        return free + owed >= self.config.until_free
+        return free + self.promised.owed(device, free) >= self.config.until_free
 
     def promise(self, path: str, freed: int) -> None:
         """Count what deleting data at a path would free, in a dry run."""
         device, free = disk_of(path)
         if device is not None and free is not None:
-            self.promised.add(device, free, freed, time.time())
+            self.promised.add(device, free, freed)
 
 
 OUTPUT_KEPT = 50000                     # bytes of what a program says
@@ -6068,18 +6056,18 @@ class Move(Choice):
     def move(self, torrent: Torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
         folder = os.path.expanduser(self.template.render(torrent))
-        if not folder or self.is_paused(torrent['hash']):
+        if not folder or self.is_paused(torrent.hash):
             return False
         if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
             raise LoggableError(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
         place = identity(folder)
-        if place and place == identity(os.path.dirname(torrent['path'])):
+        if place and place == identity(os.path.dirname(torrent.path)):
             return False
         require_same_files(self.engine)
-        if self.dry_run and not torrent['is_open']:
+        if self.dry_run and not torrent.is_open:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with self.alone(), opened(self.engine, torrent['hash']) as (item, fresh):
+        with self.alone(), opened(self.engine, torrent.hash) as (item, fresh):
             data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
