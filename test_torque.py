@@ -4394,7 +4394,7 @@ class LiveWatchTest(Folder):
         self.wait_seen(program, 'WARNING engine')
         self.start()
         self.wait_items(self.hashes)
-        self.assertEqual(dict(zip(self.hashes, self.server.engine.ask([
+        self.assertEqual(dict(zip(self.hashes, self.rtorrent.engine.ask([
             ('d.tied_to_file', info_hash) for info_hash in self.hashes]))), self.hashes)
         self.assertEqual(program.stop(), 0)
         self.assertEqual(program.seen('is loaded already'), [])
