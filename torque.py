@@ -20,10 +20,21 @@ Sections, each using only what stands above it:
     Torrents            rows, lists in one round trip; metafiles
     Data                whose data it is; removals that are written down first
     Template            text and commands with values put in
-    Jobs                Job, and the built-in ones
+    Jobs: base, figures Job, and the jobs that measure
+    Jobs: torrents      the jobs that start, load, delete and move
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
     Command line        arguments, log, main
+
+The life of a job: lines of the ini become entries, entries a planned job (Config), a planned
+job an object (make_jobs), and the object's run() a task of the scheduler, which is run when it
+is due until cleanup() is called, once, at the end. A reload ends all of it and begins anew.
+
+Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
+own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
+one more, under the job's lock; pings and the status have theirs, which only read, or hand a
+function to the main thread (call_soon). Engines are used by all; what they know of rTorrent is
+replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
 78 configuration.
@@ -4653,7 +4664,7 @@ class ArgsTemplate(Template):
         return args
 
 
-# --- Jobs ------------------------------------------------------------------------------------
+# --- Jobs: base and figures ------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
 # its engine and to nothing above: files, threads and signals are other sections' business.
 # Built-in jobs list their options in a table that checks the ini and prints the help. A job is
@@ -5174,6 +5185,11 @@ class InfluxDB(Job):
         login = binascii.b2a_base64(f'{config.user}:{password}'.encode(), newline=False)
         return {'Authorization': f'Basic {login.decode()}'}
 
+
+# --- Jobs: torrents --------------------------------------------------------------------------
+# What a user wants done with torrents enters as options; what leaves are commands to rTorrent,
+# files that come, move or go, and programs that run, each announced in the log and only
+# announced in a dry run. A Choice handles the torrents of a view that meet a condition.
 
 def parse_condition(text: str) -> Filter | None:
     """Return the Filter of a condition, None for an empty one."""
