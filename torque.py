@@ -6037,7 +6037,7 @@ class Move(Choice):
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     fields = ('path', 'is_open')
-    PAUSES = (60, 3600)                 # seconds, after the first failure and at most
+    LONGEST_PAUSE = 3600                # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -6045,8 +6045,8 @@ class Move(Choice):
             raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
-        # some. hash -> until when it is left alone, and for how long, in elapsed seconds
-        self.pauses: dict[str, tuple[float, float]] = {}
+        # some. hash -> failures, and until when it is left alone, in elapsed seconds
+        self.pauses: dict[str, tuple[int, float]] = {}
 
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
@@ -6059,15 +6059,13 @@ class Move(Choice):
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
-        until, _ = self.pauses.get(info_hash, (0, 0))
-        return elapsed_time() < until
+        return info_hash in self.pauses and elapsed_time() < self.pauses[info_hash][1]
 
     def pause(self, info_hash: str) -> None:
         """Leave an item alone, after every failure for longer."""
-        _, last = self.pauses.get(info_hash, (0, 0))
-        first, most = self.PAUSES
-        seconds = min(max(2 * last, first), most)
-        self.pauses[info_hash] = elapsed_time() + seconds, seconds
+        failures, _ = self.pauses.get(info_hash, (0, 0))
+        seconds = min(60 * 2 ** failures, self.LONGEST_PAUSE)
+        self.pauses[info_hash] = failures + 1, elapsed_time() + seconds
 
     def move(self, torrent: Torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
@@ -6112,32 +6110,29 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users = Users(self.engines())
-        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+        for path in self.users_of(item, data):
             raise LoggableError(f'another item uses {quoted(path)}')
         if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
-        """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
+        """Have the data of an item at the target, and rTorrent use it there."""
         folder = os.path.dirname(target)
         make_folders(folder)
         removal = Removal.begin(
-            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            self.config.state_dir, item, data, new=target,
             copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
             is_open=item.is_open, is_active=item.is_active)
         try:
             self.copy(item, removal)
-            self.tell_place(item, target)
-            self.open_there(item, removal)
         except BaseException:
             self.undo(item, removal)
             raise
-        self.finish(item, removal)
+        self.settle(item, removal)
 
     def copy(self, item: Item, removal: Removal) -> None:
-        """Have the data of an item at the target."""
+        """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
         discard(copy)                   # what a crash left
@@ -6149,37 +6144,44 @@ class Move(Choice):
         removal.mark('copied')
         rename_new(made, target)
 
+    def settle(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent use the data at the target, and remove the source."""
+        data, target = removal.data, removal.facts['new']
+        try:
+            self.tell_place(item, target)
+            item.tell(('d.open',))
+            now = ask_item(self.engine, item.hash)
+            if not self.is_at(now, target):
+                raise LoggableError(f'rTorrent took {quoted(target)} for something else')
+            if sum(file.is_created for file in now.files) < len(data.files):
+                raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays '
+                                    'at the old place')
+            item.tell(('d.save_full_session',))
+        except BaseException:
+            if all(os.path.lexists(file.path) for file in data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
+
     @staticmethod
     def tell_place(item: Item, root: str) -> None:
         """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
         folder, last = os.path.split(root)
+        command = ('d.directory_base.set', root)
         if not item.is_multi_file:
-            item.tell(('d.directory_base.set', folder))
+            command = ('d.directory_base.set', folder)
         elif plain_parts([last]) == plain_parts([item.name]):
-            item.tell(('d.directory.set', folder))
-        else:
-            item.tell(('d.directory_base.set', root))
+            command = ('d.directory.set', folder)
+        item.tell(('d.close',), command)
 
     @staticmethod
     def is_at(item: Item, root: str) -> bool:
         """Tell whether rTorrent looks for an item at a root."""
-        folder, last = os.path.split(item.absolute(item.directory_base))
+        place = item.absolute(item.directory_base)
         if not item.is_multi_file:
-            return os.path.join(folder, last) == os.path.dirname(root)
-        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
-            [os.path.basename(root)])
-
-    def open_there(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
-        target = removal.facts['new']
-        item.tell(('d.open',))
-        now = ask_item(self.engine, item.hash)
-        if not self.is_at(now, target):
-            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
-        if sum(file.is_created for file in now.files) < len(removal.data.files):
-            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
-                                'the old place')
-        item.tell(('d.save_full_session',))
+            return place == os.path.dirname(root)
+        same = plain_parts(os.path.split(place)) == plain_parts(os.path.split(root))
+        return same and os.path.dirname(place) == os.path.dirname(root)
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -6187,11 +6189,7 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',))
-        if DOUBTFUL.search(removal.facts['old']):
-            self.tell_place(item, removal.data.root)
-        else:
-            item.tell(('d.directory_base.set', removal.facts['old']))
+        self.tell_place(item, removal.data.root)
         if 'copied' in removal.steps:
             copies = data_at(removal.data, removal.facts['new'])
             if len(copies.files) == len(removal.data.files):
@@ -6202,13 +6200,12 @@ class Move(Choice):
 
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['new']
-        left = [file for file in data.files if os.path.lexists(file.path)]
+        data, target, why = removal.data, removal.facts['new'], ''
+        left = data._replace(files=[file for file in data.files if os.path.lexists(file.path)])
         try:
-            why, users = '', Users(self.engines())
-            if len(data_at(data._replace(files=left), target).files) < len(left):
+            if len(data_at(left, target).files) < len(left.files):
                 why = f'{quoted(target)} does not have all of it'
-            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            for path in self.users_of(item, data):
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
@@ -6223,12 +6220,17 @@ class Move(Choice):
         self.pauses.pop(item.hash, None)
         removal.drop()
 
+    def users_of(self, item: Item, data: OwnData) -> list[str]:
+        """Return paths by which other items use data."""
+        users = Users(self.engines())
+        return [*users.of(data, [(users.key(item.engine), item.hash)]).values()]
+
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
-        facts = removal.facts
+        facts, data = removal.facts, removal.data
         if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
-                             'does not have it any more', removal, quoted(removal.data.root))
+                             'does not have it any more', removal, quoted(data.root))
             discard(facts['copy'])
             removal.drop()
             return
@@ -6237,27 +6239,20 @@ class Move(Choice):
         told = self.is_at(item, facts['new'])
         item = item._replace(state=facts['state'], is_open=facts['is_open'],
                              is_active=facts['is_active'])
-        copies = data_at(removal.data, facts['new']).files
-        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
-            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
-        if not told and not whole:
-            self.LOG.info('the move of %s was cut short; it is started again at its old place',
-                          removal)
-            discard(facts['copy'])
-            start_again(item)
-            removal.drop()
+        copies = data_at(data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(data.files, copies))
+        if told or whole:
+            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+            self.settle(item, removal)
             return
-        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
-        try:
-            if not told:
-                item.tell(('d.close',))
-                self.tell_place(item, facts['new'])
-            self.open_there(item, removal)
-        except LoggableError:
-            if all(os.path.lexists(file.path) for file in removal.data.files):
-                self.undo(item, removal)
-            raise
-        self.finish(item, removal)
+        self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                      removal)
+        discard(facts['copy'])
+        start_again(item)
+        removal.drop()
+
+
 
 
 class Inotify:
