@@ -3410,7 +3410,8 @@ class InfluxDBTest(Folder):
         for words, settings in {
                 'nothing to push': {'series': '', 'series_host': ''},
                 'no web address': {'url': 'ftp://x'}, 'without user': {'url': 'http://me:pw@x'},
-                'allowed are 1 2 3': {'api': '4'}, '^holds a blank, a': {'token': 'a\nsesame'}}.items():
+                'allowed are 1 2 3': {'api': '4'},
+                '^holds a blank, a': {'token': 'a\nsesame'}}.items():
             with self.subTest(settings=settings), self.assertRaisesRegex(torque.UserError, words):
                 self.job(**settings)
         self.fails(self.job(token_file='/nowhere/token'), 'No such file')
@@ -6547,7 +6548,8 @@ class IniTest(ConfigCase):
     def test_surprises_are_warned_of(self):
         unpack = '[TORQUE]\njob.unpack.active = no\njob.unpack.handler = torque:ItemCommand\n'
         for text, line, *words in (
-                ('a = 1 ; b = 2', 5, 'a: what follows ` ;` is a comment'), ('a = x=1 ; y=2\n  z', 5, 'a: '),
+                ('a = 1 ; b = 2', 5, 'a: what follows ` ;` is a comment'),
+                ('a = x=1 ; y=2\n  z', 5, 'a: what follows'),
                 ('a = 1\n  job.b.c = 2', 5, 'a: job.b.c below is indented', 'belongs to this value'),
                 ('a = 1\n\n# c\n\tgrace=5', 5, 'a: grace below'),
                 ('a = 1\n  job.my-job.c = 2', 5, 'below'), ('a = 1\n  jobs.b.c = 2', 5, 'below'),
@@ -6598,7 +6600,7 @@ class IniTest(ConfigCase):
         self.assertNotIn('other', config.torque)
         self.assertEqual((config.influxdb, config.announce),
                          ({'url': 'http://own', 'user': 'me'}, {'PBT': 'http://a/'}))
-        self.assertRegex(config.remarks[0][1], 'config.ini is read first, for .GLOBAL. scgi_url and')
+        self.assertIn('config.ini is read first, for [GLOBAL] scgi_url', config.remarks[0][1])
         self.load(HEAD)
         self.assertEqual((config.engine.address.path, len(config.remarks)), ('/nowhere', 1))
         self.write('config.ini', '[INFLUXDB]\nurl = %(x)s\n')
@@ -6606,7 +6608,7 @@ class IniTest(ConfigCase):
             self.load(HEAD)
         self.write('config.ini', b'\xff')
         self.load(HEAD)
-        self.assertIn('config.ini: not UTF-8', config.remarks[0][1])
+        self.assertIn("config.ini: no text: 'utf-8'", config.remarks[0][1])
 
     def test_only_modest_files_are_read(self):
         pipe = os.path.join(self.folder, 'pipe')
@@ -6630,15 +6632,11 @@ class IniTest(ConfigCase):
                 self.assertRegex(err, r't\.ini:\d')
 
     def test_many_jobs_are_quick(self):
-        compared = []
-
-        def compare(word, known, number):
-            compared.extend(known)
-            return []
         text = ''.join(f'job.x{number}.active = yes\n' for number in range(800))
-        with mock.patch('difflib.get_close_matches', compare), self.assertRaises(torque.Mistakes):
+        with mock.patch('difflib.get_close_matches', return_value=[]) as compare, \
+                self.assertRaises(torque.Mistakes):
             self.load(HEAD + text)
-        self.assertLess(len(compared), 9000)
+        self.assertLess(compare.call_count, 100)
 
 
 class ConfigTest(ConfigCase):
@@ -6675,7 +6673,7 @@ class ConfigTest(ConfigCase):
         for name, value, expected in (
                 ('connstats', True, 'EngineStats'), ('connstats', False, None),
                 ('fluxstats', True, 'InfluxDB'), ('queue', True, 'QueueManager')):
-            jobs = self.load(f'[TORQUE]\njob.{name}.active = {value}', 'scgi_url=/nowhere')
+            jobs = self.load(f'[torque]\njob.{name}.active = {value}', 'scgi_url=/nowhere')
             self.assertEqual(expected and type(jobs[name]).__name__, expected)
 
     def test_job_sees_its_settings(self):
@@ -6726,11 +6724,6 @@ class ConfigTest(ConfigCase):
                                ('grace=x', "grace: 'x'"), ('job.a.active=x', "active: 'x'")):
             self.assert_refused(GOOD_INI, 0, word, override=[override])
 
-    def test_sections_match_in_any_case(self):
-        text = HEAD.lower() + 'job.fluxstats.active = yes\n[influxdb]\nurl = http://y\ntimeout = 3'
-        config = self.load(text, 'influxdb.user=me')['fluxstats'].config
-        self.assertEqual((config.url, config.timeout, config.user), ('http://y', 3, 'me'))
-
     def test_settings_of_torque_hold_for_jobs(self):
         job = 'job.b.handler = good:Does\njob.b.schedule = 1h\n'
         other = job.replace('.b.', '.c.') + 'job.c.scgi_url = scgi://host:5000\n'
@@ -6773,8 +6766,9 @@ class ConfigTest(ConfigCase):
             wanted += [(job.section, prefix, option) for option in job.options]
         for section, prefix, option in wanted:
             with self.subTest(section=section, prefix=prefix, option=option.name):
-                values = shown['TORQUE', prefix + option.name] + shown[section or 'TORQUE', option.name]
-                self.assertIn(str(option.default), values)
+                values = shown['TORQUE', prefix + option.name]
+                self.assertIn(str(option.default),
+                              values + shown[section or 'TORQUE', option.name])
         self.assertEqual(self.check(text + '\n[TORQUE]\nscgi_url = /nowhere\n')[::3], (0, []))
 
 
@@ -6818,7 +6812,7 @@ class BrokenIniTest(ConfigCase):
         ('url = http://me:hunter2@x/', 'http://me:***@x/'))
     FILES = (                               # whole files, the line, the words told
         ('x = 1\n' + HEAD, 1, 'x: stands before any [SECTION]', '[TORQUE]'),
-        ('\n# c\n[TORQUE\n', 3, 'neither'), (b'\xff\xfe[\0T\0', '', 'UTF-8'),
+        ('\n# c\n[TORQUE\n', 3, 'neither'), (b'\xff\xfe[\0T\0', '', 'utf-8'),
         ('', '', 'scgi_url', '~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc'),
         ('[TORQUE]\nrtorrent_rc = /nowhere\n', 2, 'scgi_url', '/nowhere'))
 
@@ -6841,7 +6835,7 @@ class BrokenIniTest(ConfigCase):
                  'job.b.schedule = 0s\n  job.c.a = 1\njob.c.a = %(x)s\njob.c.active = no\n')
         status, out, err = self.command('-c', 't.ini')
         self.assertEqual((status, out), (78, ''))
-        self.assertIn(' WARNING config: t.ini:13: job.b.schedule: job.c.a below is indented, so it', err)
+        self.assertIn(' WARNING config: t.ini:13: job.b.schedule: job.c.a below is indented,', err)
         lines = [int(line) for line in re.findall(r'(?m)^t\.ini:(\d+): ', err)]
         self.assertEqual(sorted(lines), [6, 7, 9, 10, 11, 12, 13, 15])
         self.assertEqual(lines, sorted(lines))          # so one goes through the file once

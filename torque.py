@@ -4662,6 +4662,13 @@ class Option(NamedTuple):
         return KINDS.get(self.parse, 'text')
 
 
+def parse_condition(text: str) -> Filter | None:
+    """Return the Filter of a condition, None for an empty one."""
+    if not text.strip():
+        return None
+    return Filter(text)
+
+
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
     config = getattr(job, 'config', None)
@@ -4690,10 +4697,7 @@ class Job:
         """
         if isinstance(fields, str):
             fields = fields.replace(',', ' ').split()
-        matcher = None
-        if condition.strip():
-            matcher = Filter(condition)
-        return list_torrents(self.engine, view, fields, matcher)
+        return list_torrents(self.engine, view, fields, parse_condition(condition))
 
     def state_file(self, ending: str) -> str:
         """Return the path of a file that the job may keep."""
@@ -5063,11 +5067,6 @@ class InfluxDB(Job):
 # What a user wants done with torrents enters as options; what leaves are commands to rTorrent,
 # files that come, move or go, and programs that run, each announced in the log and only
 # announced in a dry run. A Choice handles the torrents of a view that meet a condition.
-
-def parse_condition(text: str) -> Filter | None:
-    """Return the Filter of a condition, None for an empty one."""
-    return Filter(text) if str(text).strip() else None
-
 
 def parse_sort(text: str) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
@@ -7061,10 +7060,8 @@ def read_text(path: str) -> str:
             with open(path, encoding='utf-8-sig') as stream:
                 return stream.read()
         wrong = f'is no regular file of up to {show_size(INI_LIMIT)}'
-    except UnicodeDecodeError as error:
-        wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
-    except OSError as error:
-        wrong = str(error.strerror)
+    except (OSError, UnicodeDecodeError) as error:
+        wrong = getattr(error, 'strerror', f'no text: {error}')
     raise Mistakes([((path, 0), wrong)])
 
 
