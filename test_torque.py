@@ -6800,7 +6800,7 @@ class BrokenIniTest(ConfigCase):
         ('scgi_url = ftp://me:hunter2@h/', 6, 'ftp://me:***@h/', 'http(s)://'),
         ('job.b.handler = good:Plain', 6, "job.b.schedule: schedule ''"),
         ('job.b.schedule = 5s', 6, "job.b.handler: '' is no handler"),
-        ('\n\n\njob.b.x = 1\njob.b.handler = good:Plain', 9, "job.b.schedule: schedule ''"),
+        ('\n\njob.b.x = 1\njob.b.handler = good:Plain', 9, "job.b.schedule: schedule ''"),
         ('job.connstats.active = yes\njob.connstats.shedule = 5s', 7, 'job.connstats.shedule: ',
          "EngineStats has no such option; did you mean 'schedule'?"),
         ('job.connstats.active = yes\njob.connstats.colour = red', 7, 'colour', 'no such option'),
@@ -6883,8 +6883,8 @@ class HandlerTest(ConfigCase):
         line = GOOD_PY.splitlines().index('            exec(config.code)') + 1
         for handler, code, word in (
                 ('NoRun', '', 'has no run()'), ('Inherits', '', 'has no run()'),
-                ('Plain', '\njob.a.path =', 'job.a: job.a.path is not set'),
-                ('Starts', 'raise torque.UserError("odd", 5)', "job.a: ('odd', 5)"),
+                ('Plain', '\njob.a.path =', 'job.a.handler: job.a.path is not set'),
+                ('Starts', 'raise torque.UserError("odd", 5)', "job.a.handler: ('odd', 5)"),
                 ('Starts', 'raise torque.LoggableError("no luck")', 'no luck'),
                 ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
                 ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),
@@ -7344,7 +7344,7 @@ class DaemonControlTest(DaemonFolder):
                 self.assertEqual(program.stop(seconds=20), 0)
         self.ini('job.b.handler = busy:Refused\njob.b.schedule = 1h\n')
         status, said = self.command('--daemon')
-        self.assertEqual((status, 'job.b: refused' in said), (78, True))
+        self.assertEqual((status, 'job.b.handler: refused' in said), (78, True))
         wait_for(lambda: not self.pid_file.is_locked())
 
     def test_log_whose_folder_is_closed_goes_on(self):
@@ -7518,7 +7518,7 @@ class DaemonControlTest(DaemonFolder):
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
 
     def test_errors_of_the_start_are_seen(self):
-        for text, words in (('job.tick.refuse = yes', 'job.tick: refused'), ('oops', 'oops'),
+        for text, words in (('job.tick.refuse = yes', 'job.tick.handler: refused'), ('oops', 'oops'),
                             ('log_file = /dev/null/x', 'log file /dev/null/x: ')):
             with self.subTest(text):
                 self.ini(text)
@@ -7775,7 +7775,7 @@ class ReloadTest(DaemonFolder):
         self.ini('job.tick.refuse = yes\n')
         status, said = self.command('--reload')
         self.assertEqual((status, 'the daemon has ended' in said), (1, True), said)
-        self.assertIn('job.tick: refused', open_text(f'{self.folder}/state/torque.log'))
+        self.assertIn('job.tick.handler: refused', open_text(f'{self.folder}/state/torque.log'))
 
     def test_check_that_hangs_is_ended(self):
         self.write('slow.py', 'import os, time\nopen("/proc/self/fd/2", "w").write('

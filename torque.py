@@ -4929,7 +4929,7 @@ class InfluxDB(Job):
     def __init__(self, config: Settings):
         super().__init__(config)
         if not config.series and not config.series_host:
-            raise UserError('series and series_host are both empty: nothing to push')
+            raise UserError('series_host is empty as well: nothing to push', option='series')
         self.points: list[str] = []     # not delivered yet
         self.file = ''
         self.buffer = 0
@@ -7073,7 +7073,7 @@ def read_common(ini: Ini, path: str) -> None:
     try:
         ini.read(read_text(file), file, common=True)
         ini.remarks.append((logging.INFO, one_line(
-            f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, [INFLUXDB], [ANNOUNCE]')))
+            f'{file} is read first, for [GLOBAL] scgi_url, rtorrent_rc, [INFLUXDB], [ANNOUNCE]')))
     except Mistakes as error:
         ini.remarks.append((logging.WARNING, str(error)))
 
@@ -7119,14 +7119,6 @@ def convert(text: str) -> Any:
     if text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
         return parse_bool(text)
     return text
-
-
-def first_place(values: Values) -> Place:
-    """Return where the user's file begins to speak of something."""
-    for value in values.values():
-        if value.place[0] != '<defaults>':
-            return value.place
-    return ('<defaults>', 0)
 
 
 def built_in(handler: str) -> Any:
@@ -7194,8 +7186,11 @@ def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '
     """Return what the values mean to options; those left out are as in `shared`, or default."""
     meanings = Settings()
     given = {**dict(shared), **values}
+    place = ('', 0)
+    for value in values.values():
+        place = value.place
     for option in options:
-        default = Value(option.default, first_place(values), prefix + option.name)
+        default = Value(option.default, place, prefix + option.name)
         text = given.get(option.name, given.get(option.alias, default))
         typed = option.kind != 'text'           # empty is as if it were left out
         if typed and not text:
@@ -7354,13 +7349,12 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     ini = Ini()
     with contextlib.ExitStack() as undo:
         for planned in plans:
-            name = planned.name
+            name, source = planned.name, planned.source
             try:
                 made[name] = make_job(planned)
                 undo.callback(clean_up, name, made[name])
             except UserError as error:
-                value = Value('', first_place(planned.source), f'job.{name}')
-                ini.refuse(planned.source.get(error.option, value), error)
+                ini.refuse(source.get(error.option, source['handler']), error)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
         undo.pop_all()
