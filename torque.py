@@ -4794,10 +4794,7 @@ def parse_ping_url(text: str) -> str:
 def parse_word(known: Iterable[str], text: str) -> str:
     """Return a word that has to be one of those known."""
     if text not in known:
-        what = 'is not set'
-        if text:
-            what = f'{text!r} is not known'
-        raise UserError(f"{what}; allowed are {' '.join(filter(None, known))}"
+        raise UserError(f"{text!r} is not known; allowed are {' '.join(filter(None, known))}"
                         f'{nearest(text, known)}')
     return text
 
@@ -4859,7 +4856,7 @@ def proc_rows(name: str) -> dict[str, list[str]]:
 
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
-    figures: dict = {}
+    figures: Any = collections.Counter()
     with contextlib.suppress(OSError):
         figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
     memory = proc_rows('meminfo')
@@ -4868,8 +4865,8 @@ def host_figures() -> dict:
             figures[name] = int(memory[key][0]) * 1024
     for device, words in proc_rows('net/dev').items():
         if device != 'lo' and len(words) > 8:   # the heads of the table have none
-            figures['net_received'] = figures.get('net_received', 0) + int(words[0])
-            figures['net_sent'] = figures.get('net_sent', 0) + int(words[8])
+            figures['net_received'] += int(words[0])
+            figures['net_sent'] += int(words[8])
     return figures
 
 
@@ -5034,21 +5031,20 @@ class InfluxDB(Job):
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
-        import gzip
         from urllib.parse import quote_plus
         config = self.config
         api = config.api or '1'
         if not config.api and (config.org or config.bucket):
             api = '2'
         path, scheme = WRITE[api]
-        names = {'db': config.dbname, 'org': config.org, 'bucket': config.bucket or config.dbname}
-        for name, text in names.items():
-            names[name] = quote_plus(text)
+        path = path.format(db=quote_plus(config.dbname), org=quote_plus(config.org),
+                           bucket=quote_plus(config.bucket or config.dbname))
         headers = {'Content-Type': 'text/plain; charset=utf-8', **self.login(scheme)}
         if config.gzip:
+            import gzip
             body = gzip.compress(body)
             headers['Content-Encoding'] = 'gzip'
-        return http_post(config.url + path.format(**names), body, headers, config.timeout)
+        return http_post(config.url + path, body, headers, config.timeout)
 
     def login(self, scheme: str) -> dict[str, str]:
         """Return the header that says who writes: a token, else user and password, else none."""
