@@ -7128,7 +7128,7 @@ class DaemonTest(ConfigCase):
         os.write(self.fifo, b'x' * 999)
         self.assertEqual(program.stop(), 0)
         self.assertEqual([len(program.seen(word)) for word in (
-            'Traceback', 'no luck', '/nowhere', 'cleaned')], [3, 1, 1, 7])
+            'Traceback', 'no luck', 'no such socket', 'cleaned')], [3, 1, 1, 7])
         self.assertNotIn('\x1b', ''.join(program.lines))
 
     def test_early_interrupt_is_quiet(self):
@@ -7528,7 +7528,8 @@ class DaemonControlTest(DaemonFolder):
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
 
     def test_errors_of_the_start_are_seen(self):
-        for text, words in (('job.tick.refuse = yes', 'job.tick.handler: refused'), ('oops', 'KEY = VALUE'),
+        for text, words in (('job.tick.refuse = yes', 'job.tick.handler: refused'),
+                            ('oops', 'KEY = VALUE'),
                             ('log_file = /dev/null/x', 'log file /dev/null/x: ')):
             with self.subTest(text):
                 self.ini(text)
@@ -7754,8 +7755,8 @@ class ReloadTest(DaemonFolder):
         program = self.start()
         good = open_text(self.path)
         self.write('broken.py', 'oops oops')
-        for text, words in (('oops', 'KEY = VALUE'), ('job.x.handler = broken:Job\njob.x.schedule = 1h',
-                                               'broken.py'),
+        for text, words in (('oops', 'KEY = VALUE'),
+                            ('job.x.handler = broken:Job\njob.x.schedule = 1h', 'broken.py'),
                             (None, 'No such file'), ('job.x.handler = wit', 'handler')):
             with self.subTest(text):
                 os.remove(self.path) if text is None else self.write('torque.ini', good + text)
