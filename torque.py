@@ -1130,8 +1130,6 @@ WEIGHT = 6
 MISSING = (-506, -32601)
 # Calls in one request; rTorrent takes 512 KiB at most
 BATCH = 500
-# Bytes before the body of an SCGI answer
-HEAD_LIMIT = 8192
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
@@ -1181,8 +1179,8 @@ def parse_address(text: str) -> Address:
     # What it says may hold a password
     except ValueError:
         raise refused from None
+    netloc = url.netloc.rpartition('@')[2]
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        netloc = url.netloc.rpartition('@')[2]
         clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
         return Address('http', clean, clean, host, port, unquote(url.username or ''),
                        unquote(url.password or ''))
@@ -1195,18 +1193,7 @@ def parse_address(text: str) -> Address:
     exposed = not LOOPBACK.match(host)
     if host in ('', '0.0.0.0', '::'):
         host = '127.0.0.1'
-    shown = host
-    if ':' in host:
-        shown = f'[{host}]'
-    return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
-
-
-def set_deadline(sock: Any, end: float) -> None:
-    """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
-    left = end - time.monotonic()
-    if left <= 0:
-        raise socket.timeout('timed out')
-    sock.settimeout(left)
+    return Address('tcp', f'scgi://{netloc}', '', host, port, exposed=exposed)
 
 
 def beginning(content: bytes | bytearray) -> str:
@@ -1214,20 +1201,50 @@ def beginning(content: bytes | bytearray) -> str:
     return bytes(content[:80]).decode('utf-8', 'replace')
 
 
-def describe(error: OSError) -> str:
-    """Return what to say of an error of the system on the way to a server."""
-    if isinstance(error, FileNotFoundError):
-        return 'there is no such socket: not running?'
-    if isinstance(error, ConnectionRefusedError):
-        return 'nobody listens there: not running?'
-    if isinstance(error, socket.gaierror):
-        return f'the host name cannot be resolved: {error.strerror}'
-    return f'the connection failed: {error.strerror or error}'
+TROUBLE = (
+    (FileNotFoundError, 'there is no such socket: not running?'),
+    (ConnectionRefusedError, 'nobody listens there: not running?'),
+    (ConnectionError, 'the connection was closed during the request: too large for it?'),
+    (socket.gaierror, 'the host name cannot be resolved'),
+    (socket.timeout, 'no connection in time'))
 
 
-def too_large(limit: int) -> RpcError:
-    """Return the error for an answer above the limit."""
-    return RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+def describe(error: Any) -> str:
+    """Return what to say of an error on the way to a server."""
+    # urllib wraps what happened
+    if isinstance(getattr(error, 'reason', None), OSError):
+        error = error.reason
+    for kind, text in TROUBLE:
+        if isinstance(error, kind):
+            return text
+    return f'no usable answer: {quoted(error)}'
+
+
+def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
+    """Return what comes over a connection until the other side closes it: an answer."""
+    received, chunk = bytearray(), b'?'
+    end = time.monotonic() + seconds
+    while chunk:
+        left = end - time.monotonic()
+        try:
+            if left <= 0:
+                raise socket.timeout
+            sock.settimeout(left)
+            chunk = sock.recv(1 << 18)
+        except socket.timeout:
+            if received:
+                raise Unreachable(f'only {len(received)} bytes came in {seconds:g} s') from None
+            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
+                              'or hung') from None
+        # It refused what it had not read yet
+        except ConnectionError:
+            chunk = b''
+        received += chunk
+        if len(received) > limit:
+            raise RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+    if not received:
+        raise Unreachable('the connection was closed without an answer')
+    return received
 
 
 def connect(address: Address, seconds: float) -> socket.socket:
@@ -1235,51 +1252,13 @@ def connect(address: Address, seconds: float) -> socket.socket:
     if address.kind == 'tcp':
         return socket.create_connection((address.host, address.port), seconds)
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(seconds)
     try:
-        sock.settimeout(seconds)
         sock.connect(address.path)
-    except BaseException:
+    except OSError:
         sock.close()
         raise
     return sock
-
-
-def answer_end(received: bytearray, limit: int) -> int:
-    """Return how long an answer will be with its head, 0 while the head is not complete."""
-    stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
-    if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
-        return 0
-    size = re.search(rb'\r\ncontent-length: {0,9}(\d{1,15}) {0,9}\r\n', received[:stop + 2], re.I)
-    if not size or not received.startswith(b'Status:'):
-        raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
-    if int(size[1]) > limit:
-        raise too_large(limit)
-    return stop + 4 + int(size[1])
-
-
-def scgi_receive(sock: socket.socket, seconds: float, end: float, limit: int) -> bytearray:
-    """Return the body of an SCGI answer."""
-    received, size = bytearray(), 0
-    try:
-        while not size or len(received) < size:
-            set_deadline(sock, end)
-            chunk = sock.recv(1 << 18)
-            if not chunk and not received:
-                raise Unreachable('the connection was closed without an answer')
-            if not chunk:
-                raise Unreachable(f'the answer broke off after {len(received)} bytes')
-            received += chunk
-            size = size or answer_end(received, limit)
-    except socket.timeout:
-        if not received:
-            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
-                              'or hung') from None
-        raise Unreachable(f'only {len(received)} of {size or "?"} bytes came in '
-                          f'{seconds:g} s') from None
-    if len(received) > size:
-        raise Unreachable('the answer is longer than its Content-Length says')
-    del received[:received.index(b'\r\n\r\n') + 4]
-    return received
 
 
 def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
@@ -1289,27 +1268,19 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
     Raises RpcError; the text says what happened, the caller adds where and which method.
     """
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
-    end = time.monotonic() + seconds
     try:
-        sock = connect(address, seconds)
-    except socket.timeout:
-        raise Unreachable(f'no connection within {seconds:g} s') from None
+        with connect(address, seconds) as sock:
+            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
+            received = receive(sock, seconds, limit)
     except OSError as error:
         raise Unreachable(describe(error)) from None
-    with sock:
-        try:
-            set_deadline(sock, end)
-            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
-        except socket.timeout:
-            # It may be slow to read: what it answers tells
-            pass
-        except OSError:
-            raise Unreachable(f'the connection was closed during a request of {len(body)} '
-                              'bytes: too large for it?') from None
-        try:
-            return scgi_receive(sock, seconds, end, limit)
-        except OSError as error:
-            raise Unreachable(describe(error)) from None
+    start, _, content = received.partition(b'\r\n\r\n')
+    size = re.search(rb'\ncontent-length: {0,9}(\d{1,15})', start, re.I)
+    if not size or not start.startswith(b'Status:'):
+        raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
+    if len(content) < int(size[1]):
+        raise Unreachable(f'the answer broke off after {len(received)} bytes')
+    return content
 
 
 class HttpAnswer(NamedTuple):
@@ -1317,101 +1288,50 @@ class HttpAnswer(NamedTuple):
     status: int
     reason: str
     headers: Any
-    body: bytearray
+    body: bytes
 
 
-class TimedReader(io.RawIOBase):
-    """A socket to read from until a moment; what http.client takes for the socket itself."""
+class Received(io.BytesIO):
+    """A whole answer, which http.client reads as from a socket."""
 
-    def __init__(self, sock: Any, end: float):
-        super().__init__()
-        self.sock, self.end = sock, end
-        self.raw = sock.makefile('rb', buffering=0)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        set_deadline(self.sock, self.end)
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
+    def makefile(self, mode: str) -> Received:
+        return self
 
 
-def http_opener(url: str, user: str, password: str, end: float,
-                close: contextlib.ExitStack) -> Any:
-    """Return urllib's opener: with proxies and both kinds of login, but no redirections.
-
-    No read outlasts `end`. close: closes all answers, for urllib forgets those before a login.
-    """
+def http_opener(url: str, user: str, password: str, seconds: float, limit: int) -> Any:
+    """Return urllib's opener: with proxies and both kinds of login, but no redirections."""
     import http.client
     import urllib.request as lib
 
-    def response(sock: Any, **options: Any) -> Any:
-        reader: Any = TimedReader(sock, end)
-        return close.enter_context(http.client.HTTPResponse(reader, **options))
-
     class Handler(lib.HTTPHandler, lib.HTTPSHandler):
         def do_open(self, http_class: Any, *args: Any, **options: Any) -> Any:
-            def connection(*args: Any, **options: Any) -> Any:
-                made = http_class(*args, **options)
-                made.response_class = response
-                return made
-            return super().do_open(connection, *args, **options)
+            class Connection(http_class):
+                def getresponse(self) -> Any:
+                    answer: Any = Received(receive(self.sock, seconds, limit))
+                    answer = http.client.HTTPResponse(answer)
+                    answer.begin()
+                    return answer
+            return super().do_open(Connection, *args, **options)
 
-    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
+        # Any status is an answer
+        def http_error_default(self, request: Any, answer: Any, *args: Any) -> Any:
+            return answer
+
+    handlers: list[Any] = [Handler(), lib.HTTPErrorProcessor()]
     if user:
+        passwords = lib.HTTPPasswordMgrWithDefaultRealm()
         passwords.add_password(None, url, user, password)
-    digest: Any = lib.HTTPDigestAuthHandler(passwords)
-    # One try; urllib would make six
-    digest.retried = 5
-    proxies: dict | None = None                 # those of the environment
-    if re.match(r'https?://(localhost|127\.|\[::1\])', url):
-        proxies = {}
+        digest: Any = lib.HTTPDigestAuthHandler(passwords)
+        # One try; urllib would make six
+        digest.retried = 5
+        handlers += [digest, lib.HTTPBasicAuthHandler(passwords)]
+    if not re.match(r'https?://(localhost|127\.|\[::1\])', url):
+        handlers.append(lib.ProxyHandler())
     opener = lib.OpenerDirector()
     opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
-    for handler in (lib.ProxyHandler(proxies), Handler(), lib.HTTPErrorProcessor(), digest,
-                    lib.HTTPBasicAuthHandler(passwords), lib.HTTPDefaultErrorHandler()):
+    for handler in handlers:
         opener.add_handler(handler)
     return opener
-
-
-def http_body(answer: Any, limit: int) -> bytearray:
-    """Return the whole body of a web server's answer."""
-    content = bytearray()
-    # urllib itself refused, as a second login
-    if not answer.fp:
-        return content
-    while len(content) <= limit:
-        chunk = answer.read(1 << 16)
-        content += chunk
-        if not chunk:
-            break
-    if len(content) > limit:
-        raise too_large(limit)
-    # What is still to come by its Content-Length
-    if getattr(answer, 'length', 0):
-        raise Unreachable(f'the answer broke off after {len(content)} bytes')
-    return content
-
-
-def http_trouble(error: Exception, seconds: float) -> str:
-    """Return what to say of an error on the way to a web server."""
-    reason = getattr(error, 'reason', error)
-    if isinstance(reason, socket.timeout):
-        return f'no whole answer in {seconds:g} s'
-    if isinstance(reason, OSError):
-        return describe(reason)
-    if 'IncompleteRead' in str(reason):
-        return 'the answer broke off'
-    if 'scheme' in str(reason):
-        return 'HTTP 401: it asks for a login neither basic nor digest'
-    return f'not an answer of a web server: {quoted(reason)}'
 
 
 def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
@@ -1421,25 +1341,17 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
     """
     import http.client
-    import urllib.error
     import urllib.request
-    with contextlib.ExitStack() as close:
-        opener = http_opener(url, user, password, time.monotonic() + seconds, close)
-        try:
-            request = urllib.request.Request(url, body, headers)
-            try:
-                answer = opener.open(request, timeout=seconds)
-            # Any status but 2xx
-            except urllib.error.HTTPError as error:
-                answer = error
-            return HttpAnswer(answer.code, str(answer.reason), answer.headers,
-                              http_body(answer, limit))
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Unreachable(http_trouble(error, seconds)) from None
+    opener = http_opener(url, user, password, seconds, limit)
+    try:
+        answer = opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
+        return HttpAnswer(answer.status, answer.reason, answer.headers, answer.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Unreachable(describe(error)) from None
 
 
 def http_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytearray:
+                 limit: int) -> bytes:
     """Send a request to an HTTP mount of rTorrent and return the body of its answer.
 
     What rTorrent says comes through with any status and content type.
@@ -1449,8 +1361,6 @@ def http_request(address: Address, body: bytes, content_type: str, seconds: floa
     start = answer.body[:1000]
     if b'<methodResponse' in start or b'"jsonrpc"' in start:
         return answer.body
-    if answer.status == 401:
-        raise Unreachable('HTTP 401: user or password is wrong or missing')
     raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
                       f'rTorrent: {quoted(beginning(answer.body))}')
 
@@ -1969,10 +1879,10 @@ class Engine:
 
     def send(self, body: bytes, content_type: str) -> bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        request = scgi_request
+        self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
+        request: Callable = scgi_request
         if self.address.kind == 'http':
             request = http_request
-        self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         return request(self.address, body, content_type, self.timeout, self.limit)
 
     @contextlib.contextmanager
