@@ -1124,8 +1124,8 @@ class Scheduler:
 RPC_TIMEOUT = 30.0
 # Bytes of one answer
 RPC_LIMIT = 64 << 20
-# Most times its limit that a value may take in memory
-WEIGHT = 6
+# Most times the limit that a value may take in memory, beside its answer
+WEIGHT = 5
 # Codes of faults: there is no such command
 MISSING = (-506, -32601)
 # Calls in one request; rTorrent takes 512 KiB at most
@@ -1371,8 +1371,6 @@ def rpc_fault(fault: Any) -> RpcError:
         return RpcError(f'a fault without a code: {quoted(fault)}')
     code = fault.get('faultCode', fault.get('code'))
     message = str(fault.get('faultString', fault.get('message')))
-    if not isinstance(code, int):
-        code = None
     said = f'fault {code}: {quoted(message)}'
     if 'info-hash' in message:
         return HashNotFound(said, code)
@@ -1382,17 +1380,16 @@ def rpc_fault(fault: Any) -> RpcError:
     return RpcError(said, code)
 
 
-def json_text(content: bytes | bytearray, room: int) -> str:
-    """Return JSON text; RpcError if it and its value may take more than `room` bytes of memory."""
+def json_text(content: bytes | bytearray, limit: int) -> str:
+    """Return JSON text; RpcError where its value would take too much memory."""
     # In CPython one emoji makes all characters of a text take 4 bytes; a number or a short text
     # takes 40 bytes and more, a list or a dict 90
-    width = 1
+    width = 2
     if not content.isascii():
-        width = 4
-    weight = 2 * width * len(content)
-    for mark, size in ((b',', 40), (b'[', 90), (b'{', 90)):
-        weight += size * content.count(mark)
-    if weight > room:
+        width = 8
+    weight = width * len(content) + 40 * content.count(b',')
+    weight += 90 * (content.count(b'[') + content.count(b'{'))
+    if weight > WEIGHT * limit:
         raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
                        'times the limit (rpc_limit)')
     return content.decode('utf-8', 'replace')
@@ -1416,14 +1413,11 @@ def sendable(value: Any) -> Any:
     # Older ones refuse <boolean>
     if isinstance(value, bool):
         return int(value)
+    # rTorrent takes text for numbers
     if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
-        # rTorrent takes text for numbers
         return str(value)
     if isinstance(value, str) and not PLAIN_TEXT.fullmatch(value):
-        try:
-            return value.encode('utf-8', 'surrogateescape')
-        except UnicodeEncodeError:
-            raise RpcError(f'{quoted(value)} cannot be sent to rTorrent') from None
+        return value.encode('utf-8', 'surrogateescape')
     return value
 
 
@@ -1435,32 +1429,28 @@ def xml_escape(text: Any) -> str:
 def xml_value(value: Any) -> str:
     """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
-        return f'<value><string>{xml_escape(value)}</string></value>'
-    if isinstance(value, int):
-        return f'<value><i8>{value}</i8></value>'
-    if isinstance(value, bytes):
-        return f'<value><base64>{binascii.b2a_base64(value).decode()}</base64></value>'
-    if isinstance(value, list):
-        return f"<value><array><data>{''.join(map(xml_value, value))}</data></array></value>"
-    if isinstance(value, dict):
-        members = ''.join(f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
-                          for name, item in value.items())
-        return f'<value><struct>{members}</struct></value>'
-    raise RpcError(f'{type(value).__name__} {quoted(value)} cannot be sent to rTorrent; '
-                   'allowed are text, whole numbers, bytes, lists and dicts')
-
-
-def xml_request(method: str, params: Iterable) -> bytes:
-    """Return a methodCall."""
-    values = ''.join(f'<param>{xml_value(value)}</param>' for value in sendable(list(params)))
-    return (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
-            f'<params>{values}</params></methodCall>').encode()
+        inner = f'<string>{xml_escape(value)}</string>'
+    elif isinstance(value, int):
+        inner = f'<i8>{value}</i8>'
+    elif isinstance(value, bytes):
+        inner = f'<base64>{binascii.b2a_base64(value).decode()}</base64>'
+    elif isinstance(value, list):
+        inner = f"<array><data>{''.join(map(xml_value, value))}</data></array>"
+    elif isinstance(value, dict):
+        members = [f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
+                   for name, item in value.items()]
+        inner = f"<struct>{''.join(members)}</struct>"
+    else:
+        raise ValueError(f'{quoted(value)} cannot be sent to rTorrent; allowed are text, whole '
+                         'numbers, bytes, lists and dicts')
+    return f'<value>{inner}</value>'
 
 
 def xml_batch(calls: list[tuple]) -> bytes:
     """Return one methodCall for many calls."""
     entries = [{'methodName': method, 'params': params} for method, *params in calls]
-    return xml_request('system.multicall', [entries])
+    return ('<?xml version="1.0"?><methodCall><methodName>system.multicall</methodName><params>'
+            f'<param>{xml_value(sendable(entries))}</param></params></methodCall>').encode()
 
 
 # An answer becomes JSON text by replacing its tags, in this order, so that the C code of `bytes`
@@ -1469,9 +1459,8 @@ def xml_batch(calls: list[tuple]) -> bytes:
 #     <value><array><data>\r\n<value><i8>7</i8></value>\r\n</data></array></value>
 #     [\r\n7\0\r\n]\0                         tags replaced; \0, which no XML holds, ends a value
 #     [\n7],                                  \0 is a comma, but for the last value of a list
-#
-# A tag that stands in no pair (<double>, <ex:i8>) is left, and xmlrpc.client reads that answer.
 XML_AS_JSON = (
+    (b'\0', b'?'),
     (b'\\', b'\\\\'),
     (b'"', b'\\"'),
     (b'<value><string>', b'"'),
@@ -1483,6 +1472,8 @@ XML_AS_JSON = (
     (b'</i4></value>', b'\0'),
     (b'<value><int>', b''),
     (b'</int></value>', b'\0'),
+    (b'<value><ex:i8>', b''),
+    (b'</ex:i8></value>', b'\0'),
     (b'<value><boolean>0</boolean></value>', b'false\0'),
     (b'<value><boolean>1</boolean></value>', b'true\0'),
     (b'<value><array><data>', b'['),
@@ -1495,6 +1486,8 @@ XML_AS_JSON = (
     (b'</member>', b''),
     (b'<name>', b'"'),
     (b'</name>', b'":'),
+    (b'<param>', b''),
+    (b'</param>', b''),
     # Line ends are as XML has them
     (b'\r\n', b'\n'),
     (b'\r', b'\n'),
@@ -1503,36 +1496,15 @@ XML_AS_JSON = (
     (b'\0}', b'}'),
     (b'\0\n}', b'}'),
     (b'\0\n\n}', b'}'),
-    (b'\0', b','))
-XML_HEAD = re.compile(rb'\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
-                      rb'(?:<params>\s{0,9}<param>|(<fault>))')
-XML_TAIL = re.compile(rb'(?:</param>\s{0,9}</params>|</fault>)\s{0,9}</methodResponse>\s{0,9}\Z')
-XML_ENTITIES = (
+    (b'\0', b','),
     (b'&lt;', b'<'),
     (b'&gt;', b'>'),
     (b'&quot;', b'\\"'),
     (b'&apos;', b"'"),
     (b'&#13;', b'\\r'),
     (b'&amp;', b'&'))
-
-
-def xml_loads(content: bytes | bytearray, limit: int) -> Any:
-    """Return the value in an unusual answer, read by xmlrpc.client, which takes more memory."""
-    if b'<!' in content:
-        raise Unreachable('the answer has a DTD or the like, which is refused')
-    if len(content) > limit // 2:
-        raise Unreachable('the answer is not XML-RPC as rTorrent writes it, and too large for it')
-    import xmlrpc.client
-    try:
-        value = xmlrpc.client.loads(content.decode('utf-8', 'replace'), use_builtin_types=True)
-        # It reads what is nested too deep for anybody else
-        repr(value)
-        return value[0][0]
-    except xmlrpc.client.Fault as fault:
-        raise rpc_fault(vars(fault)) from None
-    # Of many kinds, as the damage has it
-    except Exception:
-        raise Unreachable(f'the answer is not XML-RPC: {quoted(beginning(content))}') from None
+XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
+                        rb'<(params|fault)>(.*)</\1>\s{0,9}</methodResponse>\s{0,9}')
 
 
 def xml_from_base64(found: re.Match) -> bytes:
@@ -1542,122 +1514,76 @@ def xml_from_base64(found: re.Match) -> bytes:
 
 
 def xml_as_json(inner: bytes) -> bytes:
-    """Return JSON text for what stands in the <param> of an answer; ValueError where it cannot."""
-    # NUL is a mark below
-    inner = inner.replace(b'\0', b'?')
+    """Return JSON text for what stands in an answer."""
     if b'<base64>' in inner:
         inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
     for tag, mark in XML_AS_JSON:
         inner = inner.replace(tag, mark)
-    if b'<' in inner:
-        raise ValueError('a tag that rTorrent does not send')
-    if b'&' in inner:
-        if inner.count(b'&') > sum(inner.count(entity) for entity, _ in XML_ENTITIES):
-            raise ValueError('an entity that rTorrent does not send')
-        for entity, character in XML_ENTITIES:
-            inner = inner.replace(entity, character)
-    return inner.rstrip(b'\n,')
+    return inner.strip(b'\n,')
 
 
 def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
-    head = XML_HEAD.match(content)
-    tail = XML_TAIL.search(content, max(len(content) - 100, 0))
-    if not head or not tail:
-        return xml_loads(content, limit)
-    # Text and value take enough memory
-    with memoryview(content) as view:
-        inner = bytes(view[head.end():tail.start()])
+    answer = XML_ANSWER.fullmatch(content)
     try:
-        inner = xml_as_json(inner)
-        text = json_text(inner, WEIGHT * limit - len(content))
-        del inner
-        value = json.loads(text, strict=False)
-    except ValueError:
-        return xml_loads(content, limit)
-    if head[1]:
+        if not answer:
+            raise ValueError
+        value = json.loads(json_text(xml_as_json(answer[2]), limit), strict=False)
+    except (ValueError, RecursionError):
+        raise Unreachable('the answer is not XML-RPC as rTorrent writes it: '
+                          f'{quoted(beginning(content))}') from None
+    if answer[1] == b'fault':
         raise rpc_fault(value)
     return value
 
 
-def xml_answers(content: bytes | bytearray, count: int, limit: int = RPC_LIMIT) -> list:
-    """Return the answers to `count` calls, an RpcError in the place of each that failed."""
-    entries = xml_reply(content, limit)
+# JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
+# character, but a single name that is not UTF-8 turns a whole answer into an error.
+
+def json_batch(calls: list[tuple]) -> bytes:
+    """Return one request for many calls; their ids count from 0."""
+    return json.dumps([{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
+                       for number, (method, *params) in enumerate(calls)]).encode()
+
+
+def batch_answers(entries: Any, count: int) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed.
+
+    By XML an entry is [answer] or a fault, by JSON {'result': answer} or {'error': fault}.
+    """
     if not isinstance(entries, list) or len(entries) != count:
-        raise RpcError('system.multicall did not answer every call')
+        raise RpcError('not every call was answered')
     answers = []
     for entry in entries:
         if isinstance(entry, list) and entry:
             answers.append(entry[0])
+        elif isinstance(entry, dict) and 'result' in entry:
+            answers.append(entry['result'])
+        elif isinstance(entry, dict):
+            answers.append(rpc_fault(entry.get('error', entry)))
         else:
             answers.append(rpc_fault(entry))
-    return answers
-
-
-# JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
-# character, but a single name that is not UTF-8 turns a whole answer into an error.
-JSON_NOT_UTF8 = 'type_error.316'
-
-
-def json_batch(calls: list[tuple]) -> bytes:
-    """Return one request for many calls; their ids count from 0."""
-    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
-             for number, (method, *params) in enumerate(calls)]
-    try:
-        return json.dumps(items).encode()
-    except (TypeError, ValueError) as error:
-        raise RpcError(f'this cannot be sent to rTorrent: {error}') from None
-
-
-def json_answers(text: str, count: int) -> list:
-    """Return the answers to `count` calls, an RpcError in the place of each that failed.
-
-    Raises it where there is no answer to all, as when one text in it is not UTF-8.
-    """
-    items = None
-    with contextlib.suppress(ValueError):
-        items = json.loads(text)
-    if not isinstance(items, list):
-        items = [items]
-    answers = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise Unreachable(f'the answer is not JSON-RPC: {quoted(text[:80])}')
-        if 'result' in item:
-            answers.append(item['result'])
-            continue
-        fault = rpc_fault(item.get('error'))
-        if len(items) < count or JSON_NOT_UTF8 in str(fault):
-            # One for all
-            raise fault
-        answers.append(fault)
-    if len(answers) != count:
-        raise RpcError('the batch did not answer every call')
     return answers
 
 
 # rTorrent 0.9.8 aborts over a command on files without the file's index, be it called, among the
 # fields of a list, or one of the commands that others run. The latter may hold names of torrents:
 # they are no commands unless they begin so.
-FILE_COMMAND = re.compile(r'(?<![\w.])f\.(?!multicall)[a-z]')
-RUNS_COMMANDS = re.compile(r'load\.|branch$')
+FILE_COMMAND = re.compile(r'(?:^|\$) {0,9}f\.(?!multicall)[a-z]')
+RUNS_COMMANDS = re.compile(r'load\.|branch$|[dtp]\.multicall')
 
 
 def refuse_deadly(method: str, params: Iterable) -> None:
     """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
-    params, deadly = list(params), False
-    # What f.multicall runs has an index
-    words = [param.partition('f.multicall')[0].lstrip('$ ')
-             for param in params if isinstance(param, str)]
+    params = list(params)
     if method == 'system.multicall':
         for entry in params[0]:
             refuse_deadly(entry['methodName'], entry['params'])
-    elif FILE_COMMAND.match(method):
+    deadly = False
+    if FILE_COMMAND.match(method):
         deadly = ':f' not in str(params[:1])
-    elif '.multicall' in method and not method.startswith('f.'):
-        deadly = any(FILE_COMMAND.search(word) for word in words)
     elif RUNS_COMMANDS.match(method):
-        deadly = any(FILE_COMMAND.match(word) for word in words[1:])
+        deadly = any(FILE_COMMAND.search(param) for param in params if isinstance(param, str))
     if deadly:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
@@ -1674,21 +1600,6 @@ class Transport:
 
     def close(self) -> None:
         """Do nothing: there is a connection for each call."""
-
-
-@functools.lru_cache(None)
-def proxy_class() -> Any:
-    """Return the class of what Engine.open() gives, a ServerProxy that takes more values."""
-    import xmlrpc.client
-
-    class Proxy(xmlrpc.client.ServerProxy):
-        # What every call of a ServerProxy goes through is its private __request.
-        def _ServerProxy__request(self, method: str, params: tuple) -> Any:
-            refuse_deadly(method, params)
-            request = super()._ServerProxy__request         # type: ignore[misc]
-            return request(method, tuple(sendable(params)))
-
-    return Proxy
 
 
 # --- Engine ----------------------------------------------------------------------------------
@@ -1739,22 +1650,16 @@ class Stats(NamedTuple):
     rpc_time: float                     # seconds that rTorrent took to tell all this
 
 
-def process_start(pid: int, address: Address) -> float | None:
-    """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
-    if not address.is_local():
-        return None
-    try:
-        with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
-            name, _, fields = stat.read().partition('(')[2].rpartition(')')
-        # The pid belongs to a container
-        if not name.startswith('rtorrent'):
-            return None
-        # Ticks after boot at which it began: proc(5)
-        ticks = int(fields.split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-    booted = time.time() - elapsed_time()
-    return booted + ticks / os.sysconf('SC_CLK_TCK')
+def process_start(pid: int) -> float:
+    """Return when a process of rTorrent was started here, in Unix seconds; 0 if not known."""
+    with contextlib.suppress(OSError), open(f'/proc/{pid}/stat', 'rb') as stream:
+        name, _, fields = stream.read().rpartition(b')')
+        # Else the pid belongs to a container
+        if b'(rtorrent' in name:
+            # Ticks after boot at which it began: proc(5)
+            ticks = int(fields.split()[19])
+            return time.time() - elapsed_time() + ticks / os.sysconf('SC_CLK_TCK')
+    return 0
 
 
 def without_errors(answers: list) -> list:
@@ -1797,33 +1702,36 @@ class Engine:
         self.lock = threading.Lock()
         # In elapsed time
         self.gone_since: float | None = None
-        # What reach() knows is of this socket file
-        self.stamp: tuple | None = None
+        # For which socket file, or minute, the following was asked
+        self.stamp: Any = None
         self.methods = texts([])
         self.views = texts([])
         self.engine_id = ''
         self.session_path = ''
         self.cwd = ''
+        self.version = ''
+        self.pid = 0
+        # Unix seconds, 0 where that is not known
+        self.startup = 0.0
+        self.speaks_json = False
         # What is worth a line of the log only once
         self.said: set[str] = set()
-        self.versions = ('', '')
-        self.pid = 0
-        # Unix seconds
-        self.startup: float | None = None
-        self.speaks_json = False
-        # Questions whose answer JSON could not carry
-        self.xml_only: set[str] = set()
 
     def open(self) -> Any:
         """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
-        transport = Transport(self.carry)
-        return proxy_class()('http://rtorrent/RPC2', transport=transport)
+        import xmlrpc.client
+        engine = self
 
-    def carry(self, body: bytes) -> Any:
-        """Return the answer to one methodCall."""
-        method = body.partition(b'<methodName>')[2].partition(b'<')[0].decode()
-        with self.exchange(method):
-            return xml_reply(self.send(body, 'text/xml'), self.limit)
+        class Proxy(xmlrpc.client.ServerProxy):
+            # What every call of a ServerProxy goes through is its private __request.
+            def _ServerProxy__request(self, method: str, params: tuple) -> Any:
+                request = super()._ServerProxy__request     # type: ignore[misc]
+                with engine.exchange(method):
+                    refuse_deadly(method, params)
+                    return request(method, tuple(sendable(params)))
+
+        transport: Any = Transport(self.carry)
+        return Proxy('http://rtorrent/RPC2', transport)
 
     def ask(self, calls: Iterable[tuple]) -> list:
         """Return the answers to many questions, (method, *params) each, in one round trip.
@@ -1831,53 +1739,49 @@ class Engine:
         In the place of one that failed is its RpcError. Questions only: they may be sent twice.
         """
         self.reach()
-        return self.in_parts(calls, self.best_answers)
+        if self.speaks_json:
+            return self.in_parts(calls, self.by_json)
+        return self.in_parts(calls, self.by_xml)
 
     def tell(self, calls: Iterable[tuple]) -> list:
         """Return the answers to commands, as ask() does; these are never sent twice."""
         self.reach()
-        return self.in_parts(calls, self.answers_by_xml)
+        return self.in_parts(calls, self.by_xml)
 
     def in_parts(self, calls: Iterable[tuple], get: Callable[[list[tuple]], list]) -> list:
         """Return the answers to calls, of which each request takes BATCH."""
-        left, answers = list(calls), []
-        for start in range(0, len(left), BATCH):
-            part = left[start:start + BATCH]
-            name = part[0][0]
-            if len(part) > 1:
-                name = f'a batch from {name} on'
-            with self.exchange(name):
+        calls = list(calls)
+        answers: list = []
+        for start in range(0, len(calls), BATCH):
+            part = calls[start:start + BATCH]
+            with self.exchange(part[0][0]):
                 for method, *params in part:
                     refuse_deadly(method, params)
-                found = get(part)
-            for (method, *_), answer in zip(part, found):
-                if isinstance(answer, RpcError):
-                    answer = self.failed(answer, method)
-                answers.append(answer)
+                answers += get(part)
+        for number, answer in enumerate(answers):
+            if isinstance(answer, RpcError):
+                answers[number] = self.failed(answer, calls[number][0])
         return answers
 
-    def best_answers(self, calls: list[tuple]) -> list:
-        """Return the answers to questions that go out together, by JSON where it serves."""
-        question = repr([(method, *params[1:]) for method, *params in calls])
-        if not self.speaks_json or question in self.xml_only:
-            return self.answers_by_xml(calls)
-        text = json_text(self.send(json_batch(calls), 'application/json'), WEIGHT * self.limit)
+    def by_json(self, calls: list[tuple]) -> list:
+        """Return the answers to questions, asked by XML where JSON cannot carry them."""
         try:
-            return json_answers(text, len(calls))
-        except RpcError as error:
-            if JSON_NOT_UTF8 not in str(error):
-                raise
-        if len(self.xml_only) >= 1000:
-            self.xml_only.clear()
-        self.xml_only.add(question)
-        return self.answers_by_xml(calls)
+            text = json_text(self.send(json_batch(calls), 'application/json'), self.limit)
+            return batch_answers(json.loads(text), len(calls))
+        except Unreachable:
+            raise
+        except (RpcError, TypeError, ValueError, RecursionError):
+            return self.by_xml(calls)
 
-    def answers_by_xml(self, calls: list[tuple]) -> list:
+    def by_xml(self, calls: list[tuple]) -> list:
         """Return the answers to calls that go out together, by XML."""
-        content = self.send(xml_batch(calls), 'text/xml')
-        return xml_answers(content, len(calls), self.limit)
+        return batch_answers(self.carry(xml_batch(calls)), len(calls))
 
-    def send(self, body: bytes, content_type: str) -> bytearray:
+    def carry(self, body: bytes) -> Any:
+        """Return the answer to one methodCall."""
+        return xml_reply(self.send(body, 'text/xml'), self.limit)
+
+    def send(self, body: bytes, content_type: str) -> bytes | bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
         self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         request: Callable = scgi_request
@@ -1886,65 +1790,66 @@ class Engine:
         return request(self.address, body, content_type, self.timeout, self.limit)
 
     @contextlib.contextmanager
-    def exchange(self, name: str) -> Iterator[None]:
-        """Let what fails in here say where and in which call, and notice whether it does."""
+    def exchange(self, method: str) -> Iterator[None]:
+        """Let what fails in here say where and in which call; log that rTorrent goes or is back.
+
+        An error that says so counts as told.
+        """
         try:
-            try:
-                yield
-            except RecursionError:
-                raise RpcError('the answer is nested too deep') from None
-        except RpcError as error:
-            named = self.failed(error, name)
-            self.notice(named)
+            yield
+        except Unreachable as error:
+            named = self.failed(error, method)
+            named.told = True
+            with self.lock:
+                if self.gone_since is None:
+                    self.gone_since = elapsed_time()
+                    self.log.warning('%s', named)
             raise named from None
-        self.notice(None)
+        except RpcError as error:
+            raise self.failed(error, method) from None
+        # A value that cannot be sent
+        except ValueError as error:
+            raise self.failed(RpcError(str(error)), method) from None
+        with self.lock:
+            if self.gone_since is not None:
+                self.log.info('%s answers again, after %s', self.address.where,
+                              show_duration(elapsed_time() - self.gone_since))
+                self.gone_since = None
 
     def failed(self, error: RpcError, method: str) -> RpcError:
-        """Return the error that says where and which call failed; look again if need be."""
+        """Return the error that says where and which call failed."""
         if isinstance(error, Unreachable) or error.code in MISSING:
             # It may have been restarted or upgraded
             self.stamp = None
         return type(error)(f'{self.address.where}: {method}: {error}', error.code)
 
-    def notice(self, error: RpcError | None) -> None:
-        """Log that rTorrent has gone, or is back; an error that says so counts as told."""
-        with self.lock:
-            if isinstance(error, Unreachable):
-                error.told = True
-                if self.gone_since is None:
-                    self.gone_since = elapsed_time()
-                    self.log.warning('%s', error)
-            elif self.gone_since is not None:
-                self.log.info('%s answers again, after %s', self.address.where,
-                              show_duration(elapsed_time() - self.gone_since))
-                self.gone_since = None
-
     def reach(self) -> None:
-        """Look what rTorrent is and offers, unless that is known; RpcError if it is away."""
-        stamp = None
-        # A restarted rTorrent makes a new socket file
+        """Ask what rTorrent is and offers, unless that is known; RpcError if it is away."""
+        # A restarted rTorrent makes a new socket file; a port is looked at once a minute
+        stamp: Any = elapsed_time() // 60
         with contextlib.suppress(OSError):
             found = os.stat(self.address.path)
             stamp = found.st_ino, found.st_ctime_ns
-        if self.stamp is None or stamp != self.stamp[0]:
+        if stamp != self.stamp:
             self.look()
-            self.stamp = (stamp,)
+            self.stamp = stamp
 
     def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
-        self.methods = texts(self.carry(xml_request('system.listMethods', [])))
-        if not self.methods:
-            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of commands')
-        calls = [(command, '') for command in ABOUT]
-        answers = self.in_parts(calls, self.answers_by_xml)
-        views, name, path, cwd, client, library, pid, startup, by_json = answers
+        calls = [('system.listMethods',), *[(command, '') for command in ABOUT]]
+        answers = self.in_parts(calls, self.by_xml)
+        without_errors(answers[:1])
+        methods, views, name, path, cwd, client, library, pid, startup, by_json = answers
+        self.methods = texts(methods)
         self.views = texts(views)
         self.engine_id = typed(name, self.address.where)
         self.session_path = typed(path, '')
         self.cwd = typed(cwd, '')
-        self.versions = (typed(client, '?'), typed(library, '?'))
+        self.version = f"{typed(client, '?')}/{typed(library, '?')}"
         self.pid = typed(pid, 0)
-        self.startup = typed(startup, 0) or process_start(self.pid, self.address)
+        self.startup = typed(startup, 0)
+        if not self.startup and self.address.is_local():
+            self.startup = process_start(self.pid)
         self.speaks_json = by_json == 1
 
     def say_once(self, text: str) -> None:
@@ -1963,17 +1868,10 @@ class Engine:
         self.reach()
         return view in self.views
 
-    @property
-    def uptime(self) -> float | None:
-        """Seconds since rTorrent was started, None where that cannot be known."""
-        if self.startup is None:
-            return None
-        return max(time.time() - self.startup, 0)
-
     def stats(self) -> Stats:
         """Return rTorrent's figures, asked in one round trip."""
         self.reach()
-        calls: dict[str, tuple] = {'pid': ('system.pid', '')}
+        calls: dict[str, tuple] = {}
         for name, command in GAUGES.items():
             if command in self.methods:
                 calls[name] = (command, '')
@@ -1983,14 +1881,13 @@ class Engine:
         answers = self.ask(calls.values())
         rpc_time = time.perf_counter() - began
         told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
-        # It was restarted
-        if told.get('pid', self.pid) != self.pid:
-            self.stamp = None
-            self.reach()
+        uptime = None
+        if self.startup:
+            uptime = max(time.time() - self.startup, 0)
         return Stats(
             engine_id=self.engine_id,
-            version='/'.join(self.versions),
-            uptime=self.uptime,
+            version=self.version,
+            uptime=uptime,
             views={view: told.get(view) for view in VIEWS},
             rpc_time=rpc_time,
             **{name: told.get(name) for name in GAUGES})
@@ -8387,13 +8284,11 @@ class Daemon:
 
 def engine_status(engine: Engine) -> dict:
     """Return the state of an rTorrent, for --status."""
-    version = None
-    if any(engine.versions):
-        version = '/'.join(engine.versions)
     away_for = None
     if engine.gone_since is not None:
         away_for = elapsed_time() - engine.gone_since
-    return {'address': engine.address.where, 'version': version, 'away_for': away_for}
+    return {'address': engine.address.where, 'version': engine.version or None,
+            'away_for': away_for}
 
 
 def task_status(task: Task) -> dict:
@@ -8637,8 +8532,7 @@ def check(config: Config) -> int:
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
             engine.reach()
-            versions = one_line('/'.join(engine.versions))
-            print(f'{engine.address.where}: rTorrent {versions} answers')
+            print(f'{engine.address.where}: rTorrent {one_line(engine.version)} answers')
         except RpcError as error:
             if not error.told:
                 logging.getLogger('torque.engine').warning('%s', error)
