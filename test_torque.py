@@ -1688,7 +1688,6 @@ WIKI ~/rpc.sock >> HOME/rpc.sock
 WIKI \ |   /x/rpc.sock >> /x/rpc.sock
 WIKI (cat,(session.path),rpc.sock) >> /x/s/rpc.sock
 WIKI (cat, (session.path), "../rpc.sock") >> /x/s/../rpc.sock
-WIKI "$cat=$session.path=,rpc.sock" >> /x/s/rpc.sock
 WIKI (cat, \ | (cfg.basedir), \ | rpc.sock) >> /x/rpc.sock
 WIKI (cat,(system.env,HOME),/rpc.sock) >> HOME/rpc.sock
 WIKI /x/rpc.sock ; print = "x ; y" >> /x/rpc.sock
@@ -1871,7 +1870,7 @@ class EngineTest(RpcCase):
             for name, words in (None, '|'.join(names[:2])), (names[2], names[2]):
                 self.assert_error(f'scgi_url|{words}', torque.find_url, name, kind=torque.UserError)
             self.write(names[1][2:], 'scgi_local = /x/second.sock')
-            self.assertEqual(torque.find_url(None), '/x/second.sock')
+            self.assertEqual(torque.find_url(None), 'scgi:///x/second.sock')
             self.write(names[0][2:], 'scgi_port = 127.0.0.1:5000')
             self.assertEqual(torque.find_url(None), 'scgi://127.0.0.1:5000')
 

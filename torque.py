@@ -1626,7 +1626,15 @@ ABOUT = ('view.list session.name session.path system.cwd system.client_version '
          'system.library_version system.pid startup_time network.rpc.use_jsonrpc').split()
 RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
             '~/.rtorrent.rc']
-RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
+# Other names of commands of an rc
+RC_NAMES = {
+    'scgi_local': 'network.scgi.open_local',
+    'scgi_port': 'network.scgi.open_port',
+    'session': 'session.path',
+    'session.path.set': 'session.path'}
+# A semicolon ends a command, but in quotes
+RC_COMMAND = re.compile(r'(?:[^";]|"[^"]*"?)+')
+RC_CALL = re.compile(r'\(\s{0,99}([\w.]{1,99})\s{0,99}(?:,([^()]*))?\)')
 # Characters of an rc that are read
 RC_LIMIT = 1 << 20
 
@@ -1893,49 +1901,28 @@ class Engine:
             **{name: told.get(name) for name in GAUGES})
 
 
-def split_outside(text: str, mark: str) -> list[str]:
-    """Return text split at marks that are outside of quotes and parentheses."""
-    parts: list[list[str]] = [[]]
-    depth = 0
-    for piece in re.findall(r'"[^"]*"?|[^"]', text):
-        if piece in '({':
-            depth += 1
-        elif piece in ')}':
-            depth -= 1
-        if piece == mark and depth <= 0:
-            parts.append([])
+def rc_value(text: str, settings: dict) -> str:
+    """Return what an rc's value comes to: (command,args) are worked out from the inside."""
+    value = text.strip()
+    for _ in range(100):
+        call = RC_CALL.search(value)
+        if not call or not value.startswith('('):
+            return value.strip('"')
+        name, rest = call.groups('')
+        args = [arg.strip().strip('"') for arg in rest.split(',')]
+        if name == 'cat':
+            found = ''.join(args)
+        elif name == 'system.env':
+            found = os.environ.get(args[0], '')
+        elif name not in settings:
+            raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
+                            'set scgi_url in [TORQUE]')
+        elif name == 'session.path':
+            found = f'(cat,{settings[name]},/)'
         else:
-            parts[-1].append(piece)
-    return [''.join(part) for part in parts]
-
-
-def rc_value(text: str, settings: dict, depth: int = 0) -> str:
-    """Return what an rc's value comes to: text, (command,args) or $command=args."""
-    text = text.strip()
-    if depth > 20:
-        raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1]
-    if text.startswith('$'):
-        inner = text[1:].replace('=', ',', 1)
-    elif text.startswith('(') and text.endswith(')'):
-        inner = text[1:-1]
-    else:
-        return text
-    name, *args = split_outside(inner, ',')
-    name = name.strip()
-    values = [rc_value(arg, settings, depth + 1) for arg in args]
-    if name == 'cat':
-        return ''.join(values)
-    if name == 'system.env':
-        return os.environ.get(''.join(values), '')
-    if name not in settings:
-        raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
-                        'set scgi_url in [TORQUE]')
-    value = rc_value(settings[name], settings, depth + 1)
-    if name == 'session.path':
-        value = os.path.join(os.path.expanduser(value), '')
-    return value
+            found = settings[name]
+        value = value[:call.start()] + found + value[call.end():]
+    raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
 
 
 def read_rc(path: str, settings: dict, seen: set[str]) -> None:
@@ -1943,11 +1930,11 @@ def read_rc(path: str, settings: dict, seen: set[str]) -> None:
 
     seen: the files that are read, none of which is read again: one may import itself.
     """
+    path = os.path.normpath(os.path.expanduser(path))
+    if path in seen:
+        return
+    seen.add(path)
     try:
-        path = os.path.realpath(path)
-        if path in seen:
-            return
-        seen.add(path)
         with open(path, encoding='utf-8', errors='replace') as stream:
             text = stream.read(RC_LIMIT).replace('\\\n', ' ')
     # Its name may hold a NUL
@@ -1955,32 +1942,25 @@ def read_rc(path: str, settings: dict, seen: set[str]) -> None:
         raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
     for line in text.splitlines():
         if not line.lstrip().startswith('#'):
-            for command in split_outside(line, ';'):
+            for command in RC_COMMAND.findall(line):
                 read_command(path, command, settings, seen)
 
 
-def import_rc(path: str, value: str, settings: dict, seen: set[str]) -> None:
-    """Read what an rc imports; its name may be worked out from settings."""
-    target = os.path.expanduser(rc_value(value, settings))
-    read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
-
-
 def read_command(path: str, command: str, settings: dict, seen: set[str]) -> None:
-    """Add a command of an rc to settings, if it is one that tells something."""
-    key, equals, value = (part.strip() for part in command.partition('='))
-    if key == 'import':
-        import_rc(path, value, settings, seen)
-    elif key == 'try_import':
-        with contextlib.suppress(UserError):
-            import_rc(path, value, settings, seen)
-    elif key == 'method.insert':
-        name, *rest = split_outside(value, ',')
-        if len(rest) > 1:
-            settings[name.strip()] = rest[-1].strip()
-    elif key == 'session':
-        settings['session.path'] = value
-    elif equals:
-        settings[re.sub(r'\.set$', '', key)] = value
+    """Add a command of an rc to settings, or those of the file that it imports."""
+    key, _, value = (part.strip() for part in command.partition('='))
+    if key in ('import', 'try_import'):
+        try:
+            target = os.path.expanduser(rc_value(value, settings))
+            read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
+        except UserError:
+            if key == 'import':
+                raise
+        return
+    if key == 'method.insert':
+        key, _, rest = value.partition(',')
+        value = rest.partition(',')[2].strip()
+    settings[RC_NAMES.get(key, key)] = value
 
 
 def find_url(rc_file: str | None) -> str:
@@ -1997,13 +1977,9 @@ def find_url(rc_file: str | None) -> str:
             continue
         settings: dict = {}
         read_rc(path, settings, set())
-        for key in RC_ADDRESS:
-            if key not in settings:
-                continue
-            url = rc_value(settings[key], settings)
-            if key.endswith('local'):
-                return os.path.expanduser(url)
-            return 'scgi://' + url
+        for key in ('network.scgi.open_local', 'network.scgi.open_port'):
+            if key in settings:
+                return 'scgi://' + rc_value(settings[key], settings).replace('//', '/')
         raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
                         'set scgi_url in [TORQUE]')
     raise UserError('is not set in [TORQUE], and there is no '
