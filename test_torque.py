@@ -1209,7 +1209,9 @@ def as_text(value):
         return [as_text(item) for item in value]
     if isinstance(value, dict):
         return {name: as_text(item) for name, item in value.items()}
-    return value.decode('utf-8', 'replace') if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return re.sub('\r\n?', '\n', value.decode('utf-8', 'replace'))
+    return value
 
 
 def some_value(rng, depth=3):
@@ -1299,7 +1301,7 @@ class AddressTest(RpcCase):
             with self.subTest(text):
                 found = torque.parse_address(f' {text} ')
                 parts = {'tcp': f'{found.host} {found.port}', 'unix': found.path,
-                         'http': f'{found.path} {found.user} {found.password}'.strip()}
+                         'http': ' '.join([found.path, *found.login]).strip()}
                 self.assertEqual(parts[found.kind], expected)
                 self.assertEqual(torque.parse_address(found.where).where, found.where)
                 self.assertEqual(torque.parse_address(found.where)[:5], found[:5])
@@ -1485,10 +1487,9 @@ class JsonTest(RpcCase):
         engine = self.start(None, True, echo=lambda target, value: value)
         for value in ([1, ['a']], {'a': [2]}, [], 2 ** 53 + 1, -2 ** 40, '\x01\U0001f600"\\'):
             self.assertEqual(engine.ask([('echo', '', value)]), [value])
-        for value, word in ((object(), 'object'), ([{1}], '{1}'), ('\ud800', 'ud800')):
-            self.assert_error(f'{engine.address.where}: echo: |{word}', engine.tell,
-                              [('echo', '', value)])
-        self.assert_error('echo: |cannot be sent', engine.ask, [('echo', '', {1})])
+        for value, door in ((object(), engine.ask), ([{1}], engine.ask), ([None], engine.tell),
+                            (1.5, engine.tell)):
+            self.assert_error('cannot be sent', door, [('echo', '', value)], kind=TypeError)
 
 
 class ProxyTest(RpcCase):
@@ -1805,7 +1806,6 @@ class EngineTest(RpcCase):
             engine = self.start(None, **odd)
             self.value_or_error(engine.stats)
             self.assertIsInstance(engine.session_path, str)
-            self.assertIsInstance(engine.pid, int)
 
     def test_deep_nesting_is_one_line(self):
         engine = self.start(None, use=1)

@@ -1140,8 +1140,7 @@ class Address(NamedTuple):
     path: str = ''
     host: str = ''
     port: int = 0
-    user: str = ''
-    password: str = ''
+    login: tuple = ()                   # user, password
     exposed: bool = False               # rTorrent's port is open to the network
 
     def __repr__(self) -> str:
@@ -1182,8 +1181,10 @@ def parse_address(text: str) -> Address:
     netloc = url.netloc.rpartition('@')[2]
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
         clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
-        return Address('http', clean, clean, host, port, unquote(url.username or ''),
-                       unquote(url.password or ''))
+        login: tuple = ()
+        if url.username:
+            login = unquote(url.username), unquote(url.password or '')
+        return Address('http', clean, clean, host, port, login)
     path = spelt.partition('://')[2]
     if url.scheme == 'scgi' and path.startswith(('/', '~')) and '\0' not in path:
         path = os.path.expanduser(path)
@@ -1197,8 +1198,8 @@ def parse_address(text: str) -> Address:
 
 
 def beginning(content: bytes | bytearray) -> str:
-    """Return the first bytes of an answer as text."""
-    return bytes(content[:80]).decode('utf-8', 'replace')
+    """Return the first bytes of an answer, quoted."""
+    return quoted(bytes(content[:80]).decode('utf-8', 'replace'))
 
 
 TROUBLE = (
@@ -1277,7 +1278,7 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
     start, _, content = received.partition(b'\r\n\r\n')
     size = re.search(rb'\ncontent-length: {0,9}(\d{1,15})', start, re.I)
     if not size or not start.startswith(b'Status:'):
-        raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
+        raise Unreachable(f'the answer is not one of rTorrent: {beginning(received)}')
     if len(content) < int(size[1]):
         raise Unreachable(f'the answer broke off after {len(received)} bytes')
     return content
@@ -1294,33 +1295,34 @@ class HttpAnswer(NamedTuple):
 class Received(io.BytesIO):
     """A whole answer, which http.client reads as from a socket."""
 
-    def makefile(self, mode: str) -> Received:
+    def makefile(self, mode):
         return self
 
 
-def http_opener(url: str, user: str, password: str, seconds: float, limit: int) -> Any:
+def http_opener(url: str, login: tuple, seconds: float, limit: int) -> Any:
     """Return urllib's opener: with proxies and both kinds of login, but no redirections."""
     import http.client
     import urllib.request as lib
 
     class Handler(lib.HTTPHandler, lib.HTTPSHandler):
-        def do_open(self, http_class: Any, *args: Any, **options: Any) -> Any:
+        def do_open(self, http_class: Any, *args, **options):
             class Connection(http_class):
-                def getresponse(self) -> Any:
-                    answer: Any = Received(receive(self.sock, seconds, limit))
-                    answer = http.client.HTTPResponse(answer)
+                def getresponse(self):
+                    received: Any = Received(receive(self.sock, seconds, limit))
+                    answer = http.client.HTTPResponse(received)
                     answer.begin()
                     return answer
+
             return super().do_open(Connection, *args, **options)
 
         # Any status is an answer
-        def http_error_default(self, request: Any, answer: Any, *args: Any) -> Any:
+        def http_error_default(self, request, answer, *args):
             return answer
 
     handlers: list[Any] = [Handler(), lib.HTTPErrorProcessor()]
-    if user:
+    if login:
         passwords = lib.HTTPPasswordMgrWithDefaultRealm()
-        passwords.add_password(None, url, user, password)
+        passwords.add_password(None, url, *login)
         digest: Any = lib.HTTPDigestAuthHandler(passwords)
         # One try; urllib would make six
         digest.retried = 5
@@ -1335,14 +1337,14 @@ def http_opener(url: str, user: str, password: str, seconds: float, limit: int) 
 
 
 def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
-              user: str = '', password: str = '') -> HttpAnswer:
+              login: tuple = ()) -> HttpAnswer:
     """POST to a web server; it may ask for a login by basic or digest authentication.
 
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
     """
     import http.client
     import urllib.request
-    opener = http_opener(url, user, password, seconds, limit)
+    opener = http_opener(url, login, seconds, limit)
     try:
         answer = opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
         return HttpAnswer(answer.status, answer.reason, answer.headers, answer.read())
@@ -1357,12 +1359,12 @@ def http_request(address: Address, body: bytes, content_type: str, seconds: floa
     What rTorrent says comes through with any status and content type.
     """
     answer = http_post(address.path, body, {'Content-Type': content_type}, seconds, limit,
-                       address.user, address.password)
+                       address.login)
     start = answer.body[:1000]
     if b'<methodResponse' in start or b'"jsonrpc"' in start:
         return answer.body
     raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
-                      f'rTorrent: {quoted(beginning(answer.body))}')
+                      f'rTorrent: {beginning(answer.body)}')
 
 
 def rpc_fault(fault: Any) -> RpcError:
@@ -1382,13 +1384,14 @@ def rpc_fault(fault: Any) -> RpcError:
 
 def json_text(content: bytes | bytearray, limit: int) -> str:
     """Return JSON text; RpcError where its value would take too much memory."""
-    # In CPython one emoji makes all characters of a text take 4 bytes; a number or a short text
-    # takes 40 bytes and more, a list or a dict 90
+    # In CPython one emoji makes all characters of a text take 4 bytes; a value takes 90 bytes at
+    # most, beside its text
     width = 2
     if not content.isascii():
         width = 8
-    weight = width * len(content) + 40 * content.count(b',')
-    weight += 90 * (content.count(b'[') + content.count(b'{'))
+    weight = width * len(content)
+    for mark in (b',', b'[', b'{'):
+        weight += 90 * content.count(mark)
     if weight > WEIGHT * limit:
         raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
                        'times the limit (rpc_limit)')
@@ -1441,7 +1444,7 @@ def xml_value(value: Any) -> str:
                    for name, item in value.items()]
         inner = f"<struct>{''.join(members)}</struct>"
     else:
-        raise ValueError(f'{quoted(value)} cannot be sent to rTorrent; allowed are text, whole '
+        raise TypeError(f'{quoted(value)} cannot be sent to rTorrent; allowed are text, whole '
                          'numbers, bytes, lists and dicts')
     return f'<value>{inner}</value>'
 
@@ -1501,7 +1504,6 @@ XML_AS_JSON = (
     (b'&gt;', b'>'),
     (b'&quot;', b'\\"'),
     (b'&apos;', b"'"),
-    (b'&#13;', b'\\r'),
     (b'&amp;', b'&'))
 XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
                         rb'<(params|fault)>(.*)</\1>\s{0,9}</methodResponse>\s{0,9}')
@@ -1509,8 +1511,8 @@ XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResp
 
 def xml_from_base64(found: re.Match) -> bytes:
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
-    text = xml_escape(binascii.a2b_base64(found[1]).decode('utf-8', 'replace'))
-    return b'<string>%s</string>' % text.replace('\r', '&#13;').encode()
+    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
+    return b'<string>%s</string>' % xml_escape(text).encode()
 
 
 def xml_as_json(inner: bytes) -> bytes:
@@ -1531,7 +1533,7 @@ def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
         value = json.loads(json_text(xml_as_json(answer[2]), limit), strict=False)
     except (ValueError, RecursionError):
         raise Unreachable('the answer is not XML-RPC as rTorrent writes it: '
-                          f'{quoted(beginning(content))}') from None
+                          + beginning(content)) from None
     if answer[1] == b'fault':
         raise rpc_fault(value)
     return value
@@ -1594,7 +1596,7 @@ class Transport:
     def __init__(self, carry: Callable[[bytes], Any]):
         self.carry = carry
 
-    def request(self, host: str, handler: str, body: bytes, verbose: bool = False) -> tuple:
+    def request(self, host, handler, body, verbose=False):
         """Return what a call answers, alone in a tuple; host and handler are placeholders."""
         return (self.carry(body),)
 
@@ -1622,8 +1624,9 @@ GAUGES = {
     'max_open_sockets': 'network.max_open_sockets',
     'open_files': 'network.open_files',
     'max_open_files': 'network.max_open_files'}
-ABOUT = ('view.list session.name session.path system.cwd system.client_version '
-         'system.library_version system.pid startup_time network.rpc.use_jsonrpc').split()
+ABOUT = ('system.listMethods view.list session.name session.path system.cwd '
+         'system.client_version system.library_version system.pid startup_time '
+         'network.rpc.use_jsonrpc').split()
 RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
             '~/.rtorrent.rc']
 # Other names of commands of an rc
@@ -1685,11 +1688,6 @@ def typed(answer: Any, unknown: Any) -> Any:
     return unknown
 
 
-def texts(answer: Any) -> frozenset[str]:
-    """Return the texts in an answer that is a list."""
-    return frozenset(item for item in typed(answer, []) if isinstance(item, str))
-
-
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
@@ -1706,19 +1704,16 @@ class Engine:
         self.limit = limit
         self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
-        # Guards gone_since
-        self.lock = threading.Lock()
         # In elapsed time
         self.gone_since: float | None = None
         # For which socket file, or minute, the following was asked
         self.stamp: Any = None
-        self.methods = texts([])
-        self.views = texts([])
+        self.methods: frozenset = frozenset()
+        self.views: frozenset = frozenset()
         self.engine_id = ''
         self.session_path = ''
         self.cwd = ''
         self.version = ''
-        self.pid = 0
         # Unix seconds, 0 where that is not known
         self.startup = 0.0
         self.speaks_json = False
@@ -1732,7 +1727,7 @@ class Engine:
 
         class Proxy(xmlrpc.client.ServerProxy):
             # What every call of a ServerProxy goes through is its private __request.
-            def _ServerProxy__request(self, method: str, params: tuple) -> Any:
+            def _ServerProxy__request(self, method, params):
                 request = super()._ServerProxy__request     # type: ignore[misc]
                 with engine.exchange(method):
                     refuse_deadly(method, params)
@@ -1791,7 +1786,6 @@ class Engine:
 
     def send(self, body: bytes, content_type: str) -> bytes | bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         request: Callable = scgi_request
         if self.address.kind == 'http':
             request = http_request
@@ -1808,21 +1802,16 @@ class Engine:
         except Unreachable as error:
             named = self.failed(error, method)
             named.told = True
-            with self.lock:
-                if self.gone_since is None:
-                    self.gone_since = elapsed_time()
-                    self.log.warning('%s', named)
+            if self.gone_since is None:
+                self.gone_since = elapsed_time()
+                self.log.warning('%s', named)
             raise named from None
         except RpcError as error:
             raise self.failed(error, method) from None
-        # A value that cannot be sent
-        except ValueError as error:
-            raise self.failed(RpcError(str(error)), method) from None
-        with self.lock:
-            if self.gone_since is not None:
-                self.log.info('%s answers again, after %s', self.address.where,
-                              show_duration(elapsed_time() - self.gone_since))
-                self.gone_since = None
+        since, self.gone_since = self.gone_since, None
+        if since is not None:
+            self.log.info('%s answers again, after %s', self.address.where,
+                          show_duration(elapsed_time() - since))
 
     def failed(self, error: RpcError, method: str) -> RpcError:
         """Return the error that says where and which call failed."""
@@ -1844,20 +1833,18 @@ class Engine:
 
     def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
-        calls = [('system.listMethods',), *[(command, '') for command in ABOUT]]
-        answers = self.in_parts(calls, self.by_xml)
-        without_errors(answers[:1])
+        answers = self.in_parts([(command,) for command in ABOUT], self.by_xml)
         methods, views, name, path, cwd, client, library, pid, startup, by_json = answers
-        self.methods = texts(methods)
-        self.views = texts(views)
+        without_errors(answers[:1])
+        self.methods = frozenset(map(str, typed(methods, [])))
+        self.views = frozenset(map(str, typed(views, [])))
         self.engine_id = typed(name, self.address.where)
         self.session_path = typed(path, '')
         self.cwd = typed(cwd, '')
         self.version = f"{typed(client, '?')}/{typed(library, '?')}"
-        self.pid = typed(pid, 0)
         self.startup = typed(startup, 0)
         if not self.startup and self.address.is_local():
-            self.startup = process_start(self.pid)
+            self.startup = process_start(pid)
         self.speaks_json = by_json == 1
 
     def say_once(self, text: str) -> None:
@@ -1891,7 +1878,7 @@ class Engine:
         told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
         uptime = None
         if self.startup:
-            uptime = max(time.time() - self.startup, 0)
+            uptime = time.time() - self.startup
         return Stats(
             engine_id=self.engine_id,
             version=self.version,
@@ -4903,7 +4890,7 @@ class InfluxDB(Job):
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
             return []
-        said = one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(beginning(answer.body))
+        said = one_line(f'HTTP {answer.status} {answer.reason} ') + beginning(answer.body)
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
             parts = [lines[:half], lines[half:]]
