@@ -1725,7 +1725,6 @@ class EngineTest(RpcCase):
         engine = self.start()
         for _ in range(3):
             engine.ask([('session.name', '')])
-            self.assertEqual((engine.has('view.size'), engine.has('schedule2')), (True, False))
         self.assertEqual((self.looks(), len(self.double.seen)), (1, 4))
         self.assertEqual((engine.engine_id, engine.version), ('double:1', '0.9.8/0.13.8'))
         self.assertIn('view.size', engine.methods)
@@ -1735,7 +1734,8 @@ class EngineTest(RpcCase):
         engine.reach()
         self.stop()
         self.start(**{'session.name': 'double:2', 'new.one': 1})
-        self.assertEqual((engine.has('new.one'), self.looks()), (True, 1))
+        engine.reach()
+        self.assertEqual(('new.one' in engine.methods, self.looks()), (True, 1))
         engine = self.start(None)
         engine.reach()
         self.double.commands['session.name'] = 'double:3'
@@ -1751,7 +1751,7 @@ class EngineTest(RpcCase):
                 error = engine.ask([('nosuch', '')])[0]
                 self.assertEqual((error.code, self.looks()), (MISSING[speaks_json], 1))
                 engine.ask([('session.name', '')])
-                self.assertEqual((engine.has('nosuch'), self.looks()), (False, 2))
+                self.assertEqual(self.looks(), 2)
 
     def test_stats_are_one_question(self):
         no = xmlrpc.client.Fault(-503, 'No')
@@ -1904,9 +1904,9 @@ class LiveRpcTest(RpcCase):
                 cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
                 cls.servers.append(RTorrent(folder, command, tcp))
                 cls.addClassCleanup(cls.servers[-1].stop, signal.SIGKILL)
-                if tcp and cls.servers[-1].engine.has('network.rpc.use_jsonrpc.set'):   # XML here
-                    cls.servers[-1].engine.open().network.rpc.use_jsonrpc.set('', 0)
-                    cls.servers[-1].engine = torque.Engine(cls.servers[-1].url, 10)
+                engine = cls.servers[-1].engine
+                engine.reach()
+                engine.speaks_json &= not tcp                   # XML here
 
     def own(self, command):
         """Start an rTorrent that a test may break."""
@@ -1980,7 +1980,7 @@ class LiveRpcTest(RpcCase):
         self.assertEqual((stats.engine_id, stats.max_open_files, stats.version), (
             proxy.session.name(''), proxy.network.max_open_files(''),
             f"{proxy.system.client_version('')}/{proxy.system.library_version('')}"))
-        self.assertEqual(stats.open_files is None, not server.engine.has('network.open_files'))
+        self.assertEqual(stats.open_files is None, not 'network.open_files' in server.engine.methods)
         now = time.time()
         self.assertTrue(self.began - 2 <= server.engine.startup <= now + 2)
         self.assertTrue(0 <= stats.uptime <= now - self.began + 2)
@@ -3646,7 +3646,7 @@ class LiveInfluxDBTest(Folder):
                              (daemon.engine.version, 'y', 'a b'))
             for name, command in torque.GAUGES.items():
                 expected = (daemon.engine.ask([(command, '')])[0]
-                            if daemon.engine.has(command) else None)
+                            if command in daemon.engine.methods else None)
                 if name not in ('open_sockets', 'open_files'):
                     self.assertEqual(row.get(name), expected, name)
             self.assertIn(row['engine_id'], daemon.engine.engine_id)
@@ -7013,7 +7013,7 @@ class HandlerTest(ConfigCase):
     def test_absent_rtorrent_is_no_mistake(self):
         with self.assertRaisesRegex(torque.Unreachable, 'no such socket'):
             self.load(f'{GOOD_INI}job.a.handler = good:Starts\n'
-                      'job.a.code = torque.config_ini.engine.has("d.name")\n')
+                      'job.a.code = torque.config_ini.engine.reach()\n')
 
     def test_mistakes_found_late_name_their_line(self):
         for handler, settings, line, *words in (

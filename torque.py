@@ -1635,8 +1635,9 @@ RC_NAMES = {
     'scgi_port': 'network.scgi.open_port',
     'session': 'session.path',
     'session.path.set': 'session.path'}
+RC_COMMENT = re.compile(r'(?m)^[ \t]{0,99}#.*')
 # A semicolon ends a command, but in quotes
-RC_COMMAND = re.compile(r'(?:[^";]|"[^"]*"?)+')
+RC_COMMAND = re.compile(r'(?:[^";\n]|"[^"\n]*"?)+')
 RC_CALL = re.compile(r'\(\s{0,99}([\w.]{1,99})\s{0,99}(?:,([^()]*))?\)')
 # Characters of an rc that are read
 RC_LIMIT = 1 << 20
@@ -1691,7 +1692,7 @@ def typed(answer: Any, unknown: Any) -> Any:
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
-    What it is and offers is in the attributes once ask(), tell(), has() or reach() was called.
+    What it is and offers is in the attributes once ask(), tell() or reach() was called.
     aliases: of trackers, name -> beginnings of their URLs.
     """
 
@@ -1853,11 +1854,6 @@ class Engine:
             self.said.add(text)
             self.log.warning('%s: %s', self.address.where, text)
 
-    def has(self, method: str) -> bool:
-        """Tell whether this rTorrent offers a command."""
-        self.reach()
-        return method in self.methods
-
     def has_view(self, view: str) -> bool:
         """Tell whether this rTorrent had a view when it was looked at."""
         self.reach()
@@ -1890,29 +1886,30 @@ class Engine:
 
 def rc_value(text: str, settings: dict) -> str:
     """Return what an rc's value comes to: (command,args) are worked out from the inside."""
-    value = text.strip()
+    value = text
     for _ in range(100):
         call = RC_CALL.search(value)
         if not call or not value.startswith('('):
-            return value.strip('"')
+            return value
         name, rest = call.groups('')
-        args = [arg.strip().strip('"') for arg in rest.split(',')]
+        args = [arg.strip() for arg in rest.split(',')]
         if name == 'cat':
             found = ''.join(args)
         elif name == 'system.env':
             found = os.environ.get(args[0], '')
-        elif name not in settings:
+        elif name in settings:
+            found = settings[name]
+            # rTorrent's own ends so
+            if name == 'session.path':
+                found += '/'
+        else:
             raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
                             'set scgi_url in [TORQUE]')
-        elif name == 'session.path':
-            found = f'(cat,{settings[name]},/)'
-        else:
-            found = settings[name]
         value = value[:call.start()] + found + value[call.end():]
     raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
 
 
-def read_rc(path: str, settings: dict, seen: set[str]) -> None:
+def read_rc(path: str, settings: dict, seen: set) -> None:
     """Add the commands of an rc and of the files it imports to settings; later ones win.
 
     seen: the files that are read, none of which is read again: one may import itself.
@@ -1927,27 +1924,21 @@ def read_rc(path: str, settings: dict, seen: set[str]) -> None:
     # Its name may hold a NUL
     except (OSError, ValueError) as error:
         raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
-    for line in text.splitlines():
-        if not line.lstrip().startswith('#'):
-            for command in RC_COMMAND.findall(line):
-                read_command(path, command, settings, seen)
-
-
-def read_command(path: str, command: str, settings: dict, seen: set[str]) -> None:
-    """Add a command of an rc to settings, or those of the file that it imports."""
-    key, _, value = (part.strip() for part in command.partition('='))
-    if key in ('import', 'try_import'):
-        try:
-            target = os.path.expanduser(rc_value(value, settings))
-            read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
-        except UserError:
-            if key == 'import':
-                raise
-        return
-    if key == 'method.insert':
-        key, _, rest = value.partition(',')
-        value = rest.partition(',')[2].strip()
-    settings[RC_NAMES.get(key, key)] = value
+    for command in RC_COMMAND.findall(RC_COMMENT.sub('', text)):
+        key, _, value = command.replace('"', '').partition('=')
+        key, value = key.strip(), value.strip()
+        if key in ('import', 'try_import'):
+            try:
+                target = os.path.expanduser(rc_value(value, settings))
+                read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
+            except UserError:
+                if key == 'import':
+                    raise
+        elif key == 'method.insert':
+            key, _, rest = value.partition(',')
+            settings[key.strip()] = rest.partition(',')[2].strip()
+        else:
+            settings[RC_NAMES.get(key, key)] = value
 
 
 def find_url(rc_file: str | None) -> str:
