@@ -1166,29 +1166,28 @@ def parse_address(text: str) -> Address:
     >>> parse_address('scgi://:5000').host, parse_address('scgi:///x.sock').path
     ('127.0.0.1', '/x.sock')
     """
-    from urllib.parse import unquote, urlsplit
     refused = UserError(f'{redacted(text)!r} is no address; allowed are scgi://host:port, '
                         'scgi:///path, a socket path, http(s)://[user:password@]host/RPC2')
-    spelt = os.path.expandvars(text.strip())
-    if '://' not in spelt:
-        spelt = 'scgi://' + spelt
+    scheme, mark, rest = os.path.expandvars(text.strip()).partition('://')
+    if not mark:
+        scheme, rest = 'scgi', scheme
+    if scheme == 'scgi' and rest.startswith(('/', '~')) and '\0' not in rest:
+        path = os.path.expanduser(rest)
+        return Address('unix', f'scgi://{path}', path)
+    from urllib.parse import unquote, urlsplit
     try:
-        url = urlsplit(spelt)
+        url = urlsplit(f'{scheme}://{rest}')
         host, port = url.hostname or '', url.port or 0
     # What it says may hold a password
     except ValueError:
         raise refused from None
     netloc = url.netloc.rpartition('@')[2]
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
+        clean = f"{scheme}://{netloc}{url.path or '/RPC2'}"
         login: tuple = ()
         if url.username:
             login = unquote(url.username), unquote(url.password or '')
         return Address('http', clean, clean, host, port, login)
-    path = spelt.partition('://')[2]
-    if url.scheme == 'scgi' and path.startswith(('/', '~')) and '\0' not in path:
-        path = os.path.expanduser(path)
-        return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
         raise refused
     exposed = not LOOPBACK.match(host)
@@ -1226,11 +1225,8 @@ def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
     received, chunk = bytearray(), b'?'
     end = time.monotonic() + seconds
     while chunk:
-        left = end - time.monotonic()
+        sock.settimeout(max(end - time.monotonic(), 0.001))
         try:
-            if left <= 0:
-                raise socket.timeout
-            sock.settimeout(left)
             chunk = sock.recv(1 << 18)
         except socket.timeout:
             if received:
@@ -1367,12 +1363,19 @@ def http_request(address: Address, body: bytes, content_type: str, seconds: floa
                       f'rTorrent: {beginning(answer.body)}')
 
 
+def typed(answer: Any, unknown: Any) -> Any:
+    """Return an answer if it is of the same type as `unknown`, else that."""
+    if isinstance(answer, type(unknown)):
+        return answer
+    return unknown
+
+
 def rpc_fault(fault: Any) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
-    if not isinstance(fault, dict):
-        return RpcError(f'a fault without a code: {quoted(fault)}')
-    code = fault.get('faultCode', fault.get('code'))
-    message = str(fault.get('faultString', fault.get('message')))
+    found = typed(fault, {})
+    found = typed(found.get('error', found), {})
+    code = found.get('faultCode', found.get('code'))
+    message = str(found.get('faultString', found.get('message', fault)))
     said = f'fault {code}: {quoted(message)}'
     if 'info-hash' in message:
         return HashNotFound(said, code)
@@ -1561,8 +1564,6 @@ def batch_answers(entries: Any, count: int) -> list:
             answers.append(entry[0])
         elif isinstance(entry, dict) and 'result' in entry:
             answers.append(entry['result'])
-        elif isinstance(entry, dict):
-            answers.append(rpc_fault(entry.get('error', entry)))
         else:
             answers.append(rpc_fault(entry))
     return answers
@@ -1680,13 +1681,6 @@ def without_errors(answers: list) -> list:
         if isinstance(answer, RpcError):
             raise answer
     return answers
-
-
-def typed(answer: Any, unknown: Any) -> Any:
-    """Return an answer if it is of the same type as `unknown`, else that."""
-    if isinstance(answer, type(unknown)):
-        return answer
-    return unknown
 
 
 class Engine:
