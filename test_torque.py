@@ -1308,17 +1308,13 @@ class AddressTest(RpcCase):
     def test_other_text_is_refused(self):
         for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',
                      'ftp://host:1', 'scgi://host:port', 'scgi://host:99999', 'unix:///rt.sock',
-                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2', '/x\0y'):
-            self.assert_error(f'{text!r}|allowed are|scgi://host:port|http(s)://',
-                              torque.parse_address, text, kind=torque.UserError)
-
-    def test_refusals_hide_passwords(self):
-        for text in ('ftp://me:s3cret@host', 'http://me:s3cret#1@host/', 'http://me:s3cret/1@host/',
+                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2', '/x\0y',
+                     'ftp://me:s3cret@host', 'http://me:s3cret#1@host/', 'http://me:s3cret/1@host/',
                      'http://me:s3cret?1@host/', 'ftp://me:my s3cret@host/', 'me:s3cret@host/RPC2',
                      'http://me:s3cret@[host/', 'http://me:@s3cret@host:x/', 'http://:s3cret@a:x/'):
-            error = self.assert_error('', torque.parse_address, text, kind=torque.UserError)
-            with self.subTest(text=text):
-                self.assertNotIn('s3cret', f'{error} {error!r}')
+            error = self.assert_error('allowed are|scgi://host:port|http(s)://',
+                                      torque.parse_address, text, kind=torque.UserError)
+            self.assertNotIn('s3cret', f'{error} {error!r}')
 
 
 class XmlTest(RpcCase):
@@ -1558,8 +1554,7 @@ class TransportTest(RpcCase):
 
     def test_scgi_trouble_is_one_line(self):
         head, size = b'Status: 200 OK\r\nContent-Length: ', len(GOOD)
-        fault = xml_answer(xmlrpc.client.Fault(-503, 'No\nview.'))
-        for number, (words, *answer) in enumerate((
+        for words, *answer in (
                 ('closed without an answer', b''), ('not one of rTorrent|200 OK', GOOD[:20]),
                 (f'broke off after {size - 20} bytes', GOOD[:-20]),
                 ('connected, but no answer in 0.3 s', b'', b'', 0, True),
@@ -1567,38 +1562,29 @@ class TransportTest(RpcCase):
                 ('bytes came in 0.3 s', GOOD[:9], GOOD[9:]),
                 ('64.0 MiB, the limit', head + b'99\r\n\r\n', b'', 300),
                 ('not one of rTorrent', head + b'-5\r\n\r\n12345'),
-                ('not one of rTorrent', b'Status: 200 OK\r\n\r\n<methodResponse>'),
                 ('not one of rTorrent|methodResponse', xml_answer([])),
                 ('not one of rTorrent|HTTP/1.1 502 Bad', page(HTML, '502 Bad')),
                 ('not XML-RPC|<html>', scgi_answer(HTML)), ('not XML-RPC', scgi_answer(b'')),
-                ('not XML-RPC', scgi_answer(xml_answer([[1]])[:-50])),
-                ('', scgi_answer(xml_answer(0))), ('', scgi_answer(xml_answer([[]]))),
-                (r'fault -503|No\nview.', scgi_answer(fault)),
-                ('untrusted|web server', scgi_answer(xml_answer(UNTRUSTED))))):
-            for name in (None, f'{number}.sock'):
-                double = plays(*answer)
-                server = self.serve(lambda connection, double=double: (
-                    Server.request(connection), double(connection)), name)
-                self.assert_trouble(words, torque.Engine(server.url, 0.3 if '0.3' in words else 9))
+                ('untrusted|web server', scgi_answer(xml_answer(UNTRUSTED)))):
+            double = plays(*answer)
+            server = self.serve(lambda connection, double=double: (
+                Server.request(connection), double(connection)))
+            self.assert_trouble(words, torque.Engine(server.url, 0.3 if '0.3' in words else 9))
         self.assert_trouble('connection', torque.Engine(self.serve(lambda connection: None).url, 9))
 
     def test_http_trouble_is_one_line(self):
         head, good = b'HTTP/1.1 200 OK\r\n', page(xml_answer([]))
         chunked = head + b'Transfer-Encoding: chunked\r\n\r\n'
         for words, *answer in (
-                ('without an answer', b''), ('', good[:20]), ('20 more expected', good[:-20]),
-                ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:-20], b'', 0, True),
-                ('0.3 s', good[:9], good[9:]),
+                ('without an answer', b''), ('20 more expected', good[:-20]),
+                ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:9], good[9:]),
                 ('IncompleteRead', chunked + b'ff\r\nabc'), ('', chunked + b'zz\r\n'),
-                ('instead of an answer', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
                 ('1.0 MiB, the limit', head + b'\r\n', b'', 300),
                 ('no usable answer|what?', b'what?\r\n\r\n'),
                 ('HTTP 200|<html>', page(HTML, header='Content-Type: text/html')),
-                ('HTTP 502 Bad Gateway|<html>', page(HTML, '502 Bad Gateway')),
                 ('HTTP 302 Found', page(b'', '302 Found', 'Location: /x')),
                 ('HTTP 401', page(HTML, '401 No', 'WWW-Authenticate: Negotiate')),
                 ('not XML-RPC', page(xml_answer([])[:-9])),
-                ('untrusted|scgi://', page(xml_answer(UNTRUSTED))),
                 ('untrusted', page(xml_answer(UNTRUSTED), '500 No', 'Content-Type: text/html'))):
             double, seconds = plays(*answer), 0.3 if '0.3' in words else 9
             url = self.web(lambda connection, head, body, double=double: double(connection))
@@ -1761,7 +1747,7 @@ class EngineTest(RpcCase):
 
     def test_answers_are_read_in_little_memory(self):
         row, text = ['A' * 40, 'name', 300, 2 ** 33, 1, '/srv/data/name', ''], 'x' * 2000000
-        engine = self.start(None)
+        engine = self.start()
         engine.reach()
         for by_json, value in (
                 (False, [row] * 9000), (True, [row] * 9000), (False, [['A' * 40]] * 30000),
@@ -1859,18 +1845,14 @@ class LiveRpcTest(RpcCase):
         emoji = server.load(*metafile(b'\xf0\x9f\x98\x80 \xc3\xa9'))
         if server.engine.speaks_json:
             self.assertEqual(server.engine.ask([('d.name', emoji)]), ['\U0001f600 \xe9'])
-        hashes = [server.load(*metafile(b'a-%s-z' % raw, size))
-                  for size, raw in enumerate(HOSTILE, 1)]
-        rows = {row[0]: row[1:] for row in proxy.d.multicall2(
-            '', 'main', 'd.hash=', 'd.size_bytes=', 'd.name=', 'd.left_bytes=')}
+        hashes = [server.load(*metafile(b'a-%s-z' % raw)) for raw in HOSTILE]
+        rows = dict(proxy.d.multicall2('', 'main', 'd.hash=', 'd.name='))
         self.assertEqual(len(rows), proxy.view.size('', 'main'))
         batched = server.engine.ask([('d.name', info_hash) for info_hash in hashes])
-        for size, (raw, info_hash, name) in enumerate(zip(HOSTILE, hashes, batched), 1):
-            with self.subTest(raw=raw):
-                self.assertEqual(rows[info_hash][::2], [size, size])
-                allowed = {raw.decode()} if raw in PLAIN else spellings(raw)
-                for found in (name, rows[info_hash][1], proxy.d.name(info_hash)):
-                    self.assertIn(found, {f'a-{text}-z' for text in allowed})
+        for raw, info_hash, name in zip(HOSTILE, hashes, batched):
+            allowed = {raw.decode()} if raw in PLAIN else spellings(raw)
+            for found in (name, rows[info_hash], proxy.d.name(info_hash)):
+                self.assertIn(found, {f'a-{text}-z' for text in allowed})
 
     @on_each
     def test_large_numbers_go_both_ways(self, server, proxy):
@@ -1878,14 +1860,10 @@ class LiveRpcTest(RpcCase):
             'piece length': 1 << 24, 'pieces': bytes(20 * 384)}))
         self.assertEqual(proxy.d.size_bytes(info_hash), 6 << 30)
         for number in (2 ** 31, -2 ** 40, 2 ** 62):
-            self.assertEqual(server.engine.ask([('value', '', number), ('cat', '', number)]),
-                             [number, str(number)])
+            for door in (server.engine.ask, server.engine.tell):
+                self.assertEqual(door([('value', '', number), ('cat', '', number)]),
+                                 [number, str(number)])
             self.assertEqual(proxy.value('', number), number)
-            self.assertEqual(proxy.cat('', number), str(number))
-        self.assertLess(abs(proxy.system.time_usec('') - time.time() * 1e6), 1e9)
-        proxy.d.custom.set(info_hash, 'k', str(2 ** 60))
-        self.assertEqual(server.engine.tell([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
-                         [str(2 ** 60), 2 ** 40])
 
     @on_each
     def test_faults_cost_themselves(self, server, proxy):
@@ -1908,14 +1886,10 @@ class LiveRpcTest(RpcCase):
         stats, views = server.engine.stats(), proxy.view.list('')
         self.assertEqual(stats.views, {
             view: proxy.view.size('', view) if view in views else None for view in torque.VIEWS})
-        self.assertEqual(stats.views['main'], len(proxy.d.multicall2('', 'main', 'd.hash=')))
         self.assertEqual((stats.engine_id, stats.max_open_files, stats.version), (
             proxy.session.name(''), proxy.network.max_open_files(''),
             f"{proxy.system.client_version('')}/{proxy.system.library_version('')}"))
-        self.assertEqual(stats.open_files is None, not 'network.open_files' in server.engine.methods)
-        now = time.time()
-        self.assertTrue(self.began - 2 <= server.engine.startup <= now + 2)
-        self.assertTrue(0 <= stats.uptime <= now - self.began + 2)
+        self.assertTrue(0 <= stats.uptime <= time.time() - self.began + 2)
         url = torque.find_url(os.path.join(server.folder, 'rtorrent.rc'))
         self.assertEqual(torque.Engine(url).stats().engine_id, stats.engine_id)
 

@@ -1576,9 +1576,8 @@ FILE_COMMAND = re.compile(r'(?:^|\$) {0,9}f\.(?!multicall)[a-z]')
 RUNS_COMMANDS = re.compile(r'load\.|branch$|[dtp]\.multicall')
 
 
-def refuse_deadly(method: str, params: Iterable) -> None:
+def refuse_deadly(method: str, params: list) -> None:
     """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
-    params = list(params)
     if method == 'system.multicall':
         for entry in params[0]:
             refuse_deadly(entry['methodName'], entry['params'])
@@ -1691,7 +1690,7 @@ class Engine:
     """
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
-                 aliases: dict[str, list[str]] | None = None, same_files: bool = False):
+                 aliases: dict | None = None, same_files: bool = False):
         self.address = parse_address(url)
         # Its paths mean our files, whatever can be proven of that
         self.same_files = same_files
@@ -1724,8 +1723,7 @@ class Engine:
             # What every call of a ServerProxy goes through is its private __request.
             def _ServerProxy__request(self, method, params):
                 request = super()._ServerProxy__request     # type: ignore[misc]
-                with engine.exchange(method):
-                    refuse_deadly(method, params)
+                with engine.exchange([(method, *params)]):
                     return request(method, tuple(sendable(params)))
 
         transport: Any = Transport(self.carry)
@@ -1752,9 +1750,7 @@ class Engine:
         answers: list = []
         for start in range(0, len(calls), BATCH):
             part = calls[start:start + BATCH]
-            with self.exchange(part[0][0]):
-                for method, *params in part:
-                    refuse_deadly(method, params)
+            with self.exchange(part):
                 answers += get(part)
         for number, answer in enumerate(answers):
             if isinstance(answer, RpcError):
@@ -1787,12 +1783,15 @@ class Engine:
         return request(self.address, body, content_type, self.timeout, self.limit)
 
     @contextlib.contextmanager
-    def exchange(self, method: str) -> Iterator[None]:
+    def exchange(self, calls: list[tuple]) -> Iterator[None]:
         """Let what fails in here say where and in which call; log that rTorrent goes or is back.
 
-        An error that says so counts as told.
+        An error that says so counts as told. Deadly calls are refused.
         """
+        method = calls[0][0]
         try:
+            for name, *params in calls:
+                refuse_deadly(name, params)
             yield
         except Unreachable as error:
             named = self.failed(error, method)
