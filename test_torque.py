@@ -1788,7 +1788,7 @@ class EngineTest(RpcCase):
                 (f'{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'execute.capture'),
                 (f'{local} = (cat,(session.path),rpc.sock)', 'session.path'),
                 ('import = /x\0y', 'null'), ('import = /', 'directory'),
-                (f'{local} = (a)\nmethod.insert = a, string, (a)', 'refers to itself')):
+                (f'{local} = (a)\nmethod.insert = a, string, (a)', "work out '(a)'")):
             self.assert_error(f'{words}|set scgi_url', torque.find_url, self.write('rt.rc', text),
                               kind=torque.UserError)
         with mock.patch.dict(os.environ, HOME=self.folder):

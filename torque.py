@@ -1624,9 +1624,18 @@ GAUGES = {
     'max_open_sockets': 'network.max_open_sockets',
     'open_files': 'network.open_files',
     'max_open_files': 'network.max_open_files'}
-ABOUT = ('system.listMethods view.list session.name session.path system.cwd '
-         'system.client_version system.library_version system.pid startup_time '
-         'network.rpc.use_jsonrpc').split()
+# What is asked of an rTorrent first -> what to take where it does not tell
+ABOUT = {
+    'system.listMethods': [],
+    'view.list': [],
+    'session.name': '',
+    'session.path': '',
+    'system.cwd': '',
+    'system.client_version': '?',
+    'system.library_version': '?',
+    'system.pid': 0,
+    'startup_time': 0,
+    'network.rpc.use_jsonrpc': 0}
 RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
             '~/.rtorrent.rc']
 # Other names of commands of an rc
@@ -1828,15 +1837,13 @@ class Engine:
     def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
         answers = self.in_parts([(command,) for command in ABOUT], self.by_xml)
-        methods, views, name, path, cwd, client, library, pid, startup, by_json = answers
         without_errors(answers[:1])
-        self.methods = frozenset(map(str, typed(methods, [])))
-        self.views = frozenset(map(str, typed(views, [])))
-        self.engine_id = typed(name, self.address.where)
-        self.session_path = typed(path, '')
-        self.cwd = typed(cwd, '')
-        self.version = f"{typed(client, '?')}/{typed(library, '?')}"
-        self.startup = typed(startup, 0)
+        found = [typed(answer, default) for answer, default in zip(answers, ABOUT.values())]
+        (methods, views, self.engine_id, self.session_path, self.cwd, client, library, pid,
+         self.startup, by_json) = found
+        self.methods = frozenset(map(str, methods))
+        self.views = frozenset(map(str, views))
+        self.version = f'{client}/{library}'
         if not self.startup and self.address.is_local():
             self.startup = process_start(pid)
         self.speaks_json = by_json == 1
@@ -1877,9 +1884,9 @@ class Engine:
             **{name: told.get(name) for name in GAUGES})
 
 
-def rc_value(text: str, settings: dict) -> str:
+def rc_value(value: str, settings: dict) -> str:
     """Return what an rc's value comes to: (command,args) are worked out from the inside."""
-    value = text
+    # A name may stand for itself
     for _ in range(100):
         call = RC_CALL.search(value)
         if not call or not value.startswith('('):
@@ -1896,10 +1903,10 @@ def rc_value(text: str, settings: dict) -> str:
             if name == 'session.path':
                 found += '/'
         else:
-            raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
-                            'set scgi_url in [TORQUE]')
+            break
         value = value[:call.start()] + found + value[call.end():]
-    raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
+    raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {value!r}; '
+                    'set scgi_url in [TORQUE]')
 
 
 def read_rc(path: str, settings: dict, seen: set) -> None:
