@@ -1184,9 +1184,7 @@ def parse_address(text: str) -> Address:
     netloc = url.netloc.rpartition('@')[2]
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
         clean = f"{scheme}://{netloc}{url.path or '/RPC2'}"
-        login: tuple = ()
-        if url.username:
-            login = unquote(url.username), unquote(url.password or '')
+        login = unquote(url.username or ''), unquote(url.password or '')
         return Address('http', clean, clean, host, port, login)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
         raise refused
@@ -1212,8 +1210,7 @@ TROUBLE = (
 def describe(error: Any) -> str:
     """Return what to say of an error on the way to a server."""
     # urllib wraps what happened
-    if isinstance(getattr(error, 'reason', None), OSError):
-        error = error.reason
+    error = getattr(error, 'reason', error)
     for kind, text in TROUBLE:
         if isinstance(error, kind):
             return text
@@ -1316,7 +1313,7 @@ def http_opener(url: str, login: tuple, seconds: float, limit: int) -> Any:
             return answer
 
     handlers: list[Any] = [Handler(), lib.HTTPErrorProcessor()]
-    if login:
+    if any(login):
         passwords = lib.HTTPPasswordMgrWithDefaultRealm()
         passwords.add_password(None, url, *login)
         digest: Any = lib.HTTPDigestAuthHandler(passwords)
