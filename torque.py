@@ -20,10 +20,21 @@ Sections, each using only what stands above it:
     Torrents            rows, lists in one round trip; metafiles
     Data                whose data it is; removals that are written down first
     Template            text and commands with values put in
-    Jobs                Job, and the built-in ones
+    Jobs: base, figures Job, and the jobs that measure
+    Jobs: torrents      the jobs that start, load, delete and move
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
     Command line        arguments, log, main
+
+The life of a job: lines of the ini become entries, entries a planned job (Config), a planned
+job an object (make_jobs), and the object's run() a task of the scheduler, which is run when it
+is due until cleanup() is called, once, at the end. A reload ends all of it and begins anew.
+
+Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
+own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
+one more, under the job's lock; pings and the status have theirs, which only read, or hand a
+function to the main thread (call_soon). Engines are used by all; what they know of rTorrent is
+replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
 78 configuration.
@@ -2114,21 +2125,19 @@ def rename_new(path: str, new: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, seconds: float) -> Iterator[None]:
+def locked(path: str, patience: float) -> Iterator[None]:
     """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
     import fcntl
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience
     with writing(path):
         stream = open_private(path)
     with stream:
         while True:
-            try:
-                with writing(path):
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(path), contextlib.suppress(BlockingIOError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except LoggableError:
-                if time.monotonic() > end:
-                    raise
+            if time.monotonic() > end:
+                raise LoggableError('another run deletes or moves something just now')
             time.sleep(0.05)
         yield
 
@@ -3003,6 +3012,7 @@ def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, 
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
+    # Half a list must not pass for the whole: what is not listed would count as gone.
     if not isinstance(rows, list) or any(
             not isinstance(row, list) or len(row) != len(columns) for row in rows):
         rows = []
@@ -3035,6 +3045,7 @@ class Listing:
         method, cells = SOURCES[source]
         calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
         answers = self.engine.ask(calls)
+        # An item that was erased since the list was made is no error; anything else is.
         self.raw[source] = answers
         self.keep([not isinstance(rows, HashNotFound) for rows in answers])
         without_errors(self.raw[source])
@@ -3043,6 +3054,7 @@ class Listing:
         """Work out a field of all rows."""
         columns: list = []
         for need in field.needs:
+            # Whether torque sees rTorrent's files costs a question: only who needs it asks.
             if need == 'seen' and need not in self.constants:
                 self.constants[need] = sees_same_files(self.engine)
             if need in self.constants:
@@ -3079,6 +3091,7 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
             listing.add(name, fields.pop(name))
     if condition:
         listing.keep([condition.cheap(row, now) for row in listing.rows])
+    # The second questions cost a call for each torrent, so only those that are left are asked.
     for source in SOURCES:
         if any(source in field.needs for field in fields.values()):
             listing.ask(source)
@@ -3089,6 +3102,8 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     return listing.rows
 
 
+# A hostile metafile of 57 MB, all empty lists, took 2.2 GiB as Python's objects. So values are
+# skipped where they lie, and only those that somebody needs are built.
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
 AFTER_HEAD = {b'l': 'l', b'd': 'k'}
 AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
@@ -3224,6 +3239,7 @@ def parse_metafile(content: bytes) -> Metafile:
     files_at, last = None, b''
     facts = {}
     for key, start, _ in bencoded_members(content, info_at):
+        # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
         last = key
@@ -3231,6 +3247,7 @@ def parse_metafile(content: bytes) -> Metafile:
             facts[key] = scalar_at(content, start)
         elif key == b'files' and content[start:start + 1] == b'l':
             files_at = start
+    # The name becomes a file or folder, so it has to be one name.
     name, pieces = facts.get(b'name'), facts.get(b'pieces')
     if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
@@ -3296,7 +3313,6 @@ class Item(NamedTuple):
     timestamp_started: int
     files: list[ItemFile]
     cwd: str                            # where relative paths start from
-    default_folder: str                 # where items are put when nothing else is said
     session: str                        # folder of the session, absolute
     engine: Engine
 
@@ -3342,10 +3358,10 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
         ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
     columns = [f'f.{name}=' for name in ItemFile._fields]
     calls.append(('f.multicall', info_hash, '', *columns))
-    calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
-    *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
+    calls += [('system.cwd', ''), ('session.path', '')]
+    *facts, rows, cwd, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item._make([*facts, files, cwd, default, os.path.join(cwd, session), engine])
+    return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
 
 
 @contextlib.contextmanager
@@ -3519,9 +3535,7 @@ def own_data(item: Item) -> OwnData:
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
     files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
     # Other downloads may come to lie in a folder that is not named after this one.
-    common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
-    named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
-    if folders and (not named or identity(root) in common):
+    if folders and plain_parts([os.path.basename(root)]) != plain_parts([item.name]):
         folders.remove(root)
     return OwnData(root, [file for file in files if file], folders)
 
@@ -3844,33 +3858,27 @@ class PromisedSpace:
     KEPT = 7 * 86400                    # seconds
 
     def __init__(self, path: str):
-        self.path, self.text = path, '{}'
-        self.disks: dict[str, list[float]] = {}     # device -> bytes, free then, Unix seconds
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            with open(path, encoding='utf-8') as stream:
-                self.text = stream.read()
-            for disk, (promised, free, since) in json.loads(self.text).items():
-                self.disks[disk] = [float(promised), float(free), float(since)]
+        self.path = path
+        self.disks = {}                 # device -> [bytes, free bytes then, Unix seconds]
+        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as stream:
+            self.disks = json.load(stream)
 
-    def owed(self, disk: int, free: int, now: float) -> float:
-        """Return what has not appeared yet, now that a disk has `free` bytes."""
-        promised, before, since = self.disks.get(str(disk), (0, 0, 0))
-        if not 0 <= now - since < self.KEPT:
-            return 0
+    def owed(self, device: int, free: int) -> int:
+        """Return what has not appeared yet, now that a disk has so many bytes free."""
+        promised, before, since = self.disks.get(str(device), (0, free, 0))
+        if not 0 <= time.time() - since < self.KEPT:
+            promised = 0
         left = max(promised - max(free - before, 0), 0)
-        self.disks[str(disk)] = [left, free, since]
+        self.disks[str(device)] = left, free, since
         return left
 
-    def add(self, disk: int, free: int, freed: int, now: float) -> None:
-        """Expect a disk that has `free` bytes to have so many more soon."""
-        self.disks[str(disk)] = [self.owed(disk, free, now) + freed, free, now]
+    def add(self, device: int, free: int, freed: int) -> None:
+        """Expect a disk that has so many bytes free to have so many more soon."""
+        self.disks[str(device)] = self.owed(device, free) + freed, free, time.time()
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
-        text = json.dumps(self.disks)
-        if text != self.text:
-            replace_file(self.path, text)
-            self.text = text
+        replace_file(self.path, json.dumps(self.disks))
 
 
 # --- Template --------------------------------------------------------------------------------
@@ -3995,6 +4003,7 @@ def apply_filter(node: Any, values: Mapping) -> Any:
     if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
         raise UserError(f'{name} does not take {len(args)} arguments')
     operands = [evaluate(part, values) for part in [value, *args]]
+    # What is not known stays so, till default gives something in its place.
     if operands[0] is None and name not in ('default', 'get'):
         return None
     if name in TEXT_FILTERS:
@@ -4007,6 +4016,7 @@ def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
     owner = ''
     if isinstance(node.value, ast.Name):
         owner = node.value.id
+    # pyrocore's templates call the torrent so; its fields are the names of the values.
     if owner in ('item', 'd', 'i'):
         return values[node.attr]
     if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
@@ -4069,6 +4079,8 @@ class Template:
             self.nodes, word, _ = self.block(0)
             if word:
                 raise UserError(f'{word} without if')
+            # Each branch is divided once, and the text without any: a mistake in a branch that is
+            # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
                 self.divide(self.branch_text(self.nodes, number))
         except UserError as error:
@@ -4135,6 +4147,7 @@ class Template:
                 raise ValueError('too long')
             tree = ast.parse(code.strip(), mode='eval').body
             evaluate(tree, self.seen)
+        # The parser itself fails over deep nesting and NULs, each Python in its own way.
         except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
                 RecursionError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
@@ -4306,7 +4319,8 @@ DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?vi
 COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
 # An f. command that is called; within f.multicall, which says of which file, it is right
 LISTING = re.compile(r'"f\.multicall(?:[^"\\]|\\.){0,999}"')
-FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|\(\s{0,9}f\.(?!multicall)')
+FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|'
+                      r'\(\s{0,9}f\.(?!multicall)')
 
 
 def split_commands(text: str, marks: str) -> list[str]:
@@ -4342,6 +4356,7 @@ class CommandTemplate(Template):
         if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
+        # Without a value it is the user's own, and goes to rTorrent as it is written.
         if MARK not in rest:
             return text, []
         name = name.strip()
@@ -4400,13 +4415,14 @@ class ArgsTemplate(Template):
         args: list[str] = []
         for word in words:
             args.append(filled(word, shown))
+            # A torrent may be called -rf.
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
         return args
 
 
-# --- Jobs ------------------------------------------------------------------------------------
+# --- Jobs: base and figures ------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
 # its engine and to nothing above: files, threads and signals are other sections' business.
 # Built-in jobs list their options in a table that checks the ini and prints the help. A job is
@@ -4607,8 +4623,8 @@ def parse_web_url(text: str) -> str:
 
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
-    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
-    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+    if text and not re.fullmatch(
+            r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
                         'without user and password')
     return text
@@ -4928,6 +4944,11 @@ class InfluxDB(Job):
         return {'Authorization': f'Basic {login.decode()}'}
 
 
+# --- Jobs: torrents --------------------------------------------------------------------------
+# What a user wants done with torrents enters as options; what leaves are commands to rTorrent,
+# files that come, move or go, and programs that run, each announced in the log and only
+# announced in a dry run. A Choice handles the torrents of a view that meet a condition.
+
 def parse_condition(text: str) -> Filter | None:
     """Return the Filter of a condition, None for an empty one."""
     return Filter(text) if str(text).strip() else None
@@ -5016,7 +5037,7 @@ class Choice(Job):
     def failed(self, torrent: Torrent, error: Exception) -> None:
         """Log why a torrent failed: in full once, then summed up."""
         self.failures.append(error)
-        again = self.repeats.seen((torrent['hash'], str(error)), elapsed_time())
+        again = self.repeats.seen((torrent.hash, str(error)), elapsed_time())
         if self.dry_run:
             self.hold_back([torrent], str(error))
         elif again and again[0]:
@@ -5034,19 +5055,19 @@ class Choice(Job):
         """
         done, listed = 0, elapsed_time()
         self.failures = []
-        current = {torrent['hash']: torrent for torrent in torrents}
+        current = {torrent.hash: torrent for torrent in torrents}
         for at, torrent in enumerate(torrents):
             if done == most:
                 self.hold_back(torrents[at:], f'the limit is {most}')
                 break
             if elapsed_time() - listed > self.FRESH:
-                current = {now['hash']: now for now in self.chosen()}
+                current = {now.hash: now for now in self.chosen()}
                 listed = elapsed_time()
-            if torrent['hash'] not in current:
+            if torrent.hash not in current:
                 self.LOG.info('%s does not meet the condition any more', torrent)
                 continue
             try:
-                if handle(current[torrent['hash']]):
+                if handle(current[torrent.hash]):
                     done += 1
             except Unreachable:
                 raise
@@ -5242,28 +5263,28 @@ class QueueManager(Job):
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
     """Start, unless it is active."""
-    if item['is_active']:
+    if item.is_active:
         return []
     return [('d.start',)]
 
 
 def stop_commands(item: Torrent, args: str) -> list[tuple]:
     """Stop, also what is to be started when there is a place."""
-    if item['is_active'] or item['d_state']:
+    if item.is_active or item.d_state:
         return [('d.stop',)]
     return []
 
 
 def close_commands(item: Torrent, args: str) -> list[tuple]:
     """Stop and close."""
-    if item['is_open'] or item['d_state']:
+    if item.is_open or item.d_state:
         return [('d.stop',), ('d.close',)]
     return []
 
 
 def open_commands(item: Torrent, args: str) -> list[tuple]:
     """Open, without starting."""
-    if item['is_open']:
+    if item.is_open:
         return []
     return [('d.open',)]
 
@@ -5275,14 +5296,14 @@ def check_commands(item: Torrent, args: str) -> list[tuple]:
 
 def ignore_commands(item: Torrent, args: str) -> list[tuple]:
     """Have it ignored by rTorrent's own ratio groups and the like."""
-    if item['is_ignored']:
+    if item.is_ignored:
         return []
     return [('d.ignore_commands.set', 1)]
 
 
 def heed_commands(item: Torrent, args: str) -> list[tuple]:
     """Undo ignore."""
-    if not item['is_ignored']:
+    if not item.is_ignored:
         return []
     return [('d.ignore_commands.set', 0)]
 
@@ -5294,19 +5315,19 @@ def delete_commands(item: Torrent, args: str) -> list[tuple]:
 
 def tags_command(item: Torrent, tags: set[str]) -> list[tuple]:
     """Give it these tags, unless it has them."""
-    if tags == {*item['tagged']}:
+    if tags == {*item.tagged}:
         return []
     return [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
 
 
 def tag_commands(item: Torrent, args: str) -> list[tuple]:
     """Add tags."""
-    return tags_command(item, {*item['tagged'], *args.lower().replace(',', ' ').split()})
+    return tags_command(item, {*item.tagged, *args.lower().replace(',', ' ').split()})
 
 
 def untag_commands(item: Torrent, args: str) -> list[tuple]:
     """Take tags away."""
-    return tags_command(item, {*item['tagged']}.difference(args.lower().replace(',', ' ').split()))
+    return tags_command(item, {*item.tagged}.difference(args.lower().replace(',', ' ').split()))
 
 
 def custom_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5319,7 +5340,7 @@ def custom_commands(item: Torrent, args: str) -> list[tuple]:
 
 def prio_commands(item: Torrent, args: str) -> list[tuple]:
     """Set the priority."""
-    if item['prio'] == int(args):
+    if item.prio == int(args):
         return []
     return [('d.priority.set', int(args)), ('d.update_priorities',)]
 
@@ -5327,9 +5348,9 @@ def prio_commands(item: Torrent, args: str) -> list[tuple]:
 def throttle_commands(item: Torrent, args: str) -> list[tuple]:
     """Put it into a throttle group, which rTorrent allows only while it is stopped."""
     change = ('d.throttle_name.set', args)
-    if item['throttle'] == args:
+    if item.throttle == args:
         return []
-    if item['is_active']:
+    if item.is_active:
         return [('d.stop',), change, ('d.start',)]
     return [change]
 
@@ -5424,7 +5445,7 @@ class Action(Choice):
             with self.alone():
                 self.finish_removals()
         torrents = self.chosen()
-        self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
+        self.met = {torrent.hash: met.get(torrent.hash, 0) + 1 for torrent in torrents}
         confirm, limit = config.confirm, config.limit
         if self.dry_run:
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
@@ -5434,10 +5455,10 @@ class Action(Choice):
             limit = 10
         ready = []
         for torrent in torrents:
-            if self.met[torrent['hash']] < confirm:
+            if self.met[torrent.hash] < confirm:
                 self.hold_back([torrent],
                                f'it has not yet met the condition in {confirm} runs in a row')
-            elif self.deletes and torrent['is_hashing']:
+            elif self.deletes and torrent.is_hashing:
                 # 0.9.8 may hang for good, and what is complete is not known.
                 self.hold_back([torrent], 'it is being checked')
             else:
@@ -5456,15 +5477,15 @@ class Action(Choice):
         shown = self.template.render(torrent)
         calls = []
         if commands:
-            calls = [(method, torrent['hash'], *rest)
+            calls = [(method, torrent.hash, *rest)
                      for method, *rest in commands(torrent, shown)]
         elif action == 'exec':
-            calls = [('branch', torrent['hash'], 'd.hash=', text)
+            calls = [('branch', torrent.hash, 'd.hash=', text)
                      for text in self.template.commands(torrent)]
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
-        if self.deletes and torrent['is_hashing']:      # since the run began
+        if self.deletes and torrent.is_hashing:      # since the run began
             raise LoggableError('it is being checked')
         if self.announce(action, torrent, shown and quoted(shown)) and calls:
             answers = self.engine.tell(calls)
@@ -5477,16 +5498,16 @@ class Action(Choice):
 
     def cull(self, torrent: Torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
-        if self.is_enough(torrent['path']):
+        if self.is_enough(torrent.path):
             free = show_size(self.config.until_free)
             self.hold_back([torrent], f'{free} are free without it')
             return False
         require_same_files(self.engine)
-        if self.dry_run and not torrent['is_open']:
+        if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
-            self.promise(torrent['path'], torrent['d_completed_bytes'])
+            self.promise(torrent.path, torrent.d_completed_bytes)
             return True
-        with self.alone(), opened(self.engine, torrent['hash']) as (item, _):
+        with self.alone(), opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
             if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
@@ -5550,7 +5571,7 @@ class Action(Choice):
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
-            self.promised.add(device, free, freed, time.time())
+            self.promised.add(device, free, freed)
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5579,14 +5600,13 @@ class Action(Choice):
         device, free = disk_of(path)
         if device is None or free is None:
             return True                 # what deleting would bring is not known
-        owed = self.promised.owed(device, free, time.time())
-        return free + owed >= self.config.until_free
+        return free + self.promised.owed(device, free) >= self.config.until_free
 
     def promise(self, path: str, freed: int) -> None:
         """Count what deleting data at a path would free, in a dry run."""
         device, free = disk_of(path)
         if device is not None and free is not None:
-            self.promised.add(device, free, freed, time.time())
+            self.promised.add(device, free, freed)
 
 
 OUTPUT_KEPT = 50000                     # bytes of what a program says
@@ -5775,7 +5795,7 @@ class Move(Choice):
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     fields = ('path', 'is_open')
-    PAUSES = (60, 3600)                 # seconds, after the first failure and at most
+    LONGEST_PAUSE = 3600                # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -5783,8 +5803,8 @@ class Move(Choice):
             raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
-        # some. hash -> until when it is left alone, and for how long, in elapsed seconds
-        self.pauses: dict[str, tuple[float, float]] = {}
+        # some. hash -> failures, and until when it is left alone, in elapsed seconds
+        self.pauses: dict[str, tuple[int, float]] = {}
 
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
@@ -5797,31 +5817,29 @@ class Move(Choice):
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
-        until, _ = self.pauses.get(info_hash, (0, 0))
-        return elapsed_time() < until
+        return info_hash in self.pauses and elapsed_time() < self.pauses[info_hash][1]
 
     def pause(self, info_hash: str) -> None:
         """Leave an item alone, after every failure for longer."""
-        _, last = self.pauses.get(info_hash, (0, 0))
-        first, most = self.PAUSES
-        seconds = min(max(2 * last, first), most)
-        self.pauses[info_hash] = elapsed_time() + seconds, seconds
+        failures, _ = self.pauses.get(info_hash, (0, 0))
+        seconds = min(60 * 2 ** failures, self.LONGEST_PAUSE)
+        self.pauses[info_hash] = failures + 1, elapsed_time() + seconds
 
     def move(self, torrent: Torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
         folder = os.path.expanduser(self.template.render(torrent))
-        if not folder or self.is_paused(torrent['hash']):
+        if not folder or self.is_paused(torrent.hash):
             return False
         if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
             raise LoggableError(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
         place = identity(folder)
-        if place and place == identity(os.path.dirname(torrent['path'])):
+        if place and place == identity(os.path.dirname(torrent.path)):
             return False
         require_same_files(self.engine)
-        if self.dry_run and not torrent['is_open']:
+        if self.dry_run and not torrent.is_open:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with self.alone(), opened(self.engine, torrent['hash']) as (item, fresh):
+        with self.alone(), opened(self.engine, torrent.hash) as (item, fresh):
             data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
@@ -5850,32 +5868,29 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users = Users(self.engines())
-        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+        for path in self.users_of(item, data):
             raise LoggableError(f'another item uses {quoted(path)}')
         if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
-        """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
+        """Have the data of an item at the target, and rTorrent use it there."""
         folder = os.path.dirname(target)
         make_folders(folder)
         removal = Removal.begin(
-            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            self.config.state_dir, item, data, new=target,
             copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
             is_open=item.is_open, is_active=item.is_active)
         try:
             self.copy(item, removal)
-            self.tell_place(item, target)
-            self.open_there(item, removal)
         except BaseException:
             self.undo(item, removal)
             raise
-        self.finish(item, removal)
+        self.settle(item, removal)
 
     def copy(self, item: Item, removal: Removal) -> None:
-        """Have the data of an item at the target."""
+        """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
         discard(copy)                   # what a crash left
@@ -5887,37 +5902,44 @@ class Move(Choice):
         removal.mark('copied')
         rename_new(made, target)
 
+    def settle(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent use the data at the target, and remove the source."""
+        data, target = removal.data, removal.facts['new']
+        try:
+            self.tell_place(item, target)
+            item.tell(('d.open',))
+            now = ask_item(self.engine, item.hash)
+            if not self.is_at(now, target):
+                raise LoggableError(f'rTorrent took {quoted(target)} for something else')
+            if sum(file.is_created for file in now.files) < len(data.files):
+                raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays '
+                                    'at the old place')
+            item.tell(('d.save_full_session',))
+        except BaseException:
+            if all(os.path.lexists(file.path) for file in data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
+
     @staticmethod
     def tell_place(item: Item, root: str) -> None:
         """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
         folder, last = os.path.split(root)
+        command = ('d.directory_base.set', root)
         if not item.is_multi_file:
-            item.tell(('d.directory_base.set', folder))
+            command = ('d.directory_base.set', folder)
         elif plain_parts([last]) == plain_parts([item.name]):
-            item.tell(('d.directory.set', folder))
-        else:
-            item.tell(('d.directory_base.set', root))
+            command = ('d.directory.set', folder)
+        item.tell(('d.close',), command)
 
     @staticmethod
     def is_at(item: Item, root: str) -> bool:
         """Tell whether rTorrent looks for an item at a root."""
-        folder, last = os.path.split(item.absolute(item.directory_base))
+        place = item.absolute(item.directory_base)
         if not item.is_multi_file:
-            return os.path.join(folder, last) == os.path.dirname(root)
-        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
-            [os.path.basename(root)])
-
-    def open_there(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
-        target = removal.facts['new']
-        item.tell(('d.open',))
-        now = ask_item(self.engine, item.hash)
-        if not self.is_at(now, target):
-            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
-        if sum(file.is_created for file in now.files) < len(removal.data.files):
-            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
-                                'the old place')
-        item.tell(('d.save_full_session',))
+            return place == os.path.dirname(root)
+        same = plain_parts(os.path.split(place)) == plain_parts(os.path.split(root))
+        return same and os.path.dirname(place) == os.path.dirname(root)
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -5925,11 +5947,7 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',))
-        if DOUBTFUL.search(removal.facts['old']):
-            self.tell_place(item, removal.data.root)
-        else:
-            item.tell(('d.directory_base.set', removal.facts['old']))
+        self.tell_place(item, removal.data.root)
         if 'copied' in removal.steps:
             copies = data_at(removal.data, removal.facts['new'])
             if len(copies.files) == len(removal.data.files):
@@ -5940,13 +5958,12 @@ class Move(Choice):
 
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['new']
-        left = [file for file in data.files if os.path.lexists(file.path)]
+        data, target, why = removal.data, removal.facts['new'], ''
+        left = data._replace(files=[file for file in data.files if os.path.lexists(file.path)])
         try:
-            why, users = '', Users(self.engines())
-            if len(data_at(data._replace(files=left), target).files) < len(left):
+            if len(data_at(left, target).files) < len(left.files):
                 why = f'{quoted(target)} does not have all of it'
-            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            for path in self.users_of(item, data):
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
@@ -5961,12 +5978,17 @@ class Move(Choice):
         self.pauses.pop(item.hash, None)
         removal.drop()
 
+    def users_of(self, item: Item, data: OwnData) -> list[str]:
+        """Return paths by which other items use data."""
+        users = Users(self.engines())
+        return [*users.of(data, [(users.key(item.engine), item.hash)]).values()]
+
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
-        facts = removal.facts
+        facts, data = removal.facts, removal.data
         if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
-                             'does not have it any more', removal, quoted(removal.data.root))
+                             'does not have it any more', removal, quoted(data.root))
             discard(facts['copy'])
             removal.drop()
             return
@@ -5975,27 +5997,20 @@ class Move(Choice):
         told = self.is_at(item, facts['new'])
         item = item._replace(state=facts['state'], is_open=facts['is_open'],
                              is_active=facts['is_active'])
-        copies = data_at(removal.data, facts['new']).files
-        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
-            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
-        if not told and not whole:
-            self.LOG.info('the move of %s was cut short; it is started again at its old place',
-                          removal)
-            discard(facts['copy'])
-            start_again(item)
-            removal.drop()
+        copies = data_at(data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(data.files, copies))
+        if told or whole:
+            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+            self.settle(item, removal)
             return
-        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
-        try:
-            if not told:
-                item.tell(('d.close',))
-                self.tell_place(item, facts['new'])
-            self.open_there(item, removal)
-        except LoggableError:
-            if all(os.path.lexists(file.path) for file in removal.data.files):
-                self.undo(item, removal)
-            raise
-        self.finish(item, removal)
+        self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                      removal)
+        discard(facts['copy'])
+        start_again(item)
+        removal.drop()
+
+
 
 
 class Inotify:
