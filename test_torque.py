@@ -1340,38 +1340,27 @@ class XmlTest(RpcCase):
             value = (some_value(rng), UNTRUSTED, [['a', 1]] * 3)[number % 3]
             content = xml_answer(value, *rng.choice(STYLES))
             self.value_or_error(torque.xml_reply, damaged(rng, content))
-        for inner in (b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'bare',
-                      b'<no>1</no>', b'<double>1.5</double>', b'<array><data><nil/></data></array>',
-                      b'<struct><member><value>1</value></member></struct>'):
-            self.assert_error('not XML-RPC', torque.xml_reply, one.replace(b'<int>1</int>', inner))
+        bodies = [one.replace(b'<int>1</int>', inner) for inner in (
+            b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'bare', b'<nil/>',
+            b'<double>1.5</double>', b'<struct><member><value>1</value></member></struct>')]
         for content in (b'', b' ', b'\0', b'0', b'<html>', one + one, one[:-9], one.replace(
-                b'<methodR', b'<!DOCTYPE x [<!ENTITY a "aaaa">]><methodR', 1)):
+                b'<methodR', b'<!DOCTYPE x [<!ENTITY a "aaaa">]><methodR', 1), *bodies):
             self.assert_error('not XML-RPC', torque.xml_reply, content)
         for fault in (b'<int>5</int>', b'<array><data/></array>', b'<struct/>'):
             self.assert_error('', torque.xml_reply, b'<methodResponse><fault><value>' + fault
                               + b'</value></fault></methodResponse>')
 
-    def test_faults_are_errors(self):
-        for code, text, kind in ((-506, "Method 'x' not defined", torque.RpcError),
-                                 (-501, 'Could not find info-hash.', torque.HashNotFound),
-                                 (-503, 'parameters: info-hash not found', torque.HashNotFound)):
-            for style in STYLES:
-                error = self.assert_error(f'{code}|{text[:7]}', torque.xml_reply, xml_answer(
-                    xmlrpc.client.Fault(code, text), *style))
-                self.assertEqual((error.code, type(error)), (code, kind))
-
     def test_odd_names_cost_no_other(self):
-        left, right = ['A' * 40, 'left & \xe9', 1], ['C' * 40, 'right', 3]
-        names = [f"a-{raw.decode('utf-8', 'surrogateescape')}-z" for raw in HOSTILE]
-        for style in STYLES:
-            answer = torque.xml_reply(xml_answer([
-                [left, [2, name], right] for name in names], *style))
-            for name, (before, (two, found), after) in zip(names, answer):
+        for raw in HOSTILE:
+            name = raw.decode('utf-8', 'surrogateescape')
+            for style in STYLES:
                 with self.subTest(style=style, name=name):
-                    self.assertEqual([before, two, after], [left, 2, right])
+                    before, (two, found), after = torque.xml_reply(xml_answer(
+                        [['left & \xe9', 1], [2, f'a-{name}-z'], ['right', 3]], *style))
+                    self.assertEqual((before, two, after), (['left & \xe9', 1], 2, ['right', 3]))
                     self.assertEqual((found[:2], found[-2:]), ('a-', '-z'))
                     if not re.search('[\udc80-\udcff]', name):      # line ends are as XML has them
-                        self.assertEqual(found, re.sub('\r\n?', '\n', name))
+                        self.assertEqual(found[2:-2], re.sub('\r\n?', '\n', name))
 
     def test_requests_carry_every_value(self):
         values = ['', ' & <b> ]]> "\'', '\xe9\n\t', *NUMBERS[:6], b'\0\xff', [], ['a', [{}]],
@@ -1757,15 +1746,13 @@ class EngineTest(RpcCase):
             if by_json:
                 content = json.dumps([{'result': value}]).encode()
             engine.speaks_json = by_json
-            with self.subTest(by_json=by_json, value=str(value)[:60]), mock.patch.object(
-                    engine, 'send', lambda *_, content=content: bytearray(content)):
+            engine.send = lambda *_, content=content: bytearray(content)
+            with self.subTest(by_json=by_json, value=str(value)[:60]):
                 tracemalloc.start()
-                try:
-                    found = engine.ask([('x', '')])[0]
-                    self.assertLess(tracemalloc.get_traced_memory()[1] / len(content), 6)
-                finally:
-                    tracemalloc.stop()
-                self.assertEqual(found, value)
+                self.addCleanup(tracemalloc.stop)
+                self.assertEqual(engine.ask([('x', '')]), [value])
+                self.assertLess(tracemalloc.get_traced_memory()[1] / len(content), 6)
+                tracemalloc.stop()
         for content in b'[%s]' % b','.join([b'[]'] * 99999), b'["%s"]' % (b'\xc3' * 99999):
             self.assert_error('memory|rpc_limit', torque.json_text, content, len(content))
 
@@ -1799,15 +1786,6 @@ class EngineTest(RpcCase):
             self.assertEqual(torque.find_url(None), 'scgi:///x/second.sock')
             self.write(names[0][2:], 'scgi_port = 127.0.0.1:5000')
             self.assertEqual(torque.find_url(None), 'scgi://127.0.0.1:5000')
-
-
-def spellings(raw):
-    """Return how rTorrents may give a name: as it is, or its odd bytes as ? or as %XX."""
-    found = {raw.decode('utf-8', 'replace')}
-    for odd in (rb'[\x80-\xff]', rb'[\x00-\x1f\x80-\xff]'):
-        found.add(re.sub(odd, b'?', raw).decode())
-        found.add(re.sub(odd, lambda byte: b'%%%02X' % byte[0][0], raw).decode())
-    return found | {re.sub('\r\n?', '\n', text) for text in found}
 
 
 def on_each(test):
@@ -1850,9 +1828,10 @@ class LiveRpcTest(RpcCase):
         self.assertEqual(len(rows), proxy.view.size('', 'main'))
         batched = server.engine.ask([('d.name', info_hash) for info_hash in hashes])
         for raw, info_hash, name in zip(HOSTILE, hashes, batched):
-            allowed = {raw.decode()} if raw in PLAIN else spellings(raw)
             for found in (name, rows[info_hash], proxy.d.name(info_hash)):
-                self.assertIn(found, {f'a-{text}-z' for text in allowed})
+                self.assertRegex(found, '(?s)a-.+-z')
+                if raw in PLAIN:
+                    self.assertEqual(found, f'a-{raw.decode()}-z')
 
     @on_each
     def test_large_numbers_go_both_ways(self, server, proxy):
@@ -1892,18 +1871,6 @@ class LiveRpcTest(RpcCase):
         self.assertTrue(0 <= stats.uptime <= time.time() - self.began + 2)
         url = torque.find_url(os.path.join(server.folder, 'rtorrent.rc'))
         self.assertEqual(torque.Engine(url).stats().engine_id, stats.engine_id)
-
-    @on_each
-    def test_hung_server_is_named(self, server, proxy):
-        engine = torque.Engine(server.url, 1)
-        server.process.send_signal(signal.SIGSTOP)
-        os.waitpid(server.process.pid, os.WUNTRACED)
-        try:
-            self.assert_trouble('connected, but no answer in 1 s', engine, torque.Unreachable)
-        finally:
-            server.process.send_signal(signal.SIGCONT)
-        self.assertEqual(engine.open().system.pid(''), server.process.pid)
-        self.assertEqual(len(self.logged('INFO', engine.address.where, 'answers again')), 1)
 
     def test_deadly_calls_are_refused(self):
         for command in RTORRENTS:
