@@ -12,7 +12,6 @@ import collections
 import contextlib
 import datetime
 import doctest
-import gc
 import importlib
 import io
 import json
@@ -1400,8 +1399,8 @@ class Commands:
             if '\\udcff' in repr(values):
                 return b'{"error":{"code":-32700,"message":"type_error.316"},"id":null}'
             return json.dumps([
-                {'error': {'code': value.faultCode, 'message': 'none'}}
-                if isinstance(value, Exception) else {'result': value} for value in values]).encode()
+                {'error': {'code': value.faultCode}} if isinstance(value, Exception)
+                else {'result': value} for value in values]).encode()
         params, method = xmlrpc.client.loads(body, True)
         if method != 'system.multicall':
             return xml_answer(self.values('xml', [(method, params)])[0])

@@ -1302,6 +1302,10 @@ class Received(io.BytesIO):
     def makefile(self, mode):
         return self
 
+    # An HTTPResponse that nobody closed is closed after this, and complains
+    def close(self):
+        pass
+
 
 def http_opener(url: str, login: tuple, seconds: float, limit: int) -> Any:
     """Return urllib's opener: with proxies and both kinds of login, but no redirections."""
