@@ -4438,7 +4438,7 @@ class Double:
             'd.hash': HASH(len(self.items) + 1), 'd.name': os.path.basename(path),
             'd.base_path': path, 'd.directory': place, 'd.directory_base': place,
             'd.is_multi_file': int(bool(files)), 'd.complete': 1, 'd.is_active': 1, 'd.state': 1,
-            'd.hashing': 0, 'd.completed_bytes': 9, 'd.timestamp.started': 1, 'd.down.total': 9,
+            'd.hashing': 0, 'd.bitfield': '', 'd.completed_bytes': 9, 'd.timestamp.started': 1, 'd.down.total': 9,
             'd.is_open': 1, 'd.views': [],
             'files': [[name or os.path.basename(path), len(content), 1]
                       for name, content in (files or {'': bytes(9000)}).items()],
@@ -4452,9 +4452,8 @@ class Double:
                     for item in self.items.values()]
         if method == 't.multicall':
             return []
-        if method in ('system.cwd', 'directory.default', 'session.path'):
-            return {'system.cwd': self.cwd, 'directory.default': self.default}.get(
-                method, self.session_path)
+        if method in ('system.cwd', 'session.path'):
+            return {'system.cwd': self.cwd}.get(method, self.session_path)
         if method == 'view.size_not_visible':
             return 0
         if method == 'view.size':
@@ -4492,7 +4491,7 @@ class Double:
         there = os.path.exists(os.path.join(self.cwd, frozen)) and not (
             self.blind and frozen.startswith(self.blind))
         return {'f.path': path, 'f.size_bytes': size, 'f.completed_chunks': chunks,
-                'f.size_chunks': 1, 'f.priority': 1, 'f.frozen_path': frozen, 'f.is_created': int(there)}[fact]
+                'f.range_first': 0, 'f.range_second': 1, 'f.priority': 1, 'f.frozen_path': frozen, 'f.is_created': int(there)}[fact]
 
 
 class WithDouble(Folder):
@@ -4802,6 +4801,17 @@ class ActionTest(WithDouble):
             if not killed:
                 self.assertGreater(dies_at, 15)
                 break
+
+    def test_answers_of_wrong_types_are_one_error(self):
+        self.engine.add(self.path('a'), {'x': b'1'})
+        for method, wrong in (('d.directory', 7), ('d.is_open', '1'), ('d.hash', 7),
+                              ('f.multicall', [['x']]), ('f.multicall', 5), ('system.cwd', 7),
+                              ('f.multicall', [[1] * len(torque.ItemFile._fields)])):
+            self.engine.before = lambda asked, target: wrong if (   # noqa: B023
+                asked == method and target != '*') else None        # noqa: B023
+            with self.subTest(method, wrong=wrong):
+                self.fails('is not understood', lambda: self.run_action('cull'))
+                self.assertEqual(tree(self.path('a')), {'x': b'1'})
 
     def test_dry_run_says_all(self):
         for name in 'abc':
