@@ -1332,7 +1332,7 @@ class ProxyTest(RpcCase):
         with proxy:
             self.assertEqual(proxy.echo('', 'a&b\1\udcff', 7, [True], -2 ** 40, {'a': 2 ** 31}),
                              ['a&b\1\ufffd', 7, [1], str(-2 ** 40), {'a': str(2 ** 31)}])
-        self.assertEqual(self.double.seen, [('xml', ['echo'])])
+        self.assertEqual(self.double.seen[1:], [('xml', ['echo'])])
         for method, code, kind in (('d.name', -501, torque.HashNotFound),
                                    ('no.such', -506, torque.RpcError)):
             error = self.assert_error(f'{engine.address.where}: {method}: |{code}',
@@ -1345,7 +1345,7 @@ class ProxyTest(RpcCase):
         many.d.name('A')
         many.system.pid('')
         self.assertEqual(list(many()), ['a', 1 << 30])
-        self.assertEqual(self.double.seen, [('xml', ['d.name', 'system.pid'])])
+        self.assertEqual(self.double.seen[1:], [('xml', ['d.name', 'system.pid'])])
         many.no.such('')
         with self.assertRaises(xmlrpc.client.Fault):
             list(many())

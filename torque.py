@@ -1678,6 +1678,7 @@ class Engine:
             # What every call of a ServerProxy goes through is its private __request.
             def _ServerProxy__request(self, method, params):
                 request = super()._ServerProxy__request     # type: ignore[misc]
+                engine.reach()
                 with engine.exchange([(method, *params)]):
                     return request(method, tuple(sendable(params)))
 
