@@ -38,6 +38,7 @@ import urllib.request
 import warnings
 import weakref
 import xmlrpc.client
+from importlib.metadata import version
 from unittest import mock
 
 import torque
@@ -298,10 +299,18 @@ except (ImportError, KeyError) as error:
 with warnings.catch_warnings():             # its own are not ours to mend
     warnings.simplefilter('ignore')
     try:
-        import croniter
+        from apscheduler.triggers.cron import CronTrigger
     except ImportError:
-        croniter = None
+        CronTrigger = None
+    try:
+        import croniter
+        CRONITER = int(version('croniter').split('.')[0])
+    except ImportError:
+        croniter, CRONITER = None, 0
 
+MONTHS = 'jan feb mar apr may jun jul aug sep oct nov dec'.split()
+WEEKDAYS = 'mon tue wed thu fri sat sun'.split()
+POSITIONS = '1st 2nd 3rd 4th 5th last'.split()
 BASE = '12:00'                              # on a Wednesday in a leap year
 # By zone: the same rules without a database; its changes of 2024, forward and back.
 ZONES = {
@@ -544,6 +553,64 @@ def due_by_hand(rows, numbers, every_hour):
             (wall,) if every_hour else skipped if wall.fold else (*skipped, wall)))]
 
 
+def some_part(rng, low, high, names=()):
+    """Return a random part of a field, as APScheduler and croniter both read it."""
+    first, last = sorted((rng.randint(low, high), rng.randint(low, high)))
+    if names == 'day' and rng.random() < 0.7:
+        return rng.choice(('last', f'{rng.choice(POSITIONS)} {rng.choice(WEEKDAYS)}'))
+    if names and names != 'day' and rng.random() < 0.4:
+        first, last = names[first - low], names[last - low]
+        return rng.choice((first.upper(), f'{first}-{last}' if first != last else first))
+    shapes = ['*', f'*/{rng.randint(1, high - low)}', str(first)]
+    if first < last:                            # croniter: 5-5 is the whole cycle, ours is 5
+        step = rng.randint(1, last - first)
+        shapes += [f'{first}-{last}', f'{first}-{last}/{step}', f'{first}/{step}']
+    return rng.choice(shapes)
+
+
+def some_list(*args):
+    return ','.join(some_part(*args) for _ in range(args[0].choice((1, 1, 1, 2, 3))))
+
+
+def some_fields(rng):
+    """Return random fields, NAME: text."""
+    return {name: some_list(rng, *limits) for name, limits in (
+        ('year', (2019, 2031)), ('month', (1, 12, MONTHS)), ('day', (1, 31, 'day')),
+        ('week', (1, 53)), ('day_of_week', (0, 6, WEEKDAYS)), ('hour', (0, 23)),
+        ('minute', (0, 59)), ('second', (0, 59)))
+        if rng.random() < (0.1 if name in ('year', 'week') else 0.4)} or {'hour': '*/5'}
+
+
+def spelled(fields):
+    return ' '.join(f'"{name}={text}"' for name, text in fields.items())
+
+
+def some_cron(rng):
+    """Return five random cron fields."""
+    sunday = rng.choice(('7', '5-7', 'sat-sun', 'mon-7', '0-7', '7/2,3', 'fri-sun/2'))
+    texts = ['*' if rng.random() < 0.3 else some_list(rng, *limits) for limits in (
+        (0, 59), (0, 23), (1, 31), (1, 12, MONTHS), (0, 6, WEEKDAYS[6:] + WEEKDAYS[:6]))]
+    return texts[:4] + [sunday if rng.random() < 0.2 else texts[4]]
+
+
+def some_moment(rng, name=None):
+    """Return the Unix seconds of a time around a change of a zone, or around the end of a month."""
+    if name:
+        return rng.choice(ZONES[name][1:]) + rng.choice((60, 60, 5400)) * rng.randint(-300, 300)
+    first = unix(f'{rng.randint(2020, 2028)}-{rng.randint(1, 12):02}-01')
+    return int(first + 86400 * rng.choice((-2, -1, 0, rng.randint(0, 30))) +
+               rng.choice((-60, -1, 0, rng.randint(0, 86399))))
+
+
+def parsed(text):
+    """Return a schedule, None if it can never fire."""
+    try:
+        return torque.parse_schedule(text)
+    except torque.UserError as error:
+        if 'can never fire' not in str(error):
+            raise
+
+
 class ScheduleTest(TableCase):
     @local_time('UTC0')
     @mock.patch.dict(sys.modules, croniter=None)    # the grammar never asks it
@@ -663,6 +730,82 @@ class CroniterTest(TableCase):
         for text, _ in BEYOND:
             self.assert_refused(torque.parse_schedule, text,
                                 f'{text!r} needs croniter, which is not installed; without it cron')
+
+
+class ScheduleOracleTest(TableCase):
+    """Other programs' answers to random questions."""
+
+    def setUp(self):
+        caught = warnings.catch_warnings()
+        caught.__enter__()
+        warnings.simplefilter('ignore')                 # their deprecations
+        self.addCleanup(caught.__exit__, None, None, None)
+
+    @local_time('UTC0')
+    def compare(self, question):
+        """Ask torque and an oracle the same: in UTC, and in three zones around their changes.
+
+        question(rng, zone) -> text, ask; ask(after) -> Unix seconds, None for never, `...`
+        where the two differ on purpose.
+        """
+        rng, compared, differ, end = random.Random(27), 0, [], unix('2034-01-01')
+        for name in (None,) if NO_ZONES else (None, *list(ZONES)[:3]):
+            zone = zoneinfo.ZoneInfo(name) if name else datetime.timezone.utc
+            for _ in range(100 if name else 450):
+                text, ask = question(rng, zone)
+                text += f' timezone={name}' if name else ''
+                schedule = parsed(text)
+                for after in [some_moment(rng, name) for _ in range(5)]:
+                    ours, theirs = schedule and schedule.next(after), ask(after)
+                    if theirs is not ...:
+                        compared += 1
+                        if min(ours or end, end) != min(theirs or end, end):
+                            differ.append((text, after, ours, theirs))
+        self.assertEqual(differ[:9], [])
+        self.assertGreater(compared, 2000)
+
+    @unittest.skipUnless(CronTrigger, 'apscheduler 3 is not installed')
+    def test_fields_agree_with_apscheduler(self):
+        def question(rng, zone):
+            fields = some_fields(rng)
+            trigger = CronTrigger(**fields, timezone=zone, end_date=datetime.datetime(2034, 1, 2))
+
+            def ask(after):
+                start = datetime.datetime.fromtimestamp(after + 1, zone)
+                found = trigger.get_next_fire_time(None, start)
+                # A clock change within a day, or on the way: it has rules of its own.
+                offsets = {datetime.datetime.fromtimestamp(each.timestamp() + n, zone).utcoffset()
+                           for each in (start, found or start) for n in (-86400, 86400)}
+                return found and found.timestamp() if len(offsets) == 1 else ...
+            return spelled(fields), ask
+        self.compare(question)
+
+    @unittest.skipIf(CRONITER < 7, 'croniter 7 is not installed; older ones misread e.g. 6/2')
+    def test_cron_agrees_with_croniter(self):
+        def question(rng, zone):
+            minute, hour, *days = some_cron(rng)
+            if zone is not datetime.timezone.utc:
+                hour = rng.choice(('*', '*', '1-3', '2', '*/2', '0,1'))
+                days = rng.choice((days, '***'))
+            text = ' '.join((minute, hour, *days))
+            oracle = croniter.croniter(text)
+            # To cron(5) `*/2` restricts nothing, to croniter it does.
+            differs = any('*' in part and part != '*' for part in (days[0], days[2]))
+
+            def ask(after):
+                if differs:
+                    return ...
+                found = datetime.datetime.fromtimestamp(after, zone)
+                try:
+                    found = oracle.get_next(datetime.datetime, found)
+                    # Times that come twice: ours run the first time, unless the hour is `*`.
+                    while found.fold and hour != '*':
+                        found = oracle.get_next(datetime.datetime, found)
+                except ValueError:                      # no such date
+                    return None
+                return found.timestamp()
+            return text, ask
+        self.compare(question)
 
 
 # --- Scheduler ---------------------------------------------------------------------------------
@@ -6625,7 +6768,7 @@ class BrokenIniTest(ConfigCase):
         ('dry_run = 2', "'2' is neither"), ('max_runtime = long', "'long'", '15s'),
         ('max_runtime = 5 5', "'5 5'"), ('log_level = loud', "'LOUD'", 'DEBUG INFO WARNING ERROR'),
         ('scgi_url = here', "'here'", 'scgi://host:port'), ('scgi_url = scgi://h:p', 'scgi://h:p'),
-        ('handler =', "'' is no handler"), ('schedule =', "schedule '' is not"),
+        ('handler =', 'job.a.handler: is missing'), ('schedule =', 'job.a.schedule: is missing'),
         ('x = %(y)s', 'nothing is interpolated'),
         ('schedule = minute=61', "minute '61' is not in 0-59"), ('schedule = 0s', "'0s'"),
         ('schedule = minuet=1', "'minuet'", "did you mean 'minute'?"),
@@ -6645,9 +6788,9 @@ class BrokenIniTest(ConfigCase):
         ('scgi_url =', 6, 'scgi_url: is not set'),
         ('scgi_url = here', 6, "scgi_url: 'here'", 'a socket path'),
         ('scgi_url = ftp://me:hunter2@h/', 6, 'ftp://me:***@h/', 'http(s)://'),
-        ('job.b.handler = good:Plain', 6, "job.b.schedule: schedule ''"),
-        ('job.b.schedule = 5s', 6, "job.b.handler: '' is no handler"),
-        ('\n\njob.b.x = 1\njob.b.handler = good:Plain', 9, "job.b.schedule: schedule ''"),
+        ('job.b.handler = good:Plain', 6, 'job.b.schedule: is missing'),
+        ('job.b.schedule = 5s', 6, 'job.b.handler: is missing'),
+        ('\n\njob.b.x = 1\njob.b.handler = good:Plain', 9, 'job.b.schedule: is missing'),
         ('job.connstats.active = yes\njob.connstats.shedule = 5s', 7, 'job.connstats.shedule: ',
          "EngineStats has no such option; did you mean 'schedule'?"),
         ('job.connstats.active = yes\njob.connstats.colour = red', 7, 'colour', 'no such option'),
@@ -6730,8 +6873,8 @@ class HandlerTest(ConfigCase):
         line = GOOD_PY.splitlines().index('            exec(config.code)') + 1
         for handler, code, word in (
                 ('NoRun', '', 'has no run()'), ('Inherits', '', 'has no run()'),
-                ('Plain', '\njob.a.path =', 'job.a.handler: job.a.path is not set'),
-                ('Starts', 'raise torque.UserError("odd", 5)', "job.a.handler: ('odd', 5)"),
+                ('Plain', '\njob.a.path =', 'job.a: job.a.path is not set'),
+                ('Starts', 'raise torque.UserError("odd", 5)', "job.a: ('odd', 5)"),
                 ('Starts', 'raise torque.LoggableError("no luck")', 'no luck'),
                 ('Starts', '{}["key"]', f"good.py:{line}: KeyError: 'key'"),
                 ('Starts', 'sys.exit(3)', f'good.py:{line}: SystemExit: 3'),

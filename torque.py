@@ -1227,6 +1227,7 @@ class HttpAnswer(NamedTuple):
     """What a web server said."""
     status: int
     reason: str
+    headers: Any                        # .get() takes a name in any case
     body: bytes
 
 
@@ -1289,7 +1290,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     opener = http_opener(url, login, seconds, limit)
     try:
         answer = opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
-        return HttpAnswer(answer.status, answer.reason, answer.read())
+        return HttpAnswer(answer.status, answer.reason, answer.headers, answer.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unreachable(describe(error)) from None
 
@@ -4787,6 +4788,7 @@ class InfluxDB(Job):
         if not config.series and not config.series_host:
             raise UserError('series_host is empty as well: nothing to push', option='series')
         self.points: list[str] = []     # not delivered yet
+        self.retry_at = 0.0             # elapsed seconds: the server has asked to wait until then
         self.file = ''
         self.buffer = 0
         self.saved_at = 0.0
@@ -4854,6 +4856,8 @@ class InfluxDB(Job):
         """Send points, oldest first; return why some have to wait, or were refused for good."""
         problems = []
         try:
+            if elapsed_time() < self.retry_at:
+                raise LoggableError('the server has asked to wait')
             while self.points:
                 problems += self.post(self.points[:self.BATCH])
                 del self.points[:self.BATCH]
@@ -4879,6 +4883,9 @@ class InfluxDB(Job):
             return self.post(lines[:half]) + self.post(lines[half:])
         if answer.status not in (400, 422):
             # 413 for a single point, too: it would refuse all of them.
+            after = answer.headers.get('Retry-After', '')
+            if re.fullmatch('[0-9]{1,9}', after):
+                self.retry_at = elapsed_time() + min(int(after), 3600)
             raise LoggableError(said)
         groups = by_series(lines)
         if len(groups) == 1:
@@ -6717,6 +6724,8 @@ def handler_name(text: str) -> str:
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
     handler = handler_name(text)
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
@@ -6734,6 +6743,8 @@ def import_handler(text: str) -> Any:
 
 def parse_due(text: str) -> Schedule:
     """Return the Schedule of a job: one that is due again."""
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
     schedule = parse_schedule(text)
     if schedule.next(time.time()) is None:
         raise UserError(f'{text!r} lies in the past: it would never fire')
@@ -7217,7 +7228,8 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
                 made[name] = make_job(planned)
                 undo.callback(clean_up, name, made[name])
             except UserError as error:
-                ini.refuse(source.get(error.option, source['handler']), error)
+                key = f'job.{name}.{error.option}'.rstrip('.')
+                ini.refuse(Value('', source.get(error.option, source['handler']).place, key), error)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
         undo.pop_all()
