@@ -5949,7 +5949,7 @@ class Move(Choice):
 class Inotify:
     """Wakes who waits for changes in folders, as Linux tells of them.
 
-    Raises OSError where that does not work.
+    Raises OSError where that does not work. A folder that is moved elsewhere stays watched.
     """
     # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
     # the last one is ONLYDIR.
@@ -5959,10 +5959,7 @@ class Inotify:
         import ctypes
         self.get_errno = ctypes.get_errno
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.watches: set = set()               # numbers
-        self.added: set = set()                 # those since the last drop_others()
-        flags = os.O_NONBLOCK | os.O_CLOEXEC
-        handle = self.call('inotify_init1', flags)
+        handle = self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC)
         self.events = open(handle, 'rb', 0)
         # A disk mounted over a folder is no event of the folder; this file tells of it.
         self.mounts = open('/proc/self/mountinfo', 'rb', 0)
@@ -5980,27 +5977,14 @@ class Inotify:
 
     def add(self, folder: str) -> None:
         """Watch a folder; one that is watched already stays so."""
-        handle = self.events.fileno()
         path = os.fsencode(folder)
-        watch = self.call('inotify_add_watch', handle, path, self.MASK)
-        self.added.add(watch)
-
-    def drop_others(self) -> None:
-        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
-        handle = self.events.fileno()
-        for watch in self.watches - self.added:
-            self.libc.inotify_rm_watch(handle, watch)
-        self.watches = self.added
-        self.added = set()
+        self.call('inotify_add_watch', self.events.fileno(), path, self.MASK)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at most; tell whether something changed."""
-        milliseconds = max(seconds, 0) * 1000
-        return bool(self.poll.poll(milliseconds))
-
-    def forget(self) -> None:
-        """Take what happened so far for seen."""
+        """Wait so long at most; tell whether something changed, once for many changes."""
+        changed = bool(self.poll.poll(seconds * 1000))
         self.events.read(1 << 16)
+        return changed
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -6015,18 +5999,19 @@ def as_sent(text: str) -> str | bytes:
     return text.encode('utf-8', 'surrogateescape')
 
 
-class FileStamp(NamedTuple):
-    """What tells a file from another, and from itself before it was changed."""
+class FileState(NamedTuple):
+    """What tells a file from another, from itself before it was changed, or tried in vain."""
     device: int
     inode: int
     size: int
     changed: int                        # Unix nanoseconds, as nobody can set them
     modified: float                     # Unix seconds
+    error: str = ''                     # why it is to be tried again
 
 
-def file_stamp(status: os.stat_result) -> FileStamp:
-    """Return the stamp of a file."""
-    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+def file_state(status: os.stat_result) -> FileState:
+    """Return the state of a file."""
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
 
 
@@ -6044,48 +6029,19 @@ def is_tied(tied: str, path: str) -> bool:
 
 
 def parse_mode(text: str) -> str:
-    """Return how new items are loaded: normal or start."""
-    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
-             'started': 'start'}
-    mode = modes.get(text.lower())
-    if mode is None:
-        raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return mode
-
-
-NEVER = float('inf')
-
-
-class Handled(NamedTuple):
-    """A file that was handled: in which state, and when again although it stays like that."""
-    stamp: FileStamp
-    due: float = NEVER                  # monotonic seconds
-    pause: float = 0.0                  # seconds from one try to the next
+    """Return how new items are loaded: load is normal, started is start."""
+    return parse_word(('normal', 'start', 'load', 'started'), text or 'normal')
 
 
 class Refused(LoggableError):
     """rTorrent does not take a metafile, and will not take it later either."""
 
 
-class LoadPlan(NamedTuple):
-    """What becomes of a metafile."""
-    how: str                            # started, queued, or nothing
-    commands: list[str]                 # for the new item
-    values: dict[str, Any]              # what templates know of it
-
-    @property
-    def suffix(self) -> str:
-        """What follows in the log."""
-        if not self.how:
-            return ''
-        return f' [{self.how}]'
-
-
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
     A look through the trees decides what is new; an event of inotify only means `look again`.
-    A thread waits for events, and for files that are to be tried again.
+    A thread waits for events, and looks after growing pauses when there are none.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -6104,33 +6060,24 @@ class TreeWatch(Job):
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    FLAGS = ('start', 'load', 'queue')
     # Trash and caches of file servers and file systems; so are all that begin with a dot.
-    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
-                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
-                         'lost+found'))
-    TELL = CommandTemplate('print={{told}}', ('told',))
+    SKIPPED = ('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle', '#snapshot',
+               '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information', 'lost+found')
     SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    TELL = CommandTemplate('print={{told}}', ('told',))
     RETRY = 5.0                         # seconds until what did not work is tried again
     MOST = 3600.0                       # seconds, to which that grows
     REST = 9                            # times as long as it looked it does not look again
-    LONGEST = 60.0                      # seconds until a thread sees that it is to end
-    NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
-                      'filetype label traits flags'.split())
-
-    @staticmethod
-    def folders(config: Any) -> list[str]:
-        """Return the folders that a configuration names."""
-        folders = []
-        for path in config.path.split(os.pathsep):
-            if path.strip():
-                path = os.path.expanduser(path.strip())
-                folders.append(os.path.abspath(path))
-        return folders
+    NAMES = tuple('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
+                  'filetype label traits flags'.split())
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        self.roots = self.folders(config)
+        self.roots = []
+        for path in config.path.split(os.pathsep):
+            if path.strip():
+                path = os.path.expanduser(path.strip())
+                self.roots.append(os.path.abspath(path))
         if not self.roots:
             raise UserError('is not set', option='path')
         self.commands = []
@@ -6139,17 +6086,17 @@ class TreeWatch(Job):
                 with reading(key):
                     self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
-        self.handled: dict[str, Handled] = {}
-        self.untied_file = self.state_file('untied')
+        self.handled: dict[str, FileState] = {}
         # path -> [hash of its item, which is not tied to it; when it was modified; its device]
-        self.untied = self.read_untied()
+        self.untied: dict[str, list] = {}
+        self.untied_file = self.state_file('untied')
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.untied_file, encoding='ascii') as stream:
+                self.untied = dict(json.load(stream))
         self.kept = self.untied.copy()          # what the file in the state folder says
         self.trouble: dict[str, str] = {}       # what the last look could not read, and why
-        self.next_look = 0.0                    # monotonic seconds, though nothing changes
-        self.rested = 0.0                       # no look before that, whatever changes
-        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
-        if not self.engine.address.is_local():
-            self.by_path = False
+        self.took = 0.0                         # seconds, to look through the trees
+        self.by_path = self.engine.address.is_local()
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()
@@ -6164,12 +6111,12 @@ class TreeWatch(Job):
         return texts
 
     def run(self) -> None:
-        """Look through the trees, and see to it that changes are watched."""
+        """Look through the trees, and see to it that changes are watched from now on."""
         with self.lock:
-            reason = self.start_watching()
-            self.look()
-        if reason or self.trouble:
-            raise LoggableError(reason or self.trouble_text())
+            try:
+                self.start_watching()
+            finally:
+                self.look()
 
     def cleanup(self) -> None:
         """Load nothing any more; a file in progress has a while to end."""
@@ -6179,162 +6126,122 @@ class TreeWatch(Job):
 
     # Watching.
 
-    def start_watching(self) -> str:
-        """Have a thread look at once when something changes; return why that is not possible."""
+    def start_watching(self) -> None:
+        """Have a thread look at once when something changes."""
         if not self.config.inotify or self.config.alone:
-            return ''
+            return
         if self.thread and self.thread.is_alive():
-            return ''
+            return
         self.inotify = None
         try:
             self.inotify = Inotify()
             self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
             self.thread.start()
-        except (ImportError, AttributeError, OSError, RuntimeError) as error:
-            if self.inotify:
-                self.inotify.close()
-            self.inotify = None
-            return (f'no inotify, files are found on schedule only: {error}; where that is how '
-                    'it should be, write inotify = no')
-        return ''
+        except Exception as error:
+            raise LoggableError(f'no inotify, files are found on schedule only: {error}; where '
+                                'that is how it should be, write inotify = no') from None
 
     def watch(self, inotify: Inotify) -> None:
-        """Look again whenever something changes; a thread, until cleanup()."""
+        """Look again whenever something changed, and after pauses; a thread, until cleanup()."""
+        pause = self.RETRY
         with contextlib.closing(inotify):
-            while True:
-                left = self.next_look - time.monotonic()
-                changed = inotify.wait(min(left, self.LONGEST))
-                if self.ended.wait(self.rested - time.monotonic()):
-                    return
-                if not changed and left > self.LONGEST:
-                    continue
+            while not self.ended.wait(self.REST * self.took):
+                changed = inotify.wait(pause)
                 if changed and self.config.trace_inotify:
                     self.LOG.info('inotify: something changed')
-                inotify.forget()
                 with self.lock:
-                    self.look_again()
+                    well = self.look_again()
+                pause = min(2 * pause, self.MOST)
+                # No event tells that a root, or rTorrent, is there again.
+                if changed or not well:
+                    pause = self.RETRY
 
-    def look_again(self) -> None:
-        """Look, and say in the log what run() would raise."""
+    def look_again(self) -> bool:
+        """Look, say in the log what run() would raise, and tell whether all was well."""
         before = self.trouble
         try:
             self.look()
         except Unreachable:
             # The engine has told it; what else was found is told by the next look.
             self.trouble = before
+            return False
         except LoggableError as error:
-            self.trouble = {'': str(error)}
-        if self.trouble and self.trouble != before:
-            self.LOG.warning('%s', self.trouble_text())
-        elif before and not self.trouble:
+            if self.trouble != before:
+                self.LOG.warning('%s', error)
+            return False
+        if before:
             self.LOG.info('all folders are watched again')
-
-    def trouble_text(self) -> str:
-        """Return in one line what the last look could not read."""
-        return '; '.join(self.trouble.values())
+        return True
 
     # Looking.
 
     def look(self) -> None:
-        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        """Handle what is new in the trees; raises LoggableError where one cannot be read."""
         began = time.monotonic()
-        # Unless it gets to its end.
-        self.next_look = began + self.RETRY
         files = self.scan()
-        now = time.monotonic()
-        took = now - began
-        self.rested = now + self.REST * took
+        self.took = time.monotonic() - began
         for path in self.handled.keys() - files.keys():
             del self.handled[path]
         try:
-            self.handle_new(files)
+            for path in sorted(files):
+                if self.handled.get(path) != files[path] and not self.ended.is_set():
+                    self.handled[path] = self.handle(path, files[path])
         finally:
             self.keep_untied(files)
-        dues = [done.due for done in self.handled.values()]
-        # A root that is not watched, or not there: no event will tell of it.
-        if not self.trouble.keys().isdisjoint(self.roots):
-            dues.append(now + self.RETRY)
-        self.next_look = min(dues, default=NEVER)
+        if self.trouble:
+            raise LoggableError('; '.join(self.trouble.values()))
 
-    def handle_new(self, files: dict[str, FileStamp]) -> None:
-        """Handle the files that are new, were changed, or are to be tried again."""
-        now = time.monotonic()
-        for path in sorted(files):
-            if self.ended.is_set():
-                return
-            stamp = files[path]
-            done = self.handled.get(path)
-            if done is None or done.stamp != stamp or done.due <= now:
-                self.handled[path] = self.handle(path, stamp, done)
-
-    def scan(self) -> dict[str, FileStamp]:
+    def scan(self) -> dict[str, FileState]:
         """Return the metafiles below the roots; have their folders watched."""
-        files: dict[str, FileStamp] = {}
-        self.trouble = {}
         session = self.session_folder()
+        files = {}
+        self.trouble = {}
         visited = {session}
         left = collections.deque(self.roots)
         while left:
-            folder = left.popleft()
+            path = left.popleft()
             try:
-                self.scan_folder(folder, visited, left, files)
+                status = os.stat(path)
+                known = status.st_dev, status.st_ino
+                if not stat.S_ISDIR(status.st_mode):
+                    if self.is_metafile(path):
+                        files[path] = file_state(status)
+                elif known == session and path in self.roots:
+                    raise OSError(errno.EPERM, 'it is the session folder of rTorrent')
+                elif known not in visited:
+                    visited.add(known)
+                    self.scan_folder(path, left)
             except OSError as error:
-                self.failed(folder, error)
-        for root in self.roots:
-            with contextlib.suppress(OSError):
-                if session and identity(root) == session:
-                    self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
-        if self.inotify:
-            self.inotify.drop_others()
+                self.failed(path, error)
         return files
 
-    def scan_folder(self, folder: str, visited: set, left: collections.deque,
-                    files: dict) -> None:
-        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
-        known = identity(folder)
-        if known and known in visited:
-            return
-        visited.add(known)
+    def scan_folder(self, folder: str, left: collections.deque) -> None:
+        """Add the paths in a folder to those that are left; have changes in it told."""
         # Watched before it is read: what comes in between is in both.
-        self.watch_folder(folder)
+        if self.inotify:
+            try:
+                self.inotify.add(folder)
+            except OSError as error:
+                self.failed(folder, error)
         with os.scandir(folder) as listing:
             entries = list(listing)
         if any(entry.name == self.SESSION_LOCK for entry in entries):
             return
         for entry in entries:
-            try:
-                self.scan_entry(entry, left, files)
-            except OSError as error:
-                self.failed(entry.path, error)
+            is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
+            if is_skipped and not entry.is_file(follow_symlinks=False):
+                continue
+            # Links last, so that a folder goes by its own name where it has one in the trees.
+            if entry.is_symlink():
+                left.append(entry.path)
+            else:
+                left.appendleft(entry.path)
 
-    def watch_folder(self, folder: str) -> None:
-        """Have changes in a folder told; where that fails, the schedule finds its files."""
-        if not self.inotify:
-            return
-        try:
-            self.inotify.add(folder)
-        except OSError as error:
-            self.failed(folder, error)
-
-    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
-        """Add a metafile to `files`, or a folder to `left`."""
-        name = entry.name
-        if not entry.is_dir():
-            if self.is_metafile(name):
-                files[entry.path] = file_stamp(entry.stat())
-        elif name.startswith('.') or name in self.SKIPPED:
-            return
-        elif entry.is_symlink():
-            # Last, so that a folder goes by its own name where it has one in the trees.
-            left.append(entry.path)
-        else:
-            left.appendleft(entry.path)
-
-    def is_metafile(self, name: str) -> bool:
+    def is_metafile(self, path: str) -> bool:
         """Tell whether a file's name is one of a metafile; flags are lower case."""
-        if name.endswith(('.load', '.start', '.queue')):
+        if path.endswith(('.load', '.start', '.queue')):
             return True
-        return name.lower().endswith('.torrent')
+        return path.lower().endswith('.torrent')
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
@@ -6349,85 +6256,60 @@ class TreeWatch(Job):
             self.trouble.setdefault(why, text)
 
     def session_folder(self) -> Identity | None:
-        """Return the identity of rTorrent's session folder; None as long as it is not known.
+        """Return the identity of rTorrent's session folder; None where it has none.
 
         What lies there is rTorrent's own: it is not loaded, and never removed.
         """
         engine = self.engine
+        engine.open()                           # then it has told its folders
         if engine.session_path:
             # One that may not be looked at cannot be reached from a watched folder either.
             with contextlib.suppress(OSError):
                 return identity(os.path.join(engine.cwd, engine.session_path))
         return None
 
-    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
-    # their item. An item that was erased must not come back from them, as long as they stay.
+    def keep_untied(self, files: dict[str, FileState]) -> None:
+        """Keep for the next start which files were loaded by content, or are a second copy.
 
-    def read_untied(self) -> dict[str, list]:
-        """Return what the file in the state folder says."""
-        with contextlib.suppress(OSError, ValueError):
-            with open(self.untied_file, encoding='ascii') as stream:
-                return dict(json.load(stream))
-        return {}
-
-    def keep_untied(self, files: dict[str, FileStamp]) -> None:
-        """Keep that for the next start, without files that are gone."""
+        rTorrent does not delete them with their item. An item that was erased must not come back
+        from them, as long as they stay.
+        """
         if not self.trouble:
             for path in self.untied.keys() - files.keys():
                 # On another device the disk of the file is not mounted now.
                 folder = identity(os.path.dirname(path))
                 if folder and folder[0] == self.untied[path][2]:
                     del self.untied[path]
-        if self.untied == self.kept or self.dry_run:
-            return
-        text = json.dumps(self.untied)
-        replace_file(self.untied_file, text)
-        self.kept = self.untied.copy()
+        if self.untied != self.kept and not self.dry_run:
+            replace_file(self.untied_file, json.dumps(self.untied))
+            self.kept = self.untied.copy()
 
     # Loading.
 
-    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
-        """Load a new metafile; return when it is to be handled again."""
+    def handle(self, path: str, state: FileState) -> FileState:
+        """Load a new metafile; say why it was not loaded, once, and whether it may be later."""
+        name = quoted(path)
         try:
-            self.load(path, stamp, read_metafile(path))
-            return Handled(stamp)
+            self.load(path, state, read_metafile(path))
         except Unreachable:
             raise
         except FileNotFoundError:
-            return Handled(stamp)
+            pass
         except ValueError as error:
-            if self.may_be_growing(stamp):
-                return Handled(stamp, time.monotonic() + self.RETRY)
-            why = f'is no metafile: {error}'
+            # Somebody may be writing it just now; the clock of a file server may be ahead.
+            age = time.time() - state.modified
+            if abs(age) < 2 * self.RETRY and not self.config.alone:
+                return state._replace(error=str(error))
+            self.LOG.warning('%s is no metafile: %s', name, error)
         except Refused as error:
-            why = f'is not loaded: {error}'
-        except Exception as error:
-            return self.try_later(path, stamp, before, error)
-        self.LOG.warning('%s %s', quoted(path), why)
-        return Handled(stamp)
-
-    def may_be_growing(self, stamp: FileStamp) -> bool:
-        """Tell whether somebody may be writing a file just now."""
-        if self.config.alone:
-            return False
-        age = time.time() - stamp.modified
-        # The clock of a file server may be ahead.
-        return abs(age) < 2 * self.RETRY
-
-    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
-                  error: Exception) -> Handled:
-        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
-        name = quoted(path)
-        pause = self.RETRY
-        if before and before.stamp == stamp and before.pause:
-            pause = min(2 * before.pause, self.MOST)
-            self.LOG.debug('%s is not loaded: %s', name, error)
-        elif isinstance(error, (OSError, LoggableError)):
             self.LOG.warning('%s is not loaded: %s', name, error)
-        else:
-            self.LOG.error('%s is not loaded', name, exc_info=error)
-        due = time.monotonic() + pause
-        return Handled(stamp, due, pause)
+        except Exception as error:
+            failed = state._replace(error=repr(error))
+            if failed != self.handled.get(path):
+                is_fault = not isinstance(error, (OSError, LoggableError))
+                self.LOG.warning('%s is not loaded: %s', name, error, exc_info=is_fault)
+            return failed
+        return state
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
@@ -6436,7 +6318,7 @@ class TreeWatch(Job):
         root = max(roots, key=len, default=folder)
         parts = folder[len(root):].strip(os.sep).split(os.sep)
         # Flags at its end are no part of a label.
-        while parts and parts[-1] in self.FLAGS:
+        while parts and parts[-1] in ('start', 'load', 'queue'):
             parts.pop()
         relative = os.sep.join(parts)
         ending = os.path.splitext(meta.main_file)[1]
@@ -6445,10 +6327,6 @@ class TreeWatch(Job):
         label = traits['kind']
         if label and kind:
             label += f'/{kind}'
-        alias = meta.tracker
-        if alias:
-            alias = tracker_alias(alias, self.engine.aliases)
-        flags = {*path.split(os.sep), *base.split('.')}
         return {
             'pathname': path,
             'watch_path': root,
@@ -6457,13 +6335,16 @@ class TreeWatch(Job):
             'info_hash': meta.info_hash,
             'info_name': meta.name,
             'filetype': ending,
-            'tracker_alias': alias,
-            'flags': flags - {''},
+            'tracker_alias': tracker_alias(meta.tracker, self.engine.aliases),
+            'flags': sorted({*path[1:].split(os.sep), *base.split('.')}),
             'traits': traits,
             'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> LoadPlan:
-        """Return what is to become of a file; flags in its path count more than options."""
+    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict[str, Any]]:
+        """Return how a file is loaded, the commands for its item, and what templates know of it.
+
+        Flags in its path count more than options.
+        """
         values, config = self.values(path, meta), self.config
         flags = values['flags']
         commands = []
@@ -6471,26 +6352,24 @@ class TreeWatch(Job):
             commands += template.commands(values)
         start = 'start' in flags
         if not start and 'load' not in flags:
-            start = config.started or config.load_mode == 'start'
+            start = config.started or config.load_mode.startswith('start')
+        how = 'loaded'
         if config.queued or 'queue' in flags:
+            how = 'queued'
             if not start:
                 commands.append('d.priority.set=0')
-            return LoadPlan('queued', commands, values)
-        if start:
-            return LoadPlan('started', commands, values)
-        return LoadPlan('', commands, values)
+        elif start:
+            how = 'started'
+        return how, commands, values
 
     def ask(self, *call: str) -> Any:
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
+    def load(self, path: str, state: FileState, meta: Metafile) -> None:
         """Load a metafile unless its item is there, or was erased."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
-        # The first answer of a new rTorrent may be the first that tells of its session.
-        if identity(os.path.dirname(path)) == self.session_folder():
-            return
-        known = [meta.info_hash, stamp.modified, stamp.device]
+        known = [meta.info_hash, state.modified, state.device]
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
@@ -6500,37 +6379,37 @@ class TreeWatch(Job):
             self.untied[path] = known
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
-                self.remove(path, stamp, tied)
+                self.remove(path, state, tied)
         elif self.untied.get(path, [])[:2] == known[:2]:
             self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
         elif not self.load_new(path, meta):
             self.untied[path] = known
 
-    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+    def remove(self, path: str, state: FileState, tied: str) -> None:
         """Remove a file that was read, unless it may be the last metafile of the item."""
         if tied and not os.path.exists(tied):
             return
-        # A link, and a file that was changed since it was read, have another stamp.
-        if file_stamp(os.lstat(path)) != stamp:
+        # A link, and a file that was changed since it was read, have another state.
+        if file_state(os.lstat(path)) != state:
             return
         if self.announce('removing', quoted(path)):
             os.remove(path)
 
     def load_new(self, path: str, meta: Metafile) -> bool:
         """Load a metafile and wait for its item; tell whether that is tied to the file."""
-        plan = self.plan(path, meta)
-        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
+        how, commands, _ = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}'
+        if how != 'loaded':
+            shown += f' [{how}]'
         if self.dry_run:
             self.announce('loading', shown)
             return True
-        commands = plan.commands
+        told = []
         if self.config.print_to_client and not self.config.quiet:
-            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
-            commands = self.TELL.commands({'told': told}) + commands
-        start = plan.how == 'started'
-        tied = self.send(path, meta, start, commands)
+            told = self.TELL.commands({'told': f'torque: loaded {shown}'})
+        tied = self.send(path, meta, how == 'started', told + commands)
         self.LOG.info('loaded %s', shown)
-        if plan.commands:
+        if commands:
             message = str(self.ask('d.message', meta.info_hash))
             # Of a command that failed; the item is there all the same.
             if 'creation failed' in message:
@@ -6542,14 +6421,12 @@ class TreeWatch(Job):
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
             by_path, by_content = 'load.start', 'load.raw_start'
-        file = as_sent(path)
         texts = [as_sent(text) for text in commands]
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
-        if self.by_path is not False and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+        if self.by_path and not is_pattern:
+            without_errors(self.engine.tell([(by_path, '', as_sent(path), *texts)]))
             if self.appears(meta):
-                self.by_path = True
                 return True
         self.send_content((by_content, '', meta.content, *texts))
         if not self.appears(meta):
@@ -6557,12 +6434,16 @@ class TreeWatch(Job):
             if not meta.tracker:
                 why += '; it has no tracker: is DHT off?'
             raise Refused(why)
-        if is_pattern:
-            return self.tie(meta.info_hash, path)
-        # It took the content and not the path: it sees other files than torque does.
-        if self.by_path is None:
-            self.by_path = False
-        return False
+        # It took the content and not the path: does it see other files than torque does?
+        sees = not why_unseen(self.engine)
+        if not is_pattern:
+            self.by_path = self.by_path and sees
+            return False
+        if sees:
+            without_errors(self.engine.tell([
+                ('d.tied_to_file.set', meta.info_hash, as_sent(path)),
+                ('d.save_full_session', meta.info_hash)])[:1])
+        return sees
 
     def send_content(self, call: tuple) -> None:
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
@@ -6579,48 +6460,34 @@ class TreeWatch(Job):
     def appears(self, meta: Metafile) -> bool:
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
         end = time.monotonic() + 1 + len(meta.content) / 5e6
-        pause = 0.0002
-        while True:
+        while time.monotonic() < end:
             answer = self.ask('d.hash', meta.info_hash)
             if not isinstance(answer, HashNotFound):
                 without_errors([answer])
                 return True
-            if time.monotonic() > end:
-                return False
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
-
-    def tie(self, info_hash: str, path: str) -> bool:
-        """Tie an item to its file if rTorrent sees that; they go together then."""
-        if why_unseen(self.engine):
-            return False
-        answers = self.engine.tell([
-            ('d.tied_to_file.set', info_hash, as_sent(path)),
-            ('d.save_full_session', info_hash)])
-        return not isinstance(answers[0], RpcError)
+            time.sleep(0.0005)
+        return False
 
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not self.is_metafile(os.path.basename(path)):
+            if not self.is_metafile(path):
                 raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            plan = self.plan(path, meta)
+            how, commands, values = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        how = plan.how or 'loaded, not started'
         first = f'{path}: {how}'
-        if plan.values['watch_path'] not in self.roots:
+        if values['watch_path'] not in self.roots:
             first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
             without_errors([self.ask('d.hash', meta.info_hash)])
             first += '; but it is loaded already'
         lines = [first]
-        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
         for name, value in sorted(values.items()):
             lines.append(f'  {name} = {value!r}')
-        for command in plan.commands:
+        for command in commands:
             lines.append(f'  command {command}')
         return lines
 
