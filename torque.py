@@ -5008,7 +5008,7 @@ class Choice(Job):
                                 f'{self.failures[-1]}')
 
 
-class QueueManager(Job):
+class QueueManager(Choice):
     """Start waiting torrents, a few per run, while there is room."""
     section = 'TORQUE'
     options = (
@@ -5028,29 +5028,25 @@ class QueueManager(Job):
         Option('viewname', str, '', 'view that is looked at; left out, pyrotorque or main'),
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
-    RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    fields = ('left', 'path')
+    RUNNING = Filter('is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes '
+                     'OR d_state=1 ]')
+    RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: JobConfig):
-        super().__init__(config)
-        where = self.engine.address.where
-        self.turn = self.turns.setdefault(where, threading.Lock())
-        self.running = parse_condition(self.RUNNING)
-        texts = []
+        texts = ['*']
         for condition in (config.queue_startable_base, config.startable):
             if condition:
                 texts.append(f'[ {condition.text} ]')
-        self.startable = parse_condition(' '.join(texts))
-        self.order_fields = [name for name, _ in config.sort_fields]
-        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
-                               'message', 'down']
+        config.update(matcher=Filter(' '.join(texts)), sort=config.sort_fields)
+        super().__init__(config)
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
+        self.counted = Filter('*')              # which of the running items take a place
         if config.downloading:
-            self.running_fields += config.downloading.fields
-        if config.room:
-            needs = ['left', 'path']
-            self.order_fields += needs
-            self.running_fields += needs
-        self.failed: set[str] = set()           # hashes of what did not start
+            self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
+        self.not_started: set[str] = set()      # hashes of what did not start the last time
         self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
         self.last_start = 0.0
@@ -5067,37 +5063,33 @@ class QueueManager(Job):
             self.LOG.debug('no start: the intermission is not over')
             return
         with self.turn:
-            if not self.places(self.list_running()):
-                return
-            startable = self.list_startable()
+            startable = self.chosen()
             if not startable:
                 self.LOG.debug('no start: nothing is startable')
                 return
-            # Again: listing took time, and a view may be stale.
-            running = self.list_running()
-            self.start_some(startable, running)
+            # All that is started and not complete: hashing, paused or failing, too. It is listed
+            # after what may be started, so that nothing that has begun meanwhile is missed.
+            fields = [*self.RUNNING_FIELDS, *self.fields, *self.counted.fields]
+            running = list_torrents(self.engine, 'default', fields, self.RUNNING)
+            hashes = {torrent['hash'] for torrent in running}
+            waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+            if self.config.room:
+                waiting = self.fitting(waiting, running)
+            self.each(waiting, self.start, self.places(running))
 
-    def list_running(self) -> list[Torrent]:
-        """Return all that is started and not complete: hashing, paused or failing, too."""
-        fields = self.running_fields
-        return list_torrents(self.engine, 'default', fields, self.running)
-
-    def list_startable(self) -> list[Torrent]:
+    def chosen(self) -> list[Torrent]:
         """Return what may be started, in order; what did not start the last time comes last."""
-        view = self.config.viewname
-        if not view:
-            view = 'main'
-            if self.engine.has_view('pyrotorque'):
-                view = 'pyrotorque'
-        fields = self.order_fields
-        torrents = list_torrents(self.engine, view, fields, self.startable)
-        torrents = in_order(torrents, self.config.sort_fields)
-        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
+        config = self.config
+        config['view'] = config.viewname
+        if not config.viewname and self.engine.has_view('pyrotorque'):
+            config['view'] = 'pyrotorque'
+        torrents = super().chosen()
+        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.not_started)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config = self.config
-        downloading = list(filter(self.is_downloading, running))
+        config, now = self.config, time.time()
+        downloading = [torrent for torrent in running if self.counted.match(torrent, now)]
         count = len(downloading)
         traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
@@ -5111,13 +5103,6 @@ class QueueManager(Job):
         wanted = max(config.start_at_once, config.downloading_min - count)
         return min(wanted, most - count)
 
-    def is_downloading(self, torrent: Torrent) -> bool:
-        """Tell whether a running item takes a place."""
-        condition = self.config.downloading
-        if not torrent['is_active'] or not condition:
-            return True
-        return condition.match(torrent, time.time())
-
     def tell_of_closed(self, torrents: list[Torrent]) -> None:
         """Say once of an item that it takes a place although rTorrent could not open it."""
         for torrent in torrents:
@@ -5130,62 +5115,40 @@ class QueueManager(Job):
             self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
                              torrent, quoted(why))
 
-    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
-        """Start items while there are places; one that fails leaves its place to the next."""
-        places = self.places(running)
-        hashes = {torrent['hash'] for torrent in running}
-        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
-        errors = []
-        for torrent in self.fitting(waiting, running):
-            if places == 0:
-                break
-            try:
-                self.start(torrent)
-                places -= 1
-            except Unreachable:
-                raise
-            except RpcError as error:
-                self.failed.add(torrent['hash'])
-                errors.append(f'{torrent} was not started: {error}')
-        if errors:
-            raise LoggableError('; '.join(errors[:3]))
-
-    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
-        """Give the items that their disk has room for, beside what is still coming to it."""
-        if not self.config.room:
-            yield from torrents
-            return
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> list[Torrent]:
+        """Return the items that their disk has room for, beside what is still coming to it."""
         coming: dict = collections.Counter()
         for torrent in running:
             device, _ = disk_of(torrent['path'])
             coming[device] += torrent['left']
+        fitting = []
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
-            left = torrent['left']
-            rest = (free or 0) - coming[device] - left
-            if free is None or rest < self.config.room:
-                sizes = left, free or 0, coming[device]
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
-                               torrent, *map(show_size, sizes))
+            rest = (free or 0) - coming[device] - torrent['left']
+            if rest < self.config.room:
+                self.LOG.debug('no room for %s', torrent)
                 continue
-            coming[device] += left
-            yield torrent
+            coming[device] += torrent['left']
+            fitting.append(torrent)
+        return fitting
 
-    def start(self, torrent: Torrent) -> None:
+    def start(self, torrent: Torrent) -> bool:
         """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
-            return
+            return True
         config = self.config
+        self.not_started.add(torrent['hash'])
         without_errors(self.engine.tell([('d.start', torrent['hash'])]))
-        self.failed.discard(torrent['hash'])
+        self.not_started.discard(torrent['hash'])
         self.last_start = time.time()
         if config.intermission:
             replace_file(self.file, f'{self.last_start}\n')
         if config.log_to_client and not config.quiet:
-            text = f"torque: started {quoted(torrent['name'])}"
             # Older ones take no emoji, for example.
             with contextlib.suppress(RpcError):
+                text = f"torque: started {quoted(torrent['name'])}"
                 self.engine.tell([('print', '', text)])
+        return True
 
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
