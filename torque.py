@@ -5529,10 +5529,10 @@ class Command(Job):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        self.children: set[int] = set()         # pids of programs that run
+        self.process: Any = None                # the program that runs, or was the last to run
         if not config.args:
             raise UserError('is not set', option='args')
-        self.words: Any = config.args           # the shell's line, or a list
+        self.words = ['/bin/sh', '-c', config.args]
         if not config.shell:
             try:
                 self.words = shlex.split(config.args)
@@ -5543,95 +5543,72 @@ class Command(Job):
         self.execute(self.words, {})
 
     def end_run(self) -> None:
-        """End the program that still runs, and all it has started."""
+        """End the program that still runs, and all it has started, gently first."""
+        import subprocess
+        if not self.process or self.process.returncode is not None:
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in list(self.children):
-                with contextlib.suppress(OSError):
-                    os.killpg(pid, number)
-            end = elapsed_time() + 3
-            while self.children and elapsed_time() < end:
-                time.sleep(0.01)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, number)
+                self.process.wait(3)
 
-    def execute(self, words: Any, environment: dict) -> None:
+    def execute(self, words: list[str], environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
+        import subprocess
         config = self.config
-        line, program = words, words[0]
-        if config.shell:
-            program = words.split()[0]
-        else:
-            line = ' '.join(map(shlex.quote, words))
+        line = quoted(shlex.join(words))
         if self.dry_run:
-            self.announce('running', quoted(line))
+            self.announce('running', line)
             return
         # From here on without arguments: they may hold a password.
-        self.LOG.debug('running %s', quoted(line))
+        self.LOG.debug('running %s', line)
+        program = quoted(config.args.split()[0])
         try:
-            process = self.start(words, environment)
+            self.process = subprocess.Popen(
+                words,
+                cwd=os.path.expanduser(config.cwd) or None,
+                env={**os.environ, **environment, **config.env},
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT)
         except (OSError, ValueError) as error:
-            raise LoggableError(f'{quoted(program)}: {error}') from None
-        kept = bytearray()
-        in_time = self.wait(process, kept)
-        output = bytes(kept).decode('utf-8', 'replace')
-        for text in output.splitlines()[-100:]:
-            self.LOG.info('%s', text[:500])
+            raise LoggableError(f'{program}: {error}') from None
+        in_time = self.wait()
+        status = self.process.returncode
         if not in_time:
-            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
-        if process.returncode != 0:
-            text = f'{quoted(program)} ended with status {process.returncode}'
-            if config.check:
-                raise LoggableError(text)
-            self.LOG.info('%s', text)
+            raise LoggableError(f'{program} ended with force after {config.timeout:g} s')
+        if status and config.check:
+            raise LoggableError(f'{program} ended with status {status}')
+        if status:
+            self.LOG.info('%s ended with status %d', program, status)
 
-    def start(self, words: Any, environment: dict) -> Any:
-        """Start the program in a process group of its own."""
+    def wait(self) -> bool:
+        """Wait for the program, and log the end of its output; tell whether it was in time."""
         import subprocess
-        config = self.config
-        return subprocess.Popen(
-            words,
-            shell=config.shell,
-            cwd=os.path.expanduser(config.cwd) or None,
-            env={**os.environ, **environment, **config.env},
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
-
-    def wait(self, process: Any, kept: bytearray) -> bool:
-        """Wait for the program, and keep the end of its output; tell whether it was in time."""
-        import subprocess
-        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
-        self.children.add(process.pid)
+        kept = bytearray()
+        reader = threading.Thread(target=keep_end, args=(self.process.stdout, kept), daemon=True)
+        reader.start()
         try:
-            reader.start()
-            process.wait(self.config.timeout or None)
+            self.process.wait(self.config.timeout or None)
             return True
         except subprocess.TimeoutExpired:
             return False
         finally:
-            if process.returncode is None:      # also when torque is interrupted
-                self.end(process)
-            self.children.discard(process.pid)
+            self.end_run()                      # also when torque is interrupted
             # The end of the output, which a process that is left behind may hold open for ever.
-            if reader.ident:
-                reader.join(1)
-
-    @staticmethod
-    def end(process: Any) -> None:
-        """End the program and its children, gently first."""
-        import subprocess
-        for number in (15, 9):                  # SIGTERM, SIGKILL
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(3)
+            reader.join(1)
+            for text in kept.decode('utf-8', 'replace').splitlines()[-100:]:
+                self.LOG.info('%s', text[:500])
 
 
 def once_mark(job_name: str) -> str:
     """Return the custom value that marks an item for a job, another one for each name."""
     plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
-    if plain == job_name:
-        return f'torque_{plain}'
-    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
-    return f'torque_{plain}_{number:08x}'
+    if plain != job_name:
+        number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+        plain += f'_{number:08x}'
+    return f'torque_{plain}'
 
 
 class ItemCommand(Choice, Command):
