@@ -6087,6 +6087,8 @@ class TreeWatch(Job):
         with contextlib.closing(inotify):
             while not self.ended.wait(self.REST * self.took):
                 changed = inotify.wait(pause)
+                if self.ended.is_set():
+                    return
                 if changed and self.config.trace_inotify:
                     self.LOG.info('inotify: something changed')
                 with self.lock:
@@ -6256,11 +6258,10 @@ class TreeWatch(Job):
         folder, base = os.path.split(path)
         roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
         root = max(roots, key=len, default=folder)
-        parts = folder[len(root):].strip(os.sep).split(os.sep)
         # Flags at its end are no part of a label.
-        while parts and parts[-1] in ('start', 'load', 'queue'):
-            parts.pop()
-        relative = os.sep.join(parts)
+        while folder != root and os.path.basename(folder) in ('start', 'load', 'queue'):
+            folder = os.path.dirname(folder)
+        relative = folder[len(root):].strip(os.sep)
         ending = os.path.splitext(meta.main_file)[1]
         kind = ending[1:]
         traits = name_traits(meta.name, kind.lower())
@@ -6361,11 +6362,12 @@ class TreeWatch(Job):
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
             by_path, by_content = 'load.start', 'load.raw_start'
+        file = as_sent(path)
         texts = [as_sent(text) for text in commands]
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
         if self.by_path and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', as_sent(path), *texts)]))
+            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
             if self.appears(meta):
                 return True
         self.send_content((by_content, '', meta.content, *texts))
@@ -6374,16 +6376,14 @@ class TreeWatch(Job):
             if not meta.tracker:
                 why += '; it has no tracker: is DHT off?'
             raise Refused(why)
-        # It took the content and not the path: does it see other files than torque does?
-        sees = not why_unseen(self.engine)
-        if not is_pattern:
-            self.by_path = self.by_path and sees
-            return False
-        if sees:
-            without_errors(self.engine.tell([
-                ('d.tied_to_file.set', meta.info_hash, as_sent(path)),
-                ('d.save_full_session', meta.info_hash)])[:1])
-        return sees
+        if why_unseen(self.engine):
+            self.by_path = False
+        elif is_pattern:
+            self.engine.tell([
+                ('d.tied_to_file.set', meta.info_hash, file),
+                ('d.save_full_session', meta.info_hash)])
+            return True
+        return False
 
     def send_content(self, call: tuple) -> None:
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
