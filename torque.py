@@ -5047,7 +5047,6 @@ class QueueManager(Choice):
         if config.downloading:
             self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
         self.not_started: set[str] = set()      # hashes of what did not start the last time
-        self.told: set[str] = set()             # hashes of what takes a place closed
         self.file = self.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError):
@@ -5104,16 +5103,14 @@ class QueueManager(Choice):
         return min(wanted, most - count)
 
     def tell_of_closed(self, torrents: list[Torrent]) -> None:
-        """Say once of an item that it takes a place although rTorrent could not open it."""
+        """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
             waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
-            if torrent['is_open'] or waits or torrent['hash'] in self.told:
-                continue
-            self.told.add(torrent['hash'])
-            why = torrent['message'] or 'rTorrent does not say why'
-            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
-                             torrent, quoted(why))
+            if not torrent['is_open'] and not waits:
+                why = quoted(torrent['message'] or 'rTorrent does not say why')
+                self.failed(torrent, LoggableError(
+                    f'could not be opened, and takes a place of the queue: {why}'))
 
     def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> list[Torrent]:
         """Return the items that their disk has room for, beside what is still coming to it."""
@@ -6003,6 +6000,7 @@ class TreeWatch(Job):
     # Trash and caches of file servers and file systems; so are all that begin with a dot.
     SKIPPED = ('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle', '#snapshot',
                '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information', 'lost+found')
+    METAFILE = re.compile(r'\.(?:load|start|queue|(?i:torrent))\Z')      # flags: lower case
     SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
     TELL = CommandTemplate('print={{told}}', ('told',))
     RETRY = 5.0                         # seconds until what did not work is tried again
@@ -6043,12 +6041,9 @@ class TreeWatch(Job):
 
     def risks(self) -> list[str]:
         """Return what lets others load items: folders that every user may write."""
-        texts = []
-        for root in self.roots:
-            with contextlib.suppress(OSError):
-                if os.stat(root).st_mode & 0o002:
-                    texts.append(f'{root}, which is watched, can be written by every user')
-        return texts
+        open_to_all = [root for root in self.roots
+                       if os.path.exists(root) and os.stat(root).st_mode & 0o002]
+        return [f'{root}, which is watched, can be written by every user' for root in open_to_all]
 
     def run(self) -> None:
         """Look through the trees, and see to it that changes are watched from now on."""
@@ -6068,9 +6063,8 @@ class TreeWatch(Job):
 
     def start_watching(self) -> None:
         """Have a thread look at once when something changes."""
-        if not self.config.inotify or self.config.alone:
-            return
-        if self.thread and self.thread.is_alive():
+        is_watching = self.thread and self.thread.is_alive()
+        if is_watching or self.config.alone or not self.config.inotify:
             return
         self.inotify = None
         try:
@@ -6146,7 +6140,7 @@ class TreeWatch(Job):
                 status = os.stat(path)
                 known = status.st_dev, status.st_ino
                 if not stat.S_ISDIR(status.st_mode):
-                    if self.is_metafile(path):
+                    if self.METAFILE.search(path):
                         files[path] = file_state(status)
                 elif known == session and path in self.roots:
                     raise OSError(errno.EPERM, 'it is the session folder of rTorrent')
@@ -6178,12 +6172,6 @@ class TreeWatch(Job):
                 left.append(entry.path)
             else:
                 left.appendleft(entry.path)
-
-    def is_metafile(self, path: str) -> bool:
-        """Tell whether a file's name is one of a metafile; flags are lower case."""
-        if path.endswith(('.load', '.start', '.queue')):
-            return True
-        return path.lower().endswith('.torrent')
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
@@ -6412,7 +6400,7 @@ class TreeWatch(Job):
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not self.is_metafile(path):
+            if not self.METAFILE.search(path):
                 raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
             how, commands, values = self.plan(path, meta)
