@@ -5937,13 +5937,12 @@ def as_sent(text: str) -> str | bytes:
 
 
 class FileState(NamedTuple):
-    """What tells a file from another, from itself before it was changed, or tried in vain."""
+    """What tells a file from another, and from itself before it was changed."""
     device: int
     inode: int
     size: int
     changed: int                        # Unix nanoseconds, as nobody can set them
     modified: float                     # Unix seconds
-    error: str = ''                     # why it is to be tried again
 
 
 def file_state(status: os.stat_result) -> FileState:
@@ -5968,6 +5967,13 @@ def is_tied(tied: str, path: str) -> bool:
 def parse_mode(text: str) -> str:
     """Return how new items are loaded: load is normal, started is start."""
     return parse_word(('normal', 'start', 'load', 'started'), text or 'normal')
+
+
+class Handled(NamedTuple):
+    """What became of a file."""
+    state: Any = None                   # its FileState when it was handled
+    item: str = ''                      # hash of its item, if that is not tied to it
+    error: str = ''                     # why it is to be tried again
 
 
 class Refused(LoggableError):
@@ -6024,14 +6030,13 @@ class TreeWatch(Job):
                 with reading(key):
                     self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
-        self.handled: dict[str, FileState] = {}
-        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
-        self.untied: dict[str, list] = {}
-        self.untied_file = self.state_file('untied')
-        with contextlib.suppress(OSError, ValueError):
-            with open(self.untied_file, encoding='ascii') as stream:
-                self.untied = dict(json.load(stream))
-        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.handled: dict[str, Handled] = {}
+        self.file = self.state_file('untied')
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            with open(self.file, encoding='ascii') as stream:
+                for path, (state, item, _) in json.load(stream).items():
+                    self.handled[path] = Handled(FileState(*state), item, 'of another run')
+        self.kept = self.handled.copy()         # what the file in the state folder says
         self.trouble: dict[str, str] = {}       # what the last look could not read, and why
         self.took = 0.0                         # seconds, to look through the trees
         self.by_path = self.engine.address.is_local()
@@ -6117,13 +6122,17 @@ class TreeWatch(Job):
         files = self.scan()
         self.took = time.monotonic() - began
         for path in self.handled.keys() - files.keys():
-            del self.handled[path]
+            # On another device the disk of the file is not mounted now.
+            if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
+                del self.handled[path]
         try:
             for path in sorted(files):
-                if self.handled.get(path) != files[path] and not self.ended.is_set():
-                    self.handled[path] = self.handle(path, files[path])
+                before = self.handled.get(path, Handled())
+                is_new = before.error or before.state != files[path]
+                if is_new and not self.ended.is_set():
+                    self.handled[path] = self.handle(path, files[path], before)
         finally:
-            self.keep_untied(files)
+            self.keep_untied()
         if self.trouble:
             raise LoggableError('; '.join(self.trouble.values()))
 
@@ -6198,29 +6207,24 @@ class TreeWatch(Job):
                 return identity(os.path.join(engine.cwd, engine.session_path))
         return None
 
-    def keep_untied(self, files: dict[str, FileState]) -> None:
+    def keep_untied(self) -> None:
         """Keep for the next start which files were loaded by content, or are a second copy.
 
         rTorrent does not delete them with their item. An item that was erased must not come back
         from them, as long as they stay.
         """
-        if not self.trouble:
-            for path in self.untied.keys() - files.keys():
-                # On another device the disk of the file is not mounted now.
-                folder = identity(os.path.dirname(path))
-                if folder and folder[0] == self.untied[path][2]:
-                    del self.untied[path]
-        if self.untied != self.kept and not self.dry_run:
-            replace_file(self.untied_file, json.dumps(self.untied))
-            self.kept = self.untied.copy()
+        untied = {path: done for path, done in self.handled.items() if done.item}
+        if untied != self.kept and not self.dry_run:
+            replace_file(self.file, json.dumps(untied))
+            self.kept = untied
 
     # Loading.
 
-    def handle(self, path: str, state: FileState) -> FileState:
+    def handle(self, path: str, state: FileState, before: Handled) -> Handled:
         """Load a new metafile; say why it was not loaded, once, and whether it may be later."""
         name = quoted(path)
         try:
-            self.load(path, state, read_metafile(path))
+            return Handled(state, self.load(path, state, before, read_metafile(path)))
         except Unreachable:
             raise
         except FileNotFoundError:
@@ -6229,17 +6233,17 @@ class TreeWatch(Job):
             # Somebody may be writing it just now; the clock of a file server may be ahead.
             age = time.time() - state.modified
             if abs(age) < 2 * self.RETRY and not self.config.alone:
-                return state._replace(error=str(error))
+                return Handled(state, error=str(error))
             self.LOG.warning('%s is no metafile: %s', name, error)
         except Refused as error:
             self.LOG.warning('%s is not loaded: %s', name, error)
         except Exception as error:
-            failed = state._replace(error=repr(error))
-            if failed != self.handled.get(path):
+            failed = Handled(state, error=repr(error))
+            if failed != before:
                 is_fault = not isinstance(error, (OSError, LoggableError))
                 self.LOG.warning('%s is not loaded: %s', name, error, exc_info=is_fault)
             return failed
-        return state
+        return Handled(state)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
@@ -6295,24 +6299,22 @@ class TreeWatch(Job):
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path: str, state: FileState, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, or was erased."""
+    def load(self, path: str, state: FileState, before: Handled, meta: Metafile) -> str:
+        """Load a metafile unless its item is there, or was; return the item that is not tied."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
-        known = [meta.info_hash, state.modified, state.device]
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
             if is_tied(tied, path):
-                self.untied.pop(path, None)
-                return
-            self.untied[path] = known
+                return ''
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
                 self.remove(path, state, tied)
-        elif self.untied.get(path, [])[:2] == known[:2]:
+        elif before.item == meta.info_hash and before.state.modified == state.modified:
             self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
-        elif not self.load_new(path, meta):
-            self.untied[path] = known
+        elif self.load_new(path, meta):
+            return ''
+        return meta.info_hash
 
     def remove(self, path: str, state: FileState, tied: str) -> None:
         """Remove a file that was read, unless it may be the last metafile of the item."""
