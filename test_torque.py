@@ -5,12 +5,15 @@ Sections follow those of torque.py. rTorrent and InfluxDB are the real programs,
 loopback in a temporary folder; where they are not installed those tests are skipped, and with
 TORQUE_LIVE=1 fail instead. TORQUE_RTORRENTS names the rTorrent commands to test, one a line.
 """
+import ast
 import atexit
 import bisect
+import collections
 import contextlib
 import datetime
 import doctest
 import gc
+import importlib
 import io
 import json
 import logging
@@ -27,6 +30,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import unittest
 import urllib.parse
@@ -215,7 +219,8 @@ class RTorrent(Program):
         if self.process.poll() is not None:
             raise AssertionError(f'rTorrent ended: {self.lines}')
         with contextlib.suppress(torque.RpcError):
-            return torque.Proxy(self.engine.send, self.url).system.pid('')
+            content = self.engine.send(torque.xml_request('system.pid', ['']), 'text/xml')
+            return torque.xml_reply(content)
 
     def load(self, content, info_hash, *commands, start=False):
         """Load a metafile by content and wait until the item is there."""
@@ -1242,9 +1247,9 @@ class RpcCase(Folder):
             return caught.exception
 
     def assert_trouble(self, words, engine, kind=torque.RpcError):
-        """Open; the error has to name the address and what was asked."""
+        """Ask; the error has to name the address and what was asked."""
         return self.assert_error(f'{engine.address.where}: system.listMethods: |{words}',
-                                 engine.open, kind=kind)
+                                 engine.reach, kind=kind)
 
     def value_or_error(self, function, *params):
         """Call; any value and any RpcError of one line will do."""
@@ -1267,23 +1272,35 @@ class RpcCase(Folder):
         return torque.Engine(self.server.url, 9)
 
 
+# what scgi_url says >> host, port or path, user, password
+ADDRESSES = '''
+scgi://localhost:5000 >> localhost 5000
+127.0.0.1:5000 >> 127.0.0.1 5000
+scgi://:5000 >> 127.0.0.1 5000
+scgi://0.0.0.0:5000/ >> 127.0.0.1 5000
+seed:$PORT >> seed 81
+scgi://[::1]:5000 >> ::1 5000
+scgi:///run/x.sock >> /run/x.sock
+/a b#?:1.sock >> /a b#?:1.sock
+~/x.sock >> /home/me/x.sock
+scgi://~/x.sock >> /home/me/x.sock
+$DIR/x.sock >> /d/x.sock
+scgi://${DIR}/x.sock >> /d/x.sock
+http://host >> http://host/RPC2
+https://me@host:444/x >> https://host:444/x me
+http://me:p%40ss:$PORT@host/ >> http://host/ me p@ss:81
+'''
+
+
 class AddressTest(RpcCase):
+    @mock.patch.dict(os.environ, PORT='81', DIR='/d', HOME='/home/me')
     def test_spellings_are_understood(self):
-        home = os.path.expanduser('~')
-        for text, *expected in (
-                ('scgi://localhost:5000', 'localhost', 5000), ('127.0.0.1:5000', '127.0.0.1', 5000),
-                ('scgi://:5000', '127.0.0.1', 5000), ('scgi://0.0.0.0:5000/', '127.0.0.1', 5000),
-                (' seed:$PORT ', 'seed', 81), ('scgi://[::1]:5000', '::1', 5000),
-                ('scgi:///run/x.sock', '/run/x.sock'), ('/a b#?:1.sock', '/a b#?:1.sock'),
-                ('~/x.sock', f'{home}/x.sock'), ('scgi://~/x.sock', f'{home}/x.sock'),
-                ('$DIR/x.sock', '/d/x.sock'), ('scgi://${DIR}/x.sock', '/d/x.sock'),
-                ('http://host', 'http://host/RPC2', None, None),
-                ('https://me@host:444/x', 'https://host:444/x', 'me', None),
-                ('http://me:p%40ss:$PORT@host/', 'http://host/', 'me', 'p@ss:81')):
-            with self.subTest(text=text), mock.patch.dict(os.environ, PORT='81', DIR='/d'):
-                found = torque.parse_address(text)
-                parts = {'tcp': [found.host, found.port], 'unix': [found.path],
-                         'http': [found.path, found.user, found.password]}
+        for line in ADDRESSES.strip().splitlines():
+            text, expected = line.split(' >> ')
+            with self.subTest(text):
+                found = torque.parse_address(f' {text} ')
+                parts = {'tcp': f'{found.host} {found.port}', 'unix': found.path,
+                         'http': f'{found.path} {found.user} {found.password}'.strip()}
                 self.assertEqual(parts[found.kind], expected)
                 self.assertEqual(torque.parse_address(found.where).where, found.where)
                 self.assertEqual(torque.parse_address(found.where)[:5], found[:5])
@@ -1293,7 +1310,7 @@ class AddressTest(RpcCase):
     def test_other_text_is_refused(self):
         for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',
                      'ftp://host:1', 'scgi://host:port', 'scgi://host:99999', 'unix:///rt.sock',
-                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2'):
+                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2', '/x\0y'):
             self.assert_error(f'{text!r}|allowed are|scgi://host:port|http(s)://',
                               torque.parse_address, text, kind=torque.UserError)
 
@@ -1338,7 +1355,7 @@ class XmlTest(RpcCase):
         one = xml_answer(1, '')
         for inner in (b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'&b;',
                       b'<no>1</no>', b'<string>&#xD800;</string>', b'<string>&#x110000;</string>',
-                      b'<struct><member><value>1</value></member></struct>', b'<value>' * 50000):
+                      b'<struct><member><value>1</value></member></struct>'):
             self.value_or_error(torque.xml_reply, one.replace(b'<int>1</int>', inner))
         for content in (b'', b' ', b'\0', b'0', b'<html>', one + one, one[:-9]):
             self.assert_error('not XML-RPC', torque.xml_reply, content)
@@ -1376,15 +1393,15 @@ class XmlTest(RpcCase):
                         self.assertEqual(found, re.sub('\r\n?', '\n', name))
 
     def test_requests_carry_every_value(self):
-        values = ('', ' & <b> ]]> "\'', '\xe9\U0001f600\n\t', *NUMBERS, b'\0\xff', [], ['a', [{}]],
+        values = ('', ' & <b> ]]> "\'', '\xe9\n\t', *NUMBERS[:6], b'\0\xff', [], ['a', [{}]],
                   {'k': 1, 'a&<b': [b'x']}, '%20 $d.name=')
         content = torque.xml_request('d.x', values)
-        self.assertEqual(xmlrpc.client.loads(content, True), (values, 'd.x'))
-        content = torque.xml_request('m', ['', True, (1, False), '/\udcff'])
+        self.assertEqual(xmlrpc.client.loads(content, use_builtin_types=True), (values, 'd.x'))
+        content = torque.xml_request(
+            'm', [2 ** 31, True, (1, False), '/\udcff', '\U0001f600', 'a\r'])
         self.assertNotIn(b'<boolean', content)          # which older rTorrents refuse
-        self.assertIn(b'<string>/\xff</string>', content)
-        content = content.replace(b'\xff', b'')
-        self.assertEqual(xmlrpc.client.loads(content)[0], ('', 1, [1, 0], '/'))
+        self.assertEqual(xmlrpc.client.loads(content, use_builtin_types=True)[0], (
+            str(2 ** 31), 1, [1, 0], b'/\xff', b'\xf0\x9f\x98\x80', b'a\r'))
 
     def test_refuses_what_cannot_be_sent(self):
         for value, word in ((None, 'None'), (1.5, 'float'), (object(), 'object'), ({1}, 'set'),
@@ -1439,77 +1456,112 @@ class Commands:
 
 class JsonTest(RpcCase):
     def test_batches_keep_order(self):
-        proxy = self.start(None, True, **{'d.name': lambda info_hash: info_hash.lower()}).open()
+        engine = self.start(None, True, **{'d.name': lambda info_hash: info_hash.lower()})
         calls = [('d.name', 'A'), ('nosuch', ''), ('d.name', 'B'), ('system.pid', ''), ('no', '')]
-        del self.double.seen[:]
-        answers = proxy.batch(calls)
-        self.assertEqual(self.double.seen, [('json', [call[0] for call in calls])])
-        self.assertEqual([answers[0], *answers[2:4]], ['a', 'b', 1 << 30])
-        self.assertEqual([error.code for error in answers[1::3]], [-32601, -32601])
-        self.assertEqual((proxy.batch([('nosuch', '')])[0].code, proxy.batch([])), (-32601, []))
-        self.assertEqual(proxy.batch([('d.name', f'N{number}') for number in range(1234)]),
-                         [f'n{number}' for number in range(1234)])
-        self.assert_error(f'{proxy.where}: nosuch: |-32601|none', proxy.nosuch, '')
+        for codec, door in ('json', engine.ask), ('xml', engine.tell):
+            answers = door(calls)
+            self.assertEqual(self.double.seen[-1], (codec, [call[0] for call in calls]))
+            self.assertEqual([answers[0], *answers[2:4]], ['a', 'b', 1 << 30])
+            code = MISSING[codec == 'json']
+            self.assertEqual([error.code for error in answers[1::3]], [code, code])
+            self.assertEqual((door([('nosuch', '')])[0].code, door([])), (code, []))
+            self.assertEqual(door([('d.name', f'N{number}') for number in range(1234)]),
+                             [f'n{number}' for number in range(1234)])
+            self.assert_error(f'{engine.address.where}: nosuch: |{code}|none',
+                              torque.without_errors, door(calls[:2]))
 
     def test_lost_answers_are_asked_again(self):
-        proxy = self.start(None, True, **{
-            'd.hash': 'A', 'd.name': {'A': '\udcff', 'B': 'x', 'C': '\udcff'}.get}).open()
+        engine = self.start(None, True, **{
+            'd.hash': 'A', 'd.name': {'A': '\udcff', 'B': 'x', 'C': '\udcff'}.get})
         for item, name in ('A', '\ufffd'), ('B', 'x'), ('C', '\ufffd'):     # the question is XML's
-            self.assertEqual(proxy.d.name(item), name)
+            self.assertEqual(engine.ask([('d.name', item)]), [name])
         self.assertEqual(self.double.asked('d.name'), ['json', 'xml', 'xml', 'xml'])
-        answers = proxy.batch([('d.name', 'A'), ('d.nosuch', ''), ('d.hash', 'A')])
+        answers = engine.ask([('d.name', 'A'), ('d.nosuch', ''), ('d.hash', 'A')])
         self.assertEqual((answers[::2], answers[1].code), (['\ufffd', 'A'], -506))
-        self.assertEqual((proxy.d.hash('A'), proxy.system.pid('')), ('A', 1 << 30))
+        self.assertEqual(engine.ask([('d.hash', 'A')]), ['A'])
         self.assertEqual(self.double.asked('d.hash'), ['json', 'xml', 'json'])
 
     def test_changes_are_never_repeated(self):
-        proxy = self.start(None, True, **dict.fromkeys(
-            ('d.start', 'd.name', 'd.multicall2'), '\udcff')).open()
-        for call in ((proxy.d.start, 'A'), (proxy.batch, [('d.name', 'A'), ('d.start', 'A')]),
-                     (proxy.d.multicall2, '', 'main', 'd.name=', 'd.start=')):
-            del self.double.seen[:]
-            self.assert_error(f'{proxy.where}: |were run|lost|UTF-8', *call)
-            self.assertEqual([codec for codec, _ in self.double.seen], ['json'])
-
-    def test_reading_is_told_from_changing(self):
-        fields = 'd.multicall2', '', 'main', 'd.hash='
-        reads = (('d.name', 'A'), ('d.custom', 'A', 'start'), ('view.list',), ('view.size', '', ''),
-                 ('system.listMethods',), (*fields, 'd.custom=stop', 'd.timestamp.started='),
-                 ('t.multicall', 'A', '', 't.url='), ('throttle.global_up.max_rate', ''),
-                 ('d.multicall.filtered', '', 'main', 'and={d.complete=,greater=d.ratio=}'))
-        changes = (('d.start', 'A'), ('d.try_stop', 'A'), ('d.custom1.set', 'A', ''),
-                   ('d.erase', 'A'), ('d.delete_tied', 'A'), ('d.check_hash', 'A'),
-                   ('d.views.push_back_unique', 'A', 'x'), ('load.start', '', '/x'),
-                   ('execute', '', 'x'), ('execute.throw', '', 'x'), ('session.save', ''),
-                   ('system.shutdown.normal',), ('view.add', '', 'x'), ('method.insert', '', 'x'),
-                   ('log.execute', '', '/x'), ('no.such', ''), ('network.scgi.open_local', '', '/'),
-                   ('throttle.global_up.max_rate.set', '', 1), (*fields, 'd.stop='),
-                   ('throttle.global_up.max_rate.set_kb', '', 1), ('d.custom.set_if_z', 'A', 'k'),
-                   ('view.sort_new', '', 'main', 'less=d.name='), ('view.sort_current', '', 'x'),
-                   (*fields, 'cat="$d.custom1.set=x"'), (*fields, 'branch=d.complete=,d.stop='),
-                   (*fields, 'or=((d.custom1.set,x)),d.name='), (*fields, 'cat=(d.custom1.set,x)'))
-        for call in reads + changes:
-            with self.subTest(call=call):
-                self.assertIs(torque.only_reads(call[0], call[1:]), call in reads)
+        engine = self.start(None, True, **{'d.start': '\udcff'})
+        self.assertEqual(engine.tell([('d.start', 'A')]), ['\ufffd'])
+        self.assertEqual(self.double.asked('d.start'), ['xml'])
+        self.server.answer = Server.request             # takes it, and does not answer
+        self.assert_error('d.start: |without an answer', engine.tell, [('d.start', 'A')])
 
     def test_any_sendable_parameter_goes(self):
-        proxy = self.start(None, True, echo=lambda target, value: value).open()
+        engine = self.start(None, True, echo=lambda target, value: value)
         for value in ([1, ['a']], {'a': [2]}, [], 2 ** 53 + 1, -2 ** 40, '\x01\U0001f600"\\'):
-            self.assertEqual(proxy.echo('', value), value)
+            self.assertEqual(engine.ask([('echo', '', value)]), [value])
         for value in (object(), {1}, [{1}]):
-            self.assert_error(f'{proxy.where}: echo: |cannot be sent', proxy.echo, '', value)
+            self.assert_error(f'{engine.address.where}: echo: |cannot be sent', engine.ask,
+                              [('echo', '', value)])
 
     def test_odd_answers_give_one_line(self):
-        rng, one = random.Random(3), b'{"id":0,"jsonrpc":"2.0","result":[1,"\\u0001"]}'
-        self.assertEqual(torque.json_reply(one, 1), [[1, '\1']])
-        for content in (b'', b'<html>', b'5', b'null', b'"x"', b'[]', b'[5]', b'[null]', b'{',
-                        b'[' * 100000, b'{"result":1', b'[%s,%s]' % (one, one)):
-            self.assert_error('not JSON-RPC', torque.json_reply, content, 1)
-        for error in (b'{}', b'{"error":5}', b'{"error":"x"}', b'{"error":null}', b'{"error":[]}'):
-            for count, content in (1, error), (2, error), (2, b'[%s,%s]' % (one, error)):
-                self.value_or_error(torque.json_reply, content, count)
+        rng, one = random.Random(3), '{"id":0,"jsonrpc":"2.0","result":[1,"\\u0001"]}'
+        self.assertEqual(torque.json_answers(one, 1), [[1, '\1']])
+        for content in ('', '<html>', '5', 'null', '"x"', '[5]', '[null]', '{', '{"result":1'):
+            self.assert_error('not JSON-RPC', torque.json_answers, content, 1)
+        for content in '[]', f'[{one},{one}]':
+            self.assert_error('did not answer every call', torque.json_answers, content, 1)
+        for error in ('{}', '{"error":5}', '{"error":"x"}', '{"error":null}', '{"error":[]}'):
+            for count, content in (1, error), (2, error), (2, f'[{one},{error}]'):
+                self.value_or_error(torque.json_answers, content, count)
         for _ in range(500):
-            self.value_or_error(torque.json_reply, damaged(rng, one), 1)
+            content = damaged(rng, one.encode()).decode('utf-8', 'replace')
+            self.value_or_error(torque.json_answers, content, 1)
+
+
+class ProxyTest(RpcCase):
+    """What jobs that people write get from engine.open()."""
+
+    def test_it_is_a_server_proxy(self):
+        engine = self.start(None, True, echo=lambda target, *values: list(values))
+        proxy = engine.open()
+        self.assertIsInstance(proxy, xmlrpc.client.ServerProxy)
+        self.assertEqual(self.double.seen, [])          # nothing is asked before the first call
+        self.assertEqual(proxy.echo('', 'a&b', 7, [True], -2 ** 40, {'a': 2 ** 31}),
+                         ['a&b', 7, [1], str(-2 ** 40), {'a': str(2 ** 31)}])
+        self.assertEqual(self.double.seen, [('xml', ['echo'])])
+        with proxy:
+            self.assertEqual(proxy.system.pid(''), 1 << 30)
+
+    def test_faults_are_our_errors(self):
+        engine = self.start(None, **{
+            'd.name': xmlrpc.client.Fault(-501, 'Could not find info-hash.')})
+        for method, code, kind in (('d.name', -501, torque.HashNotFound),
+                                   ('no.such', -506, torque.RpcError)):
+            error = self.assert_error(f'{engine.address.where}: {method}: |{code}',
+                                      getattr(engine.open(), method), kind=kind)
+            self.assertEqual(error.code, code)
+
+    def test_names_that_expat_cannot_read_arrive(self):
+        engine = self.start(None, **{'d.name': 'a\1\udcff'})
+        self.assertEqual(engine.open().d.name('A'), 'a\1\ufffd')
+
+    def test_many_calls_at_once(self):
+        engine = self.start(None, **{'d.name': str.lower})
+        many = xmlrpc.client.MultiCall(engine.open())
+        many.d.name('A')
+        many.system.pid('')
+        self.assertEqual(list(many()), ['a', 1 << 30])
+        self.assertEqual(self.double.seen, [('xml', ['d.name', 'system.pid'])])
+        many.no.such('')
+        with self.assertRaises(xmlrpc.client.Fault):
+            list(many())
+
+    def test_deadly_calls_are_refused_at_all_doors(self):
+        engine = self.start(None, True)
+        engine.reach()
+        del self.double.seen[:]
+        proxy, inner = engine.open(), [{'methodName': 'f.path', 'params': ['A' * 40]}]
+        for call in (('f.path', 'A' * 40), ('f.path',), ('f.path', 'A:t0'),
+                     ('system.multicall', inner), ('branch', 'A', 'd.hash=', 'f.path='),
+                     ('t.multicall', 'A', '', 'f.path='), ('load.start', '', '/x', 'f.path='),
+                     ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
+            for door in (engine.ask, engine.tell):
+                self.assert_error('HASH:fINDEX', door, [('system.pid', ''), call])
+            self.assert_error('HASH:fINDEX', getattr(proxy, call[0]), *call[1:])
+        self.assertEqual(self.double.seen, [])
 
 
 GOOD = scgi_answer(xml_answer([], *STYLES[1]))
@@ -1571,7 +1623,7 @@ class TransportTest(RpcCase):
                 (f'of {size} bytes came in 0.3 s', GOOD[:-90], GOOD[-90:]),
                 ('longer than its Content-Length', GOOD + b'more'),
                 ('longer than its Content-Length', head + b'99\r\n\r\n', b'', 300),
-                ('256.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
+                ('64.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
                 ('not one of rTorrent', head, b'', 300),
                 ('not one of rTorrent', head + b'-5\r\n\r\n12345'),
                 ('not one of rTorrent', head + b'9' * 5000 + b'\r\n\r\n'),
@@ -1599,7 +1651,7 @@ class TransportTest(RpcCase):
                 ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:-20], b'', 0, True),
                 ('0.3 s', good[:9], good[9:]), ('0.3 s', good[:-90], good[-90:]),
                 ('broke off', chunked + b'ff\r\nabc'), ('', chunked + b'zz\r\n'),
-                ('not XML-RPC', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
+                ('instead of an answer', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
                 ('1.0 MiB, the limit', head + b'Content-Length: 314572800\r\n\r\n', b'', 300),
                 ('1.0 MiB, the limit', head + b'\r\n', b'', 300),
                 ('1.0 MiB, the limit', chunked + b'fffffff\r\n', b'', 300),
@@ -1609,7 +1661,8 @@ class TransportTest(RpcCase):
                 ('HTTP 302 Found', page(b'', '302 Found', 'Location: /x')),
                 ('HTTP 401', page(HTML, '401 No', 'WWW-Authenticate: Negotiate')),
                 ('not XML-RPC', page(xml_answer([])[:-9])),
-                ('untrusted|scgi://', page(xml_answer(UNTRUSTED)))):
+                ('untrusted|scgi://', page(xml_answer(UNTRUSTED))),
+                ('untrusted', page(xml_answer(UNTRUSTED), '500 No', 'Content-Type: text/html'))):
             double, seconds = plays(*answer), 0.3 if '0.3' in words else 9
             url = self.web(lambda connection, head, body, double=double: double(connection))
             self.assert_trouble(words, torque.Engine(url, seconds, 1 << 20))
@@ -1625,7 +1678,7 @@ class TransportTest(RpcCase):
                                    page(b'no', '401 No', f'WWW-Authenticate: {challenge}'))
             url = self.web(answer)
             engine = torque.Engine(url.replace('://', '://me:p%40ss@'), 9)
-            self.assertEqual(engine.open().system.pid(''), 1 << 30)
+            self.assertEqual(engine.ask([('system.pid', '')]), [1 << 30])
             for login in ('me:wr0ng@', 'me@', ''):
                 engine = torque.Engine(url.replace('://', f'://{login}'), 9)
                 error = self.assert_trouble('HTTP 401', engine)
@@ -1655,11 +1708,48 @@ class TransportTest(RpcCase):
     def test_oversized_requests_are_named(self):
         answers = iter([Commands().scgi] * 2 + [lambda connection: connection.recv(1)])
         server = self.serve(lambda connection: next(answers)(connection))
-        proxy = torque.Engine(server.url, 9).open()
-        self.assert_error('load.raw: |request of|too large', proxy.load.raw, '', bytes(8 << 20))
+        engine = torque.Engine(server.url, 9)
+        self.assert_error('load.raw: |request of|too large', engine.tell,
+                          [('load.raw', '', bytes(8 << 20))])
 
 
 # --- Engine ------------------------------------------------------------------------------------
+
+# The rc of rTorrent's wiki; and rcs, with | for the end of a line, >> what scgi_url they give
+WIKI = '''method.insert = cfg.basedir, private|const|string, (cat,"/x/")
+    method.insert = cfg.session, private|const|string, (cat,(cfg.basedir),"s/")
+    method.insert = cfg.log, private|const|string, (cat,(cfg.basedir),(system.time),".log")
+    session.path.set = (cat, (cfg.session))\nnetwork.scgi.open_local ='''
+RC_SPELLINGS = r'''
+WIKI /x/rpc.sock >> /x/rpc.sock
+WIKI "/x/a b.sock" >> /x/a b.sock
+WIKI ~/rpc.sock >> HOME/rpc.sock
+WIKI \ |   /x/rpc.sock >> /x/rpc.sock
+WIKI (cat,(session.path),rpc.sock) >> /x/s/rpc.sock
+WIKI (cat, (session.path), "../rpc.sock") >> /x/s/../rpc.sock
+WIKI "$cat=$session.path=,rpc.sock" >> /x/s/rpc.sock
+WIKI (cat, \ | (cfg.basedir), \ | rpc.sock) >> /x/rpc.sock
+WIKI (cat,(system.env,HOME),/rpc.sock) >> HOME/rpc.sock
+WIKI /x/rpc.sock ; print = "x ; y" >> /x/rpc.sock
+network.scgi.open_local=/x/rpc.sock >> /x/rpc.sock
+scgi_local = /x/rpc.sock >> /x/rpc.sock
+scgi_local = (cat,(session.path),x) | session = ~/s >> HOME/s/x
+# scgi_local = /old |  #scgi_local = /old | print = "a ; b" ; scgi_local = /x/new >> /x/new
+schedule2 = x,0,0,"execute.nothrow=chmod,770,/x" | scgi_local = /x/rpc.sock >> /x/rpc.sock
+network.scgi.open_port = 127.0.0.1:5000 >> 127.0.0.1:5000
+network.scgi.open_port = "127.0.0.1:5000" >> 127.0.0.1:5000
+scgi_port = localhost:5000 >> localhost:5000
+scgi_port = :5000 >> :5000
+scgi_port = (cat,"127.0.0.1:",5000) >> 127.0.0.1:5000
+import = more/common.rc >> /x/common.sock
+import = loop.rc >> /x/loop.sock
+try_import = ~/more/common.rc >> /x/common.sock
+import = (cat,(system.env,HOME),/more/common.rc) >> /x/common.sock
+try_import = /no/such.rc | scgi_local = /x/rpc.sock >> /x/rpc.sock
+method.insert = my.dir, private|const|string, HOME/more/ | import = more/outer.rc >> /x/common.sock
+import = more/common.rc | network.scgi.open_local = (cat,(session.path),x) >> /deep/x
+'''
+
 
 class EngineTest(RpcCase):
     def stop(self):
@@ -1673,7 +1763,7 @@ class EngineTest(RpcCase):
     def test_looks_once(self):
         engine = self.start()
         for _ in range(3):
-            engine.open().session.name('')
+            engine.ask([('session.name', '')])
             self.assertEqual((engine.has('view.size'), engine.has('schedule2')), (True, False))
         self.assertEqual((self.looks(), len(self.double.seen)), (1, 5))
         self.assertEqual((engine.engine_id, engine.versions), ('double:1', ('0.9.8', '0.13.8')))
@@ -1681,7 +1771,7 @@ class EngineTest(RpcCase):
 
     def test_looks_again_after_a_restart(self):
         engine = self.start()
-        engine.open()
+        engine.reach()
         self.stop()
         self.start(**{'session.name': 'double:2', 'new.one': 1})
         self.assertEqual((engine.has('new.one'), self.looks()), (True, 1))
@@ -1693,9 +1783,9 @@ class EngineTest(RpcCase):
         for speaks_json in (False, True):
             with self.subTest(speaks_json=speaks_json):
                 engine = self.start(None, speaks_json)
-                code = self.assert_error('nosuch: ', engine.open().nosuch, '').code
-                self.assertEqual((code, self.looks()), (MISSING[speaks_json], 1))
-                engine.open().session.name('')
+                error = engine.ask([('nosuch', '')])[0]
+                self.assertEqual((error.code, self.looks()), (MISSING[speaks_json], 1))
+                engine.ask([('session.name', '')])
                 self.assertEqual((engine.has('nosuch'), self.looks()), (False, 2))
 
     def test_stats_are_one_question(self):
@@ -1705,7 +1795,7 @@ class EngineTest(RpcCase):
         engine = self.start(**{
             **dict(zip(rates, range(6))), 'network.max_open_files': 128, 'network.open_sockets': no,
             'view.size': lambda target, view: len(view) if view != 'messages' else no})
-        engine.open()
+        engine.reach()
         del self.double.seen[:]
         stats = engine.stats()
         self.assertEqual(len(self.double.seen), 1)
@@ -1737,45 +1827,66 @@ class EngineTest(RpcCase):
     def test_odd_batches_give_one_line(self):
         for odd in (0, [], [0] * 11, [[]] * 11, ['x'] * 11, [{}] * 11, [None] * 11):
             engine = self.start(None)
-            engine.open()
+            engine.reach()
             self.server.answer = plays(scgi_answer(xml_answer(odd)))
             self.value_or_error(engine.stats)
 
+    def test_odd_types_give_one_line(self):
+        rng, names = random.Random(4), (*torque.ABOUT, *torque.GAUGES.values(), 'view.size')
+        for number in range(200):
+            odd = {name: as_text(some_value(rng)) for name in names if rng.random() < 0.5}
+            if number % 10 == 0:
+                odd['system.listMethods'] = some_value(rng)
+            engine = self.start(None, **odd)
+            self.value_or_error(lambda engine=engine: (engine.stats(), engine.uptime))
+            self.assertIsInstance(engine.session_path, str)
+            self.assertIsInstance(engine.pid, int)
+
+    def test_deep_nesting_is_one_line(self):
+        engine = self.start(None, use=1)
+        engine.reach()
+        for depth in (10, 900, 1000, 50000):
+            text, inner = '[' * depth + ']' * depth, '<value><array><data>' * depth
+            inner += '</data></array></value>' * depth
+            xml = xml_answer('x', '').replace(b'<value><string>x</string></value>', inner.encode())
+            for by_json, body in (True, f'{{"result":{text}}}'.encode()), (False, xml):
+                engine.speaks_json = by_json
+                self.server.answer = plays(scgi_answer(body))
+                self.value_or_error(lambda: repr(engine.ask([('d.name', 'A')])))
+
+    def test_answers_are_read_in_little_memory(self):
+        row, text = ['A' * 40, 'name', 300, 2 ** 33, 1, '/srv/data/name', ''], 'x' * 2000000
+        engine = self.start(None)
+        engine.reach()
+        for by_json, value in (
+                (False, [row] * 9000), (True, [row] * 9000), (False, [['A' * 40]] * 30000),
+                (True, [['A' * 40]] * 30000), (False, [[300]] * 30000), (False, text), (True, text),
+                (False, '&"' * 300000), (False, [['n\U0001f600me', *row]] * 9000)):
+            content = xml_answer([[value]], *STYLES[1])
+            if by_json:
+                content = json.dumps([{'result': value}]).encode()
+            engine.speaks_json = by_json
+            with self.subTest(by_json=by_json, value=str(value)[:60]), mock.patch.object(
+                    engine, 'send', lambda *_, content=content: bytearray(content)):
+                tracemalloc.start()
+                try:
+                    found = engine.ask([('x', '')])[0]
+                    self.assertLess(tracemalloc.get_traced_memory()[1] / len(content), 6)
+                finally:
+                    tracemalloc.stop()
+                self.assertEqual(found, value)
+        for content in b'[%s]' % b','.join([b'[]'] * 99999), b'["%s"]' % (b'\xc3' * 99999):
+            self.assert_error('memory|rpc_limit', torque.json_text, content, 6 * len(content))
+
     def test_rc_spellings(self):
-        home, local, where = self.folder, 'network.scgi.open_local', '/x/rpc.sock'
-        self.write('more/common.rc', f'{local} = /x/common.sock\nimport = deeper.rc\n')
+        self.write('more/common.rc', 'scgi_local = /x/common.sock\nimport = deeper.rc\n')
         self.write('more/deeper.rc', 'session.path.set = /deep\n')
-        self.write('more/outer.rc', 'import = (cat,(cfg.here),common.rc)\n')
-        self.write('loop.rc', 'import = loop.rc\nscgi_local = /x/loop.sock\n')
-        wiki = '''method.insert = cfg.basedir, private|const|string, (cat,"/x/")
-            method.insert = cfg.session, private|const|string, (cat,(cfg.basedir),"s/")
-            method.insert = cfg.log, private|const|string, (cat,(cfg.basedir),(system.time),".log")
-            session.path.set = (cat, (cfg.session))\nnetwork.scgi.open_local = '''
-        for text, expected in (
-                (wiki + where, where), (wiki + '"/x/a b.sock"', '/x/a b.sock'),
-                (wiki + '~/rpc.sock', f'{home}/rpc.sock'), (f'{wiki}\\\n  {where}', where),
-                (wiki + '(cat,(session.path),rpc.sock)', '/x/s/rpc.sock'),
-                (wiki + '(cat, (session.path), "../rpc.sock")', '/x/s/../rpc.sock'),
-                (wiki + '"$cat=$session.path=,rpc.sock"', '/x/s/rpc.sock'),
-                (wiki + '(cat, \\\n  (cfg.basedir), \\\n  rpc.sock)', where),
-                (wiki + '(cat,(system.env,HOME),/rpc.sock)', f'{home}/rpc.sock'),
-                (f'{wiki}{where} ; print = "x ; y"', where), (f'{local}={where}', where),
-                (f'scgi_local = {where}', where),
-                (f'{local} = (cat,(session.path),x)\nsession = ~/s', f'{home}/s/x'),
-                (f'# {local} = /old\n #{local} = /old\nprint = "a ; b" ; {local} = {where}', where),
-                (f'schedule2 = x,0,0,"execute.nothrow=chmod,770,/x"\n{local} = {where}', where),
-                ('network.scgi.open_port = 127.0.0.1:5000', '127.0.0.1:5000'),
-                ('network.scgi.open_port = "127.0.0.1:5000"', '127.0.0.1:5000'),
-                ('scgi_port = localhost:5000', 'localhost:5000'), ('scgi_port = :5000', ':5000'),
-                ('scgi_port = (cat,"127.0.0.1:",5000)', '127.0.0.1:5000'),
-                ('import = more/common.rc', '/x/common.sock'), ('import = loop.rc', '/x/loop.sock'),
-                ('try_import = ~/more/common.rc', '/x/common.sock'),
-                ('import = (cat,(system.env,HOME),/more/common.rc)', '/x/common.sock'),
-                (f'try_import = /no/such.rc\nscgi_local = {where}', where),
-                (f'method.insert = cfg.here, private|const|string, {home}/more/\n'
-                 'import = more/outer.rc', '/x/common.sock'),
-                (f'import = more/common.rc\n{local} = (cat,(session.path),x)', '/deep/x')):
-            with self.subTest(text=text), mock.patch.dict(os.environ, HOME=home):
+        self.write('more/outer.rc', 'import = (cat,(my.dir),common.rc)\n')
+        self.write('loop.rc', 'import = ./loop.rc\n' * 9 + 'scgi_local = /x/loop.sock\n')
+        for line in RC_SPELLINGS.strip().splitlines():
+            text, expected = line.replace('HOME/', self.folder + '/').split(' >> ')
+            text = text.replace('WIKI', WIKI).replace(' | ', '\n')
+            with self.subTest(text), mock.patch.dict(os.environ, HOME=self.folder):
                 found = torque.find_url(self.write('rt.rc', b'# caf\xe9\n' + text.encode()))
                 self.assertEqual(torque.parse_address(found), torque.parse_address(expected))
 
@@ -1785,11 +1896,12 @@ class EngineTest(RpcCase):
                 ('', 'rt.rc'), (f'#{local} = /x', 'rt.rc'), ('import = /no/such.rc', '/no/such.rc'),
                 (f'{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'execute.capture'),
                 (f'{local} = (cat,(session.path),rpc.sock)', 'session.path'),
+                ('import = /x\0y', 'null'), ('import = /', 'directory'),
                 (f'{local} = (a)\nmethod.insert = a, string, (a)', 'refers to itself')):
             self.assert_error(f'{words}|set scgi_url', torque.find_url, self.write('rt.rc', text),
                               kind=torque.UserError)
         with mock.patch.dict(os.environ, HOME=self.folder):
-            names = '~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc', '/no.rc'
+            names = '~/.config/rtorrent/rtorrent.rc', '~/.rtorrent.rc', '/no.rc'
             for name, words in (None, '|'.join(names[:2])), (names[2], names[2]):
                 self.assert_error(f'scgi_url|{words}', torque.find_url, name, kind=torque.UserError)
             self.write(names[1][2:], 'scgi_local = /x/second.sock')
@@ -1840,14 +1952,14 @@ class LiveRpcTest(RpcCase):
     @on_each
     def test_hostile_names_arrive(self, server, proxy):
         emoji = server.load(*metafile(b'\xf0\x9f\x98\x80 \xc3\xa9'))
-        if proxy.speaks_json:
-            self.assertEqual(proxy.d.name(emoji), '\U0001f600 \xe9')
+        if server.engine.speaks_json:
+            self.assertEqual(server.engine.ask([('d.name', emoji)]), ['\U0001f600 \xe9'])
         hashes = [server.load(*metafile(b'a-%s-z' % raw, size))
                   for size, raw in enumerate(HOSTILE, 1)]
         rows = {row[0]: row[1:] for row in proxy.d.multicall2(
             '', 'main', 'd.hash=', 'd.size_bytes=', 'd.name=', 'd.left_bytes=')}
         self.assertEqual(len(rows), proxy.view.size('', 'main'))
-        batched = proxy.batch([('d.name', info_hash) for info_hash in hashes])
+        batched = server.engine.ask([('d.name', info_hash) for info_hash in hashes])
         for size, (raw, info_hash, name) in enumerate(zip(HOSTILE, hashes, batched), 1):
             with self.subTest(raw=raw):
                 self.assertEqual(rows[info_hash][::2], [size, size])
@@ -1860,7 +1972,7 @@ class LiveRpcTest(RpcCase):
         for place in range(3):
             calls = [('system.pid', ''), ('view.list', '')]
             calls.insert(place, ('no.such', ''))
-            answers = proxy.batch(calls)
+            answers = server.engine.ask(calls)
             self.assertIn(answers.pop(place).code, MISSING)
             self.assertEqual((answers[0], answers[1][0]), (server.process.pid, 'main'))
         error = self.assert_error(f'{server.engine.address.where}: no.such: ', proxy.no.such, '')
@@ -1872,11 +1984,13 @@ class LiveRpcTest(RpcCase):
             'piece length': 1 << 24, 'pieces': bytes(20 * 384)}))
         self.assertEqual(proxy.d.size_bytes(info_hash), 6 << 30)
         for number in (2 ** 31, -2 ** 40, 2 ** 62):
+            self.assertEqual(server.engine.ask([('value', '', number), ('cat', '', number)]),
+                             [number, str(number)])
             self.assertEqual(proxy.value('', number), number)
             self.assertEqual(proxy.cat('', number), str(number))
         self.assertLess(abs(proxy.system.time_usec('') - time.time() * 1e6), 1e9)
         proxy.d.custom.set(info_hash, 'k', str(2 ** 60))
-        self.assertEqual(proxy.batch([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
+        self.assertEqual(server.engine.tell([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
                          [str(2 ** 60), 2 ** 40])
 
     @on_each
@@ -1889,7 +2003,7 @@ class LiveRpcTest(RpcCase):
             self.assertEqual(sorted(fault), ['faultCode', 'faultString'])
             self.assertIsInstance(fault['faultCode'], int)
             self.assertIn(word, fault['faultString'])
-        self.assert_error('info-hash', proxy.d.name, 'F' * 40, kind=torque.HashNotFound)
+        self.assert_error('d.name: |info-hash', proxy.d.name, 'F' * 40, kind=torque.HashNotFound)
 
     @on_each
     def test_stats_agree_with_single_calls(self, server, proxy):
@@ -1927,19 +2041,14 @@ class LiveRpcTest(RpcCase):
                 proxy, info_hash = server.engine.open(), server.load(*metafile('deadly'))
                 for target in (info_hash, info_hash.lower(), info_hash + ':t0', ''):
                     self.assert_error('f.path|HASH:f', proxy.f.path, target)
-                inner = [{'methodName': 'f.path', 'params': [info_hash]}]
-                for call in ((proxy.f.size_bytes, info_hash), (proxy.f.path,),
-                             (proxy.batch, [('system.pid', ''), ('f.path', info_hash)]),
-                             (proxy.batch, [('system.multicall', inner)]),
-                             (proxy.system.multicall, inner),
-                             (proxy.t.multicall, info_hash, '', 'f.path='),
-                             (proxy.d.multicall2, '', 'main', 'd.hash=', 'f.path='),
-                             (proxy.d.multicall2, '', 'main', 'cat=$f.path='),
-                             (proxy.d.multicall.filtered, '', 'main', 'd.hash=', 'd.x=(f.path)'),
-                             (proxy.branch, info_hash, 'd.hash=', 'f.path='),
-                             (proxy.load.raw, '', b'x', 'd.start= ; print=$f.path=')):
-                    self.value_or_error(*call)
+                for call in (('f.size_bytes', info_hash), ('f.path',),
+                             ('t.multicall', info_hash, '', 'f.path='),
+                             ('branch', info_hash, 'd.hash=', 'f.path='),
+                             ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
+                    self.value_or_error(server.engine.tell, [('system.pid', ''), call])
                     self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
+                self.assertEqual(proxy.d.multicall2('', 'main', 'f.multicall=,f.path='),
+                                 [[[['deadly']]]])
 
     def test_restarts_are_noticed(self):
         for command in RTORRENTS:
@@ -2077,6 +2186,12 @@ class TorrentsTest(Folder):
         self.assertEqual([call[0] for call in fake.asked[2:]],
                          ['f.multicall'] * 5 + ['t.multicall'] * 5)
 
+    def test_row_reads_as_attributes_too(self):
+        row, = torque.list_torrents(Double([{'d.size_bytes': 5}]), 'main', ['size'])
+        self.assertEqual((row.size, row['size'], row.name), (5, 5, 'n0'))
+        with self.assertRaisesRegex(AttributeError, "the field 'ratio' was not asked for"):
+            self.fail(row.ratio)
+
     def test_half_a_list_is_an_error(self):
         fault = torque.RpcError('fault -503')
         for method, answer, words in (
@@ -2213,18 +2328,18 @@ class LiveTorrentsTest(unittest.TestCase):
                 (at % 58 == 1 and at % 3, 'd.pause'), (at % 6 == 1, 'd.ignore_commands.set', 1),
                 (at % 29 == 2 and at % 3, 'd.check_hash')) if when]
         for start in range(0, len(loads), 100):
-            cls.proxy.batch(loads[start:start + 100])
+            cls.engine.tell(loads[start:start + 100])
         wait_for(lambda: cls.proxy.view.size('', 'main') == cls.count)
-        cls.proxy.batch(calls)
-        wait_for(lambda: all(cls.proxy.batch(('d.complete', item) for item in complete)))
+        cls.engine.tell(calls)
+        wait_for(lambda: all(cls.engine.ask(('d.complete', item) for item in complete)))
         some = sorted(complete)[:40]
-        cls.proxy.batch([('d.stop', item) for item in some] + [
+        cls.engine.tell([('d.stop', item) for item in some] + [
             ('d.close', item) for item in some[:30]])
         for item in some[:10]:                          # these lose their data, and fail
             path = cls.proxy.d.base_path(item)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        cls.proxy.batch(('d.start', item) for item in some[:10])
-        wait_for(lambda: not any(cls.proxy.batch(('d.state', item) for item in some[:10])))
+        cls.engine.tell(('d.start', item) for item in some[:10])
+        wait_for(lambda: not any(cls.engine.ask(('d.state', item) for item in some[:10])))
 
     @classmethod
     def take_stock(cls):
@@ -2247,7 +2362,7 @@ class LiveTorrentsTest(unittest.TestCase):
         hashes, result = cls.proxy.download_list(''), {}
 
         def ask(calls):
-            answers = iter(cls.proxy.batch(calls))
+            answers = iter(cls.engine.ask(calls))
             return lambda count: [next(answers) for _ in range(count)]
         take = ask(call for item in hashes for call in (
             *((word, item) for word in SINGLE), *(('d.custom', item, key) for key in CUSTOMS)))
@@ -2503,9 +2618,8 @@ class LiveQueueTest(Folder):
 
     def state(self):
         """Return the hashes that take a place, that are started, and that are hashed."""
-        rows = self.engine.open().d.multicall2(
-            '', 'default', 'd.hash=', 'd.complete=', 'd.state=', 'd.is_open=', 'd.is_active=',
-            'd.hashing=')
+        rows, = self.engine.ask([('d.multicall2', '', 'default', 'd.hash=', 'd.complete=', 'd.state=',
+                                  'd.is_open=', 'd.is_active=', 'd.hashing=')])
         return ({row[0] for row in rows if not row[1] and any(row[2:])},
                 {row[0] for row in rows if row[2]}, {row[0] for row in rows if row[5]})
 
@@ -2712,6 +2826,16 @@ class FilterTest(unittest.TestCase):
         message=/not registered/i  name=/^ch/  path=/srv OR name=/x/  path=/x OR name=a/""")
         self.check('message=/not registered/i', row={'message': 'Torrent Not registered.'})
 
+    def test_long_text_is_cut_first(self):
+        row = {'message': 'not' * 100000, 'files': ['a' * 100000] * 3, 'tagged': ['a' * 99999]}
+        for text in ('message=/not.*registered/', 'files=*a*a*a*a*a*b', 'tagged=/a.*c/',
+                     'message=*n*o*t*n*x', 'files=/a+b/'):
+            compiled = Filter(text)
+            self.assertTrue(timed(self, text, lambda: self.assertFalse(  # noqa: B023
+                compiled.match(row, NOW))))  # noqa: B023
+        row = {'message': 'not' * 9999, 'files': ['b', 'a' * 999]}
+        self.check('files=*a*a*a  message=/n$/  message=*n', 'files=*a*b  message=/not$/', row)
+
     def test_numbers_and_sizes_compare(self):
         self.check("""
         ratio>1  ratio=+1  ratio<=1.5  ratio=1.5  prio>=2  prio=1,2  done=100  size>4g  size=5g
@@ -2728,7 +2852,7 @@ class FilterTest(unittest.TestCase):
         loaded<1h30m  loaded<2h  loaded=-61i  loaded<1d30m  completed>2W  seedtime>8w  seedtime>0
         completed<1y2M3w4d5h6i7s""", 'completed<2w  completed>20d  seedtime<8w  loaded>1h30m')
         row = {'loaded': time.time() - 60}
-        self.assertTrue(Filter('loaded<1h').match(row) and Filter('loaded<1h').cheap(row))
+        self.assertTrue(Filter('loaded<1h').match(row))
 
     def test_dates_are_local(self):
         row = {'completed': time.mktime((2024, 3, 15, 14, 50, 0, 0, 0, -1))}
@@ -2793,7 +2917,8 @@ class FilterTest(unittest.TestCase):
             'is not a length of time ... 8w': 'seedtime>8  seedtime>2024-03-15',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
             'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
-            'a glob of 6 stars': ['*a' * 7, 'a' * 501], 'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
+            'a glob of 6 stars': ['*a' * 7, 'a' * 501],
+            'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
             'not a number; a': ['size>' + '9' * 99], 'too deep; allowed are 50': ['[ ' * 1000]})
 
     def tree(self, rng, depth=3):
@@ -2902,7 +3027,8 @@ class TemplateTest(unittest.TestCase):
             self.refuse(Template, {word: [text % code for code in codes]
                                    for word, codes in table.items()})
         self.refuse(Template, {
-            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e', 'not closed': '{{a  {% if  {# x',
+            "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e',
+            'not closed': '{{a  {% if  {# x',
             'no endif': '{{if a}}x', 'endif without if': '{{endif}}', 'else without': 'x{{else}}',
             'elif after else': '{{if a}}{{else}}{{elif b}}{{endif}}', 'NUL': 'a\0',
             'no expression': ['{{if}}{{endif}}', '{% for a in b %}'],
@@ -2956,8 +3082,7 @@ class TemplateTest(unittest.TestCase):
             branch=d.x=,f.multicall=*,f.path=  d.multicall2=main,"f.path="  t.multicall=,f.path=
             d.y= ; f.path=  branch=d.x=,"branch=d.y=,\\"f.path=\\""  d.x=(cat,(f.path,x))
             d.x=a,"$cat=$f.path="  schedule2=a,0,0,"f.path="  f.priority.set={{a}}'''})
-        for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'd.x=k,"f.path="', 'print=f.path',
-                     'd.x=k,"a,$f.path="', 'd.x=k,(cat,{"$f.path="})', 'cat=f.iso',
+        for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'print=f.path', 'cat=f.iso',
                      'd.multicall2=main,"f.multicall=*,f.path="', 'load.normal=/x/f.iso'):
             self.assertEqual(CommandTemplate(text).render({}), text)
 
@@ -3010,6 +3135,153 @@ class TemplateTest(unittest.TestCase):
                 rendered += timed(self, text, lambda: kind(text).render(values))
         self.assertGreater(rendered, 1000)
 # -- cut --
+
+
+# --- Patterns ------------------------------------------------------------------------------------
+
+RE_METHODS = 'match fullmatch search sub findall finditer split'.split()
+PARSER = getattr(re, '_parser', None) or importlib.import_module('sre_parse')
+COMPILER = getattr(re, '_compiler', None) or importlib.import_module('sre_compile')
+SAMPLES = [*'a0 x/.-=,;:"\'\\()[]{}\n_AZ!~+<>#%&|@*?^$\r\t\x01\xe9', *map(chr, range(300))]
+# Patterns that see no longer text than this; and functions that compile what a user wrote.
+CUT = {'TV': 255, 'MOVIE': 255, 'CLASS_OR_ESCAPE': 500, 'REPEATED_REPEAT': 500}
+OF_USERS = ('text_pattern',)
+
+
+def sample_of(tree, branch=0):
+    """Return a short text that a parsed pattern matches, nearly."""
+    text = ''
+    for at, (kind, value) in enumerate(tree):
+        kind = str(kind)
+        if 'REPEAT' in kind:
+            text += sample_of(value[2], branch) * max(1, min(value[0], 20))
+        elif kind == 'SUBPATTERN':
+            text += sample_of(value[-1], branch)
+        elif kind == 'BRANCH':
+            text += sample_of(value[1][branch % len(value[1])], branch)
+        elif kind in ('IN', 'ANY', 'LITERAL', 'NOT_LITERAL'):
+            text += next(filter(COMPILER.compile(tree[at:at + 1]).fullmatch, SAMPLES))
+    return text
+
+
+def repeats_in(tree, before=''):
+    """Give (what leads there, tree) of each part that is repeated."""
+    for at, (kind, value) in enumerate(tree):
+        kind, inside = str(kind), []
+        if 'REPEAT' in kind:
+            yield before, value[2]
+            inside = [value[2]]
+        elif kind == 'BRANCH':
+            inside = value[1]
+        elif kind in ('SUBPATTERN', 'ASSERT', 'ASSERT_NOT'):
+            inside = [value[-1]]
+        for part in inside:
+            yield from repeats_in(part, before)
+        before += sample_of(tree[at:at + 1])
+
+
+def dislikes(regex):
+    """Return texts of a beginning and a part that is repeated, which a pattern may be slow on."""
+    source = regex.pattern
+    if isinstance(source, bytes):
+        source = source.decode('latin-1')
+    tree = PARSER.parse(source, regex.flags & ~re.U)
+    whole = sample_of(tree)
+    units = {('', unit) for unit in {*source, *'a0 \n."\\/', whole, whole[:2], whole[:3]} if unit}
+    for before, part in repeats_in(tree):
+        for branch in range(3):
+            unit = sample_of(part, branch)
+            if unit:
+                units |= {('', unit), (before, unit), ('', before + unit)}
+    return units
+
+
+def of_torque(node):
+    """Return what an expression of torque.py comes to; a pattern is made of constants."""
+    return eval(compile(ast.Expression(node), 'torque.py', 'eval'), vars(torque))
+
+
+def patterns_of_torque():
+    """Give (name or line, compiled, method) of every regular expression in torque.py."""
+    with open(torque.__file__, encoding='utf-8') as stream:
+        tree = ast.parse(stream.read())
+    used = collections.defaultdict(set, SECTCRE={'match'})          # by configparser itself
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            child.parent = node
+        if isinstance(node, ast.Attribute) and node.attr in RE_METHODS:
+            used[getattr(node.value, 'id', '')].add(node.attr)
+    for node in ast.walk(tree):
+        word = getattr(node, 'func', None)
+        if getattr(getattr(word, 'value', None), 'id', '') != 're' or word.attr == 'escape':
+            continue
+        place = node
+        while not isinstance(place, (ast.FunctionDef, ast.Module)):
+            place = place.parent
+        if getattr(place, 'name', '') in OF_USERS:
+            continue
+        method = word.attr
+        flags = node.args[{'compile': 1, 'sub': 4, 'split': 3}.get(method, 2):]
+        flags += [option.value for option in node.keywords if option.arg == 'flags']
+        regex = re.compile(of_torque(node.args[0]), *map(of_torque, flags[-1:]))
+        target = node.parent.targets[0].id if isinstance(node.parent, ast.Assign) else ''
+        if method != 'compile':
+            yield f'line {node.lineno}', regex, method
+            continue
+        for method in target and used[target] or ('match', 'fullmatch', 'search'):
+            yield target or f'line {node.lineno}', regex, method
+
+
+class PatternsTest(unittest.TestCase):
+    """Every pattern in torque.py takes time in proportion to the text."""
+
+    def setUp(self):
+        self.addCleanup(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, self.stop))
+
+    def stop(self, *args):
+        raise AssertionError('half a second of CPU time is over')
+
+    def seconds(self, regex, method, text):
+        """Return the CPU time of one use of a pattern, which is stopped in time."""
+        if isinstance(regex.pattern, bytes):
+            text = text.encode('latin-1', 'replace')
+        words = [text[:0]] * (method == 'sub') + [text]
+        signal.setitimer(signal.ITIMER_PROF, .5)
+        try:
+            began = time.process_time()
+            result = getattr(regex, method)(*words)
+            if method == 'finditer':
+                collections.deque(result, 0)
+            return time.process_time() - began
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def check(self, regex, method, size):
+        """Feed little to find what it dislikes most, then as much as there may be of that."""
+        def text(size, before, unit, end):
+            return before + unit * (size // len(unit)) + end
+        slowest = max((self.seconds(regex, method, text(size // 20, *unit, end)), *unit, end)
+                      for unit in dislikes(regex) for end in ('\x01', '\n'))
+        whole = text(size, *slowest[1:])
+        if self.seconds(regex, method, whole) > .03:
+            half = text(size // 2, *slowest[1:])
+            self.assertLess(min(self.seconds(regex, method, whole) for _ in range(3)),
+                            3 * min(self.seconds(regex, method, half) for _ in range(3)) + .05,
+                            slowest)
+
+    def test_time_grows_with_the_text(self):
+        number = 0
+        for name, regex, method in patterns_of_torque():
+            number += 1
+            with self.subTest(name, method=method, pattern=regex.pattern):
+                self.check(regex, method, CUT.get(name, 100000))
+        self.assertGreater(number, 60)
+
+    def test_quadratic_patterns_are_caught(self):
+        for pattern, method in (('a*a*b', 'match'), (r'\s*=', 'search'), ('(a|aa)+$', 'match'),
+                                ('<[^>]*>', 'findall'), (r'x(\w+):', 'sub')):
+            with self.subTest(pattern), self.assertRaises(AssertionError):
+                self.check(re.compile(pattern), method, 100000)
 
 
 # --- Jobs --------------------------------------------------------------------------------------
@@ -3343,7 +3615,7 @@ class LiveInfluxDBTest(Folder):
             self.assertEqual((row['version'], row['x'], row['odd tag']),
                              ('/'.join(daemon.engine.versions), 'y', 'a b'))
             for name, command in torque.GAUGES.items():
-                expected = (daemon.engine.open().call(command, '')
+                expected = (daemon.engine.ask([(command, '')])[0]
                             if daemon.engine.has(command) else None)
                 if name not in ('open_sockets', 'open_files'):
                     self.assertEqual(row.get(name), expected, name)
@@ -3443,6 +3715,26 @@ class MetafileTest(Folder):
         with mock.patch.object(torque, 'METAFILE_LIMIT', 10), \
                 self.assertRaisesRegex(ValueError, 'larger than 10 B'):
             torque.read_metafile(self.write('x.torrent', good))
+
+    def test_memory_is_bounded(self):
+        size = 1 << 15
+        info = b'd5:filesl%se4:name1:x12:piece lengthi1e6:pieces20:%se'
+        for unit in (b'le', b'de', b'0:', b'i1e', b'2:ab', b'd6:lengthi1e4:pathl1:aee',
+                     b'd4:pathl1:a1:b1:cee'):
+            files = unit * (size // len(unit))
+            for content in (b'd4:info%se' % (info % (files, bytes(20))),
+                            b'd1:al%se4:info%se' % (files, info % (b'', bytes(20)))):
+                path = self.write('x.torrent', content)
+                tracemalloc.start()
+                with self.subTest(unit), contextlib.suppress(ValueError):
+                    self.assertIn(torque.read_metafile(path).main_file, 'xac')
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                self.assertLess(peak, 6 * len(content))
+        entry = b'd6:lengthi1e4:pathl%see' % (b'1:a' * 30000)
+        found = torque.parse_metafile(b'd4:info%se' % (info % (entry, bytes(20))))
+        with self.assertRaisesRegex(ValueError, 'takes 90021 bytes to describe'):
+            list(found.files())
 
     def test_fuzz_gives_value_or_error(self):
         chance, good = random.Random(7), metafile('fuzz', 99999, files=[
@@ -3663,7 +3955,7 @@ class WatchTest(Folder):
             self.engine.session_path = session + '/'
         for path, folder, change in (
                 (self.folder + '/link', '', {}), ('rt/session/', self.root, {}),
-                ('', '', {'open': tells_now})):
+                ('', '', {'reach': tells_now})):
             with self.subTest(path), mock.patch.multiple(
                     self.engine, session_path=path, cwd=folder, **change):
                 self.look(remove_already_added='yes')
@@ -3949,7 +4241,7 @@ class LiveWatchTest(Folder):
         self.wait_seen(program, 'WARNING engine')
         self.start()
         self.wait_items(self.hashes)
-        self.assertEqual(dict(zip(self.hashes, self.proxy.batch([
+        self.assertEqual(dict(zip(self.hashes, self.rtorrent.engine.ask([
             ('d.tied_to_file', info_hash) for info_hash in self.hashes]))), self.hashes)
         self.assertEqual(program.stop(), 0)
         self.assertEqual(program.seen('is loaded already'), [])
@@ -3974,7 +4266,7 @@ class LiveWatchTest(Folder):
             self.wait_seen(program, 'twice.torrent', 'is loaded already')
             self.wait_items(names)
             for info_hash, name in names.items():
-                if name.isascii() or self.proxy.speaks_json and '\udcff' not in name:
+                if name.isascii() or self.rtorrent.engine.speaks_json and '\udcff' not in name:
                     with self.subTest(name):
                         self.assertEqual(
                             [self.proxy.d.custom1(info_hash), self.proxy.d.custom2(info_hash),
@@ -4137,20 +4429,11 @@ class Double:
         self.state_dir = tempfile.mkdtemp(prefix='torque-')
         self.end = weakref.finalize(self, shutil.rmtree, self.state_dir, True)
 
-    def __getattr__(self, name):
-        return torque.Method(self, name)
-
-    def open(self):
-        return self
+    def reach(self):
+        pass
 
     def has_view(self, view):
         return view in self.views
-
-    def call(self, method, *params):
-        value = self.batch([(method, *params)])[0]
-        if isinstance(value, torque.RpcError):
-            raise value
-        return value
 
     def ask(self, calls):
         self.step()
@@ -4159,7 +4442,7 @@ class Double:
         return [self.before(method, target) or self.answer(method, target, *params)
                 for method, target, *params in calls]
 
-    batch = tell = ask
+    tell = ask
 
     def add(self, path, files=None, **values):
         """Add an item, the data with it; return its hash."""
@@ -4785,6 +5068,17 @@ class MoveTest(WithDouble):
                 if not killed:
                     self.assertGreater(dies_at, 30)
                     break
+
+    def test_one_run_at_a_time_deletes_or_moves(self):
+        lock = os.path.join(self.engine.state_dir, 'data.lock')
+        with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):
+            for run in (self.move, lambda: make_job(torque.Action, self.engine, matcher='*',
+                                                    action='cull').run()):
+                self.fails('another run deletes or moves', run)
+            self.move(dry_run=True)
+        self.assertEqual(self.engine.calls, [])
+        self.move()
+        self.whole(self.target)
 
     def test_state_that_cannot_be_written_is_one_line(self):
         self.engine.state_dir = '/dev/null/x'
@@ -6144,6 +6438,85 @@ class LiveGhostTest(DataCase):
         self.assertEqual(self.met('is_ghost=yes'), {item})
 
 
+class LiveDoubtsTest(DataCase):
+    """Ways in which one name, path or address has stood for another."""
+
+    def test_links_and_addresses_mislead_nobody(self):
+        os.symlink(self.data, self.path('linked'))
+        item = self.item('single', 9000)
+        self.close(item)
+        self.proxy.d.directory.set(item, self.path('linked'))
+        os.symlink(self.server.url, self.path('other.sock'))
+        self.second_rtorrent(self.path('other.sock'))       # the same rTorrent once more
+        self.assert_culled(item, self.data + '/single')
+
+    def test_move_onto_itself(self):
+        for place in ('link', 'bound'):
+            with self.subTest(place):
+                item = self.item(place)
+                target = self.path('at ' + place)
+                os.makedirs(target)
+                if place == 'link':
+                    os.symlink(f'{self.data}/{place}', f'{target}/{place}')
+                else:
+                    self.bind(f'{self.data}/{place}', f'at {place}/{place}')
+                self.assertEqual(self.move(item, target=target)[0], 1)
+                self.assertEqual(len(self.files(f'{self.data}/{place}')), 2)
+
+    def test_names_that_rtorrent_cannot_be_told_are_moved(self):
+        for name in ('caf\xe9 \U0001f600', 'lat\udce9in', 'a\rb'):
+            with self.subTest(ascii(name)):
+                item = self.item(name)
+                status, log = self.move(item)
+                self.assertEqual(status, 0, log)
+                self.assertEqual(len(self.files(f'{self.server.folder}/target/{name}')), 2)
+                self.assertFalse(os.path.exists(f'{self.data}/{name}'))
+                self.proxy.d.check_hash(item)
+                wait_for(lambda: self.proxy.d.is_hash_checked(item)     # noqa: B023
+                         and not self.proxy.d.hashing(item))            # noqa: B023
+                self.assertEqual(self.proxy.d.complete(item), 1)
+
+    def test_what_rtorrent_has_no_piece_of_is_kept(self):
+        content, item = torrent_file('mine', {'x': 9000})
+        mine = self.write(self.data + '/mine/x', b'm' * 8000)
+        self.server.load(content, item, start=True)
+        wait_for(lambda: self.proxy.d.is_active(item) and not self.proxy.d.hashing(item))
+        for run in (self.cull, self.move):
+            self.assertEqual(run(item)[0], 1)
+        with open(mine, 'rb') as stream:        # rTorrent has made it longer
+            self.assertEqual(stream.read().rstrip(b'\0'), b'm' * 8000)
+        self.assertEqual(self.known(item), {item})
+
+    def test_other_rtorrents_that_are_not_seen_whole(self):
+        item, first = self.item('a'), self.server
+        self.elsewhere('true')
+        self.second_rtorrent(self.server.url)
+        self.serve(first)
+        self.assert_held(item, 'other mounts', self.cull)
+        self.more.clear()
+        other = self.item('b')
+        self.close(other)
+        first.engine.tell([('view.filter', '', 'default', 'd.is_open=')])
+        self.assert_held(item, 'hides 1', self.cull)
+
+    def test_notes_that_are_none(self):
+        item = self.item('a')
+        os.makedirs(self.path('state'))
+        for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha')):
+            self.write('state/removal.' + name, text)
+        os.symlink('/etc/passwd', self.path('state/removal.link'))
+        os.mkdir(self.path('state/removal.folder'))
+        status, log = self.cull(item)
+        self.assertEqual((status, self.known(item)), (0, set()), log)
+        self.assertEqual(log.count('is no note of a removal'), 6)
+
+    def test_paused_items_stay_paused(self):
+        item = self.item('a')
+        self.proxy.d.pause(item)
+        self.assertEqual(self.move(item)[0], 0)
+        self.assertEqual(self.state(item)[:3], [1, 0, 1])
+
+
 # --- Config ------------------------------------------------------------------------------------
 
 HEAD = '[TORQUE]\nscgi_url = /nowhere\njob.connstats.active = no\n'          # lines 1 to 3
@@ -6747,7 +7120,7 @@ class CommandLineTest(ConfigCase):
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.open()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))
@@ -6911,7 +7284,7 @@ class Tick:
         if self.config.fail:
             raise torque.LoggableError(self.config.fail)
         if self.config.ask:
-            self.mark('pid-%d' % self.config.engine.open().call('system.pid', ''))
+            self.mark('pid-%d' % self.config.engine.open().system.pid(''))
         if self.config.persisted:
             with open(os.path.join(self.config.state_dir, 'starts.json')) as stream:
                 self.mark('at-' + stream.read().split('"%s": ' % self.config.job_name)[1][:10])
@@ -7788,7 +8161,7 @@ class FaultTest(DaemonFolder):
             server = self.rtorrent(command=RTORRENTS[1])
             self.answered(server)
             self.assertEqual(self.ask()['rtorrent'][0]['version'].split('/')[0],
-                             torque.Proxy(server.engine.send, '').system.client_version(''))
+                             server.engine.open().system.client_version(''))
 
     def test_socket_is_replaced(self):
         first, second = self.rtorrent(), self.rtorrent('second')
@@ -8352,9 +8725,9 @@ def bench_torrents():
         with tempfile.TemporaryDirectory() as folder:
             seeding = fill_session(folder, count)
             daemon = RTorrent(folder)
-            engine, proxy = daemon.engine, daemon.engine.open()
-            proxy.batch([('d.check_hash', info_hash) for info_hash in seeding])
-            wait_for(lambda: all(proxy.batch(('d.complete', item) for item in seeding)), 120)
+            engine = daemon.engine
+            engine.tell([('d.check_hash', info_hash) for info_hash in seeding])
+            wait_for(lambda: all(engine.ask(('d.complete', item) for item in seeding)), 120)
             run_rule = [lambda: torque.list_torrents(engine, 'main', (), condition)]
             run_list = [lambda: torque.list_torrents(engine, 'main', BENCH_FIELDS)]
             assert len(run_rule[0]()) == len(seeding) and len(run_list[0]()) == count

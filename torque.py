@@ -13,17 +13,28 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Proxy
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
     Torrents            rows, lists in one round trip; metafiles
     Data                whose data it is; removals that are written down first
     Template            text and commands with values put in
-    Jobs                Job, and the built-in ones
+    Jobs: base, figures Job, and the jobs that measure
+    Jobs: torrents      the jobs that start, load, delete and move
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
     Command line        arguments, log, main
+
+The life of a job: lines of the ini become entries, entries a planned job (Config), a planned
+job an object (make_jobs), and the object's run() a task of the scheduler, which is run when it
+is due until cleanup() is called, once, at the end. A reload ends all of it and begins anew.
+
+Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
+own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
+one more, under the job's lock; pings and the status have theirs, which only read, or hand a
+function to the main thread (call_soon). Engines are used by all; what they know of rTorrent is
+replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
 78 configuration.
@@ -44,6 +55,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import io
 import itertools
 import json
 import logging
@@ -1113,16 +1125,24 @@ class Scheduler:
 
 
 # --- RPC -------------------------------------------------------------------------------------
-# A URL becomes an Address; a request body goes to it within a deadline and the body of the
-# answer comes back, over SCGI (one netstring of headers, one request per connection) or HTTP.
-# XML-RPC and JSON-RPC texts are made and read here. A Proxy puts it together:
-# proxy.d.name(HASH). "where" is an address as it may be shown: never with a password.
+# A scgi_url becomes an Address. The body of a request goes to it, and the body of the answer
+# comes back within a deadline, over SCGI (one netstring of headers, one request a connection)
+# or HTTP. Calls, (method, *params) each, become such bodies in XML-RPC or JSON-RPC, and answers
+# become values. "where" is an address as it may be shown: never with a password. No state, and
+# any thread. Unreachable: no answer came; any other RpcError: rTorrent answered, but not so.
 
-RPC_TIMEOUT = 30.0                      # seconds for a whole call
-RPC_LIMIT = 256 << 20                   # bytes of one answer
-MISSING = (-506, -32601)                # codes of faults: there is no such command
-BATCH = 500                             # calls in one request; rTorrent takes 512 KiB at most
-HEAD_LIMIT = 8192                       # bytes before the body of an SCGI answer
+# Seconds for a whole call
+RPC_TIMEOUT = 30.0
+# Bytes of one answer
+RPC_LIMIT = 64 << 20
+# Most times its limit that a value may take in memory
+WEIGHT = 6
+# Codes of faults: there is no such command
+MISSING = (-506, -32601)
+# Calls in one request; rTorrent takes 512 KiB at most
+BATCH = 500
+# Bytes before the body of an SCGI answer
+HEAD_LIMIT = 8192
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
@@ -1133,8 +1153,8 @@ class Address(NamedTuple):
     path: str = ''
     host: str = ''
     port: int = 0
-    user: str | None = None
-    password: str | None = None
+    user: str = ''
+    password: str = ''
     exposed: bool = False               # rTorrent's port is open to the network
 
     def __repr__(self) -> str:
@@ -1161,32 +1181,38 @@ def parse_address(text: str) -> Address:
     ('127.0.0.1', '/x.sock')
     """
     from urllib.parse import unquote, urlsplit
-    allowed = ('allowed are scgi://host:port, scgi:///path, a socket path, '
-               'http(s)://[user:password@]host/RPC2')
+    refused = UserError(f'{redacted(text)!r} is no address; allowed are scgi://host:port, '
+                        'scgi:///path, a socket path, http(s)://[user:password@]host/RPC2')
     spelt = os.path.expandvars(text.strip())
+    if '://' not in spelt:
+        spelt = 'scgi://' + spelt
     try:
-        url = urlsplit(spelt if '://' in spelt else 'scgi://' + spelt)
+        url = urlsplit(spelt)
         host, port = url.hostname or '', url.port or 0
-    except ValueError:                          # what it says may hold a password
-        raise UserError(f'{redacted(text)!r} is no address; {allowed}') from None
+    # What it says may hold a password
+    except ValueError:
+        raise refused from None
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        clean = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path or '/RPC2'}"
-        return Address('http', clean, clean, host, port, url.username and unquote(url.username),
-                       url.password and unquote(url.password))
-    path = spelt.partition('://')[2] or spelt
-    if url.scheme == 'scgi' and path.startswith(('/', '~')):
+        netloc = url.netloc.rpartition('@')[2]
+        clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
+        return Address('http', clean, clean, host, port, unquote(url.username or ''),
+                       unquote(url.password or ''))
+    path = spelt.partition('://')[2]
+    if url.scheme == 'scgi' and path.startswith(('/', '~')) and '\0' not in path:
         path = os.path.expanduser(path)
         return Address('unix', f'scgi://{path}', path)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
-        raise UserError(f'{redacted(text)!r} is no address; {allowed}')
-    everywhere = host in ('', '0.0.0.0', '::')
-    exposed = everywhere or not LOOPBACK.match(host)
-    host = '127.0.0.1' if everywhere else host
-    shown = f'[{host}]' if ':' in host else host
+        raise refused
+    exposed = not LOOPBACK.match(host)
+    if host in ('', '0.0.0.0', '::'):
+        host = '127.0.0.1'
+    shown = host
+    if ':' in host:
+        shown = f'[{host}]'
     return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
 
 
-def arm(sock: Any, end: float) -> None:
+def set_deadline(sock: Any, end: float) -> None:
     """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
     left = end - time.monotonic()
     if left <= 0:
@@ -1210,58 +1236,91 @@ def describe(error: OSError) -> str:
     return f'the connection failed: {error.strerror or error}'
 
 
+def too_large(limit: int) -> RpcError:
+    """Return the error for an answer above the limit."""
+    return RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+
+
+def connect(address: Address, seconds: float) -> socket.socket:
+    """Return a socket that is connected to rTorrent."""
+    if address.kind == 'tcp':
+        return socket.create_connection((address.host, address.port), seconds)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def answer_end(received: bytearray, limit: int) -> int:
     """Return how long an answer will be with its head, 0 while the head is not complete."""
     stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
     if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
         return 0
-    head = re.match(rb'Status: *200[^\n]*\n(?:.*\n)?content-length: *(\d{1,15}) *\r\n',
-                    received[:stop + 2], re.I | re.S)
-    if not head:
+    size = re.search(rb'\r\ncontent-length: {0,9}(\d{1,15}) {0,9}\r\n', received[:stop + 2], re.I)
+    if not size or not received.startswith(b'Status:'):
         raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
-    if int(head[1]) > limit:
-        raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-    return stop + 4 + int(head[1])
+    if int(size[1]) > limit:
+        raise too_large(limit)
+    return stop + 4 + int(size[1])
+
+
+def scgi_receive(sock: socket.socket, seconds: float, end: float, limit: int) -> bytearray:
+    """Return the body of an SCGI answer."""
+    received, size = bytearray(), 0
+    try:
+        while not size or len(received) < size:
+            set_deadline(sock, end)
+            chunk = sock.recv(1 << 18)
+            if not chunk and not received:
+                raise Unreachable('the connection was closed without an answer')
+            if not chunk:
+                raise Unreachable(f'the answer broke off after {len(received)} bytes')
+            received += chunk
+            size = size or answer_end(received, limit)
+    except socket.timeout:
+        if not received:
+            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
+                              'or hung') from None
+        raise Unreachable(f'only {len(received)} of {size or "?"} bytes came in '
+                          f'{seconds:g} s') from None
+    if len(received) > size:
+        raise Unreachable('the answer is longer than its Content-Length says')
+    del received[:received.index(b'\r\n\r\n') + 4]
+    return received
 
 
 def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
+                 limit: int) -> bytearray:
     """Send one SCGI request and return the body of its answer.
 
-    Raises Unreachable; the text says what happened, the caller adds where and which method.
+    Raises RpcError; the text says what happened, the caller adds where and which method.
     """
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
-    received, size, state, end = bytearray(), 0, 'connect', time.monotonic() + seconds
+    end = time.monotonic() + seconds
     try:
-        with socket.socket(socket.AF_UNIX) if address.kind == 'unix' else \
-                socket.create_connection((address.host, address.port), seconds) as sock:
-            arm(sock, end)
-            if address.kind == 'unix':
-                sock.connect(address.path)
-            state = 'send'
-            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
-            state = 'receive'
-            while not size or len(received) < size:
-                arm(sock, end)
-                chunk = sock.recv(1 << 18)
-                if not chunk:
-                    raise Unreachable(
-                        f'the answer broke off after {len(received)} bytes' if received else
-                        'the connection was closed without an answer')
-                received += chunk
-                size = size or answer_end(received, limit)
+        sock = connect(address, seconds)
     except socket.timeout:
-        waited = f'{seconds:g} s'
-        raise Unreachable(
-            f'no connection within {waited}' if state == 'connect' else
-            f'only {len(received)} of {size or "?"} bytes came in {waited}' if received else
-            f'connected, but no answer in {waited}: reading its session, or hung') from None
+        raise Unreachable(f'no connection within {seconds:g} s') from None
     except OSError as error:
-        raise Unreachable(f'the connection was closed during a request of {len(body)} bytes: too '
-                          'large for it?' if state == 'send' else describe(error)) from None
-    if len(received) > size:
-        raise Unreachable('the answer is longer than its Content-Length says')
-    return bytes(received[received.index(b'\r\n\r\n') + 4:])
+        raise Unreachable(describe(error)) from None
+    with sock:
+        try:
+            set_deadline(sock, end)
+            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
+        except socket.timeout:
+            # It may be slow to read: what it answers tells
+            pass
+        except OSError:
+            raise Unreachable(f'the connection was closed during a request of {len(body)} '
+                              'bytes: too large for it?') from None
+        try:
+            return scgi_receive(sock, seconds, end, limit)
+        except OSError as error:
+            raise Unreachable(describe(error)) from None
 
 
 class HttpAnswer(NamedTuple):
@@ -1269,116 +1328,205 @@ class HttpAnswer(NamedTuple):
     status: int
     reason: str
     headers: Any
-    body: bytes
+    body: bytearray
 
 
-def http_handler(end: float, close: contextlib.ExitStack) -> Any:
-    """Return urllib's handler of both schemes: no read outlasts `end`, errors are answers.
+class TimedReader(io.RawIOBase):
+    """A socket to read from until a moment; what http.client takes for the socket itself."""
 
-    close: what closes them, for urllib forgets those that asked for a login.
+    def __init__(self, sock: Any, end: float):
+        super().__init__()
+        self.sock, self.end = sock, end
+        self.raw = sock.makefile('rb', buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        set_deadline(self.sock, self.end)
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def http_opener(url: str, user: str, password: str, end: float,
+                close: contextlib.ExitStack) -> Any:
+    """Return urllib's opener: with proxies and both kinds of login, but no redirections.
+
+    No read outlasts `end`. close: closes all answers, for urllib forgets those before a login.
     """
     import http.client
-    import urllib.request
+    import urllib.request as lib
 
-    class Reader(socket.SocketIO):
-        def readinto(self, buffer: Any) -> int | None:
-            arm(self._sock, end)                        # type: ignore[attr-defined]
-            return super().readinto(buffer)
+    def response(sock: Any, **options: Any) -> Any:
+        reader: Any = TimedReader(sock, end)
+        return close.enter_context(http.client.HTTPResponse(reader, **options))
 
-    class Response(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            self.fp.raw.__class__ = Reader              # type: ignore[attr-defined]
+    class Handler(lib.HTTPHandler, lib.HTTPSHandler):
+        def do_open(self, http_class: Any, *args: Any, **options: Any) -> Any:
+            def connection(*args: Any, **options: Any) -> Any:
+                made = http_class(*args, **options)
+                made.response_class = response
+                return made
+            return super().do_open(connection, *args, **options)
 
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-            timed = type('Timed', (http_class,), {'response_class': Response})
-            return close.enter_context(
-                super().do_open(timed, req, **options))         # type: ignore[arg-type]
+    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
+    if user:
+        passwords.add_password(None, url, user, password)
+    digest: Any = lib.HTTPDigestAuthHandler(passwords)
+    # One try; urllib would make six
+    digest.retried = 5
+    proxies: dict | None = None                 # those of the environment
+    if re.match(r'https?://(localhost|127\.|\[::1\])', url):
+        proxies = {}
+    opener = lib.OpenerDirector()
+    opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
+    for handler in (lib.ProxyHandler(proxies), Handler(), lib.HTTPErrorProcessor(), digest,
+                    lib.HTTPBasicAuthHandler(passwords), lib.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    return opener
 
-        def http_error_default(self, request: Any, answer: Any, *about: Any) -> Any:
-            return answer
 
-    return Handler()
+def http_body(answer: Any, limit: int) -> bytearray:
+    """Return the whole body of a web server's answer."""
+    content = bytearray()
+    # urllib itself refused, as a second login
+    if not answer.fp:
+        return content
+    while len(content) <= limit:
+        chunk = answer.read(1 << 16)
+        content += chunk
+        if not chunk:
+            break
+    if len(content) > limit:
+        raise too_large(limit)
+    # What is still to come by its Content-Length
+    if getattr(answer, 'length', 0):
+        raise Unreachable(f'the answer broke off after {len(content)} bytes')
+    return content
+
+
+def http_trouble(error: Exception, seconds: float) -> str:
+    """Return what to say of an error on the way to a web server."""
+    reason = getattr(error, 'reason', error)
+    if isinstance(reason, socket.timeout):
+        return f'no whole answer in {seconds:g} s'
+    if isinstance(reason, OSError):
+        return describe(reason)
+    if 'IncompleteRead' in str(reason):
+        return 'the answer broke off'
+    if 'scheme' in str(reason):
+        return 'HTTP 401: it asks for a login neither basic nor digest'
+    return f'not an answer of a web server: {quoted(reason)}'
 
 
 def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
-              user: str | None = None, password: str | None = None) -> HttpAnswer:
+              user: str = '', password: str = '') -> HttpAnswer:
     """POST to a web server; it may ask for a login by basic or digest authentication.
 
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
     """
     import http.client
     import urllib.error
-    import urllib.request as lib
-    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
-    if user is not None:
-        passwords.add_password(None, url, user, password or '')
-    digest = lib.HTTPDigestAuthHandler(passwords)
-    digest.retried = 5                  # type: ignore  # one try; urllib would make six
-    opener, close = lib.OpenerDirector(), contextlib.ExitStack()
-    opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
-    local = re.match(r'https?://(localhost|127\.|\[::1\])', url)
-    for handler in (lib.ProxyHandler({} if local else None), digest, lib.HTTPErrorProcessor(),
-                    lib.HTTPBasicAuthHandler(passwords),
-                    http_handler(time.monotonic() + seconds, close)):
-        opener.add_handler(handler)
-    try:
-        with close:
-            answer = opener.open(lib.Request(url, body, headers), timeout=seconds)
-            content = answer.read(limit + 1)
-            size = answer.headers.get('Content-Length', '') if answer.code == 200 else ''
-        if len(content) > limit:
-            raise Unreachable(f'the answer is larger than {show_size(limit)}, the limit')
-        if size.isdigit() and int(size) > len(content):
-            raise Unreachable(f'the answer broke off after {len(content)} of {size} bytes')
-        return HttpAnswer(answer.code, str(answer.reason), answer.headers, content)
-    except urllib.error.HTTPError as error:             # a digest login was refused
-        return HttpAnswer(error.code, str(error.reason), error.headers, b'')
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, 'reason', error)
-        if isinstance(error, http.client.IncompleteRead):
-            said = f'the answer broke off after {len(error.partial)} bytes'
-        elif isinstance(reason, socket.timeout):
-            said = f'no whole answer in {seconds:g} s'
-        elif isinstance(reason, OSError):
-            said = describe(reason)
-        elif 'scheme' in str(reason):
-            said = 'HTTP 401: it asks for a login neither basic nor digest'
-        else:
-            said = f'not an answer of a web server: {quoted(reason)}'
-        raise Unreachable(said) from None
+    import urllib.request
+    with contextlib.ExitStack() as close:
+        opener = http_opener(url, user, password, time.monotonic() + seconds, close)
+        try:
+            request = urllib.request.Request(url, body, headers)
+            try:
+                answer = opener.open(request, timeout=seconds)
+            # Any status but 2xx
+            except urllib.error.HTTPError as error:
+                answer = error
+            return HttpAnswer(answer.code, str(answer.reason), answer.headers,
+                              http_body(answer, limit))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Unreachable(http_trouble(error, seconds)) from None
 
 
 def http_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
-    """Send a request to an HTTP mount of rTorrent and return the body of its answer."""
+                 limit: int) -> bytearray:
+    """Send a request to an HTTP mount of rTorrent and return the body of its answer.
+
+    What rTorrent says comes through with any status and content type.
+    """
     answer = http_post(address.path, body, {'Content-Type': content_type}, seconds, limit,
                        address.user, address.password)
+    start = answer.body[:1000]
+    if b'<methodResponse' in start or b'"jsonrpc"' in start:
+        return answer.body
     if answer.status == 401:
         raise Unreachable('HTTP 401: user or password is wrong or missing')
-    if answer.status != 200 or 'html' in answer.headers.get('content-type', ''):
-        raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
-                          f'rTorrent: {quoted(beginning(answer.body))}')
-    return answer.body
+    raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
+                      f'rTorrent: {quoted(beginning(answer.body))}')
 
 
 def rpc_fault(fault: Any) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
     if not isinstance(fault, dict):
         return RpcError(f'a fault without a code: {quoted(fault)}')
-    code, message = (fault.get('faultCode', fault.get('code')),
-                     fault.get('faultString', fault.get('message')))
-    if 'info-hash' in str(message):
-        return HashNotFound(f'fault {code}: {quoted(message)}', code)
-    hint = ('; the web server in between marks its connections as untrusted: use scgi:// here'
-            if 'untrusted' in str(message) else '')
-    return RpcError(f'fault {code}: {quoted(message)}{hint}', code)
+    code = fault.get('faultCode', fault.get('code'))
+    message = str(fault.get('faultString', fault.get('message')))
+    if not isinstance(code, int):
+        code = None
+    said = f'fault {code}: {quoted(message)}'
+    if 'info-hash' in message:
+        return HashNotFound(said, code)
+    if 'untrusted' in message:
+        said += ('; the web server in between marks its connections as untrusted: '
+                 'use scgi:// here')
+    return RpcError(said, code)
 
 
-# XML-RPC. rTorrent takes and gives integers of 64 bits as <i8>, which xmlrpc.client refuses to
-# send; and expat, below xmlrpc.client, fails over control characters and bytes that are not
-# UTF-8, which rTorrent passes on from torrents. So both directions are our own.
+def json_text(content: bytes | bytearray, room: int) -> str:
+    """Return JSON text; RpcError if it and its value may take more than `room` bytes of memory."""
+    # In CPython one emoji makes all characters of a text take 4 bytes; a number or a short text
+    # takes 40 bytes and more, a list or a dict 90
+    width = 1
+    if not content.isascii():
+        width = 4
+    weight = 2 * width * len(content)
+    for mark, size in ((b',', 40), (b'[', 90), (b'{', 90)):
+        weight += size * content.count(mark)
+    if weight > room:
+        raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
+                       'times the limit (rpc_limit)')
+    return content.decode('utf-8', 'replace')
+
+
+# XML-RPC. Requests are our own since xmlrpc.client takes 6 MiB and 14 ms to import; answers since
+# expat, below it, fails over control characters and bytes that are not UTF-8, which rTorrent
+# passes on from torrents, and takes three times as long.
+
+# Other text goes as base64, which rTorrent takes for any text: older ones refuse emoji and
+# control characters, no XML carries \r or bytes that are not UTF-8.
+PLAIN_TEXT = re.compile('[\t\n -\ud7ff]*')
+
+
+def sendable(value: Any) -> Any:
+    """Return a value as both xmlrpc.client and rTorrent take it, in what it holds as well."""
+    if isinstance(value, (list, tuple)):
+        return [sendable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: sendable(item) for name, item in value.items()}
+    # Older ones refuse <boolean>
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
+        # rTorrent takes text for numbers
+        return str(value)
+    if isinstance(value, str) and not PLAIN_TEXT.fullmatch(value):
+        try:
+            return value.encode('utf-8', 'surrogateescape')
+        except UnicodeEncodeError:
+            raise RpcError(f'{quoted(value)} cannot be sent to rTorrent') from None
+    return value
+
 
 def xml_escape(text: Any) -> str:
     """Return text as character data."""
@@ -1386,14 +1534,14 @@ def xml_escape(text: Any) -> str:
 
 
 def xml_value(value: Any) -> str:
-    """Return a <value>; numbers are i8, booleans too (older rTorrents refuse <boolean>)."""
+    """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
         return f'<value><string>{xml_escape(value)}</string></value>'
     if isinstance(value, int):
-        return f'<value><i8>{int(value)}</i8></value>'
+        return f'<value><i8>{value}</i8></value>'
     if isinstance(value, bytes):
         return f'<value><base64>{binascii.b2a_base64(value).decode()}</base64></value>'
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return f"<value><array><data>{''.join(map(xml_value, value))}</data></array></value>"
     if isinstance(value, dict):
         members = ''.join(f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
@@ -1404,330 +1552,310 @@ def xml_value(value: Any) -> str:
 
 
 def xml_request(method: str, params: Iterable) -> bytes:
-    """Return a methodCall; file names that are not UTF-8 go out as the bytes they are."""
-    values = ''.join(f'<param>{xml_value(value)}</param>' for value in params)
-    text = (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
-            f'<params>{values}</params></methodCall>')
-    try:
-        return text.encode('utf-8', 'surrogateescape')
-    except UnicodeEncodeError as error:
-        raise RpcError(f'{quoted(error.object[error.start])} cannot be sent to rTorrent') from None
+    """Return a methodCall."""
+    values = ''.join(f'<param>{xml_value(value)}</param>' for value in sendable(list(params)))
+    return (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
+            f'<params>{values}</params></methodCall>').encode()
 
 
-# An answer is turned into JSON text by replacing its tags, in this order, and JSON's grammar finds
-# what does not fit together. \0, which no XML holds, stands for the end of a value for a while.
+def xml_batch(calls: list[tuple]) -> bytes:
+    """Return one methodCall for many calls."""
+    entries = [{'methodName': method, 'params': params} for method, *params in calls]
+    return xml_request('system.multicall', [entries])
 
+
+# An answer becomes JSON text by replacing its tags, in this order, so that the C code of `bytes`
+# and `json` does all the work, and JSON's grammar finds what does not fit together:
+#
+#     <value><array><data>\r\n<value><i8>7</i8></value>\r\n</data></array></value>
+#     [\r\n7\0\r\n]\0                         tags replaced; \0, which no XML holds, ends a value
+#     [\n7],                                  \0 is a comma, but for the last value of a list
+#
+# A tag that stands in no pair (<double>, <ex:i8>) is left, and xmlrpc.client reads that answer.
 XML_AS_JSON = (
-    ('\\', r'\\'), ('"', r'\"'), ('<value><string>', '"'), ('</string></value>', '"\0'),
-    ('<value><i8>', ''), ('</i8></value>', '\0'), ('<value><i4>', ''), ('</i4></value>', '\0'),
-    ('<value><int>', ''), ('</int></value>', '\0'), ('<value><string/></value>', '""\0'),
-    ('<value><boolean>0</boolean></value>', 'false\0'),
-    ('<value><boolean>1</boolean></value>', 'true\0'),
-    ('<value><array><data>', '['), ('</data></array></value>', ']\0'),
-    ('<value><array><data/></array></value>', '[]\0'), ('<value><struct/></value>', '{}\0'),
-    ('<value><struct>', '{'), ('</struct></value>', '}\0'),
-    ('<member>', ''), ('<name>', '"'), ('</name>', '":'), ('</member>', ''),
-    ('\r\n', '\n'), ('\r', '\n'),       # line ends are as XML has them
-    ('\0]', ']'), ('\0\n]', ']'), ('\0}', '}'), ('\0\n}', '}'), ('\0\n\n}', '}'), ('\0', ','))
-XML_ANSWER = re.compile(
-    r'\s*(?:<\?xml[^>]*\?>\s*)?<methodResponse>\s*(?:<params>\s*<param>|(<fault>))(.*)'
-    r'(?:</param>\s*</params>|</fault>)\s*</methodResponse>\s*', re.S)
-XML_ENTITY = re.compile('&(#x?|)([^;]*);?')
-XML_ENTITIES = {'lt': '<', 'gt': '>', 'amp': '&', 'quot': '"', 'apos': "'"}
+    (b'\\', b'\\\\'),
+    (b'"', b'\\"'),
+    (b'<value><string>', b'"'),
+    (b'</string></value>', b'"\0'),
+    (b'<value><string/></value>', b'""\0'),
+    (b'<value><i8>', b''),
+    (b'</i8></value>', b'\0'),
+    (b'<value><i4>', b''),
+    (b'</i4></value>', b'\0'),
+    (b'<value><int>', b''),
+    (b'</int></value>', b'\0'),
+    (b'<value><boolean>0</boolean></value>', b'false\0'),
+    (b'<value><boolean>1</boolean></value>', b'true\0'),
+    (b'<value><array><data>', b'['),
+    (b'</data></array></value>', b']\0'),
+    (b'<value><array><data/></array></value>', b'[]\0'),
+    (b'<value><struct>', b'{'),
+    (b'</struct></value>', b'}\0'),
+    (b'<value><struct/></value>', b'{}\0'),
+    (b'<member>', b''),
+    (b'</member>', b''),
+    (b'<name>', b'"'),
+    (b'</name>', b'":'),
+    # Line ends are as XML has them
+    (b'\r\n', b'\n'),
+    (b'\r', b'\n'),
+    (b'\0]', b']'),
+    (b'\0\n]', b']'),
+    (b'\0}', b'}'),
+    (b'\0\n}', b'}'),
+    (b'\0\n\n}', b'}'),
+    (b'\0', b','))
+XML_HEAD = re.compile(rb'\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
+                      rb'(?:<params>\s{0,9}<param>|(<fault>))')
+XML_TAIL = re.compile(rb'(?:</param>\s{0,9}</params>|</fault>)\s{0,9}</methodResponse>\s{0,9}\Z')
+XML_ENTITIES = (
+    (b'&lt;', b'<'),
+    (b'&gt;', b'>'),
+    (b'&quot;', b'\\"'),
+    (b'&apos;', b"'"),
+    (b'&#13;', b'\\r'),
+    (b'&amp;', b'&'))
 
 
-def xml_loads(text: str) -> Any:
-    """Return the value in an unusual answer, read by xmlrpc.client."""
-    if '<!' in text:
-        raise RpcError('the answer has a DTD or the like, which is refused')
+def xml_loads(content: bytes | bytearray, limit: int) -> Any:
+    """Return the value in an unusual answer, read by xmlrpc.client, which takes more memory."""
+    if b'<!' in content:
+        raise Unreachable('the answer has a DTD or the like, which is refused')
+    if len(content) > limit // 2:
+        raise Unreachable('the answer is not XML-RPC as rTorrent writes it, and too large for it')
     import xmlrpc.client
     try:
-        return xmlrpc.client.loads(text, use_builtin_types=True)[0][0]
+        value = xmlrpc.client.loads(content.decode('utf-8', 'replace'), use_builtin_types=True)
+        # It reads what is nested too deep for anybody else
+        repr(value)
+        return value[0][0]
     except xmlrpc.client.Fault as fault:
         raise rpc_fault(vars(fault)) from None
-    except Exception:                           # of many kinds, as the damage has it
-        raise RpcError(f'the answer is not XML-RPC: {quoted(text[:80])}') from None
+    # Of many kinds, as the damage has it
+    except Exception:
+        raise Unreachable(f'the answer is not XML-RPC: {quoted(beginning(content))}') from None
 
 
-def xml_from_base64(found: re.Match) -> str:
+def xml_from_base64(found: re.Match) -> bytes:
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
-    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
-    return '<string>%s</string>' % xml_escape(text).replace('\r', '&#13;')
+    text = xml_escape(binascii.a2b_base64(found[1]).decode('utf-8', 'replace'))
+    return b'<string>%s</string>' % text.replace('\r', '&#13;').encode()
 
 
-def xml_entity(found: re.Match) -> str:
-    """Return the character of an entity as JSON has it."""
-    base = {'#': 10, '#x': 16}.get(found[1])
-    return json.dumps(chr(int(found[2], base)) if base else XML_ENTITIES[found[2]])[1:-1]
+def xml_as_json(inner: bytes) -> bytes:
+    """Return JSON text for what stands in the <param> of an answer; ValueError where it cannot."""
+    # NUL is a mark below
+    inner = inner.replace(b'\0', b'?')
+    if b'<base64>' in inner:
+        inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
+    for tag, mark in XML_AS_JSON:
+        inner = inner.replace(tag, mark)
+    if b'<' in inner:
+        raise ValueError('a tag that rTorrent does not send')
+    if b'&' in inner:
+        if inner.count(b'&') > sum(inner.count(entity) for entity, _ in XML_ENTITIES):
+            raise ValueError('an entity that rTorrent does not send')
+        for entity, character in XML_ENTITIES:
+            inner = inner.replace(entity, character)
+    return inner.rstrip(b'\n,')
 
 
-def xml_reply(content: bytes) -> Any:
+def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
-    text = content.decode('utf-8', 'replace').replace('\0', '\ufffd')    # NUL is a mark below
+    head = XML_HEAD.match(content)
+    tail = XML_TAIL.search(content, max(len(content) - 100, 0))
+    if not head or not tail:
+        return xml_loads(content, limit)
+    # Text and value take enough memory
+    with memoryview(content) as view:
+        inner = bytes(view[head.end():tail.start()])
     try:
-        if '<base64>' in text:
-            text = re.sub('<base64>([^<]*)</base64>', xml_from_base64, text)
-        answer = XML_ANSWER.fullmatch(text)
-        if not answer:
-            raise ValueError('not what rTorrent sends')
-        inner = answer[2]
-        for tag, mark in XML_AS_JSON:
-            inner = inner.replace(tag, mark)
-        if '<' in inner:
-            raise ValueError('a tag that rTorrent does not send')
-        if '&' in inner:
-            inner = XML_ENTITY.sub(xml_entity, inner)
-        value = json.loads(inner.rstrip('\n,'), strict=False)
-    except (ValueError, LookupError, OverflowError, RecursionError):
-        return xml_loads(text)
-    if answer[1]:
+        inner = xml_as_json(inner)
+        text = json_text(inner, WEIGHT * limit - len(content))
+        del inner
+        value = json.loads(text, strict=False)
+    except ValueError:
+        return xml_loads(content, limit)
+    if head[1]:
         raise rpc_fault(value)
     return value
 
 
+def xml_answers(content: bytes | bytearray, count: int, limit: int = RPC_LIMIT) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed."""
+    entries = xml_reply(content, limit)
+    if not isinstance(entries, list) or len(entries) != count:
+        raise RpcError('system.multicall did not answer every call')
+    answers = []
+    for entry in entries:
+        if isinstance(entry, list) and entry:
+            answers.append(entry[0])
+        else:
+            answers.append(rpc_fault(entry))
+    return answers
+
+
 # JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
 # character, but a single name that is not UTF-8 turns a whole answer into an error.
-
 JSON_NOT_UTF8 = 'type_error.316'
-VERBS = frozenset(      # each begins a part of the name of a command that changes something
-    'add adjust call check clear close create delete disable disconnect enable erase filter insert '
-    'pause persistent prune push remove resume save set shutdown sort start stop try unset '
-    'update'.split())
-ACTIONS = frozenset(    # such parts that begin like others which only tell something
-    'open open_local open_port open_systemd send_scrape tracker_announce'.split())
-READS = frozenset('d f t p view session system throttle network pieces directory download_list '
-                  'equal not and or greater less match compare cat value false if'.split())
 
 
-def only_reads(method: str, params: Iterable) -> bool:
-    """Tell whether a call, and the commands in its parameters, change nothing."""
-    words = [method]
-    for param in params:
-        words += re.findall(r'(?<![\w.])[a-z][\w.]*(?==)|(?<=\()[a-z][\w.]*', str(param))
-    return all(parts[0] in READS and ACTIONS.isdisjoint(parts)
-               and VERBS.isdisjoint(part.partition('_')[0] for part in parts[1:])
-               for parts in (word.split('.') for word in words))
-
-
-def json_request(calls: list[tuple]) -> bytes:
-    """Return a request of one call, or a batch; its ids count from 0."""
-    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': [
-        'data:application/octet-stream;base64,' + binascii.b2a_base64(param).decode().strip()
-        if isinstance(param, bytes) else param for param in params]}
-        for number, (method, *params) in enumerate(calls)]
+def json_batch(calls: list[tuple]) -> bytes:
+    """Return one request for many calls; their ids count from 0."""
+    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
+             for number, (method, *params) in enumerate(calls)]
     try:
-        return json.dumps(items if len(items) > 1 else items[0]).encode()
+        return json.dumps(items).encode()
     except (TypeError, ValueError) as error:
         raise RpcError(f'this cannot be sent to rTorrent: {error}') from None
 
 
-def json_reply(content: bytes, count: int) -> list:
-    """Return the results of `count` calls, an RpcError in the place of each that failed.
+def json_answers(text: str, count: int) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed.
 
     Raises it where there is no answer to all, as when one text in it is not UTF-8.
     """
-    try:
-        items = json.loads(content.decode('utf-8', 'replace'))
-    except (ValueError, RecursionError):
-        items = None
-    if isinstance(items, dict):
-        if 'error' in items and (count > 1 or JSON_NOT_UTF8 in str(items['error'])):
-            raise rpc_fault(items['error'])
+    items = None
+    with contextlib.suppress(ValueError):
+        items = json.loads(text)
+    if not isinstance(items, list):
         items = [items]
-    if not isinstance(items, list) or len(items) != count or not all(
-            isinstance(item, dict) for item in items):
-        raise RpcError(f'the answer is not JSON-RPC: {quoted(beginning(content))}')
-    return [item['result'] if 'result' in item else rpc_fault(item.get('error'))
-            for item in items]
+    answers = []
+    for item in items:
+        if not isinstance(item, dict):
+            raise Unreachable(f'the answer is not JSON-RPC: {quoted(text[:80])}')
+        if 'result' in item:
+            answers.append(item['result'])
+            continue
+        fault = rpc_fault(item.get('error'))
+        if len(items) < count or JSON_NOT_UTF8 in str(fault):
+            # One for all
+            raise fault
+        answers.append(fault)
+    if len(answers) != count:
+        raise RpcError('the batch did not answer every call')
+    return answers
 
 
-# Commands that take arguments as data; others (multicall, branch ...) run them.
-DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
-                          r'execute[\w.]{0,99}')
-RUNS_TEXT = re.compile(r'[dtp]\.multicall|load\.|branch|if|and|or|not|cat|catch|try|equal|less|'
-                       r'greater|match|compare|elapsed|view\.(filter|sort)|schedule|method|event')
-COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+# rTorrent 0.9.8 aborts over a command on files without the file's index, be it called, among the
+# fields of a list, or one of the commands that others run. The latter may hold names of torrents:
+# they are no commands unless they begin so.
+FILE_COMMAND = re.compile(r'(?<![\w.])f\.(?!multicall)[a-z]')
+RUNS_COMMANDS = re.compile(r'load\.|branch$')
 
 
-def split_commands(text: str, marks: str) -> list[str]:
-    """Return text split at marks that are outside of double quotes."""
-    parts = ['']
-    for piece in COMMAND_PIECE.findall(text):
-        if piece in marks:
-            parts.append('')
-        else:
-            parts[-1] += piece
-    return parts
-
-
-def lacks_file(text: str, depth: int = 0) -> bool:
-    r"""Tell whether commands hold an f. command that is given no file: rTorrent 0.9.8 aborts.
-
-    >>> lacks_file('f.multicall=*,f.path='), lacks_file('branch=d.x=,"d.y=$f.path="')
-    (False, True)
-    """
-    if 'f.' not in text or depth > 20:
-        return depth > 20
-    for command in split_commands(text, ';\n'):
-        command = command.strip()
-        head = re.match(r'([$("\s]{0,9})([\w.]{0,99})', command)
-        opened, name = head.groups()            # type: ignore[union-attr]
-        rest = command[len(opened) + len(name):].lstrip()
-        if name.startswith('f.multicall'):
-            continue                            # the files are given by it
-        if name.startswith('f.') and (rest.startswith('=') or '(' in opened or '$' in opened):
-            return True
-        for word in split_commands(rest[1:], ','):
-            word = word.strip()
-            if word.startswith('"'):
-                word = re.sub(r'\\(.)', r'\1', word[1:].rstrip('"'))
-            is_text = DATA_COMMAND.fullmatch(name) and not word.startswith(('$', '('))
-            if not is_text and not word.startswith('{') and lacks_file(word, depth + 1):
-                return True
-    return False
-
-
-def refuse_deadly(method: str, params: list) -> None:
-    """Refuse f.x(HASH) without a file's index, in any disguise: rTorrent 0.9.8 dies of it."""
+def refuse_deadly(method: str, params: Iterable) -> None:
+    """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
+    params, deadly = list(params), False
+    # What f.multicall runs has an index
+    words = [param.partition('f.multicall')[0].lstrip('$ ')
+             for param in params if isinstance(param, str)]
     if method == 'system.multicall':
-        for entry in params[0] if params else ():
-            refuse_deadly(entry['methodName'], list(entry['params']))
-    listing = RUNS_TEXT.match(method) and any(
-        isinstance(param, str) and lacks_file(param) for param in params)
-    bare = method.startswith('f.') and 'multicall' not in method and ':f' not in str(params[:1])
-    if listing or bare:
+        for entry in params[0]:
+            refuse_deadly(entry['methodName'], entry['params'])
+    elif FILE_COMMAND.match(method):
+        deadly = ':f' not in str(params[:1])
+    elif '.multicall' in method and not method.startswith('f.'):
+        deadly = any(FILE_COMMAND.search(word) for word in words)
+    elif RUNS_COMMANDS.match(method):
+        deadly = any(FILE_COMMAND.match(word) for word in words[1:])
+    if deadly:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
-class Method:
-    """The name of a command, dots and all; calling it calls the command."""
+class Transport:
+    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
 
-    def __init__(self, proxy: Proxy, name: str):
-        self._proxy, self._name = proxy, name
+    def __init__(self, carry: Callable[[bytes], Any]):
+        self.carry = carry
 
-    def __getattr__(self, name: str) -> Method:
-        return Method(self._proxy, f'{self._name}.{name}')
+    def request(self, host: str, handler: str, body: bytes, verbose: bool = False) -> tuple:
+        """Return what a call answers, alone in a tuple; host and handler are placeholders."""
+        return (self.carry(body),)
 
-    def __call__(self, *params: Any) -> Any:
-        return self._proxy.call(self._name, *params)
+    def close(self) -> None:
+        """Do nothing: there is a connection for each call."""
 
 
-class Proxy:
-    """Calls rTorrent as xmlrpc.client.ServerProxy does: proxy.d.name(HASH).
+@functools.lru_cache(None)
+def proxy_class() -> Any:
+    """Return the class of what Engine.open() gives, a ServerProxy that takes more values."""
+    import xmlrpc.client
 
-    send: request body and content type in, body of the answer out. notice: told after every
-    exchange what failed, also that a command is missing, or None. All of it raises RpcError.
-    """
+    class Proxy(xmlrpc.client.ServerProxy):
+        # What every call of a ServerProxy goes through is its private __request.
+        def _ServerProxy__request(self, method: str, params: tuple) -> Any:
+            refuse_deadly(method, params)
+            request = super()._ServerProxy__request         # type: ignore[misc]
+            return request(method, tuple(sendable(params)))
 
-    def __init__(self, send: Callable[[bytes, str], bytes], where: str, speaks_json: bool = False,
-                 notice: Callable[[RpcError | None], None] = lambda error: None):
-        self.send, self.where, self.speaks_json, self.notice = send, where, speaks_json, notice
-        self.xml_only: set = set()      # questions whose answer JSON could not carry
-
-    def __getattr__(self, name: str) -> Method:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return Method(self, name)
-
-    def call(self, method: str, *params: Any) -> Any:
-        """Return what one command answers."""
-        if method == 'system.multicall':
-            return [{'faultCode': value.code, 'faultString': str(value)}
-                    if isinstance(value, RpcError) else [value] for value in self.batch(
-                        [(entry['methodName'], *entry['params']) for entry in params[0]])]
-        value = self.ask([(method, *params)])[0]
-        if isinstance(value, RpcError):
-            raise type(value)(f'{self.where}: {method}: {value}', value.code)
-        return value
-
-    def batch(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to many (method, *params) in one round trip, or few if very many.
-
-        In the place of a call that failed is its RpcError.
-        """
-        calls = list(calls)
-        return [answer for start in range(0, len(calls), BATCH)
-                for answer in self.ask(calls[start:start + BATCH])]
-
-    def ask(self, calls: list[tuple]) -> list:
-        """Return the answers to calls that go out in one request."""
-        name = calls[0][0] if len(calls) == 1 else f'a batch from {calls[0][0]} on'
-        try:
-            for method, *params in calls:
-                refuse_deadly(method, params)
-            answers = self.exchange(calls)
-        except RpcError as error:
-            found = type(error)(f'{self.where}: {name}: {error}', error.code)
-            self.notice(found)
-            raise found from None
-        self.notice(next((answer for answer in answers if isinstance(answer, RpcError)
-                          and answer.code in MISSING), None))
-        return answers
-
-    def exchange(self, calls: list[tuple]) -> list:
-        """Return the answers by JSON where it serves, else by XML."""
-        question = repr([(method, *params[1:]) for method, *params in calls])
-        if self.speaks_json and question not in self.xml_only:
-            content = self.send(json_request(calls), 'application/json')
-            try:
-                return json_reply(content, len(calls))
-            except RpcError as error:
-                if JSON_NOT_UTF8 not in str(error):
-                    raise
-                if not all(only_reads(method, params) for method, *params in calls):
-                    raise RpcError(f'the commands were run, but their answer is lost: {error}'
-                                   ) from None
-            if len(self.xml_only) >= 1000:
-                self.xml_only.clear()
-            self.xml_only.add(question)
-        if len(calls) == 1:
-            content = self.send(xml_request(calls[0][0], calls[0][1:]), 'text/xml')
-            try:
-                return [xml_reply(content)]
-            except RpcError as error:
-                return [error]
-        body = xml_request('system.multicall', [[
-            {'methodName': method, 'params': params} for method, *params in calls]])
-        answers = xml_reply(self.send(body, 'text/xml'))
-        if not isinstance(answers, list) or len(answers) != len(calls):
-            raise RpcError('system.multicall did not answer every call')
-        return [answer[0] if isinstance(answer, list) and answer else rpc_fault(answer)
-                for answer in answers]
+    return Proxy
 
 
 # --- Engine ----------------------------------------------------------------------------------
-# A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent. Its
-# open() gives a Proxy and looks once at what this rTorrent is and offers, again after a
-# restart. It says in the log, once, when its rTorrent is gone and when it is back.
+# A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
+# doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
+# first question, and again after a restart, it looks what this rTorrent is and offers. It says in
+# the log, once, when its rTorrent is gone and when it is back. Any thread may use it.
 
-VIEWS = ('default', 'main', 'started', 'stopped', 'complete', 'incomplete', 'seeding',
-         'leeching', 'active', 'messages')
-GAUGES = {                              # Stats field -> rTorrent command
-    'up_rate': 'throttle.global_up.rate', 'up_limit': 'throttle.global_up.max_rate',
-    'up_total': 'throttle.global_up.total', 'down_rate': 'throttle.global_down.rate',
-    'down_limit': 'throttle.global_down.max_rate', 'down_total': 'throttle.global_down.total',
-    'open_sockets': 'network.open_sockets', 'max_open_sockets': 'network.max_open_sockets',
-    'open_files': 'network.open_files', 'max_open_files': 'network.max_open_files'}
-# One look at rTorrent: uptime and rpc_time in seconds, rates in bytes a second, 0 is no limit;
-# views has the size of each. What it does not tell is None.
-Stats: Any = collections.namedtuple('Stats', (          # type: ignore[misc]
-    'engine_id', 'version', 'uptime', *GAUGES, 'views', 'rpc_time'))
-RC_FILES = ('~/.rtorrent.rc', '~/.config/rtorrent/rtorrent.rc')
+VIEWS = ('default main started stopped complete incomplete seeding leeching active '
+         'messages').split()
+# Stats field -> rTorrent command
+GAUGES = {
+    'up_rate': 'throttle.global_up.rate',
+    'up_limit': 'throttle.global_up.max_rate',
+    'up_total': 'throttle.global_up.total',
+    'down_rate': 'throttle.global_down.rate',
+    'down_limit': 'throttle.global_down.max_rate',
+    'down_total': 'throttle.global_down.total',
+    'open_sockets': 'network.open_sockets',
+    'max_open_sockets': 'network.max_open_sockets',
+    'open_files': 'network.open_files',
+    'max_open_files': 'network.max_open_files'}
+ABOUT = ('view.list session.name session.path system.cwd system.client_version '
+         'system.library_version system.pid startup_time network.rpc.use_jsonrpc').split()
+RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
+            '~/.rtorrent.rc']
 RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
+# Characters of an rc that are read
+RC_LIMIT = 1 << 20
 
 
-def process_start(pid: int | None, address: Address) -> float | None:
+class Stats(NamedTuple):
+    """The figures of an rTorrent; rates in bytes a second; None is what it does not tell."""
+    engine_id: str
+    version: str
+    uptime: float | None                # seconds
+    up_rate: int | None
+    up_limit: int | None                # 0 is none
+    up_total: int | None
+    down_rate: int | None
+    down_limit: int | None
+    down_total: int | None
+    open_sockets: int | None
+    max_open_sockets: int | None
+    open_files: int | None
+    max_open_files: int | None
+    views: dict[str, int | None]        # of each of VIEWS, how many items it has
+    rpc_time: float                     # seconds that rTorrent took to tell all this
+
+
+def process_start(pid: int, address: Address) -> float | None:
     """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
-    if not pid or not address.is_local():
+    if not address.is_local():
         return None
     try:
         with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
             name, _, fields = stat.read().partition('(')[2].rpartition(')')
-        if not name.startswith('rtorrent'):             # the pid belongs to a container
+        # The pid belongs to a container
+        if not name.startswith('rtorrent'):
             return None
-        return time.time() - elapsed_time() + int(fields.split()[19]) / os.sysconf('SC_CLK_TCK')
+        # Ticks after boot at which it began: proc(5)
+        ticks = int(fields.split()[19])
     except (OSError, ValueError, IndexError):
         return None
+    booted = time.time() - elapsed_time()
+    return booted + ticks / os.sysconf('SC_CLK_TCK')
 
 
 def without_errors(answers: list) -> list:
@@ -1738,60 +1866,150 @@ def without_errors(answers: list) -> list:
     return answers
 
 
+def typed(answer: Any, unknown: Any) -> Any:
+    """Return an answer if it is of the same type as `unknown`, else that."""
+    if isinstance(answer, type(unknown)):
+        return answer
+    return unknown
+
+
+def texts(answer: Any) -> frozenset[str]:
+    """Return the texts in an answer that is a list."""
+    return frozenset(item for item in typed(answer, []) if isinstance(item, str))
+
+
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
-    But a job that is being made may open() one that is not there yet: its calls fail until it is.
+    What it is and offers is in the attributes once ask(), tell(), has() or reach() was called.
+    aliases: of trackers, name -> beginnings of their URLs.
     """
-    making = threading.local()          # .jobs is true in the thread that makes them
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
-                 same_files: bool = False):
+                 aliases: dict[str, list[str]] | None = None, same_files: bool = False):
         self.address = parse_address(url)
-        self.timeout, self.limit, self.same_files = timeout, limit, same_files
+        # Its paths mean our files, whatever can be proven of that
+        self.same_files = same_files
+        self.timeout = timeout
+        self.limit = limit
+        self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
-        self.lock = threading.Lock()            # guards gone_since
-        self.proxy: Proxy | None = None
+        # Guards gone_since
+        self.lock = threading.Lock()
+        # In elapsed time
         self.gone_since: float | None = None
-        self.stamp: Any = None
-        self.pid: int | None = None
-        self.methods: frozenset = frozenset()
-        self.engine_id, self.session_path, self.cwd, self.versions = '', '', '', ('', '')
-        self.said: set[str] = set()             # what is worth a line of the log only once
-        self.views: frozenset = frozenset()
-        self.aliases: dict[str, list[str]] = {}         # of trackers: name -> beginnings of URLs
+        # What reach() knows is of this socket file
+        self.stamp: tuple | None = None
+        self.methods = texts([])
+        self.views = texts([])
+        self.engine_id = ''
+        self.session_path = ''
+        self.cwd = ''
+        # What is worth a line of the log only once
+        self.said: set[str] = set()
+        self.versions = ('', '')
+        self.pid = 0
+        # Unix seconds
         self.startup: float | None = None
+        self.speaks_json = False
+        # Questions whose answer JSON could not carry
+        self.xml_only: set[str] = set()
 
-    def open(self) -> Proxy:
-        """Return a Proxy to call rTorrent with, after a look at what it offers."""
+    def open(self) -> Any:
+        """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
+        transport = Transport(self.carry)
+        return proxy_class()('http://rtorrent/RPC2', transport=transport)
+
+    def carry(self, body: bytes) -> Any:
+        """Return the answer to one methodCall."""
+        method = body.partition(b'<methodName>')[2].partition(b'<')[0].decode()
+        with self.exchange(method):
+            return xml_reply(self.send(body, 'text/xml'), self.limit)
+
+    def ask(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to many questions, (method, *params) each, in one round trip.
+
+        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
+        """
+        self.reach()
+        return self.in_parts(calls, self.best_answers)
+
+    def tell(self, calls: Iterable[tuple]) -> list:
+        """Return the answers to commands, as ask() does; these are never sent twice."""
+        self.reach()
+        return self.in_parts(calls, self.answers_by_xml)
+
+    def in_parts(self, calls: Iterable[tuple], get: Callable[[list[tuple]], list]) -> list:
+        """Return the answers to calls, of which each request takes BATCH."""
+        left, answers = list(calls), []
+        for start in range(0, len(left), BATCH):
+            part = left[start:start + BATCH]
+            name = part[0][0]
+            if len(part) > 1:
+                name = f'a batch from {name} on'
+            with self.exchange(name):
+                for method, *params in part:
+                    refuse_deadly(method, params)
+                found = get(part)
+            for (method, *_), answer in zip(part, found):
+                if isinstance(answer, RpcError):
+                    answer = self.failed(answer, method)
+                answers.append(answer)
+        return answers
+
+    def best_answers(self, calls: list[tuple]) -> list:
+        """Return the answers to questions that go out together, by JSON where it serves."""
+        question = repr([(method, *params[1:]) for method, *params in calls])
+        if not self.speaks_json or question in self.xml_only:
+            return self.answers_by_xml(calls)
+        text = json_text(self.send(json_batch(calls), 'application/json'), WEIGHT * self.limit)
         try:
-            return self.reach()
-        except Unreachable:
-            if not getattr(self.making, 'jobs', False):
+            return json_answers(text, len(calls))
+        except RpcError as error:
+            if JSON_NOT_UTF8 not in str(error):
                 raise
-            return Proxy(self.send, self.address.where, False, self.notice)
+        if len(self.xml_only) >= 1000:
+            self.xml_only.clear()
+        self.xml_only.add(question)
+        return self.answers_by_xml(calls)
 
-    def reach(self) -> Proxy:
-        """Return the same, also while jobs are made only of an rTorrent that is there."""
-        stamp, proxy = None, self.proxy
-        with contextlib.suppress(OSError):      # a restarted rTorrent makes a new socket file
-            found = os.stat(self.address.path)
-            stamp = found.st_ino, found.st_ctime_ns
-        if proxy is None or stamp != self.stamp:
-            proxy, self.stamp = self.look(), stamp
-        return proxy
+    def answers_by_xml(self, calls: list[tuple]) -> list:
+        """Return the answers to calls that go out together, by XML."""
+        content = self.send(xml_batch(calls), 'text/xml')
+        return xml_answers(content, len(calls), self.limit)
 
-    def send(self, body: bytes, content_type: str) -> bytes:
+    def send(self, body: bytes, content_type: str) -> bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        request = http_request if self.address.kind == 'http' else scgi_request
+        request = scgi_request
+        if self.address.kind == 'http':
+            request = http_request
         self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         return request(self.address, body, content_type, self.timeout, self.limit)
+
+    @contextlib.contextmanager
+    def exchange(self, name: str) -> Iterator[None]:
+        """Let what fails in here say where and in which call, and notice whether it does."""
+        try:
+            try:
+                yield
+            except RecursionError:
+                raise RpcError('the answer is nested too deep') from None
+        except RpcError as error:
+            named = self.failed(error, name)
+            self.notice(named)
+            raise named from None
+        self.notice(None)
+
+    def failed(self, error: RpcError, method: str) -> RpcError:
+        """Return the error that says where and which call failed; look again if need be."""
+        if isinstance(error, Unreachable) or error.code in MISSING:
+            # It may have been restarted or upgraded
+            self.stamp = None
+        return type(error)(f'{self.address.where}: {method}: {error}', error.code)
 
     def notice(self, error: RpcError | None) -> None:
         """Log that rTorrent has gone, or is back; an error that says so counts as told."""
         with self.lock:
-            if error is not None:
-                self.proxy = None       # was it restarted or upgraded? look again
             if isinstance(error, Unreachable):
                 error.told = True
                 if self.gone_since is None:
@@ -1802,43 +2020,33 @@ class Engine:
                               show_duration(elapsed_time() - self.gone_since))
                 self.gone_since = None
 
-    def look(self) -> Proxy:
+    def reach(self) -> None:
+        """Look what rTorrent is and offers, unless that is known; RpcError if it is away."""
+        stamp = None
+        # A restarted rTorrent makes a new socket file
+        with contextlib.suppress(OSError):
+            found = os.stat(self.address.path)
+            stamp = found.st_ino, found.st_ctime_ns
+        if self.stamp is None or stamp != self.stamp[0]:
+            self.look()
+            self.stamp = (stamp,)
+
+    def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
-        proxy = Proxy(self.send, self.address.where, False, self.notice)
-        methods = proxy.call('system.listMethods')
-        if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
-            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of '
-                           f'commands: {quoted(methods)}')
-        names = ('view.list', 'session.name', 'session.path', 'system.client_version',
-                 'system.library_version', 'system.pid', 'system.cwd', 'startup_time',
-                 'network.rpc.use_jsonrpc')
-        answers = proxy.batch((name, '') for name in names)
-        known = {name: value for name, value in zip(names, answers)
-                 if not isinstance(value, RpcError)}
-        self.methods, views = frozenset(methods), known.get('view.list')
-        self.views = frozenset(views if isinstance(views, list) else ())
-        self.session_path = str(known.get('session.path', ''))
-        self.cwd = str(known.get('system.cwd', ''))
-        self.engine_id = str(known.get('session.name', self.address.where))
-        self.versions = (str(known.get('system.client_version', '?')),
-                         str(known.get('system.library_version', '?')))
-        self.pid = known.get('system.pid')
-        self.startup = known.get('startup_time') or process_start(self.pid, self.address)
-        proxy.speaks_json = known.get('network.rpc.use_jsonrpc') == 1
-        self.proxy = proxy
-        return proxy
-
-    def ask(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to many questions, (method, *params) each, in one round trip.
-
-        In the place of one that failed is its RpcError. Questions only: they may be sent twice.
-        """
-        return self.open().batch(calls)
-
-    def tell(self, calls: Iterable[tuple]) -> list:
-        """Return the answers to commands, as ask() does; these are never sent twice."""
-        self.open()                     # look first, whether it is there
-        return Proxy(self.send, self.address.where, False, self.notice).batch(calls)
+        self.methods = texts(self.carry(xml_request('system.listMethods', [])))
+        if not self.methods:
+            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of commands')
+        calls = [(command, '') for command in ABOUT]
+        answers = self.in_parts(calls, self.answers_by_xml)
+        views, name, path, cwd, client, library, pid, startup, by_json = answers
+        self.views = texts(views)
+        self.engine_id = typed(name, self.address.where)
+        self.session_path = typed(path, '')
+        self.cwd = typed(cwd, '')
+        self.versions = (typed(client, '?'), typed(library, '?'))
+        self.pid = typed(pid, 0)
+        self.startup = typed(startup, 0) or process_start(self.pid, self.address)
+        self.speaks_json = by_json == 1
 
     def say_once(self, text: str) -> None:
         """Log a warning about this rTorrent, if it has not been said yet."""
@@ -1859,35 +2067,50 @@ class Engine:
     @property
     def uptime(self) -> float | None:
         """Seconds since rTorrent was started, None where that cannot be known."""
-        return None if self.startup is None else max(time.time() - self.startup, 0)
+        if self.startup is None:
+            return None
+        return max(time.time() - self.startup, 0)
 
-    def stats(self) -> Any:
-        """Return rTorrent's figures as Stats, asked in one round trip."""
-        proxy = self.open()
-        commands = [command for command in GAUGES.values() if command in self.methods]
+    def stats(self) -> Stats:
+        """Return rTorrent's figures, asked in one round trip."""
+        self.reach()
+        calls: dict[str, tuple] = {'pid': ('system.pid', '')}
+        for name, command in GAUGES.items():
+            if command in self.methods:
+                calls[name] = (command, '')
+        for view in VIEWS:
+            calls[view] = ('view.size', '', view)
         began = time.perf_counter()
-        answers = proxy.batch([('system.pid', '')] + [(name, '') for name in commands]
-                              + [('view.size', '', view) for view in VIEWS])
+        answers = self.ask(calls.values())
         rpc_time = time.perf_counter() - began
-        pid, *values = (None if isinstance(value, RpcError) else value for value in answers)
-        if pid is not None and pid != self.pid:         # it was restarted: look again
-            self.look()
-        gauges = dict(zip(commands, values))
-        return Stats._make([self.engine_id, '/'.join(self.versions), self.uptime,
-                            *map(gauges.get, GAUGES.values()),
-                            dict(zip(VIEWS, values[len(commands):])), rpc_time])
+        told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
+        # It was restarted
+        if told.get('pid', self.pid) != self.pid:
+            self.stamp = None
+            self.reach()
+        return Stats(
+            engine_id=self.engine_id,
+            version='/'.join(self.versions),
+            uptime=self.uptime,
+            views={view: told.get(view) for view in VIEWS},
+            rpc_time=rpc_time,
+            **{name: told.get(name) for name in GAUGES})
 
 
 def split_outside(text: str, mark: str) -> list[str]:
     """Return text split at marks that are outside of quotes and parentheses."""
-    parts, depth = [''], 0
+    parts: list[list[str]] = [[]]
+    depth = 0
     for piece in re.findall(r'"[^"]*"?|[^"]', text):
-        depth += {'(': 1, ')': -1, '{': 1, '}': -1}.get(piece, 0)
+        if piece in '({':
+            depth += 1
+        elif piece in ')}':
+            depth -= 1
         if piece == mark and depth <= 0:
-            parts.append('')
+            parts.append([])
         else:
-            parts[-1] += piece
-    return parts
+            parts[-1].append(piece)
+    return [''.join(part) for part in parts]
 
 
 def rc_value(text: str, settings: dict, depth: int = 0) -> str:
@@ -1895,50 +2118,73 @@ def rc_value(text: str, settings: dict, depth: int = 0) -> str:
     text = text.strip()
     if depth > 20:
         raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
-    if text.startswith('"') and text.endswith('"') and len(text) > 1:
+    if len(text) > 1 and text[0] == text[-1] == '"':
         text = text[1:-1]
-    if not text.startswith('$') and not (text.startswith('(') and text.endswith(')')):
+    if text.startswith('$'):
+        inner = text[1:].replace('=', ',', 1)
+    elif text.startswith('(') and text.endswith(')'):
+        inner = text[1:-1]
+    else:
         return text
-    inner = text[1:-1] if text.startswith('(') else text[1:].replace('=', ',', 1)
-    name, *args = (part.strip() for part in split_outside(inner, ','))
+    name, *args = split_outside(inner, ',')
+    name = name.strip()
     values = [rc_value(arg, settings, depth + 1) for arg in args]
     if name == 'cat':
         return ''.join(values)
     if name == 'system.env':
-        return os.environ.get(values[0] if values else '', '')
-    if name in settings:
-        value = rc_value(settings[name], settings, depth + 1)
-        return os.path.join(os.path.expanduser(value), '') if name == 'session.path' else value
-    raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
-                    'set scgi_url in [TORQUE]')
+        return os.environ.get(''.join(values), '')
+    if name not in settings:
+        raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
+                        'set scgi_url in [TORQUE]')
+    value = rc_value(settings[name], settings, depth + 1)
+    if name == 'session.path':
+        value = os.path.join(os.path.expanduser(value), '')
+    return value
 
 
-def read_rc(path: str, settings: dict, depth: int = 0) -> None:
-    """Add the commands of an rc and of the files it imports to settings; later ones win."""
+def read_rc(path: str, settings: dict, seen: set[str]) -> None:
+    """Add the commands of an rc and of the files it imports to settings; later ones win.
+
+    seen: the files that are read, none of which is read again: one may import itself.
+    """
     try:
+        path = os.path.realpath(path)
+        if path in seen:
+            return
+        seen.add(path)
         with open(path, encoding='utf-8', errors='replace') as stream:
-            text = stream.read().replace('\\\n', ' ')
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; set scgi_url in [TORQUE]') from None
+            text = stream.read(RC_LIMIT).replace('\\\n', ' ')
+    # Its name may hold a NUL
+    except (OSError, ValueError) as error:
+        raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
     for line in text.splitlines():
-        if line.lstrip().startswith('#'):
-            continue
-        for command in split_outside(line, ';'):
-            key, equals, value = (part.strip() for part in command.partition('='))
-            if not equals:
-                continue
-            if key in ('import', 'try_import') and depth < 10:
-                forgiven = [UserError] if key == 'try_import' else []
-                with contextlib.suppress(*forgiven):
-                    target = os.path.expanduser(rc_value(value, settings))
-                    target = os.path.join(os.path.dirname(path), target)
-                    read_rc(target, settings, depth + 1)
-            elif key == 'method.insert':
-                name, *rest = split_outside(value, ',')
-                if len(rest) > 1:
-                    settings[name.strip()] = rest[-1].strip()
-            else:
-                settings['session.path' if key == 'session' else re.sub(r'\.set$', '', key)] = value
+        if not line.lstrip().startswith('#'):
+            for command in split_outside(line, ';'):
+                read_command(path, command, settings, seen)
+
+
+def import_rc(path: str, value: str, settings: dict, seen: set[str]) -> None:
+    """Read what an rc imports; its name may be worked out from settings."""
+    target = os.path.expanduser(rc_value(value, settings))
+    read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
+
+
+def read_command(path: str, command: str, settings: dict, seen: set[str]) -> None:
+    """Add a command of an rc to settings, if it is one that tells something."""
+    key, equals, value = (part.strip() for part in command.partition('='))
+    if key == 'import':
+        import_rc(path, value, settings, seen)
+    elif key == 'try_import':
+        with contextlib.suppress(UserError):
+            import_rc(path, value, settings, seen)
+    elif key == 'method.insert':
+        name, *rest = split_outside(value, ',')
+        if len(rest) > 1:
+            settings[name.strip()] = rest[-1].strip()
+    elif key == 'session':
+        settings['session.path'] = value
+    elif equals:
+        settings[re.sub(r'\.set$', '', key)] = value
 
 
 def find_url(rc_file: str | None) -> str:
@@ -1946,20 +2192,26 @@ def find_url(rc_file: str | None) -> str:
 
     rc_file None: the first of RC_FILES that exists. Raises UserError naming what was read.
     """
-    for name in [rc_file] if rc_file else RC_FILES:
+    names = RC_FILES
+    if rc_file:
+        names = [rc_file]
+    for name in names:
         path = os.path.expanduser(os.path.expandvars(name))
         if not os.path.isfile(path):
             continue
         settings: dict = {}
-        read_rc(path, settings)
+        read_rc(path, settings, set())
         for key in RC_ADDRESS:
-            if key in settings:
-                url = rc_value(settings[key], settings)
-                return os.path.expanduser(url) if key.endswith('local') else 'scgi://' + url
+            if key not in settings:
+                continue
+            url = rc_value(settings[key], settings)
+            if key.endswith('local'):
+                return os.path.expanduser(url)
+            return 'scgi://' + url
         raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
                         'set scgi_url in [TORQUE]')
     raise UserError('is not set in [TORQUE], and there is no '
-                    f"{rc_file or ' or '.join(RC_FILES)} (rtorrent_rc) to take it from; "
+                    f"{' or '.join(names)} (rtorrent_rc) to take it from; "
                     '-D scgi_url=ADDRESS sets it for once')
 
 
@@ -2115,21 +2367,19 @@ def rename_new(path: str, new: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, seconds: float) -> Iterator[None]:
+def locked(path: str, patience: float) -> Iterator[None]:
     """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
     import fcntl
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience
     with writing(path):
         stream = open_private(path)
     with stream:
         while True:
-            try:
-                with writing(path):
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(path), contextlib.suppress(BlockingIOError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except LoggableError:
-                if time.monotonic() > end:
-                    raise
+            if time.monotonic() > end:
+                raise LoggableError('another run deletes or moves something just now')
             time.sleep(0.05)
         yield
 
@@ -2240,7 +2490,8 @@ TRAITS = {
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
-SECOND_LEVEL = ('co', 'com', 'net', 'org', 'ac', 'gov', 'edu')      # as in example.co.uk
+TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
+SECOND_LEVEL = 'co com net org ac gov edu'.split()
 
 
 class TorrentField(NamedTuple):
@@ -2317,7 +2568,8 @@ def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finis
 
 def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
-    paused = first_number(marks.rpartition('P')[2].partition('R')[0])
+    _, _, last = marks.rpartition('P')
+    paused = first_number(last.partition('R')[0])
     if paused or state or not first_number(tm_started, began):
         return paused
     return first_number(changed)
@@ -2351,14 +2603,15 @@ def percent_done(completed: int, size: int) -> float:
 
 def domain_of(url: str) -> str:
     """Return the registered domain of a tracker's host, or its number."""
-    host = re.sub(r'^\w{1,9}://', '', url).partition('/')[0].rpartition('@')[2]
-    host = re.sub(r':[0-9]{1,5}$', '', host).lower()
+    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
     labels = host.split('.')
     if labels[-1].isdigit() or ':' in host:
         return host
-    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in SECOND_LEVEL:
-        return '.'.join(labels[-3:])
-    return '.'.join(labels[-2:])
+    parts = 2
+    country = len(labels) > 2 and len(labels[-1]) == 2
+    if country and labels[-2] in SECOND_LEVEL:
+        parts = 3                       # as in example.co.uk
+    return '.'.join(labels[-parts:])
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2403,7 +2656,11 @@ def most_leechers(rows: list) -> int:
 
 def trackers_failed(rows: list) -> int:
     """Return how many enabled trackers have failed since they last answered."""
-    return len([row for row in rows if row[1] and row[4] > row[5]])
+    number = 0
+    for _, enabled, _, _, failed, answered in rows:
+        if enabled and failed > answered:
+            number += 1
+    return number
 
 
 def file_names(rows: list) -> list[str]:
@@ -2418,7 +2675,8 @@ def file_kinds(rows: list, percent: int = 0) -> list[str]:
     """
     sizes: dict[str, int] = collections.Counter()
     for path, size in rows:
-        kind = os.path.splitext(path)[1].lstrip('.').lower()
+        _, ending = os.path.splitext(path)
+        kind = ending.lstrip('.').lower()
         if re.fullmatch('r[0-9][0-9]', kind):
             kind = 'rar'
         sizes[kind] += size
@@ -2539,6 +2797,13 @@ def all_fields() -> dict[str, TorrentField]:
 TORRENT_FIELDS = all_fields()
 
 
+# Parts of the names of d. commands that change something, or the beginnings of parts
+CHANGING = frozenset(
+    'add check clear close create delete disable disconnect enable erase initialize insert open '
+    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
+    'update'.split())
+
+
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
     if name in TORRENT_FIELDS:
@@ -2553,7 +2818,7 @@ def torrent_field(name: str) -> TorrentField:
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
         # as a column, what changes something would be done to every torrent
-        if not only_reads(f'd.{rest}', ()):
+        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
@@ -2570,12 +2835,12 @@ AGE_UNITS = {
 AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
-ORDER = {
+ORDER = {                               # of limit and value, since the limit is known first
     '=': operator.eq,
-    '<': operator.lt,
-    '<=': operator.le,
-    '>': operator.gt,
-    '>=': operator.ge}
+    '<': operator.gt,
+    '<=': operator.ge,
+    '>': operator.lt,
+    '>=': operator.le}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
 MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
@@ -2592,13 +2857,14 @@ CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', r
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
-GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,500}\]|.', re.S)
+GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,99}\]|.', re.S)
 JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
 
 
 def mistake(what: str, text: str, at: int, why: Any) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
-    before, after = ' '.join(text[:at].split()), ' '.join(text[at:].split())
+    before = ' '.join(text[:at].split())
+    after = ' '.join(text[at:].split())
     if len(before) > 90:
         before = '...' + before[-87:]
     if len(after) > 40:
@@ -2629,8 +2895,10 @@ def glob_regex(glob: str) -> str:
 def text_pattern(text: str) -> Callable[[str], Any]:
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
-    if len(text) > MOST_IN_PATTERN or not regex and (
-            len(re.findall(r'\*+', text)) > MOST_STARS or '{{' in text):
+    stars = 0
+    if not regex:
+        stars = len(re.findall(r'\*+', text))
+    if len(text) > MOST_IN_PATTERN or stars > MOST_STARS or '{{' in text and not regex:
         raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
     if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
         # only the usual slip is caught
@@ -2646,8 +2914,10 @@ def text_pattern(text: str) -> Callable[[str], Any]:
 
 def has_class(text: str) -> bool:
     """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    start = text.find('[')
-    return start >= 0 and ']' in text[start + 2:] and not text.lstrip('!:').startswith('/')
+    if text.lstrip('!:').startswith('/'):
+        return False
+    _, _, inside = text.partition('[')
+    return ']' in inside[1:]
 
 
 def parse_age(text: str) -> int | None:
@@ -2690,87 +2960,74 @@ def parse_time(text: str) -> float:
                     '03/15/2024 15.03.2024T14:50, Unix seconds')
 
 
-# What a condition does with a value of a row, which comes last but one; `now` comes last.
+# What a condition does with a value of a row, which comes last.
 
-def is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
-    """Compare a value with the number in the condition."""
-    return order(value, limit)
-
-
-def number_is_in_order(order: Callable, limit: float, value: Any, now: float) -> bool:
+def number_fits(order: Callable, limit: float, value: Any) -> bool:
     """Compare what may be a number."""
-    return PLAIN_NUMBER.fullmatch(str(value)[:40]) is not None and order(float(value), limit)
+    if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
+        return False
+    return order(limit, float(value))
 
 
-def age_is_in_order(order: Callable, age: int, value: float, now: float) -> bool:
-    """Compare the age of a time."""
-    return order(now - value, age)
-
-
-def is_truth(wanted: bool, value: Any, now: float) -> bool:
+def is_truth(wanted: bool, value: Any) -> bool:
     """Tell whether a value is as true as it should be."""
     return bool(value) is wanted
 
 
-def is_like(matches: Callable, text: str, value: Any, now: float) -> bool:
-    """Tell whether a text matches, or is what the condition says: [x] as it stands is meant, too."""
+def is_like(matches: Callable, text: str, value: Any) -> bool:
+    """Tell whether a text matches; [x] as it stands is meant, too."""
     shown = str(value)[:MOST_MATCHED]
     return matches(shown) is not None or shown.lower() == text
 
 
-def has_like(matches: Callable, text: str, value: list, now: float) -> bool:
+def has_like(matches: Callable, text: str, value: list) -> bool:
     """Tell whether one of several texts matches."""
-    return any(is_like(matches, text, part, now) for part in value)
+    return any(is_like(matches, text, part) for part in value)
 
 
-def has_only_like(matches: Callable, text: str, value: list, now: float) -> bool:
+def has_only_like(matches: Callable, text: str, value: list) -> bool:
     """Tell whether there are texts, and all of them match."""
-    return bool(value) and all(is_like(matches, text, part, now) for part in value)
+    if not value:
+        return False
+    return all(is_like(matches, text, part) for part in value)
 
 
-def is_empty(value: list, now: float) -> bool:
-    """Tell whether there are none of them."""
-    return not value
-
-
-def order_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of a number, size, time or duration: (value, now) -> bool."""
-    if op == '=' and text[:1] == '+':
+def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of a number, size, duration, time or, where the text is one, age."""
+    if op == '=' and text.startswith('+'):
         op, text = '>', text[1:]
-    elif op == '=' and text[:1] == '-':
+    elif op == '=' and text.startswith('-'):
         op, text = '<', text[1:]
     order = ORDER[op]
-    if len(text) > 40 or kind in ('number', 'any') and not PLAIN_NUMBER.fullmatch(text):
+    plain = PLAIN_NUMBER.fullmatch(text)
+    if len(text) > 40 or kind in ('number', 'any') and not plain:
         raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
     if kind == 'any':
-        return functools.partial(number_is_in_order, order, float(text))
+        return functools.partial(number_fits, order, float(text))
     if kind == 'number':
-        return functools.partial(is_in_order, order, float(text))
+        return functools.partial(order, float(text))
     if kind == 'size':
-        return functools.partial(is_in_order, order, parse_size(text))
-    age = parse_age(text)
+        return functools.partial(order, parse_size(text))
+    limit: float | None = parse_age(text)
     if op == '=' and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if age is None and kind == 'time':
-        return functools.partial(is_in_order, order, parse_time(text))
-    if age is None and text != '0':
+    if limit is None and kind == 'time':
+        limit = parse_time(text)
+    elif limit is None and text != '0':
         raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    test = is_in_order
-    if kind == 'time':
-        test = age_is_in_order
-    return functools.partial(test, order, age or 0)
+    return functools.partial(order, limit or 0)
 
 
 def is_ordered(kind: str, op: str, text: str) -> bool:
     """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
     if kind == 'any':
-        signed = text[:1] in ('+', '-') and PLAIN_NUMBER.fullmatch(text[1:])
-        return op != '=' or bool(signed)
+        signed = text.startswith(('+', '-'))
+        return op != '=' or signed and PLAIN_NUMBER.fullmatch(text[1:]) is not None
     return kind in ('number', 'size', 'time', 'duration')
 
 
-def value_test(kind: str, op: str, text: str) -> Callable:
-    """Return the test of one value of a condition: (value, now) -> bool."""
+def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of one value of a condition."""
     if is_ordered(kind, op, text):
         return order_test(kind, op, text)
     if op != '=':
@@ -2781,7 +3038,7 @@ def value_test(kind: str, op: str, text: str) -> Callable:
         raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
     test = is_like
     if kind in ('tags', 'files') and text in ('', ':'):
-        return is_empty
+        return operator.not_
     if kind == 'tags' and text.startswith(':'):
         test, text = has_only_like, text[1:]
     elif kind in ('tags', 'files'):
@@ -2803,15 +3060,18 @@ def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> N
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
     test = value_test(field.kind, op, text)
+    counts_back = field.kind == 'time' and parse_age(text.lstrip('+-')) is not None
     unknown: tuple = (None,)
     if field.kind == 'time' and text.lstrip('+-') != '0':
         unknown = (None, 0)
 
     def holds(row: Mapping, now: float, possible: bool) -> bool:
-        value = row.get(name)
+        value: Any = row.get(name)
         if value in unknown:
             return possible and name not in row
-        return test(value, now) is not negated
+        if counts_back:
+            value = now - value
+        return test(value) is not negated
     return Node(holds, int(field.slow))
 
 
@@ -2841,7 +3101,9 @@ def is_no_name(text: str) -> bool:
     """Tell whether a word alone cannot be meant as the name of a torrent."""
     if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
         return True
-    return not text.startswith('/') and re.search('[=<>]', text) is not None
+    if text.startswith('/'):
+        return False
+    return re.search('[=<>]', text) is not None
 
 
 class Filter:
@@ -2873,10 +3135,8 @@ class Filter:
             now = time.time()
         return self.root.test(row, now, False)
 
-    def cheap(self, row: Mapping, now: float | None = None) -> bool:
+    def cheap(self, row: Mapping, now: float) -> bool:
         """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        if now is None:
-            now = time.time()
         return self.root.test(row, now, True)
 
     def read_word(self) -> None:
@@ -2982,17 +3242,19 @@ class Torrent(dict):
 
 
 def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
-    """Return what d. commands answer for all torrents of a view: command -> values."""
-    commands = list(dict.fromkeys(needs))
+    """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
+    commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
     columns = []
     for command in commands:
         if '=' not in command:
             command += '='
         columns.append(command)
-    rows, size = engine.ask([('d.multicall2', '', view, *columns), ('view.size', '', view)])
+    listing = ('d.multicall2', '', view, *columns)
+    rows, size = engine.ask([listing, ('view.size', '', view)])
     for answer in (rows, size):
         if isinstance(answer, RpcError):
             raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
+    # Half a list must not pass for the whole: what is not listed would count as gone.
     if not isinstance(rows, list) or any(
             not isinstance(row, list) or len(row) != len(columns) for row in rows):
         rows = []
@@ -3023,7 +3285,9 @@ class Listing:
     def ask(self, source: str) -> None:
         """Ask the second question; torrents that have gone meanwhile are dropped."""
         method, cells = SOURCES[source]
-        answers = self.engine.ask((method, item, '', *cells) for item in self.raw['d.hash'])
+        calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
+        answers = self.engine.ask(calls)
+        # An item that was erased since the list was made is no error; anything else is.
         self.raw[source] = answers
         self.keep([not isinstance(rows, HashNotFound) for rows in answers])
         without_errors(self.raw[source])
@@ -3032,6 +3296,7 @@ class Listing:
         """Work out a field of all rows."""
         columns: list = []
         for need in field.needs:
+            # Whether torque sees rTorrent's files costs a question: only who needs it asks.
             if need == 'seen' and need not in self.constants:
                 self.constants[need] = sees_same_files(self.engine)
             if need in self.constants:
@@ -3056,15 +3321,19 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     tested: tuple = ()
     if condition:
         tested = condition.fields
-    fields = {name: torrent_field(name) for name in ['hash', 'name', *tested, *names]}
-    needs = itertools.chain.from_iterable(field.needs for field in fields.values())
-    columns = fetch_columns(engine, view, [need for need in needs if need.startswith('d.')])
+    fields = {}
+    commands: list[str] = []
+    for name in ('hash', 'name', *tested, *names):
+        fields[name] = torrent_field(name)
+        commands += fields[name].needs
+    columns = fetch_columns(engine, view, commands)
     listing = Listing(engine, columns, now)
+    for name in tested:
+        if not fields[name].slow:
+            listing.add(name, fields.pop(name))
     if condition:
-        for name in tested:
-            if not fields[name].slow:
-                listing.add(name, fields.pop(name))
         listing.keep([condition.cheap(row, now) for row in listing.rows])
+    # The second questions cost a call for each torrent, so only those that are left are asked.
     for source in SOURCES:
         if any(source in field.needs for field in fields.values()):
             listing.ask(source)
@@ -3075,7 +3344,12 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     return listing.rows
 
 
+# A hostile metafile of 57 MB, all empty lists, took 2.2 GiB as Python's objects. So values are
+# skipped where they lie, and only those that somebody needs are built.
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
+AFTER_HEAD = {b'l': 'l', b'd': 'k'}
+AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
+UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
@@ -3087,14 +3361,16 @@ def bencoded_end(content: bytes, at: int) -> int:
     """
     inside = ['']                       # l in a list, k before a key of a dictionary, v after it
     while True:
-        token, head = BENCODED.match(content, at), content[at:at + 1]
-        if token and (token[2] or inside[-1] != 'k'):
+        token = BENCODED.match(content, at)
+        head = content[at:at + 1]
+        state = inside[-1]
+        if token and (token[2] or state != 'k'):
             at = token.end() + int(token[2] or 0)
-        elif head == b'e' and inside[-1] in ('l', 'k'):
+        elif head == b'e' and state in ('l', 'k'):
             inside.pop()
             at += 1
-        elif head in (b'l', b'd') and inside[-1] != 'k' and len(inside) <= 50:
-            inside.append({b'l': 'l', b'd': 'k'}[head])
+        elif head in AFTER_HEAD and state != 'k' and len(inside) <= MOST_DEPTH:
+            inside.append(AFTER_HEAD[head])
             at += 1
             continue
         else:
@@ -3103,11 +3379,11 @@ def bencoded_end(content: bytes, at: int) -> int:
             raise ValueError(f'not bencoded: it ends before byte {at}')
         if len(inside) == 1:
             return at
-        inside[-1] = {'k': 'v', 'v': 'k', 'l': 'l'}[inside[-1]]
+        inside[-1] = AFTER_VALUE[inside[-1]]
 
 
 def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Give (start, end) of what is in a list, or of the keys and values of a dictionary."""
+    """Give (start, end) of what is in a list."""
     at += 1
     while content[at:at + 1] != b'e':
         end = bencoded_end(content, at)
@@ -3117,33 +3393,40 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
     """Give (key, start, end) of each value of a dictionary."""
-    items = bencoded_items(content, at)
-    for key_start, _ in items:
-        start, end = next(items)
-        yield bdecode(content, key_start), start, end
+    at += 1
+    while content[at:at + 1] != b'e':
+        key = BENCODED.match(content, at)
+        if not key or not key[2]:
+            raise ValueError(f'not bencoded at byte {at}')
+        start = key.end() + int(key[2])
+        at = bencoded_end(content, start)
+        yield content[key.end():start], start, at
+
+
+def scalar_at(content: bytes, at: int) -> Any:
+    """Return a text or a number, None for a list or a dictionary."""
+    token = BENCODED.match(content, at)
+    if not token:
+        return None
+    if token[1]:
+        return int(token[1])
+    start = token.end()
+    return content[start:start + int(token[2])]
 
 
 def bdecode(content: bytes, at: int = 0) -> Any:
-    """Return a value that bencoded_end() has gone over; text stays bytes.
+    """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
     {b'name': b'a'}
     """
-    token = BENCODED.match(content, at)
-    if token and token[1]:
-        return int(token[1])
-    if token:
-        return content[token.end():token.end() + int(token[2])]
-    if content[at:at + 1] == b'l':
+    head = content[at:at + 1]
+    if head == b'l':
         return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
-    return {key: bdecode(content, start) for key, start, _ in bencoded_members(content, at)}
-
-
-def scalar_at(content: bytes, at: int | None) -> Any:
-    """Return a text or a number; None where there is nothing, a list or a dictionary."""
-    if at is None or content[at:at + 1] in (b'l', b'd'):
-        return None
-    return bdecode(content, at)
+    if head == b'd':
+        members = bencoded_members(content, at)
+        return {key: bdecode(content, start) for key, start, _ in members}
+    return scalar_at(content, at)
 
 
 class Metafile(NamedTuple):
@@ -3168,8 +3451,9 @@ class Metafile(NamedTuple):
         largest, most = self.name, -1
         for entry in self.files():
             with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
-                if entry[b'length'] > most:
-                    largest, most = text_of(entry[b'path'][-1]), entry[b'length']
+                length = entry[b'length']
+                if length > most:
+                    largest, most = text_of(entry[b'path'][-1]), length
         return largest
 
 
@@ -3181,37 +3465,40 @@ def text_of(content: Any) -> str:
 
 
 def parse_metafile(content: bytes) -> Metafile:
-    """Return what the bytes of a metafile say; raises ValueError when they are none, or not whole."""
+    """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    bencoded_end(content, 0)
     info_at, info_end, tracker = 0, 0, None
-    if content.startswith(b'd'):
-        for key, start, end in bencoded_members(content, 0):
-            if key == b'announce':
-                tracker = scalar_at(content, start)
-            elif key == b'info' and content[start:start + 1] == b'd':
-                info_at, info_end = start, end
+    if not content.startswith(b'd'):
+        bencoded_end(content, 0)
+        raise ValueError('no `info` in it')
+    for key, start, end in bencoded_members(content, 0):
+        if key == b'announce':
+            tracker = scalar_at(content, start)
+        elif key == b'info' and content[start:start + 1] == b'd':
+            info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
-    info, last = {}, b''
+    files_at, last = None, b''
+    facts = {}
     for key, start, _ in bencoded_members(content, info_at):
+        # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
-        if key in (b'name', b'files', b'length', b'pieces'):
-            info[key] = start
         last = key
-    name, pieces = scalar_at(content, info.get(b'name')), scalar_at(content, info.get(b'pieces'))
-    files_at = info.get(b'files')
-    if files_at is not None and content[files_at:files_at + 1] != b'l':
-        files_at = None
-    single = isinstance(scalar_at(content, info.get(b'length')), int)
-    if not isinstance(name, bytes) or name in (b'', b'.', b'..') or re.search(rb'[/\0]', name):
+        if key in (b'name', b'length', b'pieces'):
+            facts[key] = scalar_at(content, start)
+        elif key == b'files' and content[start:start + 1] == b'l':
+            files_at = start
+    # The name becomes a file or folder, so it has to be one name.
+    name, pieces = facts.get(b'name'), facts.get(b'pieces')
+    if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
     if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
         raise ValueError('no pieces, or no length in it')
-    if files_at is None and not single:
+    if files_at is None and not isinstance(facts.get(b'length'), int):
         raise ValueError('no pieces, or no length in it')
-    info_hash = hashlib.sha1(memoryview(content)[info_at:info_end]).hexdigest().upper()
+    info = memoryview(content)[info_at:info_end]
+    info_hash = hashlib.sha1(info).hexdigest().upper()
     return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
 
 
@@ -3268,7 +3555,6 @@ class Item(NamedTuple):
     timestamp_started: int
     files: list[ItemFile]
     cwd: str                            # where relative paths start from
-    default_folder: str                 # where items are put when nothing else is said
     session: str                        # folder of the session, absolute
     engine: Engine
 
@@ -3314,10 +3600,10 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
         ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
     columns = [f'f.{name}=' for name in ItemFile._fields]
     calls.append(('f.multicall', info_hash, '', *columns))
-    calls += [(name, '') for name in ('system.cwd', 'directory.default', 'session.path')]
-    *facts, rows, cwd, default, session = without_errors(engine.ask(calls))
+    calls += [('system.cwd', ''), ('session.path', '')]
+    *facts, rows, cwd, session = without_errors(engine.ask(calls))
     files = [ItemFile(*row) for row in rows]
-    return Item(*facts, files, cwd, default, os.path.join(cwd, session), engine)
+    return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
 
 
 @contextlib.contextmanager
@@ -3491,9 +3777,7 @@ def own_data(item: Item) -> OwnData:
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
     files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
     # Other downloads may come to lie in a folder that is not named after this one.
-    common = [identity(item.absolute(path)) for path in ('', item.default_folder)]
-    named = plain_parts([os.path.basename(root)]) == plain_parts([item.name])
-    if folders and (not named or identity(root) in common):
+    if folders and plain_parts([os.path.basename(root)]) != plain_parts([item.name]):
         folders.remove(root)
     return OwnData(root, [file for file in files if file], folders)
 
@@ -3816,33 +4100,27 @@ class PromisedSpace:
     KEPT = 7 * 86400                    # seconds
 
     def __init__(self, path: str):
-        self.path, self.text = path, '{}'
-        self.disks: dict[str, list[float]] = {}     # device -> bytes, free then, Unix seconds
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            with open(path, encoding='utf-8') as stream:
-                self.text = stream.read()
-            for disk, (promised, free, since) in json.loads(self.text).items():
-                self.disks[disk] = [float(promised), float(free), float(since)]
+        self.path = path
+        self.disks = {}                 # device -> [bytes, free bytes then, Unix seconds]
+        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as stream:
+            self.disks = json.load(stream)
 
-    def owed(self, disk: int, free: int, now: float) -> float:
-        """Return what has not appeared yet, now that a disk has `free` bytes."""
-        promised, before, since = self.disks.get(str(disk), (0, 0, 0))
-        if not 0 <= now - since < self.KEPT:
-            return 0
+    def owed(self, device: int, free: int) -> int:
+        """Return what has not appeared yet, now that a disk has so many bytes free."""
+        promised, before, since = self.disks.get(str(device), (0, free, 0))
+        if not 0 <= time.time() - since < self.KEPT:
+            promised = 0
         left = max(promised - max(free - before, 0), 0)
-        self.disks[str(disk)] = [left, free, since]
+        self.disks[str(device)] = left, free, since
         return left
 
-    def add(self, disk: int, free: int, freed: int, now: float) -> None:
-        """Expect a disk that has `free` bytes to have so many more soon."""
-        self.disks[str(disk)] = [self.owed(disk, free, now) + freed, free, now]
+    def add(self, device: int, free: int, freed: int) -> None:
+        """Expect a disk that has so many bytes free to have so many more soon."""
+        self.disks[str(device)] = self.owed(device, free) + freed, free, time.time()
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
-        text = json.dumps(self.disks)
-        if text != self.text:
-            replace_file(self.path, text)
-            self.text = text
+        replace_file(self.path, json.dumps(self.disks))
 
 
 # --- Template --------------------------------------------------------------------------------
@@ -3853,6 +4131,7 @@ class PromisedSpace:
 
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
+CLOSING = {'{': '}}', '%': '%}', '#': '#}'}
 BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
@@ -3923,7 +4202,10 @@ VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
     'default': value_or,
     'get': part_of}
 FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
-FILTER_ARGUMENTS = {'replace': (2,), 'get': (1, 2), 'default': (0, 1)}
+FILTER_ARGUMENTS = {                    # how many they take; the others none
+    'replace': (2,),
+    'get': (1, 2),
+    'default': (0, 1)}
 OLD_FILTERS = {                         # pyrocore's names
     'pathbase': 'basename',
     'pathdir': 'dirname',
@@ -3963,6 +4245,7 @@ def apply_filter(node: Any, values: Mapping) -> Any:
     if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
         raise UserError(f'{name} does not take {len(args)} arguments')
     operands = [evaluate(part, values) for part in [value, *args]]
+    # What is not known stays so, till default gives something in its place.
     if operands[0] is None and name not in ('default', 'get'):
         return None
     if name in TEXT_FILTERS:
@@ -3975,6 +4258,7 @@ def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
     owner = ''
     if isinstance(node.value, ast.Name):
         owner = node.value.id
+    # pyrocore's templates call the torrent so; its fields are the names of the values.
     if owner in ('item', 'd', 'i'):
         return values[node.attr]
     if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
@@ -4037,6 +4321,8 @@ class Template:
             self.nodes, word, _ = self.block(0)
             if word:
                 raise UserError(f'{word} without if')
+            # Each branch is divided once, and the text without any: a mistake in a branch that is
+            # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
                 self.divide(self.branch_text(self.nodes, number))
         except UserError as error:
@@ -4056,7 +4342,7 @@ class Template:
             if not TAG.fullmatch(piece):
                 nodes.append(piece)
                 continue
-            if not piece.endswith({'{': '}}', '%': '%}', '#': '#}'}[piece[1]]):
+            if not piece.endswith(CLOSING[piece[1]]):
                 raise UserError('a {{, {% or {# in this is not closed')
             if '#' in piece[1:3]:
                 continue
@@ -4103,6 +4389,7 @@ class Template:
                 raise ValueError('too long')
             tree = ast.parse(code.strip(), mode='eval').body
             evaluate(tree, self.seen)
+        # The parser itself fails over deep nesting and NULs, each Python in its own way.
         except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
                 RecursionError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
@@ -4268,6 +4555,27 @@ def argument_text(word: str) -> str:
     return text
 
 
+# Commands that take arguments as data; others (multicall, branch ...) run them.
+DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
+                          r'execute[\w.]{0,99}')
+COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
+# An f. command that is called; within f.multicall, which says of which file, it is right
+LISTING = re.compile(r'"f\.multicall(?:[^"\\]|\\.){0,999}"')
+FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|'
+                      r'\(\s{0,9}f\.(?!multicall)')
+
+
+def split_commands(text: str, marks: str) -> list[str]:
+    """Return text split at marks that are outside of double quotes."""
+    parts = ['']
+    for piece in COMMAND_PIECE.findall(text):
+        if piece in marks:
+            parts.append('')
+        else:
+            parts[-1] += piece
+    return parts
+
+
 class CommandTemplate(Template):
     r"""Commands of rTorrent, separated by ; or line breaks; one without values stays as it is.
 
@@ -4287,9 +4595,10 @@ class CommandTemplate(Template):
         if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
-        if lacks_file(text):
+        if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
+        # Without a value it is the user's own, and goes to rTorrent as it is written.
         if MARK not in rest:
             return text, []
         name = name.strip()
@@ -4348,13 +4657,14 @@ class ArgsTemplate(Template):
         args: list[str] = []
         for word in words:
             args.append(filled(word, shown))
+            # A torrent may be called -rf.
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
         return args
 
 
-# --- Jobs ------------------------------------------------------------------------------------
+# --- Jobs: base and figures ------------------------------------------------------------------
 # A job is made from its settings (`config`) and run() is called when it is due. It talks to
 # its engine and to nothing above: files, threads and signals are other sections' business.
 # Built-in jobs list their options in a table that checks the ini and prints the help. A job is
@@ -4555,8 +4865,8 @@ def parse_web_url(text: str) -> str:
 
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
-    host = r'(?:[\w.-]+(?::\d+)?|\[[\da-fA-F:]+\](?::\d+)?)'
-    if text and not re.fullmatch(rf'https?://{host}(?:[/?]\S*)?', text):
+    if text and not re.fullmatch(
+            r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
                         'without user and password')
     return text
@@ -4876,6 +5186,11 @@ class InfluxDB(Job):
         return {'Authorization': f'Basic {login.decode()}'}
 
 
+# --- Jobs: torrents --------------------------------------------------------------------------
+# What a user wants done with torrents enters as options; what leaves are commands to rTorrent,
+# files that come, move or go, and programs that run, each announced in the log and only
+# announced in a dry run. A Choice handles the torrents of a view that meet a condition.
+
 def parse_condition(text: str) -> Filter | None:
     """Return the Filter of a condition, None for an empty one."""
     return Filter(text) if str(text).strip() else None
@@ -4964,7 +5279,7 @@ class Choice(Job):
     def failed(self, torrent: Torrent, error: Exception) -> None:
         """Log why a torrent failed: in full once, then summed up."""
         self.failures.append(error)
-        again = self.repeats.seen((torrent['hash'], str(error)), elapsed_time())
+        again = self.repeats.seen((torrent.hash, str(error)), elapsed_time())
         if self.dry_run:
             self.hold_back([torrent], str(error))
         elif again and again[0]:
@@ -4982,19 +5297,19 @@ class Choice(Job):
         """
         done, listed = 0, elapsed_time()
         self.failures = []
-        current = {torrent['hash']: torrent for torrent in torrents}
+        current = {torrent.hash: torrent for torrent in torrents}
         for at, torrent in enumerate(torrents):
             if done == most:
                 self.hold_back(torrents[at:], f'the limit is {most}')
                 break
             if elapsed_time() - listed > self.FRESH:
-                current = {now['hash']: now for now in self.chosen()}
+                current = {now.hash: now for now in self.chosen()}
                 listed = elapsed_time()
-            if torrent['hash'] not in current:
+            if torrent.hash not in current:
                 self.LOG.info('%s does not meet the condition any more', torrent)
                 continue
             try:
-                if handle(current[torrent['hash']]):
+                if handle(current[torrent.hash]):
                     done += 1
             except Unreachable:
                 raise
@@ -5150,28 +5465,28 @@ class QueueManager(Choice):
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
     """Start, unless it is active."""
-    if item['is_active']:
+    if item.is_active:
         return []
     return [('d.start',)]
 
 
 def stop_commands(item: Torrent, args: str) -> list[tuple]:
     """Stop, also what is to be started when there is a place."""
-    if item['is_active'] or item['d_state']:
+    if item.is_active or item.d_state:
         return [('d.stop',)]
     return []
 
 
 def close_commands(item: Torrent, args: str) -> list[tuple]:
     """Stop and close."""
-    if item['is_open'] or item['d_state']:
+    if item.is_open or item.d_state:
         return [('d.stop',), ('d.close',)]
     return []
 
 
 def open_commands(item: Torrent, args: str) -> list[tuple]:
     """Open, without starting."""
-    if item['is_open']:
+    if item.is_open:
         return []
     return [('d.open',)]
 
@@ -5183,14 +5498,14 @@ def check_commands(item: Torrent, args: str) -> list[tuple]:
 
 def ignore_commands(item: Torrent, args: str) -> list[tuple]:
     """Have it ignored by rTorrent's own ratio groups and the like."""
-    if item['is_ignored']:
+    if item.is_ignored:
         return []
     return [('d.ignore_commands.set', 1)]
 
 
 def heed_commands(item: Torrent, args: str) -> list[tuple]:
     """Undo ignore."""
-    if not item['is_ignored']:
+    if not item.is_ignored:
         return []
     return [('d.ignore_commands.set', 0)]
 
@@ -5202,19 +5517,19 @@ def delete_commands(item: Torrent, args: str) -> list[tuple]:
 
 def tags_command(item: Torrent, tags: set[str]) -> list[tuple]:
     """Give it these tags, unless it has them."""
-    if tags == {*item['tagged']}:
+    if tags == {*item.tagged}:
         return []
     return [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
 
 
 def tag_commands(item: Torrent, args: str) -> list[tuple]:
     """Add tags."""
-    return tags_command(item, {*item['tagged'], *args.lower().replace(',', ' ').split()})
+    return tags_command(item, {*item.tagged, *args.lower().replace(',', ' ').split()})
 
 
 def untag_commands(item: Torrent, args: str) -> list[tuple]:
     """Take tags away."""
-    return tags_command(item, {*item['tagged']}.difference(args.lower().replace(',', ' ').split()))
+    return tags_command(item, {*item.tagged}.difference(args.lower().replace(',', ' ').split()))
 
 
 def custom_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5227,7 +5542,7 @@ def custom_commands(item: Torrent, args: str) -> list[tuple]:
 
 def prio_commands(item: Torrent, args: str) -> list[tuple]:
     """Set the priority."""
-    if item['prio'] == int(args):
+    if item.prio == int(args):
         return []
     return [('d.priority.set', int(args)), ('d.update_priorities',)]
 
@@ -5235,9 +5550,9 @@ def prio_commands(item: Torrent, args: str) -> list[tuple]:
 def throttle_commands(item: Torrent, args: str) -> list[tuple]:
     """Put it into a throttle group, which rTorrent allows only while it is stopped."""
     change = ('d.throttle_name.set', args)
-    if item['throttle'] == args:
+    if item.throttle == args:
         return []
-    if item['is_active']:
+    if item.is_active:
         return [('d.stop',), change, ('d.start',)]
     return [change]
 
@@ -5332,7 +5647,7 @@ class Action(Choice):
             with self.alone():
                 self.finish_removals()
         torrents = self.chosen()
-        self.met = {torrent['hash']: met.get(torrent['hash'], 0) + 1 for torrent in torrents}
+        self.met = {torrent.hash: met.get(torrent.hash, 0) + 1 for torrent in torrents}
         confirm, limit = config.confirm, config.limit
         if self.dry_run:
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
@@ -5342,10 +5657,10 @@ class Action(Choice):
             limit = 10
         ready = []
         for torrent in torrents:
-            if self.met[torrent['hash']] < confirm:
+            if self.met[torrent.hash] < confirm:
                 self.hold_back([torrent],
                                f'it has not yet met the condition in {confirm} runs in a row')
-            elif self.deletes and torrent['is_hashing']:
+            elif self.deletes and torrent.is_hashing:
                 # 0.9.8 may hang for good, and what is complete is not known.
                 self.hold_back([torrent], 'it is being checked')
             else:
@@ -5364,15 +5679,15 @@ class Action(Choice):
         shown = self.template.render(torrent)
         calls = []
         if commands:
-            calls = [(method, torrent['hash'], *rest)
+            calls = [(method, torrent.hash, *rest)
                      for method, *rest in commands(torrent, shown)]
         elif action == 'exec':
-            calls = [('branch', torrent['hash'], 'd.hash=', text)
+            calls = [('branch', torrent.hash, 'd.hash=', text)
                      for text in self.template.commands(torrent)]
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
-        if self.deletes and torrent['is_hashing']:      # since the run began
+        if self.deletes and torrent.is_hashing:      # since the run began
             raise LoggableError('it is being checked')
         if self.announce(action, torrent, shown and quoted(shown)) and calls:
             answers = self.engine.tell(calls)
@@ -5385,16 +5700,16 @@ class Action(Choice):
 
     def cull(self, torrent: Torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
-        if self.is_enough(torrent['path']):
+        if self.is_enough(torrent.path):
             free = show_size(self.config.until_free)
             self.hold_back([torrent], f'{free} are free without it')
             return False
         require_same_files(self.engine)
-        if self.dry_run and not torrent['is_open']:
+        if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
-            self.promise(torrent['path'], torrent['d_completed_bytes'])
+            self.promise(torrent.path, torrent.d_completed_bytes)
             return True
-        with self.alone(), opened(self.engine, torrent['hash']) as (item, _):
+        with self.alone(), opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
             if not data.files and item.completed_bytes:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
@@ -5458,7 +5773,7 @@ class Action(Choice):
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
-            self.promised.add(device, free, freed, time.time())
+            self.promised.add(device, free, freed)
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5487,14 +5802,13 @@ class Action(Choice):
         device, free = disk_of(path)
         if device is None or free is None:
             return True                 # what deleting would bring is not known
-        owed = self.promised.owed(device, free, time.time())
-        return free + owed >= self.config.until_free
+        return free + self.promised.owed(device, free) >= self.config.until_free
 
     def promise(self, path: str, freed: int) -> None:
         """Count what deleting data at a path would free, in a dry run."""
         device, free = disk_of(path)
         if device is not None and free is not None:
-            self.promised.add(device, free, freed, time.time())
+            self.promised.add(device, free, freed)
 
 
 OUTPUT_KEPT = 50000                     # bytes of what a program says
@@ -5660,7 +5974,7 @@ class Move(Choice):
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     fields = ('path', 'is_open')
-    PAUSES = (60, 3600)                 # seconds, after the first failure and at most
+    LONGEST_PAUSE = 3600                # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -5668,8 +5982,8 @@ class Move(Choice):
             raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
-        # some. hash -> until when it is left alone, and for how long, in elapsed seconds
-        self.pauses: dict[str, tuple[float, float]] = {}
+        # some. hash -> failures, and until when it is left alone, in elapsed seconds
+        self.pauses: dict[str, tuple[int, float]] = {}
 
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
@@ -5682,31 +5996,29 @@ class Move(Choice):
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
-        until, _ = self.pauses.get(info_hash, (0, 0))
-        return elapsed_time() < until
+        return info_hash in self.pauses and elapsed_time() < self.pauses[info_hash][1]
 
     def pause(self, info_hash: str) -> None:
         """Leave an item alone, after every failure for longer."""
-        _, last = self.pauses.get(info_hash, (0, 0))
-        first, most = self.PAUSES
-        seconds = min(max(2 * last, first), most)
-        self.pauses[info_hash] = elapsed_time() + seconds, seconds
+        failures, _ = self.pauses.get(info_hash, (0, 0))
+        seconds = min(60 * 2 ** failures, self.LONGEST_PAUSE)
+        self.pauses[info_hash] = failures + 1, elapsed_time() + seconds
 
     def move(self, torrent: Torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
         folder = os.path.expanduser(self.template.render(torrent))
-        if not folder or self.is_paused(torrent['hash']):
+        if not folder or self.is_paused(torrent.hash):
             return False
         if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
             raise LoggableError(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
         place = identity(folder)
-        if place and place == identity(os.path.dirname(torrent['path'])):
+        if place and place == identity(os.path.dirname(torrent.path)):
             return False
         require_same_files(self.engine)
-        if self.dry_run and not torrent['is_open']:
+        if self.dry_run and not torrent.is_open:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with self.alone(), opened(self.engine, torrent['hash']) as (item, fresh):
+        with self.alone(), opened(self.engine, torrent.hash) as (item, fresh):
             data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
@@ -5735,32 +6047,29 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users = Users(self.engines())
-        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+        for path in self.users_of(item, data):
             raise LoggableError(f'another item uses {quoted(path)}')
         if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
-        """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
+        """Have the data of an item at the target, and rTorrent use it there."""
         folder = os.path.dirname(target)
         make_folders(folder)
         removal = Removal.begin(
-            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            self.config.state_dir, item, data, new=target,
             copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
             is_open=item.is_open, is_active=item.is_active)
         try:
             self.copy(item, removal)
-            self.tell_place(item, target)
-            self.open_there(item, removal)
         except BaseException:
             self.undo(item, removal)
             raise
-        self.finish(item, removal)
+        self.settle(item, removal)
 
     def copy(self, item: Item, removal: Removal) -> None:
-        """Have the data of an item at the target."""
+        """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
         discard(copy)                   # what a crash left
@@ -5772,37 +6081,44 @@ class Move(Choice):
         removal.mark('copied')
         rename_new(made, target)
 
+    def settle(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent use the data at the target, and remove the source."""
+        data, target = removal.data, removal.facts['new']
+        try:
+            self.tell_place(item, target)
+            item.tell(('d.open',))
+            now = ask_item(self.engine, item.hash)
+            if not self.is_at(now, target):
+                raise LoggableError(f'rTorrent took {quoted(target)} for something else')
+            if sum(file.is_created for file in now.files) < len(data.files):
+                raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays '
+                                    'at the old place')
+            item.tell(('d.save_full_session',))
+        except BaseException:
+            if all(os.path.lexists(file.path) for file in data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
+
     @staticmethod
     def tell_place(item: Item, root: str) -> None:
         """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
         folder, last = os.path.split(root)
+        command = ('d.directory_base.set', root)
         if not item.is_multi_file:
-            item.tell(('d.directory_base.set', folder))
+            command = ('d.directory_base.set', folder)
         elif plain_parts([last]) == plain_parts([item.name]):
-            item.tell(('d.directory.set', folder))
-        else:
-            item.tell(('d.directory_base.set', root))
+            command = ('d.directory.set', folder)
+        item.tell(('d.close',), command)
 
     @staticmethod
     def is_at(item: Item, root: str) -> bool:
         """Tell whether rTorrent looks for an item at a root."""
-        folder, last = os.path.split(item.absolute(item.directory_base))
+        place = item.absolute(item.directory_base)
         if not item.is_multi_file:
-            return os.path.join(folder, last) == os.path.dirname(root)
-        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
-            [os.path.basename(root)])
-
-    def open_there(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
-        target = removal.facts['new']
-        item.tell(('d.open',))
-        now = ask_item(self.engine, item.hash)
-        if not self.is_at(now, target):
-            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
-        if sum(file.is_created for file in now.files) < len(removal.data.files):
-            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
-                                'the old place')
-        item.tell(('d.save_full_session',))
+            return place == os.path.dirname(root)
+        same = plain_parts(os.path.split(place)) == plain_parts(os.path.split(root))
+        return same and os.path.dirname(place) == os.path.dirname(root)
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -5810,11 +6126,7 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',))
-        if DOUBTFUL.search(removal.facts['old']):
-            self.tell_place(item, removal.data.root)
-        else:
-            item.tell(('d.directory_base.set', removal.facts['old']))
+        self.tell_place(item, removal.data.root)
         if 'copied' in removal.steps:
             copies = data_at(removal.data, removal.facts['new'])
             if len(copies.files) == len(removal.data.files):
@@ -5825,13 +6137,12 @@ class Move(Choice):
 
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['new']
-        left = [file for file in data.files if os.path.lexists(file.path)]
+        data, target, why = removal.data, removal.facts['new'], ''
+        left = data._replace(files=[file for file in data.files if os.path.lexists(file.path)])
         try:
-            why, users = '', Users(self.engines())
-            if len(data_at(data._replace(files=left), target).files) < len(left):
+            if len(data_at(left, target).files) < len(left.files):
                 why = f'{quoted(target)} does not have all of it'
-            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            for path in self.users_of(item, data):
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
@@ -5846,12 +6157,17 @@ class Move(Choice):
         self.pauses.pop(item.hash, None)
         removal.drop()
 
+    def users_of(self, item: Item, data: OwnData) -> list[str]:
+        """Return paths by which other items use data."""
+        users = Users(self.engines())
+        return [*users.of(data, [(users.key(item.engine), item.hash)]).values()]
+
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
-        facts = removal.facts
+        facts, data = removal.facts, removal.data
         if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
-                             'does not have it any more', removal, quoted(removal.data.root))
+                             'does not have it any more', removal, quoted(data.root))
             discard(facts['copy'])
             removal.drop()
             return
@@ -5860,27 +6176,20 @@ class Move(Choice):
         told = self.is_at(item, facts['new'])
         item = item._replace(state=facts['state'], is_open=facts['is_open'],
                              is_active=facts['is_active'])
-        copies = data_at(removal.data, facts['new']).files
-        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
-            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
-        if not told and not whole:
-            self.LOG.info('the move of %s was cut short; it is started again at its old place',
-                          removal)
-            discard(facts['copy'])
-            start_again(item)
-            removal.drop()
+        copies = data_at(data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(data.files, copies))
+        if told or whole:
+            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+            self.settle(item, removal)
             return
-        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
-        try:
-            if not told:
-                item.tell(('d.close',))
-                self.tell_place(item, facts['new'])
-            self.open_there(item, removal)
-        except LoggableError:
-            if all(os.path.lexists(file.path) for file in removal.data.files):
-                self.undo(item, removal)
-            raise
-        self.finish(item, removal)
+        self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                      removal)
+        discard(facts['copy'])
+        start_again(item)
+        removal.drop()
+
+
 
 
 class Inotify:
@@ -6200,7 +6509,7 @@ class TreeWatch(Job):
         What lies there is rTorrent's own: it is not loaded, and never removed.
         """
         engine = self.engine
-        engine.open()                           # then it has told its folders
+        engine.reach()                          # then it has told its folders
         if engine.session_path:
             # One that may not be looked at cannot be reached from a watched folder either.
             with contextlib.suppress(OSError):
@@ -6560,7 +6869,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('same_files', parse_bool, 'no', 'its paths mean files of this machine, though torque '
                                            'cannot prove it'),
     Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
-    Option('rpc_limit', parse_size, '256m', 'largest answer of rTorrent that is read'),
+    Option('rpc_limit', parse_size, '64m', 'largest answer of rTorrent that is read'),
     Option('dry_run', parse_bool, 'no', 'all jobs only say what would be done'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
     Option('state_dir', str, '', 'folder for what must survive a restart'),
@@ -7116,10 +7425,9 @@ class Config(Settings):
         torque = self.torque
         timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
         limit = torque.rpc_limit or RPC_LIMIT
-        made_of = (url, timeout, limit, bool(same_files))
+        made_of = (url, bool(same_files))
         if made_of not in self.engines:
-            engine = Engine(*made_of)
-            engine.aliases = self.aliases
+            engine = Engine(url, timeout, limit, self.aliases, bool(same_files))
             self.engines[made_of] = engine
             self.all_engines.append(engine)
         return self.engines[made_of]
@@ -7158,7 +7466,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
     mistakes: list[Mistake] = []
-    Engine.making.jobs = True
     try:
         for planned in plans:
             try:
@@ -7171,8 +7478,6 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
         for name, job in made.items():
             clean_up(name, job)
         raise
-    finally:
-        Engine.making.jobs = False
     return made
 
 
@@ -8233,7 +8538,7 @@ def check(config: Config) -> int:
     print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
-            engine.open()
+            engine.reach()
             versions = one_line('/'.join(engine.versions))
             print(f'{engine.address.where}: rTorrent {versions} answers')
         except RpcError as error:
