@@ -4127,8 +4127,13 @@ class WatchTest(Folder):
         self.assertEqual(left_of(), ['d.torrent', 'link.torrent'])      # it is the very same file
         os.remove(other)
         self.write('gone.torrent', content)
-        changes = lambda *_: self.drop('d.torrent', b'new')             # noqa: E731
-        with mock.patch.object(torque, 'is_tied', changes):
+        read = torque.read_metafile
+
+        def changes(path):
+            meta = read(path)
+            self.drop('d.torrent', b'new')
+            return meta
+        with mock.patch.object(torque, 'read_metafile', changes):
             self.assertEqual(left_of(), ['d.torrent', 'link.torrent'])
 
     def test_by_path_or_content(self):

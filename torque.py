@@ -5385,8 +5385,8 @@ class QueueManager(Choice):
             # after what may be started, so that nothing that has begun meanwhile is missed.
             fields = [*self.RUNNING_FIELDS, *self.fields, *self.counted.fields]
             running = list_torrents(self.engine, 'default', fields, self.RUNNING)
-            hashes = {torrent['hash'] for torrent in running}
-            waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+            hashes = {torrent.hash for torrent in running}
+            waiting = [torrent for torrent in startable if torrent.hash not in hashes]
             if self.config.room:
                 waiting = self.fitting(waiting, running)
             self.each(waiting, self.start, self.places(running))
@@ -5398,14 +5398,14 @@ class QueueManager(Choice):
         if not config.viewname and self.engine.has_view('pyrotorque'):
             config['view'] = 'pyrotorque'
         torrents = super().chosen()
-        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.not_started)
+        return sorted(torrents, key=lambda torrent: torrent.hash in self.not_started)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
         config, now = self.config, time.time()
         downloading = [torrent for torrent in running if self.counted.match(torrent, now)]
         count = len(downloading)
-        traffic = sum(torrent['down'] for torrent in downloading)
+        traffic = sum(torrent.down for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
@@ -5421,9 +5421,9 @@ class QueueManager(Choice):
         """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
-            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
-            if not torrent['is_open'] and not waits:
-                why = quoted(torrent['message'] or 'rTorrent does not say why')
+            waits = torrent.is_hashing and not torrent.d_hashing_failed
+            if not torrent.is_open and not waits:
+                why = quoted(torrent.message or 'rTorrent does not say why')
                 self.failed(torrent, LoggableError(
                     f'could not be opened, and takes a place of the queue: {why}'))
 
@@ -5431,16 +5431,16 @@ class QueueManager(Choice):
         """Return the items that their disk has room for, beside what is still coming to it."""
         coming: dict = collections.Counter()
         for torrent in running:
-            device, _ = disk_of(torrent['path'])
-            coming[device] += torrent['left']
+            device, _ = disk_of(torrent.path)
+            coming[device] += torrent.left
         fitting = []
         for torrent in torrents:
-            device, free = disk_of(torrent['path'])
-            rest = (free or 0) - coming[device] - torrent['left']
+            device, free = disk_of(torrent.path)
+            rest = (free or 0) - coming[device] - torrent.left
             if rest < self.config.room:
                 self.LOG.debug('no room for %s', torrent)
                 continue
-            coming[device] += torrent['left']
+            coming[device] += torrent.left
             fitting.append(torrent)
         return fitting
 
@@ -5449,16 +5449,16 @@ class QueueManager(Choice):
         if not self.announce('starting', torrent):
             return True
         config = self.config
-        self.not_started.add(torrent['hash'])
-        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
-        self.not_started.discard(torrent['hash'])
+        self.not_started.add(torrent.hash)
+        without_errors(self.engine.tell([('d.start', torrent.hash)]))
+        self.not_started.discard(torrent.hash)
         self.last_start = time.time()
         if config.intermission:
             replace_file(self.file, f'{self.last_start}\n')
         if config.log_to_client and not config.quiet:
             # Older ones take no emoji, for example.
             with contextlib.suppress(RpcError):
-                text = f"torque: started {quoted(torrent['name'])}"
+                text = f'torque: started {quoted(torrent.name)}'
                 self.engine.tell([('print', '', text)])
         return True
 
@@ -5955,7 +5955,7 @@ class ItemCommand(Choice, Command):
             environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
         self.execute(words, environment)
         if self.config.once and not self.dry_run:
-            item = torrent['hash']
+            item = torrent.hash
             answers = self.engine.tell([
                 ('d.custom.set', item, self.mark, '1'),
                 ('d.save_full_session', item)])
@@ -6258,19 +6258,6 @@ def file_state(status: os.stat_result) -> FileState:
     """Return the state of a file."""
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
-
-
-# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
-NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
-
-
-def is_tied(tied: str, path: str) -> bool:
-    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
-    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
-        return True
-    with contextlib.suppress(OSError):
-        return identity(tied) == identity(path)
-    return False
 
 
 def parse_mode(text: str) -> str:
@@ -6614,8 +6601,10 @@ class TreeWatch(Job):
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
-            if is_tied(tied, path):
-                return ''
+            # One that rTorrent shows with other characters is not there, and nothing is removed.
+            with contextlib.suppress(OSError):
+                if identity(tied) == identity(path):
+                    return ''
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
                 self.remove(path, state, tied)
