@@ -4169,7 +4169,7 @@ class WatchTest(Folder):
         for settings in ({'dry_run': True}, {'quiet': 'yes'}, {'print_to_client': 'no'}, {}):
             self.engine.items.clear()
             self.look(**settings)
-            told = [call[3].decode() for call in self.engine.asked if len(call) > 3]
+            told = [call[3] for call in self.engine.asked if len(call) > 3]
             self.assertEqual(len(told), int(not settings))
         self.assertIn("print=\"torque: loaded 'emoji 😀\\\\n$d.erase=' from", told[0])
         self.assertTrue(self.logged('dry run, not done: loading'))

@@ -6238,13 +6238,6 @@ class Inotify:
         self.mounts.close()
 
 
-def as_sent(text: str) -> str | bytes:
-    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
-    if re.fullmatch('[ -\ud7ff]*', text):
-        return text
-    return text.encode('utf-8', 'surrogateescape')
-
-
 class FileState(NamedTuple):
     """What tells a file from another, and from itself before it was changed."""
     device: int
@@ -6650,15 +6643,13 @@ class TreeWatch(Job):
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
             by_path, by_content = 'load.start', 'load.raw_start'
-        file = as_sent(path)
-        texts = [as_sent(text) for text in commands]
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
         if self.by_path and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+            without_errors(self.engine.tell([(by_path, '', path, *commands)]))
             if self.appears(meta):
                 return True
-        self.send_content((by_content, '', meta.content, *texts))
+        self.send_content((by_content, '', meta.content, *commands))
         if not self.appears(meta):
             why = 'rTorrent did not take it, and does not say why'
             if not meta.tracker:
@@ -6668,7 +6659,7 @@ class TreeWatch(Job):
             self.by_path = False
         elif is_pattern:
             self.engine.tell([
-                ('d.tied_to_file.set', meta.info_hash, file),
+                ('d.tied_to_file.set', meta.info_hash, path),
                 ('d.save_full_session', meta.info_hash)])
             return True
         return False
