@@ -5450,7 +5450,7 @@ class QueueManager(Choice):
             return True
         config = self.config
         self.not_started.add(torrent.hash)
-        without_errors(self.engine.tell([('d.start', torrent.hash)]))
+        self.act('d.start', torrent.hash)
         self.not_started.discard(torrent.hash)
         self.last_start = time.time()
         if config.intermission:
@@ -5949,17 +5949,12 @@ class ItemCommand(Choice, Command):
         words = self.words
         if not self.config.shell:
             words = self.template.render(torrent)
-        environment = {}
-        for name in self.ENVIRONMENT:
-            value = show(torrent[name])
-            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
-        self.execute(words, environment)
-        if self.config.once and not self.dry_run:
-            item = torrent.hash
-            answers = self.engine.tell([
-                ('d.custom.set', item, self.mark, '1'),
-                ('d.save_full_session', item)])
-            without_errors(answers)
+        values = {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
+                  for name in self.ENVIRONMENT}
+        self.execute(words, values)
+        if self.config.once:
+            self.act('d.custom.set', torrent.hash, self.mark, '1')
+            self.act('d.save_full_session', torrent.hash)
         return True
 
 
@@ -6646,10 +6641,10 @@ class TreeWatch(Job):
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
         if self.by_path and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', path, *commands)]))
+            self.act(by_path, '', path, *commands)
             if self.appears(meta):
                 return True
-        self.send_content((by_content, '', meta.content, *commands))
+        self.send_content(by_content, meta.content, commands)
         if not self.appears(meta):
             why = 'rTorrent did not take it, and does not say why'
             if not meta.tracker:
@@ -6658,23 +6653,21 @@ class TreeWatch(Job):
         if why_unseen(self.engine):
             self.by_path = False
         elif is_pattern:
-            self.engine.tell([
-                ('d.tied_to_file.set', meta.info_hash, path),
-                ('d.save_full_session', meta.info_hash)])
+            self.act('d.tied_to_file.set', meta.info_hash, path)
+            self.act('d.save_full_session', meta.info_hash)
             return True
         return False
 
-    def send_content(self, call: tuple) -> None:
+    def send_content(self, method: str, content: bytes, commands: list[str]) -> None:
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
         try:
-            without_errors(self.engine.tell([call]))
+            self.act(method, '', content, *commands)
         except Unreachable:
-            size = len(call[2])
-            if size <= 100000:
+            if len(content) <= 100000:
                 raise
             self.ask('system.pid', '')
-            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
-                          ) from None
+            size = show_size(len(content))
+            raise Refused(f'{size} are more than rTorrent takes in one request') from None
 
     def appears(self, meta: Metafile) -> bool:
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
