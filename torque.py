@@ -6301,11 +6301,8 @@ class TreeWatch(Job):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        self.roots = []
-        for path in config.path.split(os.pathsep):
-            if path.strip():
-                path = os.path.expanduser(path.strip())
-                self.roots.append(os.path.abspath(path))
+        paths = [os.path.expanduser(path.strip()) for path in config.path.split(os.pathsep)]
+        self.roots = [os.path.abspath(path) for path in paths if path]
         if not self.roots:
             raise UserError('is not set', option='path')
         self.commands = []
@@ -6409,14 +6406,12 @@ class TreeWatch(Job):
             # On another device the disk of the file is not mounted now.
             if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
                 del self.handled[path]
-        try:
-            for path in sorted(files):
-                before = self.handled.get(path, Handled())
-                is_new = before.error or before.state != files[path]
-                if is_new and not self.ended.is_set():
-                    self.handled[path] = self.handle(path, files[path], before)
-        finally:
-            self.keep_untied()
+        for path in sorted(files):
+            before = self.handled.get(path, Handled())
+            is_new = before.error or before.state != files[path]
+            if is_new and not self.ended.is_set():
+                self.handled[path] = self.handle(path, files[path], before)
+        self.keep_untied()
         if self.trouble:
             raise LoggableError('; '.join(self.trouble.values()))
 
@@ -6452,19 +6447,16 @@ class TreeWatch(Job):
                 self.inotify.add(folder)
             except OSError as error:
                 self.failed(folder, error)
-        with os.scandir(folder) as listing:
-            entries = list(listing)
-        if any(entry.name == self.SESSION_LOCK for entry in entries):
+        if os.path.lexists(os.path.join(folder, self.SESSION_LOCK)):
             return
-        for entry in entries:
-            is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
-            if is_skipped and not entry.is_file(follow_symlinks=False):
-                continue
-            # Links last, so that a folder goes by its own name where it has one in the trees.
-            if entry.is_symlink():
-                left.append(entry.path)
-            else:
-                left.appendleft(entry.path)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
+                # Links last, so that a folder goes by its own name where it has one in the trees.
+                if entry.is_symlink() and not is_skipped:
+                    left.append(entry.path)
+                elif not is_skipped or entry.is_file(follow_symlinks=False):
+                    left.appendleft(entry.path)
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
