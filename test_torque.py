@@ -2436,6 +2436,7 @@ class QueueTest(Folder):
     def queue(self, items, **settings):
         """Return a queue of an rTorrent with these items."""
         self.engine = Double({'d.priority': 2, **item} for item in items)
+        self.addCleanup(self.engine.end)
         return self.another(**settings)
 
     def another(self, **settings):
@@ -3768,6 +3769,7 @@ class WatchTest(Folder):
     def setUp(self):
         super().setUp()
         self.engine, self.root = Double(), os.path.join(self.folder, 'w')
+        self.addCleanup(self.engine.end)
         self.engine.address = types.SimpleNamespace(where='', kind='', is_local=lambda: True)
         os.mkdir(self.root)
         for name, value in (('RETRY', .1), ('MOST', .3)):
@@ -4414,7 +4416,7 @@ class Double:
     """
     aliases, session_path, views, takes = {'T': ['http://t/']}, '/session/', (), 'load.'
     address = types.SimpleNamespace(where='double', kind='http', is_local=lambda: False)
-    same_files, cwd, default = True, '/cwd', '/default'
+    same_files, cwd = True, '/cwd'
     FILES = [['a.mkv', 90, 1], ['b.txt', 10, 1]]
     TRACKERS = [['http://off/', 0, 9, 9, 5, 0], ['http://t/x', 1, 3, 4, 2, 1],
                 ['dht://', 1, 0, 0, 0, 0]]
@@ -4455,7 +4457,7 @@ class Double:
             'd.hash': HASH(len(self.items) + 1), 'd.name': os.path.basename(path),
             'd.base_path': path, 'd.directory': place, 'd.directory_base': place,
             'd.is_multi_file': int(bool(files)), 'd.complete': 1, 'd.is_active': 1, 'd.state': 1,
-            'd.hashing': 0, 'd.completed_bytes': 9, 'd.timestamp.started': 1, 'd.down.total': 9,
+            'd.hashing': 0, 'd.bitfield': '', 'd.completed_bytes': 9, 'd.timestamp.started': 1, 'd.down.total': 9,
             'd.is_open': 1, 'd.views': [],
             'files': [[name or os.path.basename(path), len(content), 1]
                       for name, content in (files or {'': bytes(9000)}).items()],
@@ -4471,9 +4473,8 @@ class Double:
                      for name in params[1:]] for item in shown]
         if method.startswith('load.'):
             return self.load(method, *params)
-        if method in ('system.cwd', 'directory.default', 'session.path'):
-            return {'system.cwd': self.cwd, 'directory.default': self.default}.get(
-                method, self.session_path)
+        if method in ('system.cwd', 'session.path'):
+            return {'system.cwd': self.cwd}.get(method, self.session_path)
         if method == 'view.size_not_visible':
             return 0
         if method == 'view.size':
@@ -4528,7 +4529,7 @@ class Double:
         there = os.path.exists(os.path.join(self.cwd, frozen)) and not (
             self.blind and frozen.startswith(self.blind))
         return {'f.path': path, 'f.size_bytes': size, 'f.completed_chunks': chunks,
-                'f.size_chunks': 1, 'f.priority': 1, 'f.frozen_path': frozen,
+                'f.range_first': 0, 'f.range_second': 1, 'f.priority': 1, 'f.frozen_path': frozen,
                 'f.is_created': int(there)}[fact]
 
 
