@@ -2619,8 +2619,9 @@ class LiveQueueTest(Folder):
 
     def state(self):
         """Return the hashes that take a place, that are started, and that are hashed."""
-        rows, = self.engine.ask([('d.multicall2', '', 'default', 'd.hash=', 'd.complete=', 'd.state=',
-                                  'd.is_open=', 'd.is_active=', 'd.hashing=')])
+        rows, = self.engine.ask([(
+            'd.multicall2', '', 'default', 'd.hash=', 'd.complete=', 'd.state=', 'd.is_open=',
+            'd.is_active=', 'd.hashing=')])
         return ({row[0] for row in rows if not row[1] and any(row[2:])},
                 {row[0] for row in rows if row[2]}, {row[0] for row in rows if row[5]})
 
@@ -3769,7 +3770,6 @@ class WatchTest(Folder):
     def setUp(self):
         super().setUp()
         self.engine, self.root = Double(), os.path.join(self.folder, 'w')
-        self.addCleanup(self.engine.end)
         self.engine.address = types.SimpleNamespace(where='', kind='', is_local=lambda: True)
         os.mkdir(self.root)
         for name, value in (('RETRY', .1), ('MOST', .3)):
@@ -3867,24 +3867,20 @@ class WatchTest(Folder):
             'cmd.b': 'd.custom2.set={{relpath}}|{{rel_path}}',
             'cmd_a': '{% if "TV" in flags %}d.custom1.set={{tracker_alias}}{% endif %}',
             'cmd.c': 'print={{watch_path}},{{pathname}},{{label}},{{filetype}},{{traits.show}}'})
-        for folder, commands in (('TV/x', ['"TV/x|TV/x"', 'd.custom1.set="TR"']),
-                                 ('TV/start/x/queue/load', ['"TV/start/x|TV/start/x"',
-                                                            'd.custom1.set="TR"']),
-                                 ('start', ['"|."']), ('', ['"|."'])):
+        content, tracker = metafile('Some.Show.S01E02.mkv')[0], 'd.custom1.set="TR"'
+        for folder, relpath, more in (('TV/x', 'TV/x', [tracker]), ('start', '', []), ('', '', []),
+                                      ('TV/start/x/queue/load', 'TV/start/x', [tracker])):
             with self.subTest(folder):
-                self.drop(os.path.join(folder, 'Some.Show.S01E02.mkv.torrent'),
-                          metafile('Some.Show.S01E02.mkv')[0])
-                path = os.path.join(self.root, folder, 'Some.Show.S01E02.mkv.torrent')
-                shown = job.explain(path)
-                self.assertEqual([line[10:] for line in shown if ' command d.c' in line], [
-                    'd.custom2.set=' + commands[0], *commands[1:]])
-                self.assertIn(f'  command print="{self.root}","{path}","tv/mkv",".mkv","Some.Show"',
-                              shown)
-                self.assertEqual({line.split()[0] for line in shown[1:]}, {'command', *job.NAMES})
+                path = os.path.join(self.root, folder, 'x.torrent')
+                self.assertEqual(job.plan(path, torque.parse_metafile(content))[1], [
+                    f'd.custom2.set="{relpath}|{relpath or "."}"',
+                    f'print="{self.root}","{path}","tv/mkv",".mkv","Some.Show"', *more])
+        shown = job.explain(self.write('w/TV/x.torrent', content))
+        self.assertEqual({line.split()[0] for line in shown[1:]}, {'command', *job.NAMES})
         outside = self.write('x.torrent', metafile('x')[0])
         self.assertIn('if it lay below', self.watch().explain(outside)[0])
-        self.assertIn('No such file', job.explain('/no/file.torrent')[0])
-        self.assertIn('ends in none of .torrent', job.explain('/no/file.txt')[0])
+        for name, words in (('file.torrent', 'No such file'), ('file.txt', 'ends in none of .to')):
+            self.assertIn(words, job.explain(f'/no/{name}')[0])
         for key, text, words in (('cmd.x', '{{oh}}', 'there is no'), ('path', ' : ', 'not set')):
             with self.subTest(words), self.assertRaisesRegex(torque.UserError, words):
                 self.watch(**{key: text})

@@ -5423,9 +5423,7 @@ class QueueManager(Choice):
         Option('viewname', str, '', 'view that is looked at; left out, pyrotorque or main'),
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
-    fields = ('left', 'path')
-    RUNNING = Filter('is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes '
-                     'OR d_state=1 ]')
+    RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
     RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
@@ -5438,6 +5436,9 @@ class QueueManager(Choice):
         super().__init__(config)
         where = self.engine.address.where
         self.turn = self.turns.setdefault(where, threading.Lock())
+        if config.room:
+            self.fields = ('left', 'path')
+        self.running = Filter(self.RUNNING)
         self.counted = Filter('*')              # which of the running items take a place
         if config.downloading:
             self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
@@ -5464,7 +5465,7 @@ class QueueManager(Choice):
             # All that is started and not complete: hashing, paused or failing, too. It is listed
             # after what may be started, so that nothing that has begun meanwhile is missed.
             fields = [*self.RUNNING_FIELDS, *self.fields, *self.counted.fields]
-            running = list_torrents(self.engine, 'default', fields, self.RUNNING)
+            running = list_torrents(self.engine, 'default', fields, self.running)
             hashes = {torrent.hash for torrent in running}
             waiting = [torrent for torrent in startable if torrent.hash not in hashes]
             if self.config.room:
@@ -5479,6 +5480,9 @@ class QueueManager(Choice):
             config['view'] = 'pyrotorque'
         torrents = super().chosen()
         return sorted(torrents, key=lambda torrent: torrent.hash in self.not_started)
+
+    def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
+        """Say nothing of all that wait for their turn."""
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
