@@ -4837,6 +4837,17 @@ class ActionTest(WithDouble):
                 self.assertGreater(dies_at, 15)
                 break
 
+    def test_answers_of_wrong_types_are_one_error(self):
+        self.engine.add(self.path('a'), {'x': b'1'})
+        for method, wrong in (('d.directory', 7), ('d.is_open', '1'), ('d.hash', 7),
+                              ('f.multicall', [['x']]), ('f.multicall', 5), ('system.cwd', 7),
+                              ('f.multicall', [[1] * len(torque.ItemFile._fields)])):
+            self.engine.before = lambda asked, target: wrong if (   # noqa: B023
+                asked == method and target != '*') else None        # noqa: B023
+            with self.subTest(method, wrong=wrong):
+                self.fails('is not understood', lambda: self.run_action('cull'))
+                self.assertEqual(tree(self.path('a')), {'x': b'1'})
+
     def test_dry_run_says_all(self):
         for name in 'abc':
             self.engine.add(self.path(name))

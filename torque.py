@@ -3530,6 +3530,8 @@ def read_metafile(path: str) -> Metafile:
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
+TEXTS = ('hash', 'name', 'base_path', 'directory', 'directory_base', 'bitfield', 'path',
+         'frozen_path')                 # of what is asked; the rest are numbers
 
 
 class ItemFile(NamedTuple):
@@ -3610,6 +3612,17 @@ class OwnData(NamedTuple):
     folders: list[str]                  # they go when they are empty; the deepest first
 
 
+def is_row(row: Any, fields: Iterable[str]) -> bool:
+    """Tell whether an answer has a text or a number for each field, as it should be."""
+    kinds = []
+    for name in fields:
+        kind: type = int
+        if name in TEXTS:
+            kind = str
+        kinds.append(kind)
+    return isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
+
+
 def ask_item(engine: Engine, info_hash: str) -> Item:
     """Return an item as it is now; raises HashNotFound where there is none."""
     fields = Item._fields[:Item._fields.index('files')]
@@ -3619,6 +3632,9 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     calls.append(('f.multicall', info_hash, '', *columns))
     calls += [('system.cwd', ''), ('session.path', '')]
     *facts, rows, cwd, session = without_errors(engine.ask(calls))
+    if not (is_row(facts, fields) and isinstance(rows, list) and isinstance(cwd, str)
+            and isinstance(session, str) and all(is_row(row, ItemFile._fields) for row in rows)):
+        raise RpcError(f'{engine.address.where}: what it tells of item {info_hash} is not understood')
     files = [ItemFile(*row) for row in rows]
     return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
 
