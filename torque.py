@@ -119,29 +119,21 @@ class HashNotFound(RpcError):
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
 NUMBER = r'[0-9]{1,15}(?:\.[0-9]{1,15})?'
-DURATION = re.compile(rf'{NUMBER}|(?:{NUMBER}\s*[wdhms]\s*){{1,5}}')
-DURATION_PART = re.compile(rf'({NUMBER})\s*([wdhms]?)')
 DURATION_UNITS = {
     'w': 604800,
     'd': 86400,
     'h': 3600,
     'm': 60,
     's': 1}
+DURATION = re.compile(''.join(rf'(?:({NUMBER})\s*{unit}\s*)?' for unit in DURATION_UNITS))
 # In seconds: dates and timeouts of the system hold no more than some centuries.
 LONGEST = 10000 * DURATION_UNITS['w']
 SIZE = re.compile(rf'({NUMBER})\s*([bkmgt]?)(?:i?b)?')
-SIZE_UNITS = {
-    '': 1,
-    'b': 1,
-    'k': 1 << 10,
-    'm': 1 << 20,
-    'g': 1 << 30,
-    't': 1 << 40}
-SHOWN_UNITS = (                         # and the digits behind the point
-    ('B', 0),
-    ('KiB', 0),
-    ('MiB', 1),
-    ('GiB', 1))
+SHOWN_UNITS = {                         # and the digits behind the point
+    'B': 0,
+    'KiB': 0,
+    'MiB': 1,
+    'GiB': 1}
 
 
 def parse_bool(text: Any) -> bool:
@@ -154,6 +146,15 @@ def parse_bool(text: Any) -> bool:
     raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
+def added_up(text: str, pattern: re.Pattern, units: dict[str, int]) -> float | None:
+    """Return the seconds in numbers with units; None for what is written as something else."""
+    match = pattern.fullmatch(text)
+    if not match or not text:
+        return None
+    numbers = map(float, match.groups('0'))
+    return sum(map(operator.mul, numbers, units.values()))
+
+
 def parse_duration(text: Any) -> float:
     """Return the seconds in a length of time; a bare number is seconds.
 
@@ -161,12 +162,10 @@ def parse_duration(text: Any) -> float:
     (5400.0, 0.25, 15.0)
     """
     spelt = str(text).strip().lower()
-    seconds, units = 0.0, []
-    if DURATION.fullmatch(spelt):
-        for number, unit in DURATION_PART.findall(spelt):
-            seconds += float(number) * DURATION_UNITS[unit or 's']
-            units.append(unit)
-    if not units or len(set(units)) < len(units) or seconds > LONGEST:
+    if re.fullmatch(NUMBER, spelt):
+        spelt += 's'
+    seconds = added_up(spelt, DURATION, DURATION_UNITS)
+    if seconds is None or seconds > LONGEST:
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
                         'up to 10000w')
     return seconds
@@ -181,7 +180,7 @@ def parse_size(text: Any) -> int:
     match = SIZE.fullmatch(str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
-    return int(float(match[1]) * SIZE_UNITS[match[2]])
+    return int(float(match[1]) * 1024 ** 'bkmgt'.index(match[2]))
 
 
 def parse_count(text: Any) -> int:
@@ -215,7 +214,7 @@ def show_size(number: float) -> str:
     >>> show_size(1258291), show_size(512)
     ('1.2 MiB', '512 B')
     """
-    for unit, digits in SHOWN_UNITS:
+    for unit, digits in SHOWN_UNITS.items():
         if abs(number) < 1024:
             return f'{number:.{digits}f} {unit}'
         number /= 1024
