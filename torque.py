@@ -2479,7 +2479,9 @@ TRAITS = {
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
 TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
-SECOND_LEVEL = 'co com net org ac gov edu'.split()
+# co and the like are part of a country's domain, as in example.co.uk
+DOMAIN = re.compile(
+    r'[^.]{1,63}\.(?:(?:co|com|net|org|ac|gov|edu)\.[a-z]{2}|[^.]{0,62}[a-z])\Z')
 
 
 class TorrentField(NamedTuple):
@@ -2507,7 +2509,9 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
     return os.path.join(cwd, place)
 
 
-def first_number(*values: Any) -> int:
+# The functions of fields take raw values as rTorrent gives them.
+
+def first_number(*values):
     """Return the first value that is a number above 0; 0 for a time that is not known."""
     for value in values:
         text = str(value)
@@ -2516,7 +2520,7 @@ def first_number(*values: Any) -> int:
     return 0
 
 
-def time_started(marks: str, start: float, end: float) -> float | None:
+def time_started(marks, start, end):
     """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
     None where pyrocore has left no marks.
@@ -2531,8 +2535,7 @@ def time_started(marks: str, start: float, end: float) -> float | None:
     return seconds
 
 
-def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, active: int,
-              now: float) -> float | None:
+def seed_time(marks, tm_completed, finished, complete, active, now):
     """Return for how long a complete item was seeded; None where that is not known."""
     completed = first_number(tm_completed, finished)
     if not complete or not completed:
@@ -2543,8 +2546,7 @@ def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, activ
     return seconds
 
 
-def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finished: Any,
-               now: float) -> float | None:
+def leech_time(marks, tm_started, began, tm_completed, finished, now):
     """Return for how long an item was downloaded; None where that is not known."""
     started = first_number(tm_started, began)
     end = first_number(tm_completed, finished) or now
@@ -2554,7 +2556,7 @@ def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finis
     return seconds
 
 
-def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
+def time_stopped(marks, state, changed, tm_started, began):
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
     _, _, last = marks.rpartition('P')
     paused = first_number(last.partition('R')[0])
@@ -2563,43 +2565,35 @@ def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: A
     return first_number(changed)
 
 
-def time_active(last: Any, peers: int, now: float) -> int:
-    """Return when an item last had peers."""
-    if peers:
+def last_time(now, noted, *signs):
+    """Return when there last were signs of life, such as peers or a rate."""
+    if any(signs):
         return int(now)
-    return first_number(last)
+    return first_number(noted)
 
 
-def time_moved(last: Any, up: int, down: int, now: float) -> int:
-    """Return when data of an item was last transferred."""
-    return time_active(last, up + down, now)
-
-
-def session_file(folder: str, info_hash: str) -> str:
+def session_file(folder, info_hash):
     """Return the path of the metafile in rTorrent's session folder; nothing without one."""
     if not folder:
         return ''
     return f'{folder}{info_hash}.torrent'
 
 
-def percent_done(completed: int, size: int) -> float:
+def percent_done(completed, size):
     """Return how much of an item is there."""
     if not size:
         return 0.0
     return 100.0 * completed / size
 
 
-def domain_of(url: str) -> str:
-    """Return the registered domain of a tracker's host, or its number."""
-    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
-    labels = host.split('.')
-    if labels[-1].isdigit() or ':' in host:
-        return host
-    parts = 2
-    country = len(labels) > 2 and len(labels[-1]) == 2
-    if country and labels[-2] in SECOND_LEVEL:
-        parts = 3                       # as in example.co.uk
-    return '.'.join(labels[-parts:])
+def true_ratio(thousandths):
+    """Return uploaded by size."""
+    return thousandths / 1000
+
+
+def tags_of(text):
+    """Return the tags that an item has."""
+    return text.lower().split()
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2616,10 +2610,14 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     for alias, beginnings in aliases.items():
         if any((part + '/').startswith(server) for part in beginnings):
             return alias
-    return domain_of(url)
+    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
+    domain = DOMAIN.search(host)
+    if domain:
+        return domain[0]
+    return host
 
 
-def first_tracker(rows: list) -> str:
+def first_tracker(rows):
     """Return the first enabled announce URL."""
     for url, enabled, *_ in rows:
         if enabled and url != 'dht://':
@@ -2627,45 +2625,37 @@ def first_tracker(rows: list) -> str:
     return ''
 
 
-def alias_of(rows: list, aliases: dict[str, list[str]]) -> str:
+def alias_of(rows, aliases):
     """Return the name of the first enabled tracker."""
     return tracker_alias(first_tracker(rows), aliases)
 
 
-def most_seeders(rows: list) -> int:
-    """Return the seeders that the best tracker knows."""
-    return max([row[2] for row in rows], default=0)
+def most(column, rows):
+    """Return what the tracker says that knows of most peers."""
+    return max([row[column] for row in rows], default=0)
 
 
-def most_leechers(rows: list) -> int:
-    """Return the leechers that the best tracker knows."""
-    return max([row[3] for row in rows], default=0)
-
-
-def trackers_failed(rows: list) -> int:
+def trackers_failed(rows):
     """Return how many enabled trackers have failed since they last answered."""
-    number = 0
-    for _, enabled, _, _, failed, answered in rows:
-        if enabled and failed > answered:
-            number += 1
-    return number
+    return len([url for url, enabled, _, _, failed, answered in rows
+                if enabled and failed > answered])
 
 
-def file_names(rows: list) -> list[str]:
+def file_names(rows):
     """Return the paths of an item's files."""
     return [path for path, _ in rows]
 
 
-def file_kinds(rows: list, percent: int = 0) -> list[str]:
+def file_kinds(rows, percent=0):
     """Return the extensions of files that make up at least so many percent of the data.
 
-    The parts .r00, .r01 ... of an archive count as rar.
+    jpeg is jpg, mpeg is mpg; the parts r00, r01 ... of an archive count as rar.
     """
-    sizes: dict[str, int] = collections.Counter()
+    sizes = collections.Counter()
     for path, size in rows:
         _, ending = os.path.splitext(path)
-        kind = ending.lstrip('.').lower()
-        if re.fullmatch('r[0-9][0-9]', kind):
+        kind = ending.lstrip('.').lower().replace('peg', 'pg')
+        if re.fullmatch('r[0-9]{2,3}', kind):
             kind = 'rar'
         sizes[kind] += size
     least = percent * sum(sizes.values())
@@ -2677,16 +2667,19 @@ def name_traits(name: str, kind: str) -> dict[str, str]:
     name = name[:255]                   # the patterns are quadratic
     if kind and name.endswith(kind):
         name = os.path.splitext(name)[0]
-    sorts = [trait for trait, kinds in TRAITS.items() if kind in kinds.split()]
-    if not sorts or sorts[0] in ('video', 'misc'):
+    sort = ''
+    for trait, kinds in TRAITS.items():
+        if kind in kinds.split():
+            sort = trait
+    if sort in ('', 'video', 'misc'):
         for trait, regex in (('tv', TV), ('movie', MOVIE)):
             match = regex.match(name)
             if match:
                 return {'kind': trait, **match.groupdict('')}
-    return {'kind': ''.join(sorts)}
+    return {'kind': sort}
 
 
-def guess_traits(name: str, rows: list) -> list[str]:
+def guess_traits(name, rows):
     """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
     kind = ''.join(file_kinds(rows, 51))
     sort = name_traits(name, kind)['kind']
@@ -2743,8 +2736,8 @@ COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
 MARKS = 'd.custom=activations'
 # name: kind, raw values in the order that the function takes them, the function
 MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
-    'ratio': ('number', 'd.ratio', lambda ratio: ratio / 1000),
-    'tagged': ('tags', 'd.custom=tags', lambda tags: tags.lower().split()),
+    'ratio': ('number', 'd.ratio', true_ratio),
+    'tagged': ('tags', 'd.custom=tags', tags_of),
     'path': ('text', PATH, data_path),
     'realpath': ('text', 'seen ' + PATH, seen_path),
     'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
@@ -2756,14 +2749,14 @@ MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
     'started': ('time', STARTED, first_number),
     'completed': ('time', COMPLETED, first_number),
     'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
-    'active': ('time', 'd.custom=last_active d.peers_connected now', time_active),
-    'last_xfer': ('time', 'd.custom=last_xfer d.up.rate d.down.rate now', time_moved),
+    'active': ('time', 'now d.custom=last_active d.peers_connected', last_time),
+    'last_xfer': ('time', 'now d.custom=last_xfer d.up.rate d.down.rate', last_time),
     'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
     'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
     'tracker': ('text', 'trackers', first_tracker),
     'alias': ('text', 'trackers aliases', alias_of),
-    'seeders': ('number', 'trackers', most_seeders),
-    'leechers': ('number', 'trackers', most_leechers),
+    'seeders': ('number', 'trackers', functools.partial(most, 2)),
+    'leechers': ('number', 'trackers', functools.partial(most, 3)),
     'trackers_failed': ('number', 'trackers', trackers_failed),
     'files': ('files', 'files', file_names),
     'kind': ('tags', 'files', file_kinds),
@@ -2786,10 +2779,10 @@ TORRENT_FIELDS = all_fields()
 
 
 # Parts of the names of d. commands that change something, or the beginnings of parts
-CHANGING = frozenset(
-    'add check clear close create delete disable disconnect enable erase initialize insert open '
-    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
-    'update'.split())
+CHANGING = re.compile(
+    r'(?<![^.])(?:add|check|clear|close|create|delete|disable|disconnect|enable|erase|initialize|'
+    r'insert|open|pause|push|remove|resume|save|set|start|stop|tracker_announce|'
+    r'tracker_send_scrape|try|unset|update)(?![^._])')
 
 
 def torrent_field(name: str) -> TorrentField:
@@ -2797,16 +2790,17 @@ def torrent_field(name: str) -> TorrentField:
     if name in TORRENT_FIELDS:
         return TORRENT_FIELDS[name]
     stem, _, rest = name.partition('_')
-    if stem == 'custom' and rest in ('1', '2', '3', '4', '5'):
-        return TorrentField('text', (f'd.custom{rest}',))
     if stem == 'custom' and rest:
-        key = rest.replace('\\', '\\\\').replace('"', '\\"')
-        return TorrentField('text', (f'd.custom="{key}"',))
+        command = f'd.custom{rest}'
+        if not re.fullmatch('[1-5]', rest):
+            key = rest.replace('\\', '\\\\').replace('"', '\\"')
+            command = f'd.custom="{key}"'
+        return TorrentField('text', (command,))
     if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
         # as a column, what changes something would be done to every torrent
-        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
+        if CHANGING.search(rest):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
