@@ -2651,7 +2651,7 @@ def file_kinds(rows, percent=0):
 
     jpeg is jpg, mpeg is mpg; the parts r00, r01 ... of an archive count as rar.
     """
-    sizes = collections.Counter()
+    sizes: collections.Counter = collections.Counter()
     for path, size in rows:
         _, ending = os.path.splitext(path)
         kind = ending.lstrip('.').lower().replace('peg', 'pg')
@@ -2807,14 +2807,14 @@ def torrent_field(name: str) -> TorrentField:
 
 
 AGE_UNITS = {
-    'y': 31536000,
+    '[yY]': 31536000,
     'M': 2592000,
-    'w': 604800,
-    'd': 86400,
-    'h': 3600,
-    'i': 60,
-    's': 1}
-AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
+    '[wW]': 604800,
+    '[dD]': 86400,
+    '[hH]': 3600,
+    '[iI]': 60,
+    '[sS]': 1}
+AGE = re.compile(''.join(f'(?:([0-9]{{1,6}}){unit})?' for unit in AGE_UNITS))
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
 ORDER = {                               # of limit and value, since the limit is known first
@@ -2823,34 +2823,41 @@ ORDER = {                               # of limit and value, since the limit is
     '<=': operator.ge,
     '>': operator.lt,
     '>=': operator.le}
+SIGNS = {
+    '+': '>',
+    '-': '<'}
+AGES = '8w 1d12h 1y6M, with M for months and i for minutes'
+ALLOWED = {
+    'number': '2 1.5',
+    'duration': AGES,
+    'time': f'2024-03-15 03/15/2024 15.03.2024T14:50, Unix seconds, {AGES}'}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
-MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
+MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
 # held meanwhile, and a regex of the user may take quadratic time.
 MOST_MATCHED = 1000
-# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
-# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+# A word is a keyword, nothing at the end, or pieces, some of them quoted. Only where a value
+# begins, /.../ is a regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
 QUOTED = (
     r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
     r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
 PIECE = re.compile(QUOTED, re.S)
-WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
 CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
-GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,99}\]|.', re.S)
-JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
+STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
+# Words that cannot be meant as the name of a torrent
+NO_NAME = re.compile(
+    r'[][]{0,9}(?:and|or|not|&&?|\|\|?|#)?[][]{0,9}|(?!/)[^=<>]*[=<>].*', re.I | re.S)
+POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
 def mistake(what: str, text: str, at: int, why: Any) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
-    before = ' '.join(text[:at].split())
-    after = ' '.join(text[at:].split())
-    if len(before) > 90:
-        before = '...' + before[-87:]
-    if len(after) > 40:
-        after = after[:37] + '...'
+    before = ' '.join(text[:at].split())[-90:]
+    after = ' '.join(text[at:].split())[:40]
     shown = f'{before} <-- here {after}'.strip()
     return UserError(f'{what} {quoted(shown, 600)}: {why}')
 
@@ -2860,12 +2867,9 @@ def glob_regex(glob: str) -> str:
 
     fnmatch has done so from Python 3.9 on.
     """
-    parts = ['']
-    for piece in GLOB_PIECE.findall(glob):
-        if piece.startswith('*'):
-            parts.append('')
-        else:
-            parts[-1] += fnmatch.translate(piece)[4:-3]         # without (?s: and )\Z
+    parts = []
+    for part in STARS.split(glob):
+        parts.append(fnmatch.translate(part)[4:-3])             # without (?s: and )\Z
     regex = parts[0]
     for number, part in enumerate(parts[1:-1]):
         regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
@@ -2877,11 +2881,9 @@ def glob_regex(glob: str) -> str:
 def text_pattern(text: str) -> Callable[[str], Any]:
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
-    stars = 0
-    if not regex:
-        stars = len(re.findall(r'\*+', text))
-    if len(text) > MOST_IN_PATTERN or stars > MOST_STARS or '{{' in text and not regex:
-        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    if len(text) > MOST_IN_PATTERN or '{{' in text and not regex:
+        raise UserError(f'allowed are a /regex/ or a glob, up to {MOST_IN_PATTERN} characters, '
+                        'no template')
     if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
         # only the usual slip is caught
         raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
@@ -2889,187 +2891,140 @@ def text_pattern(text: str) -> Callable[[str], Any]:
     try:
         if regex:
             return re.compile(regex[1], re.I).search
-        return re.compile(glob_regex(text), re.I | re.S).fullmatch
+        # [x] as it stands is meant, too
+        return re.compile(f'{re.escape(text)}|{glob_regex(text)}', re.I | re.S).fullmatch
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
 
 
-def has_class(text: str) -> bool:
-    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    if text.lstrip('!:').startswith('/'):
-        return False
-    _, _, inside = text.partition('[')
-    return ']' in inside[1:]
-
-
-def parse_age(text: str) -> int | None:
+def parse_age(text: str) -> float | None:
     """Return the seconds in an age, None for what is written as something else.
 
-    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
-    (129600, 5400, None)
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2m')
+    (129600.0, 5400.0, None)
     """
-    if not AGE.fullmatch(text):
-        return None
-    seconds, units = 0, ['']
-    for number, unit in re.findall('([0-9]{1,6})([A-Za-z])', text):
-        if unit == 'm' and units[-1] in ('w', 'd', 'h'):
-            unit = 'i'                  # after these it is no month
-        elif unit == 'm':
-            raise UserError('m is months to pyrocore and minutes to pyrosimple; '
-                            'allowed are M for months and i for minutes')
-        elif unit != 'M':
-            unit = unit.lower()
-        if unit not in AGE_UNITS or unit in units:
-            raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-        seconds += int(number) * AGE_UNITS[unit]
-        units.append(unit)
-    return seconds
+    # m is months to pyrocore and minutes to pyrosimple; after these it can only be minutes.
+    spelt = re.sub('([wdhWDH][0-9]{1,6})m', r'\1i', text)
+    return added_up(spelt, AGE, AGE_UNITS)
 
 
-def parse_time(text: str) -> float:
-    """Return the Unix seconds of a local date, or of Unix seconds.
+def parse_time(text: str) -> float | None:
+    """Return the Unix seconds of a local date, or of Unix seconds; None for anything else.
 
     A number below 10^8 (1973) is an age that lost its unit.
     """
-    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+    if re.fullmatch('[1-9][0-9]{8,11}', text):
         return int(text)
     spelt = text.upper().replace(' ', 'T')
     for day in DATE_FORMS:
         for clock in CLOCK_FORMS:
             with contextlib.suppress(ValueError, OverflowError):
                 return time.mktime(time.strptime(spelt, day + clock))
-    raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
-                    '03/15/2024 15.03.2024T14:50, Unix seconds')
+    return None
 
 
-# What a condition does with a value of a row, which comes last.
-
-def number_fits(order: Callable, limit: float, value: Any) -> bool:
-    """Compare what may be a number."""
-    if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
-        return False
-    return order(limit, float(value))
-
-
-def is_truth(wanted: bool, value: Any) -> bool:
-    """Tell whether a value is as true as it should be."""
-    return bool(value) is wanted
-
-
-def is_like(matches: Callable, text: str, value: Any) -> bool:
-    """Tell whether a text matches; [x] as it stands is meant, too."""
-    shown = str(value)[:MOST_MATCHED]
-    return matches(shown) is not None or shown.lower() == text
-
-
-def has_like(matches: Callable, text: str, value: list) -> bool:
-    """Tell whether one of several texts matches."""
-    return any(is_like(matches, text, part) for part in value)
-
-
-def has_only_like(matches: Callable, text: str, value: list) -> bool:
-    """Tell whether there are texts, and all of them match."""
-    if not value:
-        return False
-    return all(is_like(matches, text, part) for part in value)
+def parse_limit(kind: str, text: str) -> float:
+    """Return what a number, size, duration or time is compared with; of an age, its seconds."""
+    if kind == 'size':
+        return parse_size(text)
+    limit = None
+    if text == '0' or kind == 'number' and PLAIN_NUMBER.fullmatch(text):
+        limit = float(text)
+    elif kind != 'number':
+        limit = parse_age(text)
+    if limit is None and kind == 'time':
+        limit = parse_time(text)
+    if limit is None:
+        raise UserError(f'{quoted(text)} is not a {kind}; allowed are e.g. {ALLOWED[kind]}')
+    return limit
 
 
 def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
     """Return the test of a number, size, duration, time or, where the text is one, age."""
-    if op == '=' and text.startswith('+'):
-        op, text = '>', text[1:]
-    elif op == '=' and text.startswith('-'):
-        op, text = '<', text[1:]
-    order = ORDER[op]
-    plain = PLAIN_NUMBER.fullmatch(text)
-    if len(text) > 40 or kind in ('number', 'any') and not plain:
-        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
-    if kind == 'any':
-        return functools.partial(number_fits, order, float(text))
-    if kind == 'number':
-        return functools.partial(order, float(text))
-    if kind == 'size':
-        return functools.partial(order, parse_size(text))
-    limit: float | None = parse_age(text)
-    if op == '=' and not text.isdigit():
+    if op == '=' and text[:1] in SIGNS:
+        op, text = SIGNS[text[0]], text[1:]
+    if op == '=' and kind in ('time', 'duration') and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if limit is None and kind == 'time':
-        limit = parse_time(text)
-    elif limit is None and text != '0':
-        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    return functools.partial(order, limit or 0)
+    return functools.partial(ORDER[op], parse_limit(kind, text))
 
 
-def is_ordered(kind: str, op: str, text: str) -> bool:
-    """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
-    if kind == 'any':
-        signed = text.startswith(('+', '-'))
-        return op != '=' or signed and PLAIN_NUMBER.fullmatch(text[1:]) is not None
-    return kind in ('number', 'size', 'time', 'duration')
+def text_test(kind: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of a text, or of several; of tags, `:` is none and `:x` only x."""
+    several = kind in ('tags', 'files')
+    if several and text in ('', ':'):
+        return operator.not_
+    only = kind == 'tags' and text.startswith(':')
+    if only:
+        text = text[1:]
+    matches = text_pattern(text)
+
+    def test(value: Any) -> bool:
+        if not several:
+            value = [value]
+        matching = [part for part in value if matches(str(part)[:MOST_MATCHED])]
+        if only and matching != value:
+            return False
+        return bool(matching)
+    return test
 
 
 def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
-    """Return the test of one value of a condition."""
-    if is_ordered(kind, op, text):
+    """Return the test of one value of a condition; what d_NAME answers may be a number."""
+    if kind == 'any' and (op != '=' or PLAIN_NUMBER.fullmatch(text.lstrip('+'))):
+        test = order_test('number', op, text)
+
+        def is_number(value: Any) -> bool:
+            if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
+                return False
+            return test(float(value))
+        return is_number
+    if kind == 'size' or kind in ALLOWED:
         return order_test(kind, op, text)
     if op != '=':
         raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'bool':
-        return functools.partial(is_truth, parse_bool(text))
     if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
         raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
-    test = is_like
-    if kind in ('tags', 'files') and text in ('', ':'):
-        return operator.not_
-    if kind == 'tags' and text.startswith(':'):
-        test, text = has_only_like, text[1:]
-    elif kind in ('tags', 'files'):
-        test = has_like
-    return functools.partial(test, text_pattern(text), text.lower())
+    if kind != 'bool':
+        return text_test(kind, text)
+    if parse_bool(text):
+        return operator.truth
+    return operator.not_
 
 
-class Node(NamedTuple):
-    """Conditions joined, and how many of them need a second question.
-
-    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
-    """
-    test: Callable
-    cost: int
-
-
-def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
+def leaf(name: str, kind: str, op: str, text: str, negated: bool) -> Callable:
     """Return one condition: False for an unknown value, also when it is negated."""
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
-    test = value_test(field.kind, op, text)
-    counts_back = field.kind == 'time' and parse_age(text.lstrip('+-')) is not None
+    test = value_test(kind, op, text)
+    when = text.lstrip('+-')
+    counts_back = kind == 'time' and parse_age(when) is not None
     unknown: tuple = (None,)
-    if field.kind == 'time' and text.lstrip('+-') != '0':
+    if kind == 'time' and when != '0':
         unknown = (None, 0)
 
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
+    def holds(row: Mapping, now: float) -> bool:
         value: Any = row.get(name)
+        if value is POSSIBLE:
+            return True
         if value in unknown:
-            return possible and name not in row
+            return False
         if counts_back:
             value = now - value
         return test(value) is not negated
-    return Node(holds, int(field.slow))
+    return holds
 
 
-def joined(nodes: list[Node], every: bool) -> Node:
-    """Return the Node of all or any of some, the cheap ones first."""
-    if len(nodes) == 1:
-        return nodes[0]
-    nodes = sorted(nodes, key=operator.attrgetter('cost'))
-    tests = [node.test for node in nodes]
+def joined(tests: list[Callable], every: bool) -> Callable:
+    """Return the test that all or any of some hold."""
+    if len(tests) == 1:
+        return tests[0]
 
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
+    def holds(row: Mapping, now: float) -> bool:
         for test in tests:
-            if test(row, now, possible) is not every:
+            if test(row, now) is not every:
                 return not every
         return every
-    return Node(holds, sum(node.cost for node in nodes))
+    return holds
 
 
 def unquoted(piece: re.Match) -> str:
@@ -3077,15 +3032,6 @@ def unquoted(piece: re.Match) -> str:
     regex, double, single, escaped = piece.groups()
     text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
     return text.replace(',', COMMA)
-
-
-def is_no_name(text: str) -> bool:
-    """Tell whether a word alone cannot be meant as the name of a torrent."""
-    if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
-        return True
-    if text.startswith('/'):
-        return False
-    return re.search('[=<>]', text) is not None
 
 
 class Filter:
@@ -3101,107 +3047,98 @@ class Filter:
     def __init__(self, text: str):
         self.text = text
         self.at = 0                     # end of the word in hand
-        self.key, self.word = '', ''    # the word in hand: a keyword, or a condition
-        self.needs: dict[str, TorrentField] = {}
+        self.key, self.word = '', ''    # the word in hand: a keyword, '' at the end, or None
+        self.fields: tuple = ()
         self.classes: list[str] = []
         try:
+            # Each bracket takes some of Python's stack.
+            if len(text) > MOST_CHARACTERS or text.split().count('[') > MOST_DEPTH:
+                raise UserError(f'too long; allowed are {MOST_CHARACTERS} characters and '
+                                f'{MOST_DEPTH} brackets')
             self.read_word()
-            self.root = self.expression(False, 0)
+            self.test = self.expression(False, '')
         except UserError as error:
             raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(self.needs)
 
     def match(self, row: Mapping, now: float | None = None) -> bool:
         """Tell whether a row meets the condition; ages count back from `now`."""
         if now is None:
             now = time.time()
-        return self.root.test(row, now, False)
-
-    def cheap(self, row: Mapping, now: float) -> bool:
-        """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        return self.root.test(row, now, True)
+        return self.test(row, now)
 
     def read_word(self) -> None:
         """Take the next word in hand."""
-        if len(self.text) > MOST_CHARACTERS or COMMA in self.text:
-            raise UserError(f'this is too long, or holds a NUL; allowed are {MOST_CHARACTERS} '
-                            'characters')
-        self.key, self.word = 'END', ''
-        if not self.text[self.at:].strip():
-            return
         word = WORD.match(self.text, self.at)
         if not word:
             raise UserError('after this, a quote has no other half')
         self.at = word.end()
-        self.key = word[1] or ''
-        if word[2]:
-            self.key = 'NOT'
-        self.word = PIECE.sub(unquoted, word[3] or '')
+        self.key = word[1]
+        self.word = PIECE.sub(unquoted, word[2] or '')
 
-    def expression(self, negated: bool, depth: int) -> Node:
-        """expr ::= term ( 'OR' term )*"""
-        if depth > MOST_DEPTH:
-            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
-        terms = [self.term(negated, depth)]
+    def expression(self, negated: bool, end: str) -> Callable:
+        """expr ::= term ( 'OR' term )*;  then comes ']', or the end"""
+        terms = [self.term(negated)]
         while self.key == 'OR':
             self.read_word()
-            terms.append(self.term(negated, depth))
-        if (self.key == ']') is not (depth > 0):
+            terms.append(self.term(negated))
+        if self.key != end:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
         return joined(terms, negated)                   # neither a nor b: not a, and not b
 
-    def term(self, negated: bool, depth: int) -> Node:
+    def term(self, negated: bool) -> Callable:
         """term ::= factor+"""
-        factors = [self.factor(negated, depth)]
-        while self.key not in ('OR', ']', 'END'):
-            factors.append(self.factor(negated, depth))
+        factors = [self.factor(negated)]
+        while self.key not in ('OR', ']', ''):
+            factors.append(self.factor(negated))
         return joined(factors, not negated)
 
-    def factor(self, negated: bool, depth: int) -> Node:
+    def factor(self, negated: bool) -> Callable:
         """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
-        while self.key == 'NOT':
+        while self.key in ('NOT', '!'):
             negated = not negated
             self.read_word()
-        if self.key == '[':
+        if self.key is None:
+            test = self.condition(negated)
+        elif self.key == '[':
             self.read_word()
-            node = self.expression(negated, depth + 1)
-        elif self.key:
-            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+            test = self.expression(negated, ']')
         else:
-            node = self.condition(negated)
+            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
         self.read_word()
-        return node
+        return test
 
-    def condition(self, negated: bool) -> Node:
+    def condition(self, negated: bool) -> Callable:
         """condition ::= field op value | value;  value may be several, with commas"""
         name, op, value = 'name', '=', self.word
         match = CONDITION.fullmatch(self.word)
         if match:
             name, op, value = match.groups()
-        elif is_no_name(self.word):
+        elif self.word in TORRENT_FIELDS or NO_NAME.fullmatch(self.word):
             raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
                             'NOT, OR, [ ... ] between spaces; side by side means and')
-        field = self.needs[name] = torrent_field(name)
+        kind = torrent_field(name).kind
+        if name not in self.fields:
+            self.fields += (name,)
         if op in ('!=', '<>'):
             negated = not negated
-        if op == '~':                                   # as in pyrocore
+        elif op == '~':                                 # as in pyrocore
             value = f'/{value}/'.replace(',', COMMA)
-        elif op == '==' and field.kind == 'tags':       # this one and no other
+        elif op == '==' and kind == 'tags':             # this one and no other
             value = ':' + value
-        if op in ('==', '!=', '<>', '~'):
-            op = '='
         values = [value]
-        if op == '=':
+        if op not in ORDER or op == '=':
+            op = '='
             values = value.split(',')
         if '' in values and len(values) > 1:
             raise UserError('a value is missing beside a comma')
-        nodes = []
+        tests = []
         for part in values:
             part = part.replace(COMMA, ',')
-            if has_class(part):
+            _, _, inside = part.partition('[')
+            if ']' in inside[1:] and not part.lstrip('!:').startswith('/'):
                 self.classes.append(f'{name}{op}{part}')
-            nodes.append(leaf(name, field, op, part, negated))
-        return joined(nodes, negated)
+            tests.append(leaf(name, kind, op, part, negated))
+        return joined(tests, negated)
 
 
 # --- Torrents --------------------------------------------------------------------------------
@@ -3223,73 +3160,47 @@ class Torrent(dict):
         return f"{quoted(self['name'])} {self['hash']}"
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, Any]:
     """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
     commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
-    columns = []
-    for command in commands:
-        if '=' not in command:
-            command += '='
-        columns.append(command)
-    listing = ('d.multicall2', '', view, *columns)
-    rows, size = engine.ask([listing, ('view.size', '', view)])
-    for answer in (rows, size):
-        if isinstance(answer, RpcError):
-            raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
+    cells = [re.sub('^[^=]*$', r'\g<0>=', command) for command in commands]
+    rows, size = without_errors(engine.ask([
+        ('d.multicall2', '', view, *cells),
+        ('view.size', '', view)]))
     # Half a list must not pass for the whole: what is not listed would count as gone.
-    if not isinstance(rows, list) or any(
-            not isinstance(row, list) or len(row) != len(columns) for row in rows):
-        rows = []
-    if len(rows) != size:
-        raise RpcError(f'{engine.address.where}: only {len(rows)} of the {size!r} items '
+    try:
+        listed = len([row for row in rows if len(row) == len(cells)])
+    except TypeError:                   # it is no list at all
+        listed = 0
+    if listed != size:
+        raise RpcError(f'{engine.address.where}: only {listed} of the {size!r} items '
                        f'of view {view!r} were listed')
     return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-class Listing:
-    """Torrents in the making: rows, and the raw values of each, which are dropped together."""
+def keep(columns: dict[str, Any], wanted: list[bool]) -> None:
+    """Drop the other torrents."""
+    for need, values in columns.items():
+        columns[need] = list(itertools.compress(values, wanted))
 
-    def __init__(self, engine: Engine, columns: dict[str, list], now: float):
-        self.engine, self.raw = engine, columns
-        self.rows = [Torrent() for _ in columns['d.hash']]
-        self.constants = {
-            'now': now,
-            'aliases': engine.aliases,
-            'session': engine.session_path,
-            'cwd': engine.cwd}
 
-    def keep(self, wanted: list[bool]) -> None:
-        """Drop the others."""
-        self.rows = list(itertools.compress(self.rows, wanted))
-        for need, values in self.raw.items():
-            self.raw[need] = list(itertools.compress(values, wanted))
+def ask_second(engine: Engine, columns: dict[str, Any], source: str) -> None:
+    """Add the answers to a second question; torrents that have gone meanwhile are dropped."""
+    method, cells = SOURCES[source]
+    answers = engine.ask([(method, item, '', *cells) for item in columns['d.hash']])
+    columns[source] = answers
+    # An item that was erased since the list was made is no error; anything else is.
+    keep(columns, [not isinstance(answer, HashNotFound) for answer in answers])
+    without_errors(columns[source])
 
-    def ask(self, source: str) -> None:
-        """Ask the second question; torrents that have gone meanwhile are dropped."""
-        method, cells = SOURCES[source]
-        calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
-        answers = self.engine.ask(calls)
-        # An item that was erased since the list was made is no error; anything else is.
-        self.raw[source] = answers
-        self.keep([not isinstance(rows, HashNotFound) for rows in answers])
-        without_errors(self.raw[source])
 
-    def add(self, name: str, field: TorrentField) -> None:
-        """Work out a field of all rows."""
-        columns: list = []
-        for need in field.needs:
-            # Whether torque sees rTorrent's files costs a question: only who needs it asks.
-            if need == 'seen' and need not in self.constants:
-                self.constants[need] = sees_same_files(self.engine)
-            if need in self.constants:
-                columns.append(itertools.repeat(self.constants[need]))
-            else:
-                columns.append(self.raw[need])
-        values = columns[0]
-        if field.value:
-            values = map(field.value, *columns)
-        for row, value in zip(self.rows, values):
-            row[name] = value
+def add_field(columns: dict[str, Any], name: str, field: TorrentField) -> None:
+    """Work out a field of all rows."""
+    values = columns[field.needs[0]]
+    if field.value:
+        values = map(field.value, *[columns[need] for need in field.needs])
+    for row, value in zip(columns['row'], values):
+        row[name] = value
 
 
 def list_torrents(engine: Engine, view: str, names: Iterable[str],
@@ -3303,65 +3214,67 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     tested: tuple = ()
     if condition:
         tested = condition.fields
-    fields = {}
-    commands: list[str] = []
-    for name in ('hash', 'name', *tested, *names):
-        fields[name] = torrent_field(name)
-        commands += fields[name].needs
-    columns = fetch_columns(engine, view, commands)
-    listing = Listing(engine, columns, now)
+    fields = {name: torrent_field(name) for name in ('hash', 'name', *tested, *names)}
+    needs = [*itertools.chain.from_iterable(field.needs for field in fields.values())]
+    # Columns of raw values, and the rows in the making: they are dropped together.
+    columns: dict[str, Any] = fetch_columns(engine, view, needs)
+    columns['row'] = [Torrent(dict.fromkeys(tested, POSSIBLE)) for _ in columns['d.hash']]
+    constants = {
+        'now': now,
+        'aliases': engine.aliases,
+        'session': engine.session_path,
+        'cwd': engine.cwd}
+    # Whether torque sees rTorrent's files costs a question: only who needs it asks.
+    if 'seen' in needs:
+        constants['seen'] = sees_same_files(engine)
+    for need, value in constants.items():
+        columns[need] = itertools.repeat(value)
     for name in tested:
         if not fields[name].slow:
-            listing.add(name, fields.pop(name))
+            add_field(columns, name, fields.pop(name))
     if condition:
-        listing.keep([condition.cheap(row, now) for row in listing.rows])
+        keep(columns, [condition.match(row, now) for row in columns['row']])
     # The second questions cost a call for each torrent, so only those that are left are asked.
     for source in SOURCES:
-        if any(source in field.needs for field in fields.values()):
-            listing.ask(source)
+        if source in needs:
+            ask_second(engine, columns, source)
     for name, field in fields.items():
-        listing.add(name, field)
+        add_field(columns, name, field)
     if condition and not fields.keys().isdisjoint(tested):
-        return [row for row in listing.rows if condition.match(row, now)]
-    return listing.rows
+        return [row for row in columns['row'] if condition.match(row, now)]
+    return columns['row']
 
 
 # A hostile metafile of 57 MB, all empty lists, took 2.2 GiB as Python's objects. So values are
 # skipped where they lie, and only those that somebody needs are built.
-BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
-AFTER_HEAD = {b'l': 'l', b'd': 'k'}
-AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):|[ld]')
 UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
 
-def bencoded_end(content: bytes, at: int) -> int:
+def bencoded_text(content: bytes, at: int = 0) -> bytes | None:
+    """Return the text that begins there; None for anything else."""
+    head = BENCODED.match(content, at)
+    if not head or not head[2]:
+        return None
+    return content[head.end():head.end() + int(head[2])]
+
+
+def bencoded_end(content: bytes, at: int, depth: int = 0) -> int:
     """Return where the bencoded value that begins there ends; ValueError if it does not.
 
-    Nothing is built. What follows the value is ignored, as rTorrent ignores it.
+    Nothing is built. Only for a text at the very end, that may be where nothing is any more.
     """
-    inside = ['']                       # l in a list, k before a key of a dictionary, v after it
-    while True:
-        token = BENCODED.match(content, at)
-        head = content[at:at + 1]
-        state = inside[-1]
-        if token and (token[2] or state != 'k'):
-            at = token.end() + int(token[2] or 0)
-        elif head == b'e' and state in ('l', 'k'):
-            inside.pop()
-            at += 1
-        elif head in AFTER_HEAD and state != 'k' and len(inside) <= MOST_DEPTH:
-            inside.append(AFTER_HEAD[head])
-            at += 1
-            continue
-        else:
-            raise ValueError(f'not bencoded at byte {at}')
-        if at > len(content):
-            raise ValueError(f'not bencoded: it ends before byte {at}')
-        if len(inside) == 1:
-            return at
-        inside[-1] = AFTER_VALUE[inside[-1]]
+    head = BENCODED.match(content, at)
+    if not head or depth > MOST_DEPTH:
+        raise ValueError(f'not bencoded at byte {at}')
+    at = head.end() + int(head[2] or 0)
+    if head[0] in (b'l', b'd'):
+        while content[at:at + 1] != b'e':
+            at = bencoded_end(content, at, depth + 1)
+        at += 1
+    return at
 
 
 def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
@@ -3375,25 +3288,15 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
     """Give (key, start, end) of each value of a dictionary."""
+    if content[at:at + 1] != b'd':
+        raise ValueError(f'not bencoded: no dictionary at byte {at}')
     at += 1
     while content[at:at + 1] != b'e':
-        key = BENCODED.match(content, at)
-        if not key or not key[2]:
-            raise ValueError(f'not bencoded at byte {at}')
-        start = key.end() + int(key[2])
+        key, start = bencoded_text(content, at), bencoded_end(content, at)
+        if key is None:
+            raise ValueError(f'not bencoded: no key at byte {at}')
         at = bencoded_end(content, start)
-        yield content[key.end():start], start, at
-
-
-def scalar_at(content: bytes, at: int) -> Any:
-    """Return a text or a number, None for a list or a dictionary."""
-    token = BENCODED.match(content, at)
-    if not token:
-        return None
-    if token[1]:
-        return int(token[1])
-    start = token.end()
-    return content[start:start + int(token[2])]
+        yield key, start, at
 
 
 def bdecode(content: bytes, at: int = 0) -> Any:
@@ -3408,7 +3311,9 @@ def bdecode(content: bytes, at: int = 0) -> Any:
     if head == b'd':
         members = bencoded_members(content, at)
         return {key: bdecode(content, start) for key, start, _ in members}
-    return scalar_at(content, at)
+    if head == b'i':
+        return int(content[at + 1:content.index(b'e', at)])
+    return bencoded_text(content, at)
 
 
 class Metafile(NamedTuple):
@@ -3417,71 +3322,64 @@ class Metafile(NamedTuple):
     info_hash: str
     name: str                           # bytes that are no UTF-8 are surrogates in it
     tracker: str
-    files_at: int | None                # where the list of files begins; None: a single file
+    sizes: bytes                        # the list of files, or the length of one, as it stands there
 
     def files(self) -> Iterator[Any]:
         """Give what it says of each file of several: b'path' and b'length', if it is in order."""
-        if self.files_at is not None:
-            for start, end in bencoded_items(self.content, self.files_at):
+        if self.sizes.startswith(b'l'):
+            for start, end in bencoded_items(self.sizes, 0):
                 if end - start > MOST_IN_ENTRY:
                     raise ValueError(f'a file that takes {end - start} bytes to describe')
-                yield bdecode(self.content, start)
+                yield bdecode(self.sizes, start)
 
     @property
     def main_file(self) -> str:
         """Return the name of the largest file."""
         largest, most = self.name, -1
         for entry in self.files():
-            with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+            with contextlib.suppress(KeyError, TypeError, IndexError, AttributeError):
                 length = entry[b'length']
                 if length > most:
-                    largest, most = text_of(entry[b'path'][-1]), length
+                    largest = entry[b'path'][-1].decode('utf-8', 'surrogateescape')
+                    most = length
         return largest
-
-
-def text_of(content: Any) -> str:
-    """Return bytes as text; nothing for anything else."""
-    if not isinstance(content, bytes):
-        return ''
-    return content.decode('utf-8', 'surrogateescape')
 
 
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    info_at, info_end, tracker = 0, 0, None
-    if not content.startswith(b'd'):
-        bencoded_end(content, 0)
-        raise ValueError('no `info` in it')
+    info_at, info_end, last = 0, 0, b''
+    facts = {}
     for key, start, end in bencoded_members(content, 0):
         if key == b'announce':
-            tracker = scalar_at(content, start)
-        elif key == b'info' and content[start:start + 1] == b'd':
+            facts[key] = content[start:end]
+        elif key == b'info':
             info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
-    files_at, last = None, b''
-    facts = {}
-    for key, start, _ in bencoded_members(content, info_at):
+    for key, start, end in bencoded_members(content, info_at):
         # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
         last = key
-        if key in (b'name', b'length', b'pieces'):
-            facts[key] = scalar_at(content, start)
-        elif key == b'files' and content[start:start + 1] == b'l':
-            files_at = start
+        if key in (b'name', b'length', b'pieces', b'files'):
+            facts[key] = content[start:end]
     # The name becomes a file or folder, so it has to be one name.
-    name, pieces = facts.get(b'name'), facts.get(b'pieces')
-    if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
+    name = bencoded_text(facts.get(b'name', b''))
+    if name is None or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
-    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
+    pieces = bencoded_text(facts.get(b'pieces', b''))
+    sizes = facts.get(b'files') or facts.get(b'length', b'')
+    if not pieces or len(pieces) % 20 or not sizes.startswith((b'l', b'i')):
         raise ValueError('no pieces, or no length in it')
-    if files_at is None and not isinstance(facts.get(b'length'), int):
-        raise ValueError('no pieces, or no length in it')
+    tracker = bencoded_text(facts.get(b'announce', b'')) or b''
     info = memoryview(content)[info_at:info_end]
-    info_hash = hashlib.sha1(info).hexdigest().upper()
-    return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
+    return Metafile(
+        content,
+        hashlib.sha1(info).hexdigest().upper(),
+        name.decode('utf-8', 'surrogateescape'),
+        tracker.decode('utf-8', 'surrogateescape'),
+        sizes)
 
 
 def read_metafile(path: str) -> Metafile:
