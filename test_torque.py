@@ -4751,7 +4751,7 @@ class ActionTest(WithDouble):
             'is for the action cull': {'action': 'delete', 'until_free': '1g'},
             'allowed are keep delete': {'action': 'cull', 'shared': 'no'},
             'not a whole number': {'action': 'cull', 'limit': '-1'},
-            "no 'nam' here; did you mean": {'action': 'tag', 'args': '{{nam}}'},
+            "'nam' is no field of a torrent; did you mean": {'action': 'tag', 'args': '{{nam}}'},
             'ignore takes none': {'action': 'ignore', 'args': '0'},
             'have no sign': {'action': 'tag', 'args': '+a -b'},
             'write 1=VALUE': {'action': 'custom', 'args': 'label=x'}})

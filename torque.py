@@ -5120,7 +5120,7 @@ class Choice(Job):
     def use(self, option: str, make: Callable, text: str) -> Any:
         """Return the template that is made of an option, and have known what it needs."""
         with reading(option):
-            template = make(text, TORRENT_FIELDS)
+            template = make(text)
             for name in template.names:
                 torrent_field(name)
         self.fields += template.names
