@@ -4011,11 +4011,12 @@ class PromisedSpace:
 
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
-CLOSING = {'{': '}}', '%': '%}', '#': '#}'}
-BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
+BRANCH = re.compile(r'(if|elif)\b(.*)|(else|endif)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
-MARK = '\0'                             # stands for a value while the text around it is split
+# Stand for a value while the text around it is split: MARK, and a character for each value, of
+# those that Unicode leaves to private use
+MARK, FIRST_VALUE = '\0', 0xF0000
 COMPARE = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -4025,27 +4026,28 @@ COMPARE = {
     ast.GtE: operator.ge}
 
 
+# What an expression may raise over what it does not fit
+MISFITS = (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError)
+
+
 def show(value: Any) -> str:
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
     if value is None:
         return ''
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value, key=str)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, set):
+        value = sorted(value)
+    if isinstance(value, list):
         return ' '.join(map(show, value))
     return str(value)
 
 
 def part_of(value: Any, name: str, other: Any = None) -> Any:
-    """Return a named part of a mapping; whatever else it is has none."""
-    part = None
-    if isinstance(value, Mapping):
-        part = value.get(name)
-    if part is None:
+    """Return a named part of a mapping."""
+    if value is None:
         return other
-    return part
+    return value.get(name, other)
 
 
 def stem_of(path: str) -> str:
@@ -4073,25 +4075,24 @@ TEXT_FILTERS: dict[str, Callable] = {
     'title': str.title,
     'replace': str.replace,
     'basename': os.path.basename,
+    'pathbase': os.path.basename,       # as pyrocore calls it
     'dirname': os.path.dirname,
-    'stem': stem_of}
-VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
+    'pathdir': os.path.dirname,
+    'stem': stem_of,
+    'pathname': stem_of}
+FILTERS: dict[str, Callable] = {
+    **TEXT_FILTERS,                     # the others take values as they are
     'size': show_size,
+    'sz': show_size,
     'duration': show_duration,
     'date': show_time,
+    'iso': show_time,
     'default': value_or,
     'get': part_of}
-FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
 FILTER_ARGUMENTS = {                    # how many they take; the others none
     'replace': (2,),
     'get': (1, 2),
     'default': (0, 1)}
-OLD_FILTERS = {                         # pyrocore's names
-    'pathbase': 'basename',
-    'pathdir': 'dirname',
-    'pathname': 'stem',
-    'sz': 'size',
-    'iso': 'date'}
 
 
 def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
@@ -4106,44 +4107,31 @@ def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
 
 def apply_filter(node: Any, values: Mapping) -> Any:
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
-    value, args, name = None, [], ''
-    call: Any = node
+    operands: list = []
+    call, name = node, ''
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        value, call = node.left, node.right
+        operands, call = [node.left], node.right
     if isinstance(call, ast.Call) and not call.keywords:
-        call, args = call.func, call.args
-        if isinstance(call, ast.Attribute) and value is None:
-            value = call.value
+        operands += call.args
+        call = call.func
     if isinstance(call, ast.Name):
         name = call.id
     elif isinstance(call, ast.Attribute):
         name = call.attr
-    name = OLD_FILTERS.get(name, name)
-    if value is None or name not in FILTERS:
+    if isinstance(node, ast.Call) and isinstance(call, ast.Attribute):
+        operands.insert(0, call.value)
+    if not operands or name not in FILTERS:
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
-    if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
-        raise UserError(f'{name} does not take {len(args)} arguments')
-    operands = [evaluate(part, values) for part in [value, *args]]
+    if len(operands) - 1 not in FILTER_ARGUMENTS.get(name, (0,)):
+        raise UserError(f'{name} does not take {len(operands) - 1} arguments')
+    operands = [evaluate(operand, values) for operand in operands]
     # What is not known stays so, till default gives something in its place.
     if operands[0] is None and name not in ('default', 'get'):
         return None
     if name in TEXT_FILTERS:
-        return TEXT_FILTERS[name](*map(show, operands))
-    return VALUE_FILTERS[name](*operands)
-
-
-def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
-    """Return a.b: a named part of a mapping, or a value of the item, d or i."""
-    owner = ''
-    if isinstance(node.value, ast.Name):
-        owner = node.value.id
-    # pyrocore's templates call the torrent so; its fields are the names of the values.
-    if owner in ('item', 'd', 'i'):
-        return values[node.attr]
-    if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
-        raise UserError(f'{node.attr} is a filter; write |{node.attr}')
-    return part_of(evaluate(node.value, values), node.attr)
+        operands = [show(operand) for operand in operands]
+    return FILTERS[name](*operands)
 
 
 def evaluate(node: Any, values: Mapping) -> Any:
@@ -4153,29 +4141,65 @@ def evaluate(node: Any, values: Mapping) -> Any:
     filters as methods, a.replace('.', ' '). Nothing reaches an object of Python. All parts are
     evaluated, so that one call with an empty defaultdict meets all mistakes and all names.
     """
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return ast.literal_eval(node)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
-        return attribute_of(node, values)
+        # pyrocore's templates call the torrent so; its fields are the names of the values.
+        if isinstance(node.value, ast.Name) and node.value.id in ('item', 'd', 'i'):
+            return values[node.attr]
+        return part_of(evaluate(node.value, values), node.attr)
     if isinstance(node, (ast.Tuple, ast.List)):
         return [evaluate(part, values) for part in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not evaluate(node.operand, values)
+    if isinstance(node, (ast.Constant, ast.UnaryOp)):
+        return ast.literal_eval(node)
     if isinstance(node, ast.BoolOp):
         parts = [evaluate(part, values) for part in node.values]
-        for part in parts[:-1]:
+        for part in parts:
             if bool(part) is isinstance(node.op, ast.Or):
-                return part
-        return parts[-1]
-    if isinstance(node, ast.Compare) and not any(
-            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+                break
+        return part
+    if isinstance(node, ast.Compare):
         parts = [evaluate(part, values) for part in [node.left, *node.comparators]]
         return all(map(compares, node.ops, parts, parts[1:]))
     return apply_filter(node, values)
+
+
+def true_branch(values: Mapping, branches: list) -> list:
+    """Return the nodes of the first branch whose condition holds."""
+    for test, nodes in branches:
+        if evaluate(test, values):
+            return nodes
+    return []
+
+
+def nth_branch(number: int, branches: list) -> list:
+    """Return the nodes of the branch of a number, none where there is no such branch."""
+    for _, nodes in branches[number:]:
+        return nodes
+    return []
+
+
+def flat(nodes: list, choose: Callable[[list], list]) -> list:
+    """Return the texts and expressions among nodes, and those of the branches that are chosen."""
+    parts = []
+    for node in nodes:
+        if isinstance(node, list):
+            parts += flat(choose(node), choose)
+        else:
+            parts.append(node)
+    return parts
+
+
+def marked(parts: list) -> str:
+    """Return the text with a mark for each expression."""
+    text = ''
+    for number, part in enumerate(parts, FIRST_VALUE):
+        if isinstance(part, ast.AST):
+            part = MARK + chr(number)
+        text += part
+    return text
 
 
 class Template:
@@ -4190,156 +4214,100 @@ class Template:
 
     def __init__(self, text: str, known: Any = None):
         self.text, self.known = text, known
-        self.pieces = TAG.split(text)
-        self.next = 0                   # of the pieces
+        # Each is a text, the ast of an expression, or of an if [(ast, nodes), ...].
+        self.nodes: list = []
+        self.open_ifs: list = []        # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
         self.seen: dict = collections.defaultdict(lambda: None)
         try:
-            if MARK in text:
-                raise UserError('a NUL is not possible')
-            self.nodes, word, _ = self.block(0)
-            if word:
-                raise UserError(f'{word} without if')
+            self.parse(text)
             # Each branch is divided once, and the text without any: a mistake in a branch that is
             # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
-                self.divide(self.branch_text(self.nodes, number))
+                parts = flat(self.nodes, functools.partial(nth_branch, number))
+                self.divide(marked(parts))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
-    def block(self, depth: int) -> tuple[list, str, str]:
-        """Return the nodes up to elif, else, endif or the end; that word; its condition.
-
-        A node is text, the ast of an expression, or of an if [(ast, nodes), ...].
-        """
-        nodes: list = []
-        while self.next < len(self.pieces):
-            piece = self.pieces[self.next]
-            self.next += 1
+    def parse(self, text: str) -> None:
+        """Make nodes of a text."""
+        if MARK in text:
+            raise UserError('a NUL is not possible')
+        nodes = self.nodes
+        for piece in TAG.split(text):
             self.at += len(piece)
             if not TAG.fullmatch(piece):
                 nodes.append(piece)
-                continue
-            if not piece.endswith(CLOSING[piece[1]]):
+            elif piece[-2:] not in ('}}', '%}', '#}'):
                 raise UserError('a {{, {% or {# in this is not closed')
-            if '#' in piece[1:3]:
-                continue
-            code = piece[2:-2].strip()
-            if piece[1] == '%':
-                code = code.strip('- \t\r\n')
-            branch = BRANCH.fullmatch(code)
-            if branch and branch[1] == 'if':
-                nodes.append(self.branches(branch[2], depth + 1))
-            elif branch:
-                return nodes, branch[1], branch[2]
-            elif piece[1] == '%':
-                raise UserError(f'{quoted(piece, 60)} is no expression; allowed are if elif else '
-                                'endif')
-            else:
-                nodes.append(self.expression(code))
-        return nodes, '', ''
+            elif '#' not in piece[1:3]:
+                nodes = self.add_tag(nodes, piece[2:-2].strip())
+        if self.open_ifs:
+            raise UserError('an if has no endif')
 
-    def branches(self, code: str, depth: int) -> list:
-        """Return [(ast, nodes), ...] of an if."""
-        if depth > MOST_DEPTH:
-            raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
-        branches, word = [], 'if'
-        while word != 'endif':
-            test: ast.AST = ELSE
-            if word != 'else':
-                test = self.expression(code.strip().rstrip(':'))
-            before = word
-            nodes, word, code = self.block(depth)
-            branches.append((test, nodes))
-            if not word:
-                raise UserError('an if has no endif')
-            if before == 'else' and word != 'endif':
-                raise UserError(f'{word} after else')
-            if word in ('else', 'endif') and code.strip(' \t\r\n:'):
-                raise UserError(f'{word} takes no condition; write elif')
+    def add_tag(self, nodes: list, code: str) -> list:
+        """Add what a tag says; return the nodes that what follows is to be among."""
+        branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
+        if not branch:
+            nodes.append(self.expression(code))
+            return nodes
+        word = branch[1] or branch[3]
+        if word == 'if':
+            nodes.append([])
+            self.open_ifs.append((nodes[-1], nodes))
+        if not 0 < len(self.open_ifs) <= MOST_DEPTH:
+            raise UserError(f'{word} without if, or too deep; allowed are {MOST_DEPTH} in another')
+        branches, around = self.open_ifs[-1]
+        if word == 'endif':
+            self.open_ifs.pop()
+            return around
+        if branches and branches[-1][0] is ELSE:
+            raise UserError(f'{word} after else')
+        test: ast.AST = ELSE
+        if word != 'else':
+            test = self.expression(branch[2].strip())
+        branches.append((test, []))
         self.most_branches = max(self.most_branches, len(branches))
-        return branches
+        return branches[-1][1]
 
     def expression(self, code: str) -> ast.AST:
         """Return the ast of an expression whose parts and names are allowed."""
         try:
             if len(code) > MOST_EXPRESSION:
                 raise ValueError('too long')
-            tree = ast.parse(code.strip(), mode='eval').body
+            tree = ast.parse(code, mode='eval').body
             evaluate(tree, self.seen)
         # The parser itself fails over deep nesting and NULs, each Python in its own way.
-        except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
-                RecursionError, Warning):
+        except (*MISFITS, SyntaxError, MemoryError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
-        if self.known is not None:
-            for name in self.seen:
-                self.check_name(name)
+        for name in self.seen:
+            if self.known and name not in self.known:
+                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
-
-    def check_name(self, name: str) -> None:
-        """Refuse a name that there will not be; of torrents, some fields are made as needed."""
-        made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
-        if name not in self.known and not made:
-            raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
-
-    def branch_text(self, nodes: list, number: int) -> str:
-        """Return the text, a mark for each value, where each if takes the branch of a number."""
-        text = ''
-        for node in nodes:
-            if isinstance(node, str):
-                text += node
-            elif isinstance(node, ast.AST):
-                text += MARK
-            elif number < len(node):
-                text += self.branch_text(node[number][1], number)
-        return text
-
-    def marked(self, nodes: list, values: Mapping, shown: list[str]) -> str:
-        """Return the text with a numbered mark for each value, which is added to `shown`."""
-        text = ''
-        for node in nodes:
-            if isinstance(node, str):
-                text += node
-            elif isinstance(node, ast.AST):
-                text += f'{MARK}{len(shown)}{MARK}'
-                shown.append(show(evaluate(node, values)))
-            else:
-                for test, body in node:
-                    if evaluate(test, values):
-                        text += self.marked(body, values, shown)
-                        break
-        return text
-
-    def parts(self, values: Mapping) -> tuple[list, list[str]]:
-        """Return what the text is divided into, with marks, and the values for them."""
-        shown: list[str] = []
-        try:
-            text = self.marked(self.nodes, values, shown)
-        except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
-            why = str(error)
-            if isinstance(error, KeyError):
-                why = f'there is no {error}'
-            raise LoggableError(f'template {quoted(self.text, 80)}: {why}') from None
-        return self.divide(text), shown
 
     def divide(self, text: str) -> list:
         """Return what the text is split into before the values are put in."""
         return [text]
 
+    def divided(self, values: Mapping) -> tuple[list, dict[int, str]]:
+        """Return what the text is divided into, and the values, for str.translate()."""
+        shown = {ord(MARK): ''}
+        try:
+            parts = flat(self.nodes, functools.partial(true_branch, values))
+            for number, part in enumerate(parts, FIRST_VALUE):
+                if isinstance(part, ast.AST):
+                    shown[number] = show(evaluate(part, values))
+        except MISFITS as error:
+            raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
+        return self.divide(marked(parts)), shown
+
     def render(self, values: Mapping) -> Any:
         """Return the text, values put in; LoggableError where one is missing."""
-        (text,), shown = self.parts(values)
-        return filled(text, shown)
-
-
-def filled(text: str, shown: list[str]) -> str:
-    """Return a part of a template with values in the place of the marks."""
-    def value(mark: re.Match) -> str:
-        return shown[int(mark[1])]
-    return re.sub(f'{MARK}([0-9]{{1,9}}){MARK}', value, text)
+        (text,), shown = self.divided(values)
+        return text.translate(shown)
 
 
 # What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
@@ -4425,12 +4393,11 @@ def argument_text(word: str) -> str:
     """Return what an argument of a command says, without its quotes."""
     word = word.strip()
     whole = QUOTED_ARGUMENT.fullmatch(word)
+    runs = '"' in word or word.startswith(('(', '{', '\\'))
     if whole:
-        word = whole[1]
-    elif '"' in word or word.startswith(('(', '{', '\\')):
-        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        word, runs = whole[1], False
     text = re.sub(r'\\(.)', r'\1', word)
-    if MARK in text and text.startswith('$'):
+    if runs or MARK in text and text.startswith('$'):
         raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
     return text
 
@@ -4491,10 +4458,10 @@ class CommandTemplate(Template):
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        divided, shown = self.parts(values)
+        divided, shown = self.divided(values)
         commands = []
         for name, words in divided:
-            arguments = [self.argument(word, filled(word, shown)) for word in words]
+            arguments = [self.argument(word, word.translate(shown)) for word in words]
             commands.append(name + ','.join(arguments))
         return commands
 
@@ -4533,10 +4500,10 @@ class ArgsTemplate(Template):
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        words, shown = self.parts(values)
+        words, shown = self.divided(values)
         args: list[str] = []
         for word in words:
-            args.append(filled(word, shown))
+            args.append(word.translate(shown))
             # A torrent may be called -rf.
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
