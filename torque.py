@@ -2490,11 +2490,6 @@ class TorrentField(NamedTuple):
     needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
 
-    @property
-    def slow(self) -> bool:
-        """Does it cost more than a column of the list?"""
-        return not {*SOURCES, 'seen'}.isdisjoint(self.needs)
-
 
 def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
     """Return where the data is; the base path of what is not open is old, or empty."""
@@ -2837,7 +2832,7 @@ MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
 # held meanwhile, and a regex of the user may take quadratic time.
 MOST_MATCHED = 1000
 # A word is a keyword, nothing at the end, or pieces, some of them quoted. Only where a value
-# begins, /.../ is a regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+# begins, /.../ is a regex: it may hold quotes and (without < = >) spaces; its backslashes stay.
 QUOTED = (
     r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
     r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
@@ -2854,7 +2849,7 @@ NO_NAME = re.compile(
 POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
-def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+def mistake(what: str, text: str, at: int, why) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
     before = ' '.join(text[:at].split())[-90:]
     after = ' '.join(text[at:].split())[:40]
@@ -2958,7 +2953,7 @@ def text_test(kind: str, text: str) -> Callable[[Any], bool]:
         text = text[1:]
     matches = text_pattern(text)
 
-    def test(value: Any) -> bool:
+    def test(value) -> bool:
         if not several:
             value = [value]
         matching = [part for part in value if matches(str(part)[:MOST_MATCHED])]
@@ -2973,7 +2968,7 @@ def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
     if kind == 'any' and (op != '=' or PLAIN_NUMBER.fullmatch(text.lstrip('+'))):
         test = order_test('number', op, text)
 
-        def is_number(value: Any) -> bool:
+        def is_number(value) -> bool:
             if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
                 return False
             return test(float(value))
@@ -3150,7 +3145,7 @@ class Filter:
 class Torrent(dict):
     """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         try:
             return self[name]
         except KeyError:
@@ -3163,7 +3158,7 @@ class Torrent(dict):
 def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, Any]:
     """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
     commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
-    cells = [re.sub('^[^=]*$', r'\g<0>=', command) for command in commands]
+    cells = [re.sub('^([^=]*)$', r'\1=', command) for command in commands]
     rows, size = without_errors(engine.ask([
         ('d.multicall2', '', view, *cells),
         ('view.size', '', view)]))
@@ -3229,8 +3224,9 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
         constants['seen'] = sees_same_files(engine)
     for need, value in constants.items():
         columns[need] = itertools.repeat(value)
+    slow = {*SOURCES, 'seen'}
     for name in tested:
-        if not fields[name].slow:
+        if slow.isdisjoint(fields[name].needs):
             add_field(columns, name, fields.pop(name))
     if condition:
         keep(columns, [condition.match(row, now) for row in columns['row']])
@@ -3240,8 +3236,8 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
             ask_second(engine, columns, source)
     for name, field in fields.items():
         add_field(columns, name, field)
-    if condition and not fields.keys().isdisjoint(tested):
-        return [row for row in columns['row'] if condition.match(row, now)]
+    if condition:
+        keep(columns, [condition.match(row, now) for row in columns['row']])
     return columns['row']
 
 
@@ -3299,7 +3295,7 @@ def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]
         yield key, start, at
 
 
-def bdecode(content: bytes, at: int = 0) -> Any:
+def bdecode(content: bytes, at: int = 0):
     """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
@@ -3322,7 +3318,7 @@ class Metafile(NamedTuple):
     info_hash: str
     name: str                           # bytes that are no UTF-8 are surrogates in it
     tracker: str
-    sizes: bytes                        # the list of files, or the length of one, as it stands there
+    sizes: bytes                        # list of files, or length of one, as it stands there
 
     def files(self) -> Iterator[Any]:
         """Give what it says of each file of several: b'path' and b'length', if it is in order."""
@@ -4024,13 +4020,11 @@ COMPARE = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge}
-
-
 # What an expression may raise over what it does not fit
 MISFITS = (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError)
 
 
-def show(value: Any) -> str:
+def show(value) -> str:
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
     if value is None:
         return ''
@@ -4043,7 +4037,7 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def part_of(value: Any, name: str, other: Any = None) -> Any:
+def part_of(value, name: str, other: Any = None):
     """Return a named part of a mapping."""
     if value is None:
         return other
@@ -4055,14 +4049,14 @@ def stem_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def show_time(when: Any) -> str:
+def show_time(when) -> str:
     """Return local date and time of Unix seconds, nothing for an unknown time."""
     if not when:
         return ''
     return time.strftime('%F %T', time.localtime(when))
 
 
-def value_or(value: Any, other: Any = '') -> Any:
+def value_or(value, other: Any = ''):
     """Return a value, or another where it is empty; 0 is not."""
     if value or value == 0:
         return value
@@ -4095,7 +4089,7 @@ FILTER_ARGUMENTS = {                    # how many they take; the others none
     'default': (0, 1)}
 
 
-def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
+def compares(op: ast.cmpop, one, other) -> bool:
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -4105,7 +4099,7 @@ def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
         return isinstance(op, ast.NotIn)
 
 
-def apply_filter(node: Any, values: Mapping) -> Any:
+def apply_filter(node, values: Mapping):
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
     operands: list = []
     call, name = node, ''
@@ -4134,7 +4128,7 @@ def apply_filter(node: Any, values: Mapping) -> Any:
     return FILTERS[name](*operands)
 
 
-def evaluate(node: Any, values: Mapping) -> Any:
+def evaluate(node, values: Mapping):
     """Return what an expression gives; a name without a value is a KeyError.
 
     Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
@@ -4148,11 +4142,9 @@ def evaluate(node: Any, values: Mapping) -> Any:
         if isinstance(node.value, ast.Name) and node.value.id in ('item', 'd', 'i'):
             return values[node.attr]
         return part_of(evaluate(node.value, values), node.attr)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return [evaluate(part, values) for part in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not evaluate(node.operand, values)
-    if isinstance(node, (ast.Constant, ast.UnaryOp)):
+    if isinstance(node, (ast.Constant, ast.UnaryOp, ast.Tuple, ast.List)):
         return ast.literal_eval(node)
     if isinstance(node, ast.BoolOp):
         parts = [evaluate(part, values) for part in node.values]
@@ -4304,7 +4296,7 @@ class Template:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
         return self.divide(marked(parts)), shown
 
-    def render(self, values: Mapping) -> Any:
+    def render(self, values: Mapping):
         """Return the text, values put in; LoggableError where one is missing."""
         (text,), shown = self.divided(values)
         return text.translate(shown)
@@ -4402,6 +4394,7 @@ def argument_text(word: str) -> str:
     return text
 
 
+COMMAND = re.compile(r'([A-Za-z_][\w.]*)\s*=(.*)', re.S)
 # Commands that take arguments as data; others (multicall, branch ...) run them.
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
                           r'execute[\w.]{0,99}')
@@ -4438,17 +4431,17 @@ class CommandTemplate(Template):
     def command(self, text: str) -> tuple[str, list[str]]:
         """Return one command, divided."""
         text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
-        name, equals, rest = text.partition('=')
-        if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
+        command = COMMAND.fullmatch(text)
+        if not command:
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
+        name, rest = command.groups()
         if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
         # Without a value it is the user's own, and goes to rTorrent as it is written.
         if MARK not in rest:
             return text, []
-        name = name.strip()
         if not DATA_COMMAND.fullmatch(name):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
         words = [argument_text(word) for word in split_commands(rest, ',')]
