@@ -2983,37 +2983,27 @@ class FilterTest(unittest.TestCase):
             'a glob, up to 500': ['a' * 501],
             'too long; allowed are 4000 ... 50 brackets': ['x' * 5000, '[ ' * 1000]})
 
-    def tree(self, rng, depth=3):
-        """Return a condition, and what tells if a row meets it: None is not known."""
+    def some_condition(self, rng, depth=3):
         if not depth or rng.random() < .3:
-            text = rng.choice('prio=2 ratio>2 label=tv seeders>1 kind=mkv files=a*'.split())
-            return text, lambda row: (Filter(text).match(row, NOW)
-                                      if re.match(r'\w+', text)[0] in row else None)
-        key = rng.choice(('', 'OR', 'NOT'))
-        texts, parts = zip(*[self.tree(rng, depth - 1)
-                             for _ in range(key == 'NOT' or rng.randint(1, 3))])
-
-        def kleene(row):
-            values, decides = [part(row) for part in parts], key == 'OR'
-            if key == 'NOT':
-                return None if values[0] is None else not values[0]
-            return decides if decides in values else None if None in values else not decides
-        return '[ %s %s ]' % (key * (key == 'NOT'), f' {key} '.join(texts)), kleene
+            return rng.choice('prio=2 ratio>2 label=tv seeders>1 kind=mkv files=a*'.split())
+        parts = [self.some_condition(rng, depth - 1) for _ in range(rng.randint(1, 3))]
+        return rng.choice(('[ %s ]', 'NOT [ %s ]')) % rng.choice((' ', ' OR ')).join(parts)
 
     def test_cheap_part_rules_out_soundly(self):
         rng, ruled_out = random.Random(7), 0
         unknown = dict.fromkeys(['seeders', 'kind', 'files'], torque.POSSIBLE)
         for _ in range(1500):
-            text, kleene = self.tree(rng)
-            compiled = Filter(text)
+            text = self.some_condition(rng)
+            condition, opposite = Filter(text), Filter(f'NOT [ {text} ]')
             for _ in range(4):
                 cheap = {'prio': rng.randint(1, 3), 'ratio': rng.choice((1, 3)),
                          'label': rng.choice(('tv', 'x'))}
-                row = dict(cheap, seeders=rng.randint(0, 2), kind=rng.choice(([], ['mkv'])),
-                           files=rng.choice((['a'], ['b'])))
-                self.assertIs(compiled.match(row, NOW), kleene(row), text)
-                possible = compiled.match({**unknown, **cheap}, NOW)
-                self.assertIs(possible, kleene(cheap) is not False, text)
+                row = {**cheap, 'seeders': rng.randint(0, 2), 'kind': rng.choice(([], ['mkv'])),
+                       'files': rng.choice((['a'], ['b']))}
+                matches, possible = condition.match(row, NOW), condition.match(
+                    {**unknown, **cheap}, NOW)
+                self.assertIsNot(matches, opposite.match(row, NOW), text)
+                self.assertTrue(possible or not matches, text)
                 ruled_out += not possible
         self.assertGreater(ruled_out, 500)
 

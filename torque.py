@@ -4279,24 +4279,14 @@ def nth_branch(number: int, branches: list) -> list:
     return []
 
 
-def flat(nodes: list, choose: Callable[[list], list]) -> list:
-    """Return the texts and expressions among nodes, and those of the branches that are chosen."""
-    parts = []
+def flat(nodes: list, choose: Callable[[list], list]) -> str:
+    """Return the text of nodes, and of those of the branches that are chosen."""
+    text = ''
     for node in nodes:
         if isinstance(node, list):
-            parts += flat(choose(node), choose)
+            text += flat(choose(node), choose)
         else:
-            parts.append(node)
-    return parts
-
-
-def marked(parts: list) -> str:
-    """Return the text with a mark for each expression."""
-    text = ''
-    for number, part in enumerate(parts, FIRST_VALUE):
-        if isinstance(part, ast.AST):
-            part = MARK + chr(number)
-        text += part
+            text += node
     return text
 
 
@@ -4312,8 +4302,9 @@ class Template:
 
     def __init__(self, text: str, known: Any = None):
         self.text, self.known = text, known
-        # Each is a text, the ast of an expression, or of an if [(ast, nodes), ...].
+        # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
         self.nodes: list = []
+        self.expressions: dict[int, ast.AST] = {}       # by the character that stands for it
         self.open_ifs: list = []        # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
@@ -4323,8 +4314,7 @@ class Template:
             # Each branch is divided once, and the text without any: a mistake in a branch that is
             # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
-                parts = flat(self.nodes, functools.partial(nth_branch, number))
-                self.divide(marked(parts))
+                self.divide(flat(self.nodes, functools.partial(nth_branch, number)))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
@@ -4349,7 +4339,9 @@ class Template:
         """Add what a tag says; return the nodes that what follows is to be among."""
         branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
         if not branch:
-            nodes.append(self.expression(code))
+            number = FIRST_VALUE + len(self.expressions)
+            self.expressions[number] = self.expression(code)
+            nodes.append(MARK + chr(number))
             return nodes
         word = branch[1] or branch[3]
         if word == 'if':
@@ -4394,13 +4386,13 @@ class Template:
         """Return what the text is divided into, and the values, for str.translate()."""
         shown = {ord(MARK): ''}
         try:
-            parts = flat(self.nodes, functools.partial(true_branch, values))
-            for number, part in enumerate(parts, FIRST_VALUE):
-                if isinstance(part, ast.AST):
-                    shown[number] = show(evaluate(part, values))
+            text = flat(self.nodes, functools.partial(true_branch, values))
+            for number, tree in self.expressions.items():
+                if chr(number) in text:
+                    shown[number] = show(evaluate(tree, values))
         except MISFITS as error:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
-        return self.divide(marked(parts)), shown
+        return self.divide(text), shown
 
     def render(self, values: Mapping):
         """Return the text, values put in; LoggableError where one is missing."""
