@@ -4422,11 +4422,6 @@ SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
 
-def program_name(word: str) -> str:
-    """Return what a word is as the name of a program: no folder, no version."""
-    return os.path.basename(word).rstrip('0123456789.-')
-
-
 def check_program(name: str, words: list[str]) -> None:
     """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
     gives_text = SHELL_FLAG
@@ -4457,7 +4452,8 @@ def check_words(words: list[str]) -> None:
     """
     if MARK in words[0]:
         raise UserError('the program is missing, or depends on a value')
-    names = [program_name(word) for word in words]
+    # without folder and version
+    names = [os.path.basename(word).rstrip('0123456789.-') for word in words]
     for flag, word in zip(['', *words], words):
         if MARK not in word:
             continue
