@@ -3399,10 +3399,8 @@ def read_metafile(path: str) -> Metafile:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
         raise ValueError('no regular file')
-    if not status.st_size:
-        raise ValueError('empty')
-    if status.st_size > METAFILE_LIMIT:
-        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}')
+    if not 0 < status.st_size <= METAFILE_LIMIT:
+        raise ValueError(f'empty, or larger than {show_size(METAFILE_LIMIT)}')
     with open(path, 'rb') as stream:
         return parse_metafile(stream.read(status.st_size))
 
