@@ -2541,9 +2541,8 @@ def all_fields() -> dict[str, TorrentField]:
     """Return the table of fields by name."""
     fields = {}
     for kind, words in PLAIN_FIELDS.items():
-        for word in words.split():
-            name, _, command = word.partition('=')
-            fields[name] = TorrentField(kind, ('d.' + (command or name),))
+        for name, command in re.findall(r'(\w+)=?(\S*)', words):
+            fields[name] = TorrentField(kind, (f'd.{command or name}',))
     for name, (kind, needs, value) in MADE_FIELDS.items():
         fields[name] = TorrentField(kind, tuple(needs.split()), value)
     return fields
@@ -2559,6 +2558,12 @@ CHANGING = re.compile(
     r'tracker_send_scrape|try|unset|update)(?![^._])')
 
 
+def in_quotes(text: str) -> str:
+    """Return a text as an argument of a command of rTorrent."""
+    text = text.replace('\\', '\\\\').replace('"', '\\"')
+    return f'"{text}"'
+
+
 def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
     if name in TORRENT_FIELDS:
@@ -2567,8 +2572,7 @@ def torrent_field(name: str) -> TorrentField:
     if stem == 'custom' and rest:
         command = f'd.custom{rest}'
         if not re.fullmatch('[1-5]', rest):
-            key = rest.replace('\\', '\\\\').replace('"', '\\"')
-            command = f'd.custom="{key}"'
+            command = f'd.custom={in_quotes(rest)}'
         return TorrentField('text', (command,))
     if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
@@ -4324,7 +4328,7 @@ class CommandTemplate(Template):
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
         on 0.9.8 and 0.16.17).
         """
-        plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
+        plain = in_quotes(text)
         if MARK in word and text.startswith('$'):
             return f'(cat,{{{plain}}})'
         return plain
