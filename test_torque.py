@@ -1943,21 +1943,22 @@ class TorrentsTest(Folder):
                 self.assertEqual(function(*args), wanted)
 
     def test_tracker_has_short_name(self):
+        aliases = {'PBT': ['http://t.pbt/', 'udp://x'], 'KEY': ['http://key.in:80/announce']}
         self.check(torque.tracker_alias, [
-            (url, {'PBT': ['http://t.pbt/', 'udp://x'],
-                   'KEY': ['http://key.in:80/announce']}, wanted) for url, wanted in (
+            (url, aliases, wanted) for url, wanted in (
                 ('http://t.pbt/announce?k=1', 'PBT'), ('udp://x:80', 'PBT'), ('', ''),
                 ('http://key.in:80/0123/announce', 'KEY'), ('http://key.in/announce', 'key.in'),
                 ('http://T.Example.org:6969/a', 'example.org'), ('http://10.0.0.1:80/', '10.0.0.1'),
+                ('http://[::1]:80/', '[::1]'), ('http://localhost/', 'localhost'),
                 ('https://a.b.example.co.uk/', 'example.co.uk'), ('udp://u:p@a.b.c:1', 'b.c'))])
 
     def test_times_are_worked_out(self):
         self.check(torque.first_number, [(0, '', 0), ('0', 7, 7), ('12', 7, 12), ('x', '-3', 0)])
         self.check(torque.seed_time, [
-            (*row[:2], 0, *row[2:]) for row in (
-                ('R100P200R300', 150, 1, 1, 400, 150), ('R100P200', 250, 1, 0, 400, 0),
-                ('', 0, 1, 1, 9, None), ('', 100, 1, 1, 400, 300), ('', 100, 1, 0, 400, None),
-                ('P50R60P70', 1, 1, 0, 99, 10), ('', 100, 0, 1, 400, None))])
+            ('R100P200R300', 150, 0, 1, 1, 400, 150), ('R100P200', 250, 0, 1, 0, 400, 0),
+            ('', 0, 0, 1, 1, 9, None), ('', 0, 100, 1, 1, 400, 300),
+            ('P5R60P70', 1, 0, 1, 0, 99, 10),
+            ('', 100, 0, 1, 0, 400, None), ('', 100, 0, 0, 1, 400, None)])
         self.check(torque.leech_time, [
             ('R100P200R300P350', 100, 0, 320, 0, 999, 120), ('', '', 100, 0, 320, 999, 220),
             ('', '100', 0, '', 0, 150, 50), ('', 0, 0, 320, 0, 999, None),
@@ -1967,7 +1968,7 @@ class TorrentsTest(Folder):
             ('', 1, 9, '', 1, 0), ('', 0, 9, '', 0, 0), ('x', 0, '9', 7, 0, 9)])
 
     def test_files_tell_their_kind(self):
-        rows = [['x/a.MKV', 70], ['b.nfo', 20], ['c.jpg', 10], ['README', 0]]
+        rows = [['x/a.MKV', 70], ['b.nfo', 20], ['c.jpeg', 10], ['README', 0]]
         self.check(torque.file_kinds, [(rows, ['jpg', 'mkv', 'nfo']), (rows, 20, ['mkv', 'nfo']),
                                        (rows, 100, []), ([], [])])
         self.check(torque.guess_traits, [
@@ -1975,7 +1976,7 @@ class TorrentsTest(Folder):
                 ('Show.S01E02.720p', 'tv', 'mkv'), ('Film (1999) x', 'movie', 'avi'),
                 ('Band - Album', 'audio', 'flac'), ('q', 'video', 'mp4'), ('q', '', 'xyz'),
                 ('Show.S01E02', 'tv', 'rar'), ('Show 1x02', 'tv', 'mkv'))])
-        self.assertEqual(torque.file_kinds([['x.r00', 30], ['x.R01', 30], ['x.nfo', 40]], 51),
+        self.assertEqual(torque.file_kinds([['x.r00', 30], ['x.R101', 30], ['x.nfo', 40]], 51),
                          ['rar'])
 
     def test_place_of_data_is_known(self):
@@ -2007,10 +2008,6 @@ class TorrentsTest(Folder):
         fake = Double([{'d.name': 'x' * size} for size in range(5)])
         found = torque.list_torrents(fake, 'main', [], torque.parse_condition('names>4'))
         self.assertEqual([torrent['name'] for torrent in found], ['xxx', 'xxxx'])
-        names = ('names', 'custom_a', 'kind_50', 'd_state')
-        template = Template(''.join('{{%s}}{{item.%s}}' % (name, name) for name in names),
-                            torque.TORRENT_FIELDS)
-        self.assertEqual(template.names, names)
 
     def test_only_what_is_needed_is_asked(self):
         fake = Double([{'d.complete': number % 2} for number in range(10)])
@@ -2102,7 +2099,8 @@ NOT [ is_open=yes OR prio=0 ] | not (is_open or prio == 0)   tagged=red | 'red' 
 message= is_ignored=no | not message and not is_ignored   name=*s01e* traits=tv | 'S01E' in name
 name=/S0.E\d/ !is_private=yes | 'S01E' in name and not is_private   label= | label == ''
 label=one,two | label in ('one', 'two')   label!=one | label != 'one'
-label!="" | label   tagged=:red | tagged == ['red']   tagged!=: | tagged   free>1 prio>2 | realpath and prio > 2
+label!="" | label   tagged=:red | tagged == ['red']   tagged!=: | tagged
+free>1 prio>2 | realpath and prio > 2
 views=mine | 'mine' in views   throttle=slow | throttle == 'slow'   path=*/mo*/* | 'moved/' in path
 files=*.mp3 | 'mp3' in kind   files=sub/* is_complete=no | not is_complete and 'txt' in kind
 kind=mp3,mkv size>9k | {'mp3', 'mkv'} & {*kind} and size > 9216   kind_51=mp3 | 'mp3' in kind_51
@@ -2114,6 +2112,30 @@ stopped<1h | stopped > now - 3600   seedtime>1y | (seedtime or 0) > 31536000
 leechtime<1h is_open=no | leechtime is not None and leechtime < 3600 and not is_open
 custom_2=*é* | 'é' in custom_2   message=/track|unf/ | re.search('Track|unf', message)
 is_multi_file=yes [ size<30k OR ! kind=txt ] | fno > 1 and (size < 30720 or 'txt' not in kind)'''
+# Of the torrents whose number leaves this rest over that: what rTorrent is told of them, in order
+STATES = '''11 1 d.directory.set|DATA/moved
+10 1 d.throttle_name.set|slow
+12 1 d.custom1.set|two
+12 4 d.custom1.set|one
+12 7 d.custom1.set|one
+12 10 d.custom1.set|Three, 4
+6 5 d.custom2.set|h\xe9llo
+12 2 d.custom.set|tags|blue
+12 6 d.custom.set|tags|red
+12 10 d.custom.set|tags|red blue
+13 1 d.custom.set|tm_loaded|1400000000
+9 3 d.custom.set|tm_completed|1500000000
+17 1 d.custom.set|a key|x, "y"
+8 3 d.views.push_back_unique|mine
+6 1 d.ignore_commands.set|1
+5 4 d.open
+3 0 d.start
+29 1 d.start
+29 2 d.update_priorities
+174 1 d.pause
+174 59 d.pause
+87 2 d.check_hash
+87 31 d.check_hash'''
 ODD_NAMES = ['a; b', '$(id)', "q'\"", 'a,b', '{{name}}', '$d.erase=', '&<>]]>', 'caf\xe9',
                  ' s p ', '\x01ctl', '\U0001f600', b'\xff\xfe', '%41', '-rf', '\\n', 'tab\tx']
 
@@ -2151,20 +2173,12 @@ class LiveTorrentsTest(unittest.TestCase):
             if at % 3 == 0 and at >= len(cls.hostile):
                 put_data(data + '/moved' * (at % 11 == 1), name, files)
                 complete.add(item)
-            loads.append(('load.raw', '', content, f'd.priority.set={at % 4}', *(
-                f'd.{command}.set="{value}"' for when, command, value in (
-                    (at % 3 == 1, 'custom1', ('one', 'two', 'Three, 4')[at % 4 % 3]),
-                    (at % 6 == 5, 'custom2', 'h\xe9llo'), (at % 10 == 1, 'throttle_name', 'slow'),
-                    (at % 11 == 1, 'directory', data + '/moved')) if when)))
-            calls += [(method, item, *rest) for when, method, *rest in (
-                (at % 4 == 2, 'd.custom.set', 'tags', ('red', 'red blue', 'blue')[at % 3]),
-                (at % 8 == 3, 'd.views.push_back_unique', 'mine'), (at % 5 == 4, 'd.open'),
-                (at % 13 == 1, 'd.custom.set', 'tm_loaded', '1400000000'),
-                (at % 9 == 3, 'd.custom.set', 'tm_completed', '1500000000'),
-                (at % 17 == 1, 'd.custom.set', 'a key', 'x, "y"'),
-                (at % 3 == 0 or at % 29 == 1, 'd.start'), (at % 29 == 2, 'd.update_priorities'),
-                (at % 58 == 1 and at % 3, 'd.pause'), (at % 6 == 1, 'd.ignore_commands.set', 1),
-                (at % 29 == 2 and at % 3, 'd.check_hash')) if when]
+            loads.append(('load.raw', '', content, f'd.priority.set={at % 4}'))
+            for line in STATES.replace('DATA', data).splitlines():
+                step, rest, call = line.split(' ', 2)
+                method, *params = call.split('|')
+                if at % int(step) == int(rest):
+                    calls.append((method, item, *params))
         for start in range(0, len(loads), 100):
             cls.engine.tell(loads[start:start + 100])
         wait_for(lambda: cls.proxy.view.size('', 'main') == cls.count)
@@ -2738,65 +2752,52 @@ class FilterTest(unittest.TestCase):
     def test_mistakes_are_shown_in_place(self):
         self.refuse(Filter, {
             "'<-- here' ... a condition is missing ... ratio>2": ['', '  ', '\n'],
-            "'is_open=no ratio>>2 <-- here prio=1' ... '>2' is not a number ... e.g. 2 and 1.5":
+            "'is_open=no ratio>>2 <-- here prio=1' ... '>2' is not a number ... e.g. 2 1.5":
             'is_open=no ratio>>2 prio=1',
             "'ratoi' is no field of a torrent; did you mean 'ratio'?": 'ratoi>2', "mean 'is_open'":
             'is-open=no', 'is no field': 'kind_101=x  custom_=x  kind_=x',
-            'this is no condition ... side by side': '*x=y*  x and y  x or y  !=x',
+            'this is no condition ... side by side': '*x=y*  x and y  x or y  !=x  [x] #',
             'a condition is missing': """OR x  x OR  x OR OR y  NOT  x [ NOT ]  [ ]  x OR ] y
             [ NOT OR x ]""", 'a bracket without its other half': '[ x  x ]  [ x ] ]',
             "'x ] <-- here y'": 'x ] y', 'a quote has no': 'name="a  name=\'  x\\',
             "'maybe' is neither ... allowed are yes": 'is_open=maybe  is_open=maybe,yes',
             'does not go with bool; allowed are = and !=': 'is_open>0', 'with text': 'name>a',
             'with tags': 'tagged<x', 'not a number': 'ratio=  ratio>+1  ratio>1,2  ratio=1k  d_x>a',
-            'not a size ... 4g': 'size>4x  size=', 'M for months ... i for minutes':
-            'completed>2m  loaded<1y2m  seedtime>5m', "'30' is not a time ... 2w": 'completed>30',
+            'not a size ... 4g': ['size>4x', 'size=', 'size>' + '9' * 99],
+            'not a time; ... 2024-03-15 ... 8w ... M for months and i for minutes': '''completed>2m
+            loaded<1y2m  completed>2w2w  completed>1x  completed>  completed>2024-13-01
+            completed>30''', 'not a duration; ... 8w ... M for months and i for minutes':
+            'seedtime>5m  seedtime>8  seedtime>2024-03-15',
             'does not go with =; allowed are < <= > >= =+ =-':
-            'completed=2w  completed!=2024-03-15  seedtime=1h', 'y M w d h i s, each once':
-            'completed>2w2w  completed>1x', 'not a time': 'completed>  completed>2024-13-01',
-            'is not a length of time ... 8w': 'seedtime>8  seedtime>2024-03-15',
+            'completed=2w  completed!=2024-03-15  seedtime=1h',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
             'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
-            'a glob of 6 stars': ['*a' * 7, 'a' * 501],
-            'too long, or holds a NUL; allowed are 4000': ['x' * 5000, 'name=\0'],
-            'not a number; a': ['size>' + '9' * 99], 'too deep; allowed are 50': ['[ ' * 1000]})
+            'a glob, up to 500': ['a' * 501],
+            'too long; allowed are 4000 ... 50 brackets': ['x' * 5000, '[ ' * 1000]})
 
-    def tree(self, rng, depth=3):
-        """Return a condition, and what tells if a row meets it: None is not known."""
+    def some_condition(self, rng, depth=3):
         if not depth or rng.random() < .3:
-            text = rng.choice('prio=2 ratio>2 label=tv seeders>1 kind=mkv files=a*'.split())
-            return text, lambda row: (Filter(text).match(row, NOW)
-                                      if re.match(r'\w+', text)[0] in row else None)
-        key = rng.choice(('', 'OR', 'NOT'))
-        texts, parts = zip(*[self.tree(rng, depth - 1)
-                             for _ in range(key == 'NOT' or rng.randint(1, 3))])
-
-        def kleene(row):
-            values, decides = [part(row) for part in parts], key == 'OR'
-            if key == 'NOT':
-                return None if values[0] is None else not values[0]
-            return decides if decides in values else None if None in values else not decides
-        return '[ %s %s ]' % (key * (key == 'NOT'), f' {key} '.join(texts)), kleene
+            return rng.choice('prio=2 ratio>2 label=tv seeders>1 kind=mkv files=a*'.split())
+        parts = [self.some_condition(rng, depth - 1) for _ in range(rng.randint(1, 3))]
+        return rng.choice(('[ %s ]', 'NOT [ %s ]')) % rng.choice((' ', ' OR ')).join(parts)
 
     def test_cheap_part_rules_out_soundly(self):
         rng, ruled_out = random.Random(7), 0
+        unknown = dict.fromkeys(['seeders', 'kind', 'files'], torque.POSSIBLE)
         for _ in range(1500):
-            text, kleene = self.tree(rng)
-            compiled = Filter(text)
+            text = self.some_condition(rng)
+            condition, opposite = Filter(text), Filter(f'NOT [ {text} ]')
             for _ in range(4):
                 cheap = {'prio': rng.randint(1, 3), 'ratio': rng.choice((1, 3)),
                          'label': rng.choice(('tv', 'x'))}
-                row = dict(cheap, seeders=rng.randint(0, 2), kind=rng.choice(([], ['mkv'])),
-                           files=rng.choice((['a'], ['b'])))
-                self.assertIs(compiled.match(row, NOW), kleene(row), text)
-                self.assertIs(compiled.cheap(cheap, NOW), kleene(cheap) is not False, text)
-                ruled_out += not compiled.cheap(cheap, NOW)
+                row = {**cheap, 'seeders': rng.randint(0, 2), 'kind': rng.choice(([], ['mkv'])),
+                       'files': rng.choice((['a'], ['b']))}
+                matches, possible = condition.match(row, NOW), condition.match(
+                    {**unknown, **cheap}, NOW)
+                self.assertIsNot(matches, opposite.match(row, NOW), text)
+                self.assertTrue(possible or not matches, text)
+                ruled_out += not possible
         self.assertGreater(ruled_out, 500)
-
-    def test_slow_conditions_come_last(self):
-        compiled = Filter('files=x kind_25=iso ratio>9')
-        self.assertFalse(compiled.match({'ratio': 1, 'files': 'no list', 'kind_25': 1}, NOW))
-        self.assertEqual(compiled.root.cost, 2)
 
     def test_random_text_is_compiled_or_refused(self):
         rng = random.Random(11)
@@ -2827,7 +2828,7 @@ class TemplateTest(unittest.TestCase):
                 '{{when|date}}': clock, '{{0|date}}': '', "{{none|default('a b')|upper}}": 'A B',
                 '{{none|default}}': '', '{{0|default(1)}}': '0',
                 "{{name.replace('.', ' ').title()}}": 'A B', '{{-1}}': '-1',
-                '{{map.kind}}{{map.x}}{{name.kind}}': 'tv', "{{map.get('x', 'no')}}": 'no',
+                '{{map.kind}}{{map.x}}{{none.kind}}': 'tv', "{{map.get('x', 'no')}}": 'no',
                 "{{none or 'x'}}": 'x', '{{# no }}{# no\n #}y': 'y', '}} # }': '}} # }'}.items():
             with self.subTest(text):
                 self.assertEqual(Template(text).render(values), wanted)
@@ -2851,18 +2852,18 @@ class TemplateTest(unittest.TestCase):
                          ('a', 'b', 'd'))
         self.refuse(lambda text: Template(text, known=['label']), {
             "there is no 'lable' here; did you mean 'label'": '{{lable}}'})
-        for text in ('x{{a}}', '{{b|date}}'):
-            with self.assertRaisesRegex(LoggableError, "^template .*(no 'a'|out of range|large)"):
+        for text in ('x{{a}}', '{{b|date}}', '{{b.lower}}'):
+            with self.assertRaisesRegex(LoggableError, "^template .*('a'|'get'|range|large)"):
                 Template(text).render({'b': 10 ** 30})
 
     def test_bad_templates_are_refused(self):
         table = {
             'is not possible; allowed are names': """a.__class__;a[0];a();a + 1;__import__("os");
-            a is b;lambda: 1;[x for x in y];a if b else c;f"{a}";a|nosuch;a.format(b);{1: 2} ;
-            (a := 1);+a;a.get(b=1)""".split(';'),
+            lambda: 1;[x for x in y];a if b else c;f"{a}";a|nosuch;a.format(b);{1: 2} ;
+            (a := 1);a.get(b=1)""".split(';'),
             'does not take 1 arguments': ['a|lower(1)', 'a|replace(1)'],
             "no expression ... e.g. label, label|default('x')":
-            ['', '-a', 'a b', 'a|', '1' * 400, 'not ' * 74 + '(', '1e999|duration']}
+            ['', '-a', '+a', 'a is b', 'a b', 'a|', '1' * 400, 'not ' * 74 + '(', '1e999|duration']}
         for text in ('x {{%s}} y', '{{if %s}}y{{endif}}', '{%% if %s %%}y{%% endif %%}'):
             self.refuse(Template, {word: [text % code for code in codes]
                                    for word, codes in table.items()})
@@ -2984,7 +2985,7 @@ PARSER = getattr(re, '_parser', None) or importlib.import_module('sre_parse')
 COMPILER = getattr(re, '_compiler', None) or importlib.import_module('sre_compile')
 SAMPLES = [*'a0 x/.-=,;:"\'\\()[]{}\n_AZ!~+<>#%&|@*?^$\r\t\x01\xe9', *map(chr, range(300))]
 # Patterns that see no longer text than this; and functions that compile what a user wrote.
-CUT = {'TV': 255, 'MOVIE': 255, 'CLASS_OR_ESCAPE': 500, 'REPEATED_REPEAT': 500}
+CUT = {'TV': 255, 'MOVIE': 255, 'CLASS_OR_ESCAPE': 500, 'REPEATED_REPEAT': 500, 'STARS': 500}
 OF_USERS = ('text_pattern',)
 
 
@@ -3471,8 +3472,9 @@ class MetafileTest(Folder):
         table = {
             'empty': [b''], 'not bencoded': [
                 b'<!DOCTYPE html><html>', b'junk', good[:-1], good[:len(good) // 2], b'\0' * 500,
-                b'i03e', b'i-0e', b'99999999999:a', b'd1:a', b'di1e1:ae', b'l' * 100000, b'd1:ae'],
-            'no `info`': [b'le', b'i1e', b'1:a', b'de', b'd4:infolee', b'd4:info1:ae'],
+                b'i03e', b'i-0e', b'99999999999:a', b'd1:a', b'di1e1:ae', b'l' * 100000, b'd1:ae',
+                b'le', b'i1e', b'1:a', b'd4:infolee', b'd4:info1:ae'],
+            'no `info`': [b'de', b'd1:a1:be'],
             'no usable `name`': [metafile(name)[0] for name in ('', '..', 'a/b', 'a\0b', [], 5)],
             'no pieces, or no length': [
                 metafile('a', 1, **{key: value})[0] for key, value in (
@@ -3522,13 +3524,8 @@ class MetafileTest(Folder):
                     content[at:at + chance.randrange(3)] = chance.choice(parts)
             else:
                 content = b''.join(chance.choices(parts, k=chance.randrange(40)))
-            for last in (False, True):                          # a slow one gets a second try
-                began = time.process_time()
-                with contextlib.suppress(ValueError):
-                    list(torque.parse_metafile(bytes(content)).files())
-                if time.process_time() - began < .05:
-                    break
-                self.assertFalse(last, content)
+            with contextlib.suppress(ValueError):
+                list(torque.parse_metafile(bytes(content)).files())
 
 
 def mount(test, source, target):
@@ -4396,7 +4393,7 @@ class ActionTest(WithDouble):
             'is for the action cull': {'action': 'delete', 'until_free': '1g'},
             'allowed are keep delete': {'action': 'cull', 'shared': 'no'},
             'not a whole number': {'action': 'cull', 'limit': '-1'},
-            "no 'nam' here; did you mean": {'action': 'tag', 'args': '{{nam}}'},
+            "'nam' is no field of a torrent; did you mean": {'action': 'tag', 'args': '{{nam}}'},
             'ignore takes none': {'action': 'ignore', 'args': '0'},
             'have no sign': {'action': 'tag', 'args': '+a -b'},
             'write 1=VALUE': {'action': 'custom', 'args': 'label=x'}})
