@@ -703,48 +703,30 @@ def no_pause(seconds: float) -> None:
     """
 
 
-class Repeat:
-    """Events of one kind: how many there were, and when the log had them last."""
-
-    def __init__(self, now: float):
-        self.count = 1
-        self.since = now
-        self.said = now
-        self.pause = 60.0               # seconds from one summary to the next
-        self.recovered = False
-
-
 class Repeats:
     """Tells which of many like events deserve a line in the log.
 
-    The first does; later ones are counted, and summed up after pauses that double from one
-    minute to one hour. `now` is elapsed seconds.
+    The first does, and so do later ones after pauses that double from one minute to one hour.
     """
     MOST_KINDS = 100
+    FORGOTTEN = 7200.0                  # seconds without a line, after which all begins anew
 
     def __init__(self) -> None:
-        self.kinds: dict[Any, Repeat] = {}
+        # Kind -> when it was told last, and the pause from then on, in elapsed seconds.
+        self.kinds: dict[Any, tuple[float, float]] = {}
 
-    def seen(self, kind: Any, now: float) -> tuple[int, float] | None:
-        """Return (0, 0) to say it in full, (times, seconds) to sum up, None for silence."""
-        row = self.kinds.get(kind)
-        if row is None or (row.recovered and now - row.said > row.pause):
-            if len(self.kinds) >= self.MOST_KINDS:
-                self.kinds.clear()
-            self.kinds[kind] = Repeat(now)
-            return 0, 0.0
-        row.count += 1
-        row.recovered = False
-        if now - row.said < row.pause:
-            return None
-        row.said = now
-        row.pause = min(row.pause * 2, 3600.0)
-        return row.count, now - row.since
-
-    def recovered(self) -> None:
-        """What comes after its pause now is new again, not one more of the same."""
-        for row in self.kinds.values():
-            row.recovered = True
+    def deserve_line(self, kind: Any) -> bool:
+        """Tell whether an event that happens now is to be told."""
+        now = elapsed_time()
+        told, pause = self.kinds.get(kind, (-self.FORGOTTEN, 0.0))
+        if now < told + pause:
+            return False
+        if now >= told + self.FORGOTTEN:
+            pause = 30.0
+        if len(self.kinds) >= self.MOST_KINDS:
+            self.kinds.clear()
+        self.kinds[kind] = now, min(pause * 2, 3600.0)
+        return True
 
 
 def error_text(error: BaseException) -> str:
@@ -767,41 +749,40 @@ def kind_of_error(error: BaseException) -> Any:
 
 def end_child(error: BaseException | None) -> None:
     """End a process that a job has forked and that comes back here: it is no second torque."""
-    status = int(error is not None)
-    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-        status = error.code or 0
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
+    status: Any = error
+    if isinstance(error, SystemExit):
+        status = error.code
+    if not isinstance(status, int):
+        status = int(status is not None)
     os._exit(status)
 
 
 class Task:
     """One job as the scheduler sees it, and how it has gone so far.
 
-    Its worker writes how runs went; the main thread writes when it is due. `waiting`,
-    `running_since`, `overdue` and `limit` are guarded by the scheduler's lock.
+    Its worker writes how runs went; the main thread writes when it is due. `waiting` is guarded
+    by the scheduler's lock.
     """
-    TOLD = ('name', 'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed',
-            'last_error')               # by --status
+    TOLD = ('name', 'state', 'running_since', 'last_start', 'last_duration', 'runs', 'failures',
+            'missed', 'last_error')     # by --status
     at_start = False                    # a calendar task is due at once, too
     due: float | None = None            # in the clock of the schedule
-    last_due: float | None = None
+    last_due = 0.0
     waiting = 0                         # due times without a run so far
     worker: threading.Thread | None = None
     running_since: float | None = None  # Unix seconds
     last_start: float | None = None     # Unix seconds
     last_duration: float | None = None
     last_error: str | None = None
-    limit: Any = None                   # the event at which the run becomes overdue
-    overdue = False
+    overdue_run = -1                    # the run, counted from 0, that took too long
     runs = 0
     failures = 0
     missed = 0                          # due times that were merged into others
-    failing_since: float | None = None  # elapsed seconds
-    failed_times = 0                    # since then
-    failing_told = False
+    failed_times = 0                    # since it failed for the first time, or once more
+    failing_since = 0.0                 # elapsed seconds
+    told: Any = None                    # kind of the failure that the log had last since then
 
-    def __init__(self, name: str, schedule: Schedule, run: Callable[[], Any],
+    def __init__(self, name: str, schedule: Schedule, run: Callable,
                  max_runtime: float | None = None):
         self.name = name
         self.schedule = schedule
@@ -812,8 +793,17 @@ class Task:
         self.wake = threading.Lock()            # released when it is due
         self.wake.acquire()
 
-    def attempt(self) -> bool:
-        """Call the function once, and log how it went; tell whether it went well."""
+    @property
+    def state(self) -> str:
+        """Return a word for --status."""
+        if self.running_since is None:
+            return 'idle'
+        if self.overdue_run == self.runs:
+            return 'overdue'
+        return 'running'
+
+    def attempt(self) -> None:
+        """Call the function once, and log how it went."""
         pid = os.getpid()
         error: BaseException | None = None
         try:
@@ -824,12 +814,11 @@ class Task:
         if os.getpid() != pid:
             end_child(error)
         if error is None:
-            self.worked(elapsed_time())
+            self.worked()
         else:
-            self.failed(error, elapsed_time())
-        return error is None
+            self.failed(error)
 
-    def failed(self, error: BaseException, now: float) -> None:
+    def failed(self, error: BaseException) -> None:
         """Count a failure and log it: in full once, then summed up."""
         known = isinstance(error, LoggableError)
         text = error_text(error)
@@ -837,47 +826,30 @@ class Task:
             text = f'{type(error).__name__}: {text}'
         self.failures += 1
         self.last_error = text
-        if self.failing_since is None:
-            self.failing_since = now
-            self.failing_told = False
-            self.failed_times = 0
+        if not self.failed_times:
+            self.failing_since = elapsed_time()
         self.failed_times += 1
-        times = self.repeats.seen(kind_of_error(error), now)
-        if times is None or getattr(error, 'told', False):
+        kind = kind_of_error(error)
+        if getattr(error, 'told', False) or not self.repeats.deserve_line(kind):
             self.log.debug('failed again: %s', text)
             return
-        self.failing_told = True
         level = logging.WARNING if known else logging.ERROR
         traced = self.log.isEnabledFor(TRACE)
-        if times[0]:
-            text = f'still failing, {times[0]} times in {show_duration(times[1])}: {text}'
+        if kind == self.told:
+            seconds = elapsed_time() - self.failing_since
+            text = f'still failing, {self.failed_times} times in {show_duration(seconds)}: {text}'
         elif not known:
             traced = True
+        self.told = kind
         self.log.log(level, '%s', text, exc_info=error if traced else None)
 
-    def worked(self, now: float) -> None:
+    def worked(self) -> None:
         """Note that a run went well, and say so when the last failure was said."""
-        self.last_error = None
-        if self.failing_since is None:
-            return
-        if self.failing_told:
+        if self.told is not None:
             self.log.info('works again, after %d failures in %s', self.failed_times,
-                          show_duration(now - self.failing_since))
-        self.failing_since = None
-        self.repeats.recovered()
-
-    def merged(self, times: int, when: str, now: float) -> None:
-        """Note that due times became one run, without flooding the log."""
-        if times < 2:
-            return
-        self.missed += times - 1
-        seen = self.repeats.seen(when, now)
-        if seen is None:
-            return
-        again = ''
-        if seen[0]:
-            again = f' ({seen[0]} times in {show_duration(seen[1])})'
-        self.log.info('%d runs came due %s, merged into one%s', times, when, again)
+                          show_duration(elapsed_time() - self.failing_since))
+        self.last_error = self.told = None
+        self.failed_times = 0
 
 
 class Scheduler:
@@ -887,20 +859,19 @@ class Scheduler:
     of their own and call step().
     """
 
-    def __init__(self, wall: Callable[[], float] = time.time,
-                 elapsed: Callable[[], float] = elapsed_time):
+    def __init__(self, wall: Callable = time.time, elapsed: Callable = elapsed_time):
         self.wall = wall
         self.elapsed = elapsed
         self.offset = wall() - elapsed()
         self.calendar = sched.scheduler(wall, no_pause)
         self.intervals = sched.scheduler(elapsed, no_pause)
         # Before Python 3.10 events of the same time and priority are equal, and cancel() takes
-        # the wrong one: each has a priority of its own.
-        self.order = itertools.count()
+        # the wrong one: each that may be cancelled has a priority of its own.
+        self.order = itertools.count(1)
         self.tasks: dict[str, Task] = {}
         self.lock = threading.Lock()
-        # SimpleQueue is the one thing in the library that a signal handler may put to while
-        # the same thread is in it.
+        # Functions that the main thread is to call now, None to wake it. SimpleQueue is the one
+        # thing in the library that a signal handler may put to while the same thread is in it.
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
         self.stopping = False
         self.hurry = False
@@ -933,16 +904,7 @@ class Scheduler:
         if task.schedule.jitter:
             import random
             delay = random.uniform(0, task.schedule.jitter)
-        self.clock_of(task).enterabs(task.due + delay, next(self.order), self.come_due,
-                                     (task, delay))
-
-    def later(self, seconds: float, action: Callable, *args: Any) -> Any:
-        """Have step() call a function after so many elapsed seconds; return the event."""
-        return self.intervals.enter(seconds, next(self.order), action, args)
-
-    def call_soon(self, function: Callable[[], Any]) -> None:
-        """Have the main thread call a function now; any thread or signal handler may use this."""
-        self.calls.put(function)
+        self.clock_of(task).enterabs(task.due + delay, 0, self.come_due, (task, delay))
 
     def next_run(self, task: Task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
@@ -977,7 +939,7 @@ class Scheduler:
             if task.schedule.elapsed:
                 continue
             believed = 60 if task.schedule.every_hour else 3 * 3600
-            if task.last_due is None or task.last_due >= now + believed:
+            if task.last_due >= now + believed:
                 task.last_due = now
             task.due = task.schedule.next(max(now, task.last_due))
             self.enter(task)
@@ -1008,54 +970,33 @@ class Scheduler:
                 worker.start()
             except RuntimeError as error:
                 # No more threads: its due times stay counted, and it is tried again.
-                self.later(THREAD_PAUSE, self.wake, task)
-                if self.repeats.seen('threads', self.elapsed()):
+                self.intervals.enter(THREAD_PAUSE, 0, self.wake, (task,))
+                if self.repeats.deserve_line('threads'):
                     self.log.error('no new worker thread: %s', error)
                 return
             task.worker = worker
         task.wake.release()
 
-    def call_overdue(self, task: Task, started: float) -> None:
-        """Say of a run that it takes longer than it may."""
-        with self.lock:
-            if task.running_since != started:
-                # That run has just ended.
-                return
-            task.overdue = True
-        if task.repeats.seen('overdue', self.elapsed()):
-            task.log.warning('still running after %s, its max_runtime',
-                             show_duration(task.max_runtime or 0))
-
     def work(self, task: Task) -> None:
         """Run a task each time it is woken; the thread of that task."""
         while True:
-            # Woken already: it came due during its last run.
-            waits = task.wake.acquire(blocking=False)
-            if not waits:
-                task.wake.acquire()
+            task.wake.acquire()
             with self.lock:
                 if self.stopping:
                     return
-                times = task.waiting
+                merged = task.waiting - 1
                 task.waiting = 0
                 task.running_since = task.last_start = self.wall()
+            task.missed += merged
             # What is called here may raise anything, the filters of a log, too.
-            reason = 'while the machine or torque was held up'
-            if waits:
-                reason = 'during the last one'
             with contextlib.suppress(BaseException):
-                task.merged(times, reason, self.elapsed())
+                if merged and task.repeats.deserve_line('merged'):
+                    task.log.info('%d runs came due before this one could begin, merged into '
+                                  'one', merged + 1)
             with contextlib.suppress(BaseException):
                 self.run_task(task)
-            with self.lock:
-                task.running_since = None
-                task.overdue = False
-                task.runs += 1
-                if task.limit is not None:
-                    with contextlib.suppress(ValueError):
-                        # The event has happened: the run is overdue.
-                        self.intervals.cancel(task.limit)
-                    task.limit = None
+            task.running_since = None
+            task.runs += 1
             if self.stopping:
                 # The main thread may be in finish(), and wait for the last run.
                 self.calls.put(None)
@@ -1063,28 +1004,39 @@ class Scheduler:
     def run_task(self, task: Task) -> None:
         """Run a task once, and measure it."""
         started = self.elapsed()
+        event = None
         if task.max_runtime:
-            task.limit = self.later(task.max_runtime, self.call_overdue, task,
-                                    task.running_since)
+            event = self.intervals.enter(task.max_runtime, next(self.order), self.call_overdue,
+                                         (task, task.runs))
             # The main thread may be asleep for longer than that.
             self.calls.put(None)
         try:
             task.attempt()
         finally:
             task.last_duration = self.elapsed() - started
+            if event:
+                # The caller passes over what it raises when the event has happened.
+                self.intervals.cancel(event)
+
+    def call_overdue(self, task: Task, run: int) -> None:
+        """Say of a run that it takes longer than it may, unless it has just ended."""
+        if task.runs != run:
+            return
+        task.overdue_run = run
+        if task.repeats.deserve_line('overdue'):
+            task.log.warning('still running after %s, its max_runtime',
+                             show_duration(task.max_runtime or 0))
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but not longer than until call_soon() is used; call what was given to it."""
-        try:
+        """Sleep, but not longer than until there is a call to make; make it."""
+        with contextlib.suppress(queue.Empty):
             function = self.calls.get(timeout=seconds)
-        except queue.Empty:
-            return
-        if function is not None:
-            function()
+            if function:
+                function()
 
     def serve(self, chore: Callable[[], None]) -> None:
         """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
@@ -1094,9 +1046,7 @@ class Scheduler:
                 chore()
                 seconds = self.step()
             except Exception:
-                # A filter that a job gave to the log may raise anything.
-                with contextlib.suppress(Exception):
-                    self.log.exception('this should not happen')
+                self.log.exception('this should not happen')
             self.wait(seconds)
 
     def stop(self, hurry: bool = False) -> None:
@@ -5247,15 +5197,11 @@ class Choice(Job):
             self.held[why] += 1
 
     def failed(self, torrent: Torrent, error: Exception) -> None:
-        """Log why a torrent failed: in full once, then summed up."""
+        """Log why a torrent failed: once, then from time to time."""
         self.failures.append(error)
-        again = self.repeats.seen((torrent.hash, str(error)), elapsed_time())
         if self.dry_run:
             self.hold_back([torrent], str(error))
-        elif again and again[0]:
-            self.LOG.warning('%s: still, %d times in %s: %s', torrent, again[0],
-                             show_duration(again[1]), error)
-        elif again:
+        elif self.repeats.deserve_line((torrent.hash, str(error))):
             self.LOG.warning('%s: %s', torrent, error)
 
     def each(self, torrents: list[Torrent], handle: Callable[[Torrent], bool],
@@ -7948,7 +7894,7 @@ class Memory:
                 replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
                 self.saved = starts
         except LoggableError as error:
-            if self.repeats.seen(str(error), self.saved_at):
+            if self.repeats.deserve_line(str(error)):
                 self.log.warning('%s', error)
         finally:
             self.lock.release()
@@ -7999,7 +7945,7 @@ class Pinger:
                     trouble = f'HTTP {answer.status} {answer.reason}'
             except Exception as error:
                 trouble = str(error)
-            if trouble and self.repeats.seen((url, trouble), elapsed_time()):
+            if trouble and self.repeats.deserve_line((url, trouble)):
                 self.log.warning('%s: %s', url, trouble)
             waiting.task_done()
 
@@ -8208,11 +8154,11 @@ class Daemon:
     def on_signal(self, number: int, frame: Any) -> None:
         """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
         if number == signal.SIGHUP:
-            self.scheduler.call_soon(self.reload)
+            self.scheduler.calls.put(self.reload)
             return
         hurry = self.stopping and number == signal.SIGINT
         self.stopping = True
-        self.scheduler.call_soon(functools.partial(self.scheduler.stop, hurry))
+        self.scheduler.calls.put(functools.partial(self.scheduler.stop, hurry))
 
     def task(self, planned: PlannedJob, missed: bool) -> Task:
         """Return the task of a job; missed: it was due while torque did not run."""
@@ -8320,7 +8266,7 @@ class Daemon:
         try:
             ours = self.pid_file.keep()
         except UserError as error:
-            if self.repeats.seen(str(error), elapsed_time()):
+            if self.repeats.deserve_line(str(error)):
                 self.log.warning('%s', error)
             return
         if not ours:
@@ -8344,9 +8290,9 @@ class Daemon:
         """Have the main thread do what the check of the files calls for; a thread."""
         mistakes = self.find_mistakes()
         if mistakes:
-            self.scheduler.call_soon(functools.partial(self.refuse, mistakes))
+            self.scheduler.calls.put(functools.partial(self.refuse, mistakes))
         else:
-            self.scheduler.call_soon(self.scheduler.stop)
+            self.scheduler.calls.put(self.scheduler.stop)
 
     def find_mistakes(self) -> list[str]:
         """Return what a new program has to say against the files as they are now."""
@@ -8479,11 +8425,6 @@ def engine_status(engine: Engine) -> dict:
 def task_status(task: Task) -> dict:
     """Return the state of a job, for --status."""
     status = {name: getattr(task, name) for name in task.TOLD}
-    status['state'] = 'idle'
-    if task.overdue:
-        status['state'] = 'overdue'
-    elif task.running_since is not None:
-        status['state'] = 'running'
     if task.last_error:
         status['last_error'] = scrubbed(task.last_error)
     return status
@@ -8680,14 +8621,15 @@ def run_once(config: Config) -> int:
     task = Task(planned.name, planned.schedule, run)
     task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
     try:
-        if task.attempt():
-            return EXIT_OK
-        if not task.failing_told:
+        task.attempt()
+        if task.failures and task.told is None:
             # The log has another line on it, as where rTorrent is away.
             task.log.error('failed: %s', task.last_error)
     finally:
         clean_up(planned.name, job)
-    return EXIT_FAILED
+    if task.failures:
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def next_runs(schedule: Schedule, now: float) -> str:
