@@ -77,6 +77,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_RUNNING, EXIT_CONFIG = 
 
 class LoggableError(Exception):
     """Something went wrong that one line explains; `told` when the log has that line already."""
+    exit_status = EXIT_FAILED
     told = False
     pause: float | None = None          # seconds that the other side asks to wait
 
@@ -86,7 +87,7 @@ class UserError(LoggableError):
 
     A job that is made may say of which of its options it speaks.
     """
-
+    exit_status = EXIT_CONFIG
     option = ''
 
     def __init__(self, *text: Any, option: str = ''):
@@ -7029,6 +7030,7 @@ Mistake = Tuple[Place, str]             # where, and what is wrong
 
 class UnknownJob(UserError):
     """A job is named on the command line that the configuration does not have."""
+    exit_status = EXIT_USAGE
 
 
 class Mistakes(UserError):
@@ -7610,17 +7612,21 @@ config_ini = Config()
 
 # --- Daemon ----------------------------------------------------------------------------------
 # The life of the process, from the lock on its pid file to its end or its start over. Planned
-# jobs enter; runs, a log, the status at a socket and pings of a monitor leave. The scheduler is
+# jobs enter; runs, a log, the status at a socket and pings of monitors leave. The scheduler is
 # the main thread's. The status, each monitor, each cleanup and the check before a reload have
-# threads of their own, which only read what is the main thread's, or use call_soon().
+# threads of their own, which only read what is the main thread's, or put into scheduler.calls.
 
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
-PID_FILE_PAUSE = 1              # seconds, at least, from one look after the pid file to the next
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
-SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
+BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
+
+
+class AlreadyRunning(LoggableError):
+    """Another daemon has the lock."""
+    exit_status = EXIT_RUNNING
 
 
 def open_plain(path: str, flags: int) -> int:
@@ -7629,16 +7635,18 @@ def open_plain(path: str, flags: int) -> int:
     Root may read files of others. Raises FileNotFoundError, and UserError for all the rest.
     """
     try:
+        if flags & os.O_CREAT:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     status = os.fstat(file)
-    own = status.st_uid == os.geteuid()
-    if os.geteuid() == 0 and flags == os.O_RDONLY:
-        own = True
-    if own and stat.S_ISREG(status.st_mode):
+    users = [os.geteuid()]
+    if flags == os.O_RDONLY and users == [0]:
+        users.append(status.st_uid)
+    if status.st_uid in users and stat.S_ISREG(status.st_mode):
         return file
     os.close(file)
     raise UserError(f'{path}: this is no file of your own; it is left alone')
@@ -7661,11 +7669,10 @@ class PidFile:
 
     def inherit(self) -> bool:
         """Take over the lock from the program that this process was until now, if any."""
-        file = os.environ.pop(LOCK, '')
-        if not file:
+        if LOCK not in os.environ:
             return False
         # flock() belongs to the open file: opened anew, it would be refused even to its holder.
-        self.file = int(file)
+        self.file = int(os.environ.pop(LOCK))
         os.set_inheritable(self.file, False)
         return True
 
@@ -7673,13 +7680,8 @@ class PidFile:
         """Lock the file and write our pid, where that is not done; False where another has it."""
         # A file that was removed or replaced still has our lock, and keeps nobody out.
         with contextlib.suppress(OSError):
-            there = os.lstat(self.path)
-            if os.path.samestat(there, os.fstat(self.file)):
+            if os.path.samestat(os.lstat(self.path), os.fstat(self.file)):
                 return True
-        try:
-            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'pid file {self.path}: {error.strerror}') from None
         file = open_plain(self.path, os.O_RDWR | os.O_CREAT)
         if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
             os.close(file)
@@ -7727,31 +7729,27 @@ class PidFile:
         """Return the owner of the file, and what is written in it."""
         file = open_plain(self.path, os.O_RDONLY)
         with open(file, encoding='ascii', errors='replace') as stream:
-            owner = os.fstat(file).st_uid
-            return owner, stream.read(20).strip()
+            return os.fstat(file).st_uid, stream.read(20).strip()
 
     def connect(self, seconds: float) -> tuple[socket.socket, int]:
         """Return a connection to the daemon, and its pid."""
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(seconds)
         try:
-            sock.connect(self.socket)
+            sock = connect(Address('unix', self.socket, self.socket), seconds)
         except OSError as error:
-            sock.close()
-            why = error.strerror or error
             raise LoggableError('torque is starting, or cannot be reached at '
-                                f'{self.socket}: {why}') from None
+                                f'{self.socket}: {error}') from None
         # The kernel says who called listen(), as pid, uid, gid: struct ucred, unix(7).
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, user, _ = struct.unpack('3i', peer)
-        # Root may speak with one whose user owns the pid file, and whose pid it holds.
         allowed = user == os.geteuid()
         if os.geteuid() == 0 and not allowed:
+            # Root may speak with one whose user owns the pid file, and whose pid it holds.
             allowed = self.read() == (user, str(pid))
-        if not allowed:
+        # One in another pid namespace has no pid here; 0 would be our whole process group.
+        if not allowed or pid <= 0:
             sock.close()
-            raise LoggableError(f'{self.socket}: a process of another user answers; it is left '
-                                'alone')
+            raise LoggableError(f'{self.socket}: a process of another user, or of a container, '
+                                'answers; it is left alone')
         return sock, pid
 
     def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
@@ -7764,7 +7762,7 @@ class PidFile:
             piece = sock.recv(65536)
             while piece and len(content) < STATUS_LIMIT:
                 content += piece
-                sock.settimeout(max(end - time.monotonic(), 0.001))
+                set_deadline(sock, end)
                 piece = sock.recv(65536)
             if not piece:
                 status = json.loads(content)
@@ -7776,31 +7774,18 @@ class PidFile:
         """Send a signal to the running daemon; return its pid."""
         sock, pid = self.connect(STATUS_TIMEOUT)
         sock.close()
-        if pid <= 0:
-            raise LoggableError(f'{self.path}: the daemon is in another pid namespace')
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        os.kill(pid, number)
         return pid
 
-    def stop(self, seconds: float) -> bool:
-        """End a running daemon, and tell whether there was one; returns when it is gone.
-
-        seconds: how long that may take, unless the daemon says more.
-        """
+    def stop(self) -> bool:
+        """End a running daemon, and tell whether there was one; returns when it is gone."""
         if not self.is_locked():
             return False
+        seconds = 30.0
         with contextlib.suppress(LoggableError):
-            seconds = max(seconds, self.ask(2)['grace'] + 20)
+            seconds += self.ask(2)['grace']
+        pid = self.signal(signal.SIGTERM)
         end = time.monotonic() + seconds
-        pid = 0
-        while self.is_locked() and not pid:
-            try:
-                pid = self.signal(signal.SIGTERM)
-            except LoggableError:
-                # It may have just begun to start over.
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.02)
         # A supervisor may have started the next one already, which is not waited for.
         while self.is_locked() and os.path.exists(f'/proc/{pid}'):
             if time.monotonic() > end:
@@ -7809,163 +7794,82 @@ class PidFile:
         return True
 
 
-def in_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:
-    """Start a function in a thread; None where there can be none."""
+def in_thread(function: Callable, *args: Any) -> threading.Thread:
+    """Start a function in a thread; RuntimeError where there can be none."""
     thread = threading.Thread(target=function, args=args, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
+    thread.start()
     return thread
 
 
 class Memory:
-    """When jobs were last started, kept over restarts in a small file."""
-    PAUSE = 600.0                       # seconds between savings that nobody waits for
+    """When jobs were last started that are rare or catch up, kept over restarts in a small file.
 
-    def __init__(self, folder: str):
+    Of what is due more often nobody needs to hear that it was missed.
+    """
+    RARE = 600.0                                # seconds from one due time to the next
+
+    def __init__(self, folder: str, jobs: Iterable[PlannedJob]):
         self.path = os.path.join(folder, 'starts.json')
         self.lock = threading.Lock()
-        self.saved_at = 0.0
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.main')
+        self.saved = self.read()
+        now = time.time()
         self.starts: dict[str, float] = {}      # Unix seconds
-        self.saved: dict[str, float] = {}       # what of that is on disk
+        for job in jobs:
+            if self.remembers(job, now):
+                # What is missed of a new job is missed from now on. A clock that was wrong may
+                # have written a time to come.
+                self.starts[job.name] = min(self.saved.get(job.name, now), now)
+        self.save()
+
+    def remembers(self, job: PlannedJob, now: float) -> bool:
+        """Tell whether the starts of a job are kept."""
+        if job.schedule.elapsed or job.config.dry_run:
+            return False
+        first = job.schedule.next(now) or now
+        second = job.schedule.next(first)
+        return bool(job.config.catch_up) or second is None or second - first > self.RARE
+
+    def read(self) -> dict[str, float]:
+        """Return what the file says; a disk may have made anything of it."""
         try:
-            self.starts = self.read()
+            with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
+                starts = json.load(stream)['starts'].items()
+            return {name: float(when) for name, when in starts if 0 < when < 1 << 33}
         except FileNotFoundError:
             pass
         except Exception as error:
-            # A disk may have made anything of it.
             self.log.warning('%s is not usable, starting without it: %s', self.path,
                              quoted(error, 80))
-
-    def read(self) -> dict[str, float]:
-        """Return what the file says."""
-        with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
-            content = json.load(stream)
-        if content['version'] != 1:
-            raise ValueError(f"version {content['version']!r}")
-        now = time.time()
-        starts = {}
-        for name, when in content['starts'].items():
-            if 0 < when < 1 << 33:
-                # A clock that was wrong may have written a time to come.
-                starts[name] = min(float(when), now)
-        return starts
+        return {}
 
     def started(self, job: PlannedJob) -> None:
-        """Note that a job starts: at once where a crash would have it called missed."""
-        when = time.time()
-        self.starts[job.name] = when
-        if job.config.catch_up:
-            # It is on disk before the job does anything.
-            self.save(-1)
-            return
-        rare = False
-        if not job.schedule.elapsed:
-            due = job.schedule.next(when)
-            rare = due is not None and due - when > self.PAUSE
-        if rare or elapsed_time() - self.saved_at > self.PAUSE:
-            # A disk that hangs holds up no other job.
-            self.save(1)
+        """Note that a job starts; it is on the disk before the job does anything."""
+        if job.name in self.starts:
+            self.starts[job.name] = time.time()
+            self.save()
 
-    def plan(self, jobs: Iterable[PlannedJob]) -> None:
-        """Note when jobs are planned for the first time: what they miss, they miss from then."""
-        now = time.time()
-        for job in jobs:
-            if not job.config.dry_run:
-                self.starts.setdefault(job.name, now)
-        if self.starts.keys() != self.saved.keys():
-            self.save(1)
-
-    def save(self, patience: float) -> None:
-        """Write the file, unless others are at it for so many seconds, -1 for ever.
-
-        A disk that is full must not stop a job.
-        """
-        if not self.lock.acquire(timeout=patience):
-            return
-        try:
+    def save(self) -> None:
+        """Write the file; a disk that is full must not stop a job."""
+        with self.lock:
             starts = dict(self.starts)
-            if starts != self.saved:
-                # Of many that start at once the first saves them all.
-                self.saved_at = elapsed_time()
-                replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
-                self.saved = starts
-        except LoggableError as error:
-            if self.repeats.deserve_line(str(error)):
-                self.log.warning('%s', error)
-        finally:
-            self.lock.release()
+            if starts == self.saved:
+                # Of many that start at once the first has saved them all.
+                return
+            self.saved = starts
+            try:
+                replace_file(self.path, json.dumps({'starts': starts}))
+            except LoggableError as error:
+                if self.repeats.deserve_line('save'):
+                    self.log.warning('%s', error)
 
     def missed(self, job: PlannedJob, now: float) -> bool:
         """Tell whether a run came due since the last start, while nobody was there."""
-        if job.name not in self.starts or job.schedule.elapsed:
+        if job.name not in self.starts:
             return False
-        start = self.starts[job.name]
-        if not job.config.catch_up:
-            # Of starts that nobody waits for the last may not have been saved.
-            start += self.PAUSE
-        due = job.schedule.next(min(start, now))
+        due = job.schedule.next(self.starts[job.name])
         return due is not None and due <= now
-
-
-class Pinger:
-    """Tells monitors of runs, each in a thread of its own: a deaf one delays nothing."""
-    MOST_WAITING = 100                  # pings to one monitor; more are dropped
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.repeats = Repeats()
-        self.queues: dict[str, queue.Queue] = {}        # by scheme and host
-        self.log = logging.getLogger('torque.ping')
-
-    def send(self, url: str, text: str = '') -> None:
-        """Queue one ping."""
-        host = '/'.join(url.split('/', 3)[:3])
-        with self.lock:
-            waiting = self.queues.get(host)
-            if waiting is None:
-                waiting = queue.Queue(self.MOST_WAITING)
-                if not in_thread(self.work, waiting):
-                    return
-                self.queues[host] = waiting
-        with contextlib.suppress(queue.Full):
-            waiting.put_nowait((url, text))
-
-    def work(self, waiting: queue.Queue) -> None:
-        """Send the pings to one monitor, one after another; a thread."""
-        while True:
-            url, text = waiting.get()
-            trouble = ''
-            try:
-                answer = http_post(url, text.encode('utf-8', 'replace'), {}, 10)
-                if answer.status >= 300:
-                    trouble = f'HTTP {answer.status} {answer.reason}'
-            except Exception as error:
-                trouble = str(error)
-            if trouble and self.repeats.deserve_line((url, trouble)):
-                self.log.warning('%s: %s', url, trouble)
-            waiting.task_done()
-
-    def busy(self) -> bool:
-        """Tell whether some ping is still on its way."""
-        waiting = list(self.queues.values())
-        return any(one.unfinished_tasks for one in waiting)
-
-
-def systemd_notify(state: str) -> None:
-    """Tell systemd our state, when it wants to know (sd_notify)."""
-    address = os.environ.get('NOTIFY_SOCKET', '')
-    if not address.startswith(('/', '@')):
-        return
-    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
-    if address[0] == '@':
-        address = '\0' + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendto(state.encode(), address)
 
 
 def scrubbed_word(word: re.Match) -> str:
@@ -7987,6 +7891,47 @@ def scrubbed(text: str) -> str:
     return re.sub(r'\S+', scrubbed_word, text)
 
 
+class Monitor:
+    """Tells a server of the runs of a job, in a thread of its own: a deaf one delays nothing."""
+    MOST_WAITING = 100                          # pings; more are dropped
+
+    def __init__(self, url: str):
+        self.base, self.mark, self.query = url.partition('?')
+        self.repeats = Repeats()
+        self.pings: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = in_thread(self.work)
+
+    def send(self, way: str, text: str = '') -> None:
+        """Queue one ping."""
+        if self.pings.qsize() < self.MOST_WAITING:
+            url = self.base.rstrip('/') + way + self.mark + self.query
+            self.pings.put((url, scrubbed(text[:10000]).encode('utf-8', 'replace')))
+
+    def work(self) -> None:
+        """Send pings, one after another, until there comes None; a thread."""
+        for url, body in iter(self.pings.get, None):
+            trouble = ''
+            try:
+                answer = http_post(url, body, {}, 10)
+                if answer.status >= 300:
+                    trouble = f'HTTP {answer.status} {answer.reason}'
+            except Exception as error:
+                trouble = str(error)
+            if trouble and self.repeats.deserve_line((url, trouble)):
+                logging.getLogger('torque.ping').warning('%s: %s', url, trouble)
+
+
+def systemd_notify(state: str) -> None:
+    """Tell systemd our state, when it wants to know (sd_notify)."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
+    if address.startswith('@'):
+        address = '\0' + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendto(state.encode(), address)
+
+
 def end_process(status: int) -> None:
     """End the process at once: Python itself would wait for threads and children of jobs."""
     logging.shutdown()
@@ -7994,9 +7939,6 @@ def end_process(status: int) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(status)
-
-
-AS_ROOT = 'torque runs as root; the user of rTorrent is enough'
 
 
 def others_may(mode: int, path: str) -> bool:
@@ -8015,11 +7957,9 @@ def find_secret(config: Config) -> str:
     return ''
 
 
-def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
-    """Return what lets others read secrets or run commands as this user."""
+def warn_of_risks(config: Config, jobs: Iterable) -> None:
+    """Log what lets others read secrets or run commands as this user."""
     risks = []
-    if os.geteuid() == 0:
-        risks.append(AS_ROOT)
     secret = find_secret(config)
     if secret and others_may(0o044, config.path):
         risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
@@ -8038,12 +7978,7 @@ def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
     for job in jobs:
         if hasattr(job, 'risks'):
             risks += job.risks()
-    return list(dict.fromkeys(risks))
-
-
-def warn_of(risks: Iterable[str]) -> None:
-    """Log what is dangerous."""
-    for text in risks:
+    for text in dict.fromkeys(risks):
         logging.getLogger('torque.main').warning('%s', text)
 
 
@@ -8059,41 +7994,20 @@ def interpreter() -> list[str]:
     return [sys.executable, *flags]
 
 
-def byte_code(source: str) -> str:
-    """Return the path of the byte code of a program, made if need be."""
-    import importlib.util
-    import py_compile
-    path = importlib.util.cache_from_source(source)
-    with open(source, 'rb') as stream:
-        content = stream.read()
-    # PEP 552, byte code that names the hash of its source: a time of whole seconds would not
-    # tell two changes in the same second apart.
-    head = importlib.util.MAGIC_NUMBER + struct.pack('<I', 3)
-    head += importlib.util.source_hash(content)
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as stream:
-        if stream.read(len(head)) == head:
-            return path
-    py_compile.compile(source, path, doraise=True,
-                       invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
-    return path
-
-
 def run_from_byte_code() -> None:
     """Start over from byte code, where that can be.
 
     Python keeps the syntax tree of a script in memory as long as it runs: 16 MiB.
     """
-    if __name__ != '__main__' or sys.dont_write_bytecode:
+    if BYTE_CODE or __name__ != '__main__' or sys.dont_write_bytecode:
         return
+    # Whatever is in the way, it goes on from source.
     with contextlib.suppress(Exception):
-        # Whatever is in the way, it goes on from source.
-        words = [*interpreter(), byte_code(__file__), *sys.argv[1:]]
-        sys.stdout.flush()
-        os.environ[SOURCE] = __file__
-        try:
-            os.execv(words[0], words)
-        finally:
-            del os.environ[SOURCE]
+        import py_compile
+        # Made anew each time, so that no stale one is ever run.
+        path = str(py_compile.compile(__file__, doraise=True))
+        words = [*interpreter(), path, *sys.argv[1:]]
+        os.execv(words[0], words)
 
 
 class Daemon:
@@ -8108,11 +8022,10 @@ class Daemon:
         self.pid = os.getpid()
         self.log = logging.getLogger('torque.main')
         self.scheduler = Scheduler()
-        self.pinger = Pinger()
-        self.memory = Memory(config.state_dir)
+        self.memory = Memory(config.state_dir, config.jobs)
+        self.monitors: dict[str, Monitor] = {}  # by URL
         self.repeats = Repeats()
         self.began = elapsed_time()
-        self.looked_at = self.began             # after the pid file
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
         self.missed: list[str] = []             # what was due while torque did not run
@@ -8133,15 +8046,8 @@ class Daemon:
         self.jobs = make_jobs(self.config.jobs)
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
-        now = time.time()
         for planned in self.config.jobs:
-            missed = self.memory.missed(planned, now)
-            task = self.scheduler.add(self.task(planned, missed))
-            if missed and planned.config.catch_up:
-                self.missed.append(f'{task.name} (made up for now)')
-            elif missed:
-                self.missed.append(task.name)
-        self.memory.plan(self.config.jobs)
+            self.scheduler.add(self.task(planned))
 
     def leave_child(self) -> None:
         """Let a process that a job forks have none of what is the daemon's."""
@@ -8160,51 +8066,50 @@ class Daemon:
         self.stopping = True
         self.scheduler.calls.put(functools.partial(self.scheduler.stop, hurry))
 
-    def task(self, planned: PlannedJob, missed: bool) -> Task:
-        """Return the task of a job; missed: it was due while torque did not run."""
-        job = self.jobs[planned.name]
+    def task(self, planned: PlannedJob) -> Task:
+        """Return the task of a job."""
         config = planned.config
-        run = job.run
-        if not config.dry_run:
-            run = functools.partial(self.run_job, planned, job)
+        url = self.config.torque.ping_url
+        if 'ping_url' in planned.source:
+            url = config.ping_url
+        if url and url not in self.monitors:
+            self.monitors[url] = Monitor(url)
+        run = functools.partial(self.run_job, planned, self.monitors.get(url))
         task = Task(planned.name, planned.schedule, run, config.max_runtime)
         task.log.setLevel((config.log_level or 'NOTSET').upper())
-        task.at_start = getattr(job, 'at_start', False) or (missed and config.catch_up)
+        task.at_start = getattr(self.jobs[planned.name], 'at_start', False)
+        if self.memory.missed(planned, self.started):
+            text = planned.name
+            if config.catch_up:
+                task.at_start = True
+                text += ' (made up for now)'
+            self.missed.append(text)
         return task
 
-    def run_job(self, planned: PlannedJob, job: Any) -> None:
-        """Run a job, and tell monitor and memory of it; in the thread of that job."""
-        self.memory.started(planned)
-        self.ping(planned, '/start')
+    def run_job(self, planned: PlannedJob, monitor: Monitor | None) -> None:
+        """Run a job, and tell memory and monitor of it; in the thread of that job."""
+        job = self.jobs[planned.name]
+        if not planned.config.dry_run:
+            self.memory.started(planned)
+        if planned.config.dry_run or not monitor:
+            job.run()
+            return
+        monitor.send('/start')
         try:
             job.run()
         except BaseException as error:
-            self.ping(planned, '/fail', f'{type(error).__name__}: {error_text(error)}')
+            monitor.send('/fail', f'{type(error).__name__}: {error_text(error)}')
             raise
-        self.ping(planned, '')
-
-    def ping(self, planned: PlannedJob, way: str, text: str = '') -> None:
-        """Tell the monitor of a job, if it has one."""
-        url = self.config.torque.ping_url
-        if 'ping_url' in planned.source:
-            url = planned.config.ping_url
-        if not url or os.getpid() != self.pid:
-            return
-        base, mark, query = url.partition('?')
-        url = base.rstrip('/') + way + mark + query
-        self.pinger.send(url, scrubbed(text[:10000]))
+        monitor.send('')
 
     def serve(self, verb: str) -> None:
-        """Run jobs on schedule until a signal comes, and end the process."""
-        warn_of(list_risks(self.config, self.jobs.values()))
-        noun = 'jobs'
-        if len(self.jobs) == 1:
-            noun = 'job'
-        names = ', '.join(sorted(self.jobs)) or 'none is active'
-        self.log.info('%s with %d %s: %s', verb, len(self.jobs), noun, names)
+        """Run jobs on schedule until a signal comes, and what then has to be done."""
+        if os.geteuid() == 0:
+            self.log.warning('torque runs as root; the user of rTorrent is enough')
+        warn_of_risks(self.config, self.jobs.values())
+        self.log.info('%s with %s', verb, ', '.join(sorted(self.jobs)) or 'no active job')
         if self.missed:
-            names = ', '.join(sorted(self.missed))
-            self.log.info('missed while torque was not running: %s', names)
+            self.log.info('missed while torque was not running: %s', ', '.join(self.missed))
         self.starting = False
         systemd_notify('READY=1')
         self.scheduler.serve(self.look_after_pid_file)
@@ -8219,7 +8124,6 @@ class Daemon:
         if hung:
             hung = '; still running: ' + hung
         self.log.info('stopped%s', hung)
-        end_process(self.exit_status)
 
     def finish(self) -> list[str]:
         """Let runs in progress end, clean up; return the names of jobs that still run."""
@@ -8227,10 +8131,9 @@ class Daemon:
         end = elapsed_time() + grace
         if self.checker:
             self.checker.kill()
-        running = self.scheduler.running()
+        running = [task.name for task in self.scheduler.running()]
         if running:
-            names = ', '.join(task.name for task in running)
-            self.log.info('stopping; %s may run for %g s more', names, grace)
+            self.log.info('stopping; %s may run for %g s more', ', '.join(running), grace)
         hung = {task.name for task in self.scheduler.finish(grace)}
         for name in hung:
             if hasattr(self.jobs[name], 'end_run'):
@@ -8239,9 +8142,9 @@ class Daemon:
         hung |= self.clean_up(self.jobs.keys() - hung, end)
         # A deaf monitor is not waited for longer.
         end = min(end, elapsed_time() + 3)
-        while self.pinger.busy() and elapsed_time() < end:
-            time.sleep(0.01)
-        self.memory.save(0.5)
+        for monitor in self.monitors.values():
+            monitor.pings.put(None)
+            monitor.thread.join(max(end - elapsed_time(), 0))
         return sorted(hung)
 
     def clean_up(self, names: Iterable[str], end: float) -> set[str]:
@@ -8249,24 +8152,20 @@ class Daemon:
         threads = {}
         for name in names:
             # Each has a thread of its own, because it may take for ever.
-            thread = in_thread(clean_up, name, self.jobs[name])
-            if thread is None:
+            try:
+                threads[name] = in_thread(clean_up, name, self.jobs[name])
+            except RuntimeError:
                 clean_up(name, self.jobs[name])
-            else:
-                threads[name] = thread
         for thread in threads.values():
             thread.join(max(end - elapsed_time(), 0))
         return {name for name, thread in threads.items() if thread.is_alive()}
 
     def look_after_pid_file(self) -> None:
         """Make pid file and socket again where somebody removed them; end for another daemon."""
-        if elapsed_time() < self.looked_at + PID_FILE_PAUSE:
-            return
-        self.looked_at = elapsed_time()
         try:
             ours = self.pid_file.keep()
         except UserError as error:
-            if self.repeats.deserve_line(str(error)):
+            if self.repeats.deserve_line('pid file'):
                 self.log.warning('%s', error)
             return
         if not ours:
@@ -8279,20 +8178,18 @@ class Daemon:
 
     def reload(self) -> None:
         """Have the files checked, by a child, and start over if there are no mistakes in them."""
-        if self.reloading:
-            return
-        self.reloading = True
-        systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
-        if not in_thread(self.check_files):
-            self.refuse(['there can be no thread for it'])
+        if not self.reloading:
+            in_thread(self.check_files)
+            self.reloading = True
+            systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
 
     def check_files(self) -> None:
         """Have the main thread do what the check of the files calls for; a thread."""
         mistakes = self.find_mistakes()
+        action = self.scheduler.stop
         if mistakes:
-            self.scheduler.calls.put(functools.partial(self.refuse, mistakes))
-        else:
-            self.scheduler.calls.put(self.scheduler.stop)
+            action = functools.partial(self.refuse, mistakes)
+        self.scheduler.calls.put(action)
 
     def find_mistakes(self) -> list[str]:
         """Return what a new program has to say against the files as they are now."""
@@ -8309,14 +8206,11 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self.checker.kill()
             return [f'the check of the files took longer than {CHECK_TIMEOUT} s']
-        lines = told.decode('utf-8', 'replace').splitlines()
         status = self.checker.returncode
         if status == EXIT_OK:
             return []
-        if status in (EXIT_CONFIG, EXIT_USAGE):
-            return lines
-        last = ' '.join(lines[-1:])             # of a traceback
-        return [f'torque.py ended with status {status}: {last}']
+        lines = told.decode('utf-8', 'replace').splitlines()
+        return lines or [f'torque.py ended with status {status}']
 
     def refuse(self, mistakes: list[str]) -> None:
         """Go on as before, for there are mistakes in the files."""
@@ -8365,13 +8259,10 @@ class Daemon:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.pid_file.socket)
             self.server.bind(self.pid_file.socket)
-            self.server.listen(5)
-        except OSError as error:
+            self.server.listen()
+            in_thread(self.answer, self.server)
+        except (OSError, RuntimeError) as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
-            return
-        if not in_thread(self.answer, self.server):
-            # It is made again when the pid file is looked after.
-            os.remove(self.pid_file.socket)
 
     def answer(self, server: socket.socket) -> None:
         """Tell the status to whoever connects, one after another; a thread."""
@@ -8391,21 +8282,19 @@ class Daemon:
 
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
-        log_file = None
-        for handler in logging.getLogger('torque').handlers:
-            log_file = getattr(handler, 'baseFilename', None)
+        handler = logging.getLogger('torque').handlers[0]
         status = {name: getattr(self, name) for name in self.TOLD}
         status['version'] = VERSION
         status['config'] = self.path
-        status['log_file'] = log_file
+        status['log_file'] = getattr(handler, 'baseFilename', None)
         status['uptime'] = elapsed_time() - self.began
         status['grace'] = self.config.torque.grace
         engines = self.config.engines.values()
         status['rtorrent'] = [engine_status(engine) for engine in engines]
         status['jobs'] = []
-        for name in sorted(self.scheduler.tasks):
-            task = self.scheduler.tasks[name]
-            job = task_status(task)
+        for _, task in sorted(self.scheduler.tasks.items()):
+            job = {name: getattr(task, name) for name in task.TOLD}
+            job['last_error'] = scrubbed(task.last_error or '') or None
             job['next_run'] = self.scheduler.next_run(task)
             status['jobs'].append(job)
         return status
@@ -8420,14 +8309,6 @@ def engine_status(engine: Engine) -> dict:
     if engine.gone_since is not None:
         away_for = elapsed_time() - engine.gone_since
     return {'address': engine.address.where, 'version': version, 'away_for': away_for}
-
-
-def task_status(task: Task) -> dict:
-    """Return the state of a job, for --status."""
-    status = {name: getattr(task, name) for name in task.TOLD}
-    if task.last_error:
-        status['last_error'] = scrubbed(task.last_error)
-    return status
 
 
 def print_table(rows: list[tuple]) -> None:
@@ -8449,14 +8330,13 @@ def show_moment(moment: float | None) -> str:
 def print_status(status: dict) -> None:
     """Print a daemon's status as a table."""
     up = show_duration(status['uptime'])
-    parts = [f"torque {status['version']}", f"pid {status['pid']}", f'up {up}']
+    line = f"torque {status['version']}, pid {status['pid']}, up {up}, {status['config']}"
+    if status['log_file']:
+        line += f", log {status['log_file']}"
     for word in ('reloading', 'stopping'):
         if status[word]:
-            parts.append(word)
-    parts.append(status['config'])
-    if status['log_file']:
-        parts.append(f"log {status['log_file']}")
-    print(one_line(', '.join(parts)))
+            line += f', {word}'
+    print(one_line(line))
     for engine in status['rtorrent']:
         print(one_line(engine_line(**engine)))
     rows: list[tuple] = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED',
@@ -8486,11 +8366,9 @@ def job_row(job: dict) -> tuple:
     took = '-'
     if job['last_duration'] is not None:
         took = show_duration(job['last_duration'])
-    last_start = show_moment(job['last_start'])
-    next_run = show_moment(job['next_run'])
-    last_error = one_line(job['last_error'] or '-')[:100]
-    return (job['name'], state, last_start, took, job['runs'], job['failures'], job['missed'],
-            next_run, last_error)
+    last_error = job['last_error'] or '-'
+    return (job['name'], state, show_moment(job['last_start']), took, job['runs'],
+            job['failures'], job['missed'], show_moment(job['next_run']), last_error[:100])
 
 
 def detach() -> int:
@@ -8503,10 +8381,8 @@ def detach() -> int:
     if os.fork():
         os.close(writer)
         # It is not read to its end, because a child of a job may have it open.
-        text = os.read(reader, 16)
-        if not text:
-            os._exit(EXIT_FAILED)
-        os._exit(int(text))
+        status = os.read(reader, 16) or EXIT_FAILED
+        os._exit(int(status))
     os.close(reader)
     os.setsid()
     # Without a second fork, a terminal that is opened later could become that of the daemon.
@@ -8622,14 +8498,14 @@ def run_once(config: Config) -> int:
     task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
     try:
         task.attempt()
-        if task.failures and task.told is None:
-            # The log has another line on it, as where rTorrent is away.
-            task.log.error('failed: %s', task.last_error)
     finally:
         clean_up(planned.name, job)
-    if task.failures:
-        return EXIT_FAILED
-    return EXIT_OK
+    if not task.failures:
+        return EXIT_OK
+    if task.told is None:
+        # The log has another line on it, as where rTorrent is away.
+        task.log.error('failed: %s', task.last_error)
+    return EXIT_FAILED
 
 
 def next_runs(schedule: Schedule, now: float) -> str:
@@ -8647,6 +8523,17 @@ def next_runs(schedule: Schedule, now: float) -> str:
     return ', '.join(dates)
 
 
+def check_engine(engine: Engine) -> None:
+    """Print whether an rTorrent answers."""
+    try:
+        engine.reach()
+        versions = one_line('/'.join(engine.versions))
+        print(f'{engine.address.where}: rTorrent {versions} answers')
+    except RpcError as error:
+        if not error.told:
+            logging.getLogger('torque.engine').warning('%s', error)
+
+
 def check(config: Config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     now = time.time()
@@ -8657,20 +8544,14 @@ def check(config: Config) -> int:
                      next_runs(planned.schedule, now)))
     print_table(rows)
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
-        try:
-            engine.reach()
-            versions = one_line('/'.join(engine.versions))
-            print(f'{engine.address.where}: rTorrent {versions} answers')
-        except RpcError as error:
-            if not error.told:
-                logging.getLogger('torque.engine').warning('%s', error)
+        check_engine(engine)
     for planned in config.jobs:
         view = planned.config.view or planned.config.viewname
         engine = planned.config.engine
         if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
-    warn_of(text for text in list_risks(config, jobs.values()) if text != AS_ROOT)
+    warn_of_risks(config, jobs.values())
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
@@ -8708,8 +8589,8 @@ def list_jobs() -> int:
     return EXIT_OK
 
 
-def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
-    """Return the pid file that goes with a configuration, and the time that an end may take."""
+def find_pid_file(arguments: Any, path: str) -> PidFile:
+    """Return the pid file that goes with a configuration."""
     options = Settings()
     with contextlib.suppress(UserError):
         # The file may be broken or gone by now.
@@ -8719,7 +8600,7 @@ def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     if not name:
         folder = beside(path, options.state_dir) or default_state_dir(path)
         name = os.path.join(folder, 'torque.pid')
-    return PidFile(os.path.abspath(name)), (options.grace or 10) + 20
+    return PidFile(os.path.abspath(name))
 
 
 def reload(daemon: PidFile) -> int:
@@ -8731,24 +8612,22 @@ def reload(daemon: PidFile) -> int:
         time.sleep(0.02)
         if not daemon.is_locked():
             raise LoggableError('the daemon has ended; its log says why')
-        try:
+        with contextlib.suppress(LoggableError):
+            # While it starts over it does not answer.
             now = daemon.ask()
-        except LoggableError:
-            # The daemon is just starting over.
-            continue
-        if now['started'] != before['started']:
-            if not now['starting']:
-                print('reloaded')
-                return EXIT_OK
-        elif now['refusals'] != before['refusals']:
-            print_error('\n'.join(now['mistakes']))
-            return EXIT_CONFIG
+            if now['started'] != before['started']:
+                if not now['starting']:
+                    print('reloaded')
+                    return EXIT_OK
+            elif now['refusals'] != before['refusals']:
+                print_error('\n'.join(now['mistakes']))
+                return EXIT_CONFIG
     raise LoggableError('the daemon has not reloaded in time; its log may say why')
 
 
 def control(arguments: Any, path: str) -> int:
     """Speak with a running daemon; return the exit status."""
-    daemon, patience = pid_file(arguments, path)
+    daemon = find_pid_file(arguments, path)
     if not daemon.is_locked():
         if not arguments.pid_file:
             # This raises where the file cannot be read, and might name another pid file.
@@ -8756,7 +8635,7 @@ def control(arguments: Any, path: str) -> int:
         print('{}' if arguments.json else 'torque is not running')
         return EXIT_NOT_RUNNING
     if arguments.stop:
-        daemon.stop(patience)
+        daemon.stop()
         return EXIT_OK
     if arguments.reload:
         return reload(daemon)
@@ -8767,10 +8646,10 @@ def control(arguments: Any, path: str) -> int:
         print('torque is starting')
     else:
         print_status(status)
-    for job in status['jobs']:
-        if job['last_error'] or job['state'] == 'overdue':
-            return EXIT_FAILED
-    return EXIT_FAILED if status['starting'] else EXIT_OK
+    bad = [job for job in status['jobs'] if job['last_error'] or job['state'] == 'overdue']
+    if bad or status['starting']:
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def load(config: Config, arguments: Any, path: str) -> None:
@@ -8801,68 +8680,82 @@ def background_log(arguments: Any, path: str) -> str:
 def check_files(arguments: Any, path: str) -> int:
     """Check what a reload would read, without making jobs; for the daemon."""
     load(config_ini, arguments, path)
-    if goes_to_background(arguments):
+    if arguments.daemon:
         log_file_handler(background_log(arguments, path)).close()
-    pid_file(arguments, path)
+    find_pid_file(arguments, path)
     return EXIT_OK
 
 
-def goes_to_background(arguments: Any) -> bool:
-    """Tell whether a daemon is to leave the terminal."""
-    return not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
-
-
-def start_daemon(arguments: Any, path: str, lock: PidFile, patience: float,
-                 reloaded: bool) -> Daemon | None:
-    """Return a daemon whose jobs are made; None where another one has the lock."""
+def start_daemon(arguments: Any, path: str, lock: PidFile, reloaded: bool) -> Daemon:
+    """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(config_ini, arguments, path)
-    if reloaded and goes_to_background(arguments):
+    if reloaded and arguments.daemon:
         set_up_log(log_level(arguments), background_log(arguments, path))
     if arguments.restart and not reloaded:
         # The other is ended only now that the configuration is known to be good.
-        lock.stop(patience)
+        lock.stop()
     if not lock.keep():
-        if not arguments.cron:
-            pid = lock.read()[1]
-            print_error(f'torque is running already, with pid {pid} ({lock.path})')
-        return None
+        raise AlreadyRunning('torque is running already, with pid '
+                             f'{lock.read()[1]} ({lock.path})')
     daemon = Daemon(config_ini, lock)
     daemon.begin()
-    if goes_to_background(arguments) and not reloaded:
-        # The risks are told twice, once on the terminal and once in the log.
-        warn_of(list_risks(config_ini, daemon.jobs.values()))
+    if arguments.daemon and not reloaded:
         set_up_log(log_level(arguments), background_log(arguments, path))
     return daemon
 
 
 def run_daemon(arguments: Any, path: str) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
-    lock, patience = pid_file(arguments, path)
-    reloaded = lock.inherit()
-    if arguments.cron and not reloaded and lock.is_locked():
-        return EXIT_RUNNING
+    lock = find_pid_file(arguments, path)
+    verb = 'started'
     writer = None
-    if goes_to_background(arguments) and not reloaded:
+    if lock.inherit():
+        verb = 'reloaded'
+    elif arguments.cron and lock.is_locked():
+        return EXIT_RUNNING
+    elif arguments.daemon:
         writer = detach()
     status = EXIT_FAILED
-    daemon = None
     try:
-        daemon = start_daemon(arguments, path, lock, patience, reloaded)
-        status = EXIT_OK if daemon else EXIT_RUNNING
-    except UserError as error:
-        status = EXIT_CONFIG
-        print_error(str(error))
-        if reloaded:
+        daemon = start_daemon(arguments, path, lock, verb == 'reloaded')
+        status = EXIT_OK
+    except LoggableError as error:
+        status = error.exit_status
+        if verb == 'reloaded':
             # Nobody may see its stderr any more.
             logging.getLogger('torque.main').error('%s', error)
+        else:
+            print_error(str(error))
     finally:
         if writer is not None:
             report_start(writer, status)
-        if status != EXIT_OK:
-            end_process(status)
-    if daemon:
-        daemon.serve('reloaded' if reloaded else 'started')
+    if status == EXIT_OK:
+        daemon.serve(verb)
+        status = daemon.exit_status
     return status
+
+
+OPTIONS = (                             # and what they take
+    ('-c --config', 'FILE', 'configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
+                            '~/.pyroscope/torque.ini'),
+    ('--log-file', 'FILE', 'log to a file instead of stderr'),
+    ('--pid-file', 'FILE', 'left out, torque.pid in the state folder'),
+    ('-n --dry-run', '', 'change nothing, only say what would be'),
+    ('-v --verbose', '', 'log more of what jobs do'),
+    ('-q --quiet', '', 'log only warnings and errors'),
+    ('--debug', '', 'log everything, with the traceback of any failure'),
+    ('--daemon', '', 'go into the background'),
+    ('--fg --no-fork', '', 'stay in the foreground, as it is without --daemon'),
+    ('--cron', '', 'as --daemon, and silent when it is running already'),
+    ('--stop', '', 'end the running daemon, and wait until it is gone'),
+    ('--restart', '', 'end it, if it runs, and start another in the background'),
+    ('--status', '', 'show the running daemon and its jobs'),
+    ('--json', '', 'with --status: for programs'),
+    ('--reload', '', 'check the files, and have the running daemon start over from them'),
+    ('--check', '', 'check the configuration, show what would run'),
+    ('--list-jobs', '', 'show built-in jobs and their options'),
+    ('--run-once', 'JOB', 'run one job now, active or not, and exit'),
+    ('--explain', 'FILE', 'show what each TreeWatch would do with a metafile'))
 
 
 def parse_arguments(words: list[str] | None) -> Any:
@@ -8870,37 +8763,22 @@ def parse_arguments(words: list[str] | None) -> Any:
     import argparse
     parser = argparse.ArgumentParser(prog='torque', epilog=(__doc__ or '').rpartition('\n\n')[2],
                                      description='Run jobs on a schedule beside rTorrent.')
-    option = parser.add_argument
-    option('-c', '--config', metavar='FILE',
-           help='configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
-                '~/.pyroscope/torque.ini')
-    option('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
-           help='set a key of [TORQUE], or section.KEY, over the file')
-    option('--log-file', metavar='FILE', help='log to a file instead of stderr')
-    option('--pid-file', metavar='FILE', help='left out, torque.pid in the state folder')
-    for words_of_option, text in (
-            (('-n', '--dry-run'), 'change nothing, only say what would be'),
-            (('-v', '--verbose'), 'log more of what jobs do'),
-            (('-q', '--quiet'), 'log only warnings and errors'),
-            (('--debug',), 'log everything, with the traceback of any failure'),
-            (('--daemon',), 'go into the background'),
-            (('--fg', '--no-fork'), 'stay in the foreground, as it is without --daemon'),
-            (('--cron',), 'as --daemon, and silent when it is running already'),
-            (('--stop',), 'end the running daemon, and wait until it is gone'),
-            (('--restart',), 'end it, if it runs, and start another in the background'),
-            (('--status',), 'show the running daemon and its jobs'),
-            (('--json',), 'with --status: for programs'),
-            (('--reload',), 'check the files, and have the running daemon start over from them'),
-            (('--check',), 'check the configuration, show what would run'),
-            (('--list-jobs',), 'show built-in jobs and their options'),
-            (('--check-files',), argparse.SUPPRESS)):
-        option(*words_of_option, action='store_true', help=text)
-    option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
-    option('--explain', metavar='FILE', help='show what each TreeWatch would do with a metafile')
-    option('--version', action='version', version=f'torque {VERSION}')
+    for names, metavar, text in OPTIONS:
+        if metavar:
+            parser.add_argument(*names.split(), metavar=metavar, help=text)
+        else:
+            parser.add_argument(*names.split(), action='store_true', help=text)
+    parser.add_argument('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
+                        help='set a key of [TORQUE], or section.KEY, over the file')
+    parser.add_argument('--version', action='version', version=f'torque {VERSION}')
+    parser.add_argument('--check-files', action='store_true', help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.json and not arguments.status:
         parser.error('--json goes with --status')
+    if arguments.restart or arguments.cron:
+        arguments.daemon = True
+    if arguments.fg:
+        arguments.daemon = False
     return arguments
 
 
@@ -8918,23 +8796,19 @@ def log_level(arguments: Any) -> int:
     return logging.INFO
 
 
-def obey(arguments: Any, from_source: bool) -> int:
+def obey(arguments: Any) -> int:
     """Do what the command line says; return the exit status."""
-    others = (arguments.list_jobs, arguments.status, arguments.stop, arguments.reload,
-              arguments.explain, arguments.check, arguments.check_files,
-              arguments.run_once is not None)
-    if from_source and not any(others):
-        run_from_byte_code()
     set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
         return list_jobs()
     path = arguments.config or find_ini()
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
-    if not any(others):
-        return run_daemon(arguments, path)
     if arguments.check_files:
         return check_files(arguments, path)
+    if not arguments.explain and not arguments.check and arguments.run_once is None:
+        run_from_byte_code()
+        return run_daemon(arguments, path)
     load(config_ini, arguments, path)
     if arguments.explain:
         return explain(config_ini, arguments.explain)
@@ -8949,23 +8823,23 @@ def print_error(text: str) -> None:
         print(one_line(line), file=sys.stderr)
 
 
-def take_place() -> bool:
-    """Make this the module torque, whatever it was started from; tell whether that is source."""
+def take_place() -> None:
+    """Make this the module torque, whatever it was started from."""
+    global __file__
     # `import torque` in a module of jobs gives this program, not a second copy of it.
     sys.modules['torque'] = sys.modules[__name__]
-    source = os.environ.pop(SOURCE, '')
-    if source:
+    source = os.path.abspath(main.__code__.co_filename)
+    if BYTE_CODE:
         # Python takes the folder of the byte code for that of the program.
         if sys.path[-1:] == [os.path.dirname(__file__)]:
             sys.path[-1] = os.path.dirname(source)
         sys.argv[0] = source
-    globals()['__file__'] = source or os.path.abspath(__file__)
-    return not source
+    __file__ = source
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    from_source = take_place()
+    take_place()
     arguments = parse_arguments(words)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end in a traceback.
@@ -8977,26 +8851,22 @@ def main(words: list[str] | None = None) -> int:
         fd = os.dup(fd)
     os.close(fd)
     try:
-        status = obey(arguments, from_source)
+        status = obey(arguments)
         print(end='', flush=True)
         return status
-    except UserError as error:
-        print_error(str(error))
-        return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
     except LoggableError as error:
         print_error(str(error))
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_FAILED
+        return error.exit_status
     except BrokenPipeError:
         # The reader of a pipe is gone, as with `--list-jobs | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_OK
     except OSError as error:
         # As on a full disk.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print_error(f'torque: {error}')
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_FAILED
+
 
 if __name__ == '__main__':
-    sys.exit(main())
+    end_process(main())
