@@ -7284,8 +7284,7 @@ class Tick:
         if self.config.ask:
             self.mark('pid-%d' % self.config.engine.open().system.pid(''))
         if self.config.persisted:
-            with open(os.path.join(self.config.state_dir, 'starts.json')) as stream:
-                self.mark('at-' + stream.read().split('"%s": ' % self.config.job_name)[1][:10])
+            self.mark('at-%d' % os.stat(self.config.state_file('start')).st_mtime)
 
     def cleanup(self):
         self.mark('cleanup')
@@ -7384,6 +7383,12 @@ class DaemonFolder(Folder):
         os.makedirs(f'{self.folder}/state', exist_ok=True)
         for path in (self.folder, f'{self.folder}/state'):
             os.chown(path, 65534, 65534)
+
+    def daemon(self):
+        """Return a daemon that is not started, in this process."""
+        config = mock.Mock(path=self.path, state_dir=self.folder, engines={}, jobs=[])
+        config.torque.grace = 1
+        return torque.Daemon(config, self.pid_file)
 
     def ask(self):
         return self.pid_file.ask(20)
@@ -7487,9 +7492,7 @@ class DaemonControlTest(DaemonFolder):
 
     def test_pid_file_that_goes_is_made_again(self):
         self.start()
-        config = mock.Mock(path=self.path, state_dir=self.folder, engines={}, jobs=[])
-        config.torque.grace = 1
-        daemon = torque.Daemon(config, self.pid_file)
+        daemon = self.daemon()
         self.addCleanup(lambda: daemon.server and daemon.server.close())
         self.assertFalse(self.pid_file.keep())
         self.kill()
@@ -7643,7 +7646,7 @@ class DaemonControlTest(DaemonFolder):
 
     def test_files_are_private(self):
         self.command('--daemon', '-D', 'job.tick.catch_up=yes', '-D', 'job.tick.schedule=second=*')
-        for name in ('', '/torque.pid', '/torque.pid.sock', '/starts.json', '/torque.log'):
+        for name in ('', '/torque.pid', '/torque.pid.sock', '/tick.start', '/torque.log'):
             path = f'{self.folder}/state{name}'
             mode = wait_for(lambda path=path: os.path.exists(path) and os.stat(path).st_mode)
             self.assertEqual(mode & 0o777, 0o600 if name else 0o700, path)
@@ -7793,7 +7796,7 @@ class DaemonControlTest(DaemonFolder):
                  + self.job('bad', 'every 1h', fail='x', hang='go',
                             ping_url=f'http://127.0.0.1:{server.port}/bad')
                  + self.job('none', ping_url=''))
-        self.write('state/starts.json', '{"version": 1, "starts": {"good": 1000}}')
+        os.utime(self.write('state/good.start', ''), (1000, 1000))
         program = self.start()
         self.more(count=5)
         wait_for(lambda: {'/good/start?a=b', '/good?a=b', '/bad/start'} <= set(paths))
@@ -7983,81 +7986,48 @@ class CatchUpTest(DaemonFolder):
     def test_missed_runs_happen_once(self):
         year = time.gmtime().tm_year
         self.ini(''.join(self.job(name, f'year={year - 1}-{year + 9} month=1 day=1', catch_up=way)
-                         for name, way in (('made-up', 'yes'), ('told', 'no'))))
-        self.write('state/starts.json', json.dumps(
-            {'version': 1, 'starts': {'made-up': time.time() - 4e7, 'told': 9e8}}))
-        for _ in range(2):
+                         for name, way in (('made-up', 'yes'), ('told', 'no'), ('new', 'yes'))))
+        for name in 'made-up', 'told':
+            os.utime(self.write(f'state/{name}.start', ''), (9e8, 9e8))
+        for missed in True, False:
             program = self.start()
             self.more(count=2)
             wait_for(lambda: len(self.marks('made-up')) == 1)
-            if _ == 0:
-                self.assertTrue(program.seen('not running: made-up (made up for now), told'))
+            self.assertEqual(
+                bool(program.seen('not running: made-up (made up for now), told')), missed)
             program.stop()
-        self.assertFalse(self.marks('told'))
+            os.utime(f'{self.folder}/state/told.start')
+        self.assertFalse(self.marks('told') or self.marks('new'))
 
-    def planned(self, name, schedule='second=*', **options):
-        return torque.PlannedJob(name, None, torque.JobConfig(options),
-                                 torque.parse_schedule(schedule), {}, {})
+    def planned(self, schedule='hour=3', **options):
+        config = torque.JobConfig({'job_name': 'a/b', **options}, state_dir=self.folder)
+        return torque.PlannedJob('a', None, config, torque.parse_schedule(schedule), {}, {})
 
-    def memory(self, *jobs):
-        return torque.Memory(self.folder, jobs or [self.planned('a', 'hour=3')])
-
-    def test_starts_are_kept(self):
-        jobs = [self.planned('rare', 'hour=3'), self.planned('never', 'year=1999'),
-                self.planned('caught', catch_up=True), self.planned('frequent'),
-                self.planned('dry', 'hour=3', dry_run=True), self.planned('interval', '1d')]
-        began, memory = time.time(), self.memory(*jobs)
-        self.assertEqual(list(memory.starts), ['rare', 'never', 'caught'])
-        for job in jobs:
-            memory.started(job)
-            self.assertEqual(self.memory(*jobs).starts, memory.starts)
-        self.assertGreater(memory.starts['caught'], began)
+    def test_only_rare_starts_are_kept(self):
+        for schedule, catch_up, kept in (
+                ('hour=3', False, True), ('year=1999', False, True), ('second=*', True, True),
+                ('second=*', False, False), ('1d', True, False)):
+            with self.subTest(schedule, catch_up=catch_up):
+                path = torque.start_file(self.planned(schedule, catch_up=catch_up))
+                self.assertEqual(path, f'{self.folder}/a_b.start' if kept else '')
+        self.assertEqual(torque.start_file(self.planned(dry_run=True)), '')
 
     def test_first_run_can_be_missed(self):
-        job, now = self.planned('a', 'hour=3'), time.time()
-        self.memory()
-        self.assertFalse(self.memory().missed(job, now))
-        self.assertTrue(self.memory().missed(job, now + 90000))
-        self.write('starts.json', json.dumps({'starts': {'a': now + 1e8}}))
-        self.assertTrue(self.memory().missed(job, now + 90000))         # a clock was wrong
-
-    def test_bad_files_are_told(self):
-        other = self.write('other', '{"starts": {"a": 5}}')
-        for text in (b'', b'{"starts": {"a"', b'\xff\0\x01', b'[]', b'{"version": 2}', b'7',
-                     b'{"starts": {"a": "x"}}', b'[' * 100000,
-                     lambda path: os.symlink(other, path), os.mkfifo):
-            with self.subTest(text):
-                self.lines.clear()
-                path = self.write('starts.json', text if isinstance(text, bytes) else b'')
-                if callable(text):
-                    os.remove(path)
-                    text(path)
-                self.assertGreater(self.memory().starts['a'], 5)
-                self.assertEqual(len(self.logged('starts.json is not usable')), 1)
-        for number in 'NaN', '-1', '1e99':
-            self.write('starts.json', f'{{"starts": {{"a": {number}}}}}')
-            self.assertAlmostEqual(self.memory().starts['a'], time.time(), delta=20)
-
-    def test_many_starts_are_saved_together(self):
-        jobs = [self.planned(f'a/"{number}\0', catch_up=True) for number in range(100)]
-        memory, writes, real = self.memory(*jobs), [], torque.replace_file
-        with mock.patch.object(torque, 'replace_file', lambda *args: (
-                writes.append(time.sleep(0.02)), real(*args))):
-            threads = [threading.Thread(target=memory.started, args=(job,)) for job in jobs]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        self.assertLess(len(writes), 20)
-        self.assertEqual(self.memory(*jobs).starts, memory.starts)
+        job, daemon = self.planned(), self.daemon()
+        path = torque.start_file(job)
+        for passed, missed in (0, False), (0, False), (90000, True):
+            daemon.started = time.time() + passed
+            self.assertEqual(daemon.was_missed(job, path), missed)
+        os.utime(path, (2e9, 2e9))              # a clock was wrong
+        self.assertFalse(daemon.was_missed(job, path))
+        daemon.mark_start(path)
+        self.assertTrue(daemon.was_missed(job, path))
 
     def test_full_disks_are_told_once(self):
-        memory = self.memory()
-        with mock.patch.object(torque, 'replace_file', mock.Mock(
-                side_effect=torque.LoggableError('it cannot be written'))):
-            for _ in range(50):
-                memory.started(self.planned('a'))
-        self.assertEqual(len(self.logged('cannot be written')), 1)
+        daemon = self.daemon()
+        for _ in range(9):
+            daemon.mark_start('/dev/null/a.start')
+        self.assertEqual(len(self.logged('/dev/null/a.start')), 1)
 
 
 FAULTS = []                             # rows of the table of faults
@@ -8259,8 +8229,7 @@ class FaultTest(DaemonFolder):
                     stream.write(bytes(512))
         fill()
         self.ini(self.job('s', 'second=*', catch_up='yes') + f'log_file = {disk}/log')
-        status, said = self.command('--daemon')
-        self.assertEqual((status, 'starts.json cannot be written: No space' in said), (0, True))
+        self.assertEqual(self.command('--daemon')[0], 0)
         program = mock.Mock(lines=[])
         program.process.pid = self.pid()
         with self.fault('disk full: state, log, pid file', program):
@@ -8270,7 +8239,6 @@ class FaultTest(DaemonFolder):
             self.more('s', count=2)
             self.assert_reloaded()
             program.lines = wait_for(lambda: open_text(f'{disk}/log')).splitlines()
-            self.assertIn('"s"', open_text(f'{disk}/starts.json'))
             fill()
         self.assertEqual(self.command('--stop')[0], 0)
 
@@ -8454,14 +8422,6 @@ class FaultTest(DaemonFolder):
             with self.fault(f'ini {name} at reload', program):
                 os.remove(self.path) if text is None else self.write('torque.ini', text)
                 self.assert_refused()
-
-    def test_state_is_bad(self):
-        for name, text in (('truncated', b'{"version": 1, "sta'), ('binary', os.urandom(999)),
-                           ('of a newer version', b'{"version": 2, "starts": {}}')):
-            self.write('state/starts.json', text)
-            program = self.start()
-            with self.fault(f'state file {name}', program):
-                self.assertTrue(program.seen('starts.json is not usable'))
 
     def test_pid_is_taken(self):
         with subprocess.Popen(['sleep', '60']) as other:

@@ -4639,6 +4639,10 @@ class JobConfig(Settings):
         self.state_dir = state_dir
         self.alone = alone
 
+    def state_file(self, ending: str) -> str:
+        """Return the path of a file that is kept for the job."""
+        return os.path.join(self.state_dir, f'{self.job_name}.{ending}'.replace('/', '_'))
+
 
 class Option(NamedTuple):
     """An option of a built-in job: how its text is read, its default, a line of help."""
@@ -4698,11 +4702,6 @@ class Job:
         if condition.strip():
             matcher = Filter(condition)
         return list_torrents(self.engine, view, fields, matcher)
-
-    def state_file(self, ending: str) -> str:
-        """Return the path of a file that the job may keep."""
-        name = f'{self.config.job_name}.{ending}'.replace('/', '_')
-        return os.path.join(self.config.state_dir, name)
 
     def risks(self) -> list[str]:
         """Return what to be warned of before it does harm, a line each."""
@@ -4936,7 +4935,7 @@ class InfluxDB(Job):
         self.problem = ''
         self.file = ''
         if not config.alone and not self.dry_run:
-            self.file = self.state_file('points')
+            self.file = config.state_file('points')
         self.points = self.load()
 
     def load(self) -> list[str]:
@@ -5284,7 +5283,7 @@ class QueueManager(Job):
             self.running_fields += needs
         self.failed: set[str] = set()           # hashes of what did not start
         self.told: set[str] = set()             # hashes of what takes a place closed
-        self.file = self.state_file('last_start')
+        self.file = config.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError):
             with open(self.file, encoding='ascii') as stream:
@@ -6371,7 +6370,7 @@ class TreeWatch(Job):
                     self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
-        self.untied_file = self.state_file('untied')
+        self.untied_file = config.state_file('untied')
         # path -> [hash of its item, which is not tied to it; when it was modified; its device]
         self.untied = self.read_untied()
         self.kept = self.untied.copy()          # what the file in the state folder says
@@ -7619,6 +7618,7 @@ config_ini = Config()
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
+RARE = 600                      # seconds from one due time to the next
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
 BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
@@ -7748,8 +7748,8 @@ class PidFile:
         # One in another pid namespace has no pid here; 0 would be our whole process group.
         if not allowed or pid <= 0:
             sock.close()
-            raise LoggableError(f'{self.socket}: a process of another user, or of a container, '
-                                'answers; it is left alone')
+            raise LoggableError(f'{self.socket}: a process of another user answers, or one in '
+                                'a container; it is left alone')
         return sock, pid
 
     def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
@@ -7801,75 +7801,18 @@ def in_thread(function: Callable, *args: Any) -> threading.Thread:
     return thread
 
 
-class Memory:
-    """When jobs were last started that are rare or catch up, kept over restarts in a small file.
+def start_file(planned: PlannedJob) -> str:
+    """Return the file whose time is when a job was last started; '' where none is kept.
 
-    Of what is due more often nobody needs to hear that it was missed.
+    Of what is due more often than RARE nobody needs to hear that it was missed, unless it is to
+    be made up for.
     """
-    RARE = 600.0                                # seconds from one due time to the next
-
-    def __init__(self, folder: str, jobs: Iterable[PlannedJob]):
-        self.path = os.path.join(folder, 'starts.json')
-        self.lock = threading.Lock()
-        self.repeats = Repeats()
-        self.log = logging.getLogger('torque.main')
-        self.saved = self.read()
-        now = time.time()
-        self.starts: dict[str, float] = {}      # Unix seconds
-        for job in jobs:
-            if self.remembers(job, now):
-                # What is missed of a new job is missed from now on. A clock that was wrong may
-                # have written a time to come.
-                self.starts[job.name] = min(self.saved.get(job.name, now), now)
-        self.save()
-
-    def remembers(self, job: PlannedJob, now: float) -> bool:
-        """Tell whether the starts of a job are kept."""
-        if job.schedule.elapsed or job.config.dry_run:
-            return False
-        first = job.schedule.next(now) or now
-        second = job.schedule.next(first)
-        return bool(job.config.catch_up) or second is None or second - first > self.RARE
-
-    def read(self) -> dict[str, float]:
-        """Return what the file says; a disk may have made anything of it."""
-        try:
-            with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
-                starts = json.load(stream)['starts'].items()
-            return {name: float(when) for name, when in starts if 0 < when < 1 << 33}
-        except FileNotFoundError:
-            pass
-        except Exception as error:
-            self.log.warning('%s is not usable, starting without it: %s', self.path,
-                             quoted(error, 80))
-        return {}
-
-    def started(self, job: PlannedJob) -> None:
-        """Note that a job starts; it is on the disk before the job does anything."""
-        if job.name in self.starts:
-            self.starts[job.name] = time.time()
-            self.save()
-
-    def save(self) -> None:
-        """Write the file; a disk that is full must not stop a job."""
-        with self.lock:
-            starts = dict(self.starts)
-            if starts == self.saved:
-                # Of many that start at once the first has saved them all.
-                return
-            self.saved = starts
-            try:
-                replace_file(self.path, json.dumps({'starts': starts}))
-            except LoggableError as error:
-                if self.repeats.deserve_line('save'):
-                    self.log.warning('%s', error)
-
-    def missed(self, job: PlannedJob, now: float) -> bool:
-        """Tell whether a run came due since the last start, while nobody was there."""
-        if job.name not in self.starts:
-            return False
-        due = job.schedule.next(self.starts[job.name])
-        return due is not None and due <= now
+    first = planned.schedule.next(time.time()) or 0.0
+    second = planned.schedule.next(first)
+    wanted = planned.config.catch_up or second is None or second - first > RARE
+    if not wanted or planned.schedule.elapsed or planned.config.dry_run:
+        return ''
+    return planned.config.state_file('start')
 
 
 def scrubbed_word(word: re.Match) -> str:
@@ -8022,7 +7965,6 @@ class Daemon:
         self.pid = os.getpid()
         self.log = logging.getLogger('torque.main')
         self.scheduler = Scheduler()
-        self.memory = Memory(config.state_dir, config.jobs)
         self.monitors: dict[str, Monitor] = {}  # by URL
         self.repeats = Repeats()
         self.began = elapsed_time()
@@ -8074,11 +8016,12 @@ class Daemon:
             url = config.ping_url
         if url and url not in self.monitors:
             self.monitors[url] = Monitor(url)
-        run = functools.partial(self.run_job, planned, self.monitors.get(url))
+        path = start_file(planned)
+        run = functools.partial(self.run_job, planned, path, self.monitors.get(url))
         task = Task(planned.name, planned.schedule, run, config.max_runtime)
         task.log.setLevel((config.log_level or 'NOTSET').upper())
         task.at_start = getattr(self.jobs[planned.name], 'at_start', False)
-        if self.memory.missed(planned, self.started):
+        if path and self.was_missed(planned, path):
             text = planned.name
             if config.catch_up:
                 task.at_start = True
@@ -8086,11 +8029,35 @@ class Daemon:
             self.missed.append(text)
         return task
 
-    def run_job(self, planned: PlannedJob, monitor: Monitor | None) -> None:
-        """Run a job, and tell memory and monitor of it; in the thread of that job."""
+    def was_missed(self, planned: PlannedJob, path: str) -> bool:
+        """Tell whether a run came due since the last start, while torque was not running."""
+        try:
+            # A clock that was wrong may have left a time to come.
+            start = min(os.lstat(path).st_mtime, self.started)
+        except OSError:
+            # What is missed of a new job is missed from now on.
+            self.mark_start(path)
+            return False
+        due = planned.schedule.next(start)
+        return due is not None and due <= self.started
+
+    def mark_start(self, path: str) -> None:
+        """Give a file the time of now; a disk that is full must not stop a job."""
+        now = time.time()
+        try:
+            replace_file(path, '')
+            # Left alone, the time of a file may be some milliseconds behind.
+            os.utime(path, (now, now))
+        except (LoggableError, OSError) as error:
+            if self.repeats.deserve_line('start'):
+                self.log.warning('%s', error)
+
+    def run_job(self, planned: PlannedJob, path: str, monitor: Monitor | None) -> None:
+        """Run a job, and tell disk and monitor of it; in the thread of that job."""
         job = self.jobs[planned.name]
-        if not planned.config.dry_run:
-            self.memory.started(planned)
+        if path:
+            # It is on the disk before the job does anything.
+            self.mark_start(path)
         if planned.config.dry_run or not monitor:
             job.run()
             return
