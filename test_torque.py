@@ -7693,7 +7693,7 @@ class DaemonControlTest(DaemonFolder):
         status, said = self.command('--status')
         self.assertEqual(status, 1)
         self.assertRegex(said, rf'torque \S+, pid {program.process.pid}, up .*')
-        self.assertRegex(said, r'(?m)^hang +overdue since \d.* \d\d:\d\d:\d\d')
+        self.assertRegex(said, r'(?m)^hang +overdue +\d.* \d\d:\d\d:\d\d')
         self.assertRegex(said, r'(?m)^bad .* no http://me:\*\*\*@host/x')
         self.assertRegex(said, r'(?m)^rTorrent at scgi.*rpc.sock: not asked yet')
         self.assertNotIn('sesame', f'{said} {program.lines}')

@@ -7624,6 +7624,13 @@ LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file
 BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
 
 
+def make_task(planned: PlannedJob, run: Callable) -> Task:
+    """Return the task of a job, which is done by a function."""
+    task = Task(planned.name, planned.schedule, run, planned.config.max_runtime)
+    task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
+    return task
+
+
 class AlreadyRunning(LoggableError):
     """Another daemon has the lock."""
     exit_status = EXIT_RUNNING
@@ -7710,26 +7717,26 @@ class PidFile:
             time.sleep(0.01)
         return False
 
+    def open(self) -> Any:
+        """Return the file, open for reading."""
+        return open(open_plain(self.path, os.O_RDONLY), encoding='ascii', errors='replace')
+
     def is_locked(self) -> bool:
         """Tell whether a daemon runs."""
         import fcntl
         try:
-            file = open_plain(self.path, os.O_RDONLY)
+            with self.open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        finally:
-            os.close(file)
         return False
 
     def read(self) -> tuple[int, str]:
         """Return the owner of the file, and what is written in it."""
-        file = open_plain(self.path, os.O_RDONLY)
-        with open(file, encoding='ascii', errors='replace') as stream:
-            return os.fstat(file).st_uid, stream.read(20).strip()
+        with self.open() as stream:
+            return os.fstat(stream.fileno()).st_uid, stream.read(20).strip()
 
     def connect(self, seconds: float) -> tuple[socket.socket, int]:
         """Return a connection to the daemon, and its pid."""
@@ -7846,9 +7853,10 @@ class Monitor:
 
     def send(self, way: str, text: str = '') -> None:
         """Queue one ping."""
+        body = scrubbed(text[:10000])
         if self.pings.qsize() < self.MOST_WAITING:
             url = self.base.rstrip('/') + way + self.mark + self.query
-            self.pings.put((url, scrubbed(text[:10000]).encode('utf-8', 'replace')))
+            self.pings.put((url, body.encode('utf-8', 'replace')))
 
     def work(self) -> None:
         """Send pings, one after another, until there comes None; a thread."""
@@ -7925,16 +7933,16 @@ def warn_of_risks(config: Config, jobs: Iterable) -> None:
         logging.getLogger('torque.main').warning('%s', text)
 
 
-def interpreter() -> list[str]:
-    """Return this interpreter and the flags that it was started with."""
-    # Python itself does not keep all of them: -u and -X are nowhere in sys.flags as they stood.
+def own_command(program: str, *more: str) -> list[str]:
+    """Return the words that this process was started with, for another program."""
+    # Python itself does not keep all flags: -u and -X are nowhere in sys.flags as they stood.
     with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
         words = stream.read().split('\0')[:-1]
     flags = words[1:len(words) - len(sys.argv)]
     if flags[-1:] == ['-m']:
         # The name of a module followed; now it is that of a file.
         flags.pop()
-    return [sys.executable, *flags]
+    return [sys.executable, *flags, program, *sys.argv[1:], *more]
 
 
 def run_from_byte_code() -> None:
@@ -7949,8 +7957,7 @@ def run_from_byte_code() -> None:
         import py_compile
         # Made anew each time, so that no stale one is ever run.
         path = str(py_compile.compile(__file__, doraise=True))
-        words = [*interpreter(), path, *sys.argv[1:]]
-        os.execv(words[0], words)
+        os.execv(sys.executable, own_command(path))
 
 
 class Daemon:
@@ -8017,9 +8024,8 @@ class Daemon:
         if url and url not in self.monitors:
             self.monitors[url] = Monitor(url)
         path = start_file(planned)
-        run = functools.partial(self.run_job, planned, path, self.monitors.get(url))
-        task = Task(planned.name, planned.schedule, run, config.max_runtime)
-        task.log.setLevel((config.log_level or 'NOTSET').upper())
+        monitor = self.monitors.get(url)
+        task = make_task(planned, functools.partial(self.run_job, planned, path, monitor))
         task.at_start = getattr(self.jobs[planned.name], 'at_start', False)
         if path and self.was_missed(planned, path):
             text = planned.name
@@ -8162,11 +8168,10 @@ class Daemon:
         """Return what a new program has to say against the files as they are now."""
         import subprocess
         # A new process has no module in memory: torque.py and those of jobs are read as they are.
-        words = [*interpreter(), __file__, *sys.argv[1:], '--check-files']
         try:
             self.checker = subprocess.Popen(
-                words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE)
+                own_command(__file__, '--check-files'), cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             told = self.checker.communicate(timeout=CHECK_TIMEOUT)[1]
         except OSError as error:
             return [f'the files cannot be checked: {error.strerror}']
@@ -8203,10 +8208,9 @@ class Daemon:
             os.chdir(self.folder)
             os.set_inheritable(self.pid_file.file, True)
             os.environ[LOCK] = str(self.pid_file.file)
-            words = [*interpreter(), __file__, *sys.argv[1:]]
             # All threads end here, and all that is open is closed, but for the lock.
             logging.shutdown()
-            os.execv(words[0], words)
+            os.execv(sys.executable, own_command(__file__))
         except OSError as error:
             self.log.error('cannot start over: %s', error)
             self.exit_status = EXIT_FAILED
@@ -8278,7 +8282,7 @@ def engine_status(engine: Engine) -> dict:
     return {'address': engine.address.where, 'version': version, 'away_for': away_for}
 
 
-def print_table(rows: list[tuple]) -> None:
+def print_table(rows: list) -> None:
     """Print rows in columns."""
     shown = [[one_line(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown)]
@@ -8287,30 +8291,27 @@ def print_table(rows: list[tuple]) -> None:
         print('  '.join(cells).rstrip())
 
 
-def show_moment(moment: float | None) -> str:
-    """Return Unix seconds as month, day and time."""
-    if moment is None:
+COLUMNS = {                     # of the table of jobs
+    'name': 'JOB',
+    'state': 'STATE',
+    'last_start': 'LAST RUN',
+    'last_duration': 'TOOK',
+    'runs': 'RUNS',
+    'failures': 'FAILED',
+    'missed': 'MISSED',
+    'next_run': 'NEXT RUN',
+    'last_error': 'LAST ERROR'}
+
+
+def status_cell(key: str, value: Any) -> str:
+    """Return what the table of jobs shows in a column."""
+    if value is None:
         return '-'
-    return time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
-
-
-def print_status(status: dict) -> None:
-    """Print a daemon's status as a table."""
-    up = show_duration(status['uptime'])
-    line = f"torque {status['version']}, pid {status['pid']}, up {up}, {status['config']}"
-    if status['log_file']:
-        line += f", log {status['log_file']}"
-    for word in ('reloading', 'stopping'):
-        if status[word]:
-            line += f', {word}'
-    print(one_line(line))
-    for engine in status['rtorrent']:
-        print(one_line(engine_line(**engine)))
-    rows: list[tuple] = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED',
-                          'NEXT RUN', 'LAST ERROR')]
-    for job in status['jobs']:
-        rows.append(job_row(job))
-    print_table(rows)
+    if key == 'last_duration':
+        return show_duration(value)
+    if key in ('last_start', 'next_run'):
+        return time.strftime('%m-%d %H:%M:%S', time.localtime(value))
+    return str(value)[:100]
 
 
 def engine_line(address: str, version: str | None, away_for: float | None) -> str:
@@ -8325,17 +8326,22 @@ def engine_line(address: str, version: str | None, away_for: float | None) -> st
     return f'{name} at {address}: {state}'
 
 
-def job_row(job: dict) -> tuple:
-    """Return the row of a job in the table of --status."""
-    state = job['state']
-    if job['running_since'] is not None:
-        state += f" since {show_moment(job['running_since'])}"
-    took = '-'
-    if job['last_duration'] is not None:
-        took = show_duration(job['last_duration'])
-    last_error = job['last_error'] or '-'
-    return (job['name'], state, show_moment(job['last_start']), took, job['runs'],
-            job['failures'], job['missed'], show_moment(job['next_run']), last_error[:100])
+def print_status(status: dict) -> None:
+    """Print a daemon's status as a table."""
+    up = show_duration(status['uptime'])
+    line = f"torque {status['version']}, pid {status['pid']}, up {up}, {status['config']}"
+    if status['log_file']:
+        line += f", log {status['log_file']}"
+    for word in ('reloading', 'stopping'):
+        if status[word]:
+            line += f', {word}'
+    print(one_line(line))
+    for engine in status['rtorrent']:
+        print(one_line(engine_line(**engine)))
+    rows = [list(COLUMNS.values())]
+    for job in status['jobs']:
+        rows.append([status_cell(key, job[key]) for key in COLUMNS])
+    print_table(rows)
 
 
 def detach() -> int:
@@ -8461,8 +8467,7 @@ def run_once(config: Config) -> int:
             job.run()
         except KeyboardInterrupt:
             raise LoggableError('interrupted') from None
-    task = Task(planned.name, planned.schedule, run)
-    task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
+    task = make_task(planned, run)
     try:
         task.attempt()
     finally:
