@@ -7759,18 +7759,16 @@ class DaemonControlTest(DaemonFolder):
             self.assertNotIn('Traceback', str(said))
 
     def test_only_the_holder_of_the_lock_is_ended(self):
-        for stale in (True, False):
-            with self.subTest(stale=stale), subprocess.Popen(['sleep', '60']) as innocent:
-                if not stale:
-                    self.start()
-                self.write('state/torque.pid', f'{innocent.pid}\n')
-                self.assertEqual(self.command('--stop')[0], 69 if stale else 0)
-                self.assertIsNone(innocent.poll())
-                innocent.kill()
-        for text in ('', '\0\0', '99999999999999999999999'):
-            self.write('state/torque.pid', text)
-            program = self.start()
-            self.assertEqual((self.command('--stop')[0], program.stop()), (0, 0))
+        with subprocess.Popen(['sleep', '60']) as innocent:
+            for text in (f'{innocent.pid}', '', '\0\0', '9' * 20):
+                with self.subTest(text):
+                    self.write('state/torque.pid', text)
+                    self.assertEqual(self.command('--stop')[0], 69)
+                    program = self.start()
+                    self.write('state/torque.pid', text)
+                    self.assertEqual((self.command('--stop')[0], program.stop()), (0, 0))
+            self.assertIsNone(innocent.poll())
+            innocent.kill()
 
     def test_ends_without_the_ini(self):
         self.start('--pid-file', self.pid_file.path)
@@ -8344,21 +8342,6 @@ class FaultTest(DaemonFolder):
             times = self.marks('s')[before:]
             self.assertLess(max_gap(times), 1.7)
             self.assertLessEqual(len(times), 2 + times[-1] - times[0])
-
-    def test_machine_sleeps(self):
-        self.ini(self.job('s', 'second=*'))
-        program = self.start()
-        with self.fault(program, gap=5):
-            self.more('s')
-            before = len(self.marks('s'))
-            program.process.send_signal(signal.SIGSTOP)
-            threading.Event().wait(3.2)
-            program.process.send_signal(signal.SIGCONT)
-            self.more('s', count=2)
-            first, second, *_ = self.marks('s', clock=2)[before:]
-        self.assertEqual(len(program.seen('merged')), 2)            # s and tick
-        self.assertLess(second % 1, 0.5)
-        self.assertLessEqual(second - first, 1.1)
 
     def test_files_run_out(self):
         import resource

@@ -33,7 +33,7 @@ is due until cleanup() is called, once, at the end. A reload ends all of it and 
 Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
 own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
 one more, under the job's lock; pings and the status have theirs, which only read, or hand a
-function to the main thread (call_soon). Engines are used by all; what they know of rTorrent is
+function to the main thread (calls). Engines are used by all; what they know of rTorrent is
 replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
