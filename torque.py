@@ -715,6 +715,13 @@ def no_pause(seconds: float) -> None:
     """
 
 
+def in_thread(function: Callable, *args: Any) -> threading.Thread:
+    """Start a function in a thread; RuntimeError where there can be none."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
 class Repeats:
     """Tells which of many like events deserve a line in the log.
 
@@ -977,16 +984,14 @@ class Scheduler:
     def wake(self, task: Task) -> None:
         """Let the worker of a task begin; start it where there is none yet."""
         if task.worker is None:
-            worker = threading.Thread(target=self.work, args=(task,), daemon=True)
             try:
-                worker.start()
+                task.worker = in_thread(self.work, task)
             except RuntimeError as error:
                 # No more threads: its due times stay counted, and it is tried again.
                 self.intervals.enter(THREAD_PAUSE, 0, self.wake, (task,))
                 if self.repeats.deserve_line('threads'):
                     self.log.error('no new worker thread: %s', error)
                 return
-            task.worker = worker
         task.wake.release()
 
     def work(self, task: Task) -> None:
@@ -7929,13 +7934,6 @@ class PidFile:
         return True
 
 
-def in_thread(function: Callable, *args: Any) -> threading.Thread:
-    """Start a function in a thread; RuntimeError where there can be none."""
-    thread = threading.Thread(target=function, args=args, daemon=True)
-    thread.start()
-    return thread
-
-
 def start_file(planned: PlannedJob) -> str:
     """Return the file whose time is when a job was last started; '' where none is kept.
 
@@ -8208,7 +8206,8 @@ class Daemon:
         if os.geteuid() == 0:
             self.log.warning('torque runs as root; the user of rTorrent is enough')
         warn_of_risks(self.config, self.jobs.values())
-        self.log.info('%s with %s', verb, ', '.join(sorted(self.jobs)) or 'no active job')
+        names = ', '.join(sorted(self.jobs))
+        self.log.info('%s with %s', verb, names or 'no active job')
         if self.missed:
             self.log.info('missed while torque was not running: %s', ', '.join(self.missed))
         self.starting = False
@@ -8643,7 +8642,9 @@ def check(config: Config) -> int:
         rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
                      next_runs(planned.schedule, now)))
     print_table(rows)
-    for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
+    engines = [config.engine]
+    engines += [planned.config.engine for planned in config.jobs]
+    for engine in dict.fromkeys(engines):
         check_engine(engine)
     for planned in config.jobs:
         view = planned.config.view or planned.config.viewname
@@ -8746,8 +8747,10 @@ def control(arguments: Any, path: str) -> int:
         print('torque is starting')
     else:
         print_status(status)
-    bad = [job for job in status['jobs'] if job['last_error'] or job['state'] == 'overdue']
-    if bad or status['starting']:
+    for job in status['jobs']:
+        if job['last_error'] or job['state'] == 'overdue':
+            return EXIT_FAILED
+    if status['starting']:
         return EXIT_FAILED
     return EXIT_OK
 
@@ -8789,18 +8792,16 @@ def check_files(arguments: Any, path: str) -> int:
 def start_daemon(arguments: Any, path: str, lock: PidFile, reloaded: bool) -> Daemon:
     """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(config_ini, arguments, path)
-    if reloaded and arguments.daemon:
-        set_up_log(log_level(arguments), background_log(arguments, path))
     if arguments.restart and not reloaded:
         # The other is ended only now that the configuration is known to be good.
         lock.stop()
     if not lock.keep():
-        raise AlreadyRunning('torque is running already, with pid '
-                             f'{lock.read()[1]} ({lock.path})')
+        pid = lock.read()[1]
+        raise AlreadyRunning(f'torque is running already, with pid {pid} ({lock.path})')
+    if arguments.daemon:
+        set_up_log(log_level(arguments), background_log(arguments, path))
     daemon = Daemon(config_ini, lock)
     daemon.begin()
-    if arguments.daemon and not reloaded:
-        set_up_log(log_level(arguments), background_log(arguments, path))
     return daemon
 
 
@@ -8861,13 +8862,14 @@ OPTIONS = (                             # and what they take
 def parse_arguments(words: list[str] | None) -> Any:
     """Return the command line's options."""
     import argparse
-    parser = argparse.ArgumentParser(prog='torque', epilog=(__doc__ or '').rpartition('\n\n')[2],
+    statuses = (__doc__ or '').rpartition('\n\n')[2]
+    parser = argparse.ArgumentParser(prog='torque', epilog=statuses,
                                      description='Run jobs on a schedule beside rTorrent.')
     for names, metavar, text in OPTIONS:
+        kind: dict = {'action': 'store_true'}
         if metavar:
-            parser.add_argument(*names.split(), metavar=metavar, help=text)
-        else:
-            parser.add_argument(*names.split(), action='store_true', help=text)
+            kind = {'metavar': metavar}
+        parser.add_argument(*names.split(), help=text, **kind)
     parser.add_argument('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
                         help='set a key of [TORQUE], or section.KEY, over the file')
     parser.add_argument('--version', action='version', version=f'torque {VERSION}')
