@@ -7869,7 +7869,8 @@ class PidFile:
     def read(self) -> tuple[int, str]:
         """Return the owner of the file, and what is written in it."""
         with self.open() as stream:
-            return os.fstat(stream.fileno()).st_uid, stream.read(20).strip()
+            owner = os.fstat(stream.fileno()).st_uid
+            return owner, stream.read(20).strip()
 
     def connect(self, seconds: float) -> tuple[socket.socket, int]:
         """Return a connection to the daemon, and its pid."""
@@ -7884,7 +7885,8 @@ class PidFile:
         allowed = user == os.geteuid()
         if os.geteuid() == 0 and not allowed:
             # Root may speak with one whose user owns the pid file, and whose pid it holds.
-            allowed = self.read() == (user, str(pid))
+            owner, text = self.read()
+            allowed = owner == user and text == str(pid)
         # One in another pid namespace has no pid here; 0 would be our whole process group.
         if not allowed or pid <= 0:
             sock.close()
@@ -8139,7 +8141,8 @@ class Daemon:
             return
         hurry = self.stopping and number == signal.SIGINT
         self.stopping = True
-        self.scheduler.calls.put(functools.partial(self.scheduler.stop, hurry))
+        stop = functools.partial(self.scheduler.stop, hurry)
+        self.scheduler.calls.put(stop)
 
     def task(self, planned: PlannedJob) -> Task:
         """Return the task of a job."""
@@ -8149,10 +8152,12 @@ class Daemon:
             url = config.ping_url
         if url and url not in self.monitors:
             self.monitors[url] = Monitor(url)
-        path = start_file(planned)
         monitor = self.monitors.get(url)
-        task = make_task(planned, functools.partial(self.run_job, planned, path, monitor))
-        task.at_start = getattr(self.jobs[planned.name], 'at_start', False)
+        path = start_file(planned)
+        run = functools.partial(self.run_job, planned, path, monitor)
+        task = make_task(planned, run)
+        job = self.jobs[planned.name]
+        task.at_start = getattr(job, 'at_start', False)
         if path and self.was_missed(planned, path):
             text = planned.name
             if config.catch_up:
@@ -8236,8 +8241,9 @@ class Daemon:
             self.log.info('stopping; %s may run for %g s more', ', '.join(running), grace)
         hung = {task.name for task in self.scheduler.finish(grace)}
         for name in hung:
-            if hasattr(self.jobs[name], 'end_run'):
-                self.jobs[name].end_run()
+            job = self.jobs[name]
+            if hasattr(job, 'end_run'):
+                job.end_run()
         end = max(end, elapsed_time() + 0.8)
         hung |= self.clean_up(self.jobs.keys() - hung, end)
         # A deaf monitor is not waited for longer.
@@ -8374,7 +8380,8 @@ class Daemon:
             with contextlib.suppress(Exception), sock:
                 # Who does not read is not waited for: the next may be a person.
                 sock.settimeout(2)
-                sock.sendall(json.dumps(self.status()).encode())
+                text = json.dumps(self.status())
+                sock.sendall(text.encode())
                 # Closing is no end while a child that a job has just forked has a copy.
                 sock.shutdown(socket.SHUT_RDWR)
 
@@ -8387,12 +8394,14 @@ class Daemon:
         status['log_file'] = getattr(handler, 'baseFilename', None)
         status['uptime'] = elapsed_time() - self.began
         status['grace'] = self.config.torque.grace
-        engines = self.config.engines.values()
-        status['rtorrent'] = [engine_status(engine) for engine in engines]
+        status['rtorrent'] = []
+        for engine in self.config.engines.values():
+            status['rtorrent'].append(engine_status(engine))
         status['jobs'] = []
         for _, task in sorted(self.scheduler.tasks.items()):
             job = {name: getattr(task, name) for name in task.TOLD}
-            job['last_error'] = scrubbed(task.last_error or '') or None
+            if task.last_error:
+                job['last_error'] = scrubbed(task.last_error)
             job['next_run'] = self.scheduler.next_run(task)
             status['jobs'].append(job)
         return status
@@ -8411,11 +8420,13 @@ def engine_status(engine: Engine) -> dict:
 
 def print_table(rows: list) -> None:
     """Print rows in columns."""
-    shown = [[one_line(str(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    for row in shown:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        print('  '.join(cells).rstrip())
+    columns = []
+    for column in zip(*rows):
+        cells = [one_line(str(cell)) for cell in column]
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) for cell in cells])
+    for row in zip(*columns):
+        print('  '.join(row).rstrip())
 
 
 COLUMNS = {                     # of the table of jobs
