@@ -7667,7 +7667,7 @@ class PidFile:
             piece = sock.recv(65536)
             while piece and len(content) < STATUS_LIMIT:
                 content += piece
-                set_deadline(sock, end)
+                sock.settimeout(max(end - time.monotonic(), 0.001))
                 piece = sock.recv(65536)
             if not piece:
                 status = json.loads(content)
