@@ -48,7 +48,6 @@ if __name__ == '__main__':              # nothing beside this file may shadow a 
 
 import ast
 import binascii
-import bisect
 import collections
 import configparser
 import contextlib
@@ -72,7 +71,8 @@ import stat
 import struct
 import threading
 import time
-from datetime import date, datetime, timedelta
+import traceback
+from datetime import datetime, timedelta
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
@@ -273,7 +273,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 WEEKDAYS = tuple('mon tue wed thu fri sat sun'.split())
 MONTHS = tuple('jan feb mar apr may jun jul aug sep oct nov dec'.split())
 POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
-SECOND, DAY = timedelta(seconds=1), timedelta(1)
+SECOND, MINUTE, HOUR, DAY = (timedelta(seconds=number) for number in (1, 60, 3600, 86400))
 # A field's part: *, a, a-b, each perhaps with /step.
 PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
 
@@ -319,22 +319,18 @@ def field_value(word: str, field: Field) -> int:
     raise UserError(f'{field.name} {word!r} is not in {allowed}')
 
 
-def parse_position(part: str) -> tuple | None:
-    """Return (index, weekday) for `3rd sun`, `last fri`, (-1, None) for `last`; else None."""
-    if part == 'last':
-        return -1, None
-    position, _, weekday = part.partition(' ')
-    if weekday and position in POSITIONS:
-        return POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week'])
-    return None
-
-
-def parse_part(part: str, field: Field) -> Iterable[int]:
-    """Return the numbers of one part of a field.
+def parse_part(part: str, field: Field) -> Iterable:
+    """Return the numbers of one part of a field; for a position, its (index, weekday).
 
     part ::= ('*' | value | value '-' value) ['/' step]
+    position ::= 'last' | ('1st' ... '5th' | 'last') weekday      (of the field `day` alone)
     """
-    match = PART.fullmatch(part.strip())
+    position, _, weekday = part.partition(' ')
+    if field.name == 'day' and part == 'last':
+        return [(-1, None)]
+    if field.name == 'day' and weekday and position in POSITIONS:
+        return [(POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week']))]
+    match = PART.fullmatch(part)
     if not match:
         raise UserError(f'{field.name} {part!r} is not understood; '
                         'allowed are * */n a a-b a-b/n and lists of these')
@@ -359,7 +355,7 @@ def parse_part(part: str, field: Field) -> Iterable[int]:
     return range(low, high + 1, int(step or 1))
 
 
-def parse_field(text: str, field: Field) -> frozenset:
+def parse_field(text: str, field: Field) -> set:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
     field ::= (part | position) (',' (part | position))*
@@ -369,14 +365,8 @@ def parse_field(text: str, field: Field) -> frozenset:
     """
     allowed: set = set()
     for part in text.lower().split(','):
-        position = None
-        if field.name == 'day':
-            position = parse_position(part.strip())
-        if position:
-            allowed.add(position)
-        else:
-            allowed.update(parse_part(part, field))
-    return frozenset(allowed)
+        allowed.update(parse_part(part.strip(), field))
+    return allowed
 
 
 class Schedule:
@@ -404,36 +394,22 @@ class Interval(Schedule):
 
     def next(self, after: float) -> float:
         # By multiplication, so that rounding does not add up; it may still give `after` itself.
-        count = (after - self.start) // self.seconds + 1
-        due = self.start + count * self.seconds
+        due = self.start + ((after - self.start) // self.seconds + 1) * self.seconds
         if due <= after:
-            due = self.start + (count + 1) * self.seconds
+            due += self.seconds
         return due
 
 
-def first_from(numbers: list[int], low: int) -> int | None:
-    """Return the first of sorted numbers that is `low` or more, None where there is none."""
-    index = bisect.bisect_left(numbers, low)
-    if index == len(numbers):
-        return None
-    return numbers[index]
-
-
-def allowed_numbers(texts: dict[str, str], cron: bool) -> dict[str, Any]:
-    """Return the numbers that each field allows; cron: the days of its week begin on Sunday."""
-    names = list(FIELDS)
-    finest = max(names.index(name) for name in texts)
-    allowed: dict[str, Any] = {}
-    for index, (name, field) in enumerate(FIELDS.items()):
-        if cron and name == 'day_of_week':
-            numbers = parse_field(texts[name], CRON_WEEKDAY)
-            allowed[name] = {(number + 6) % 7 for number in numbers}
-        elif name in texts:
-            allowed[name] = parse_field(texts[name], field)
-        elif index < finest or name in ('week', 'day_of_week'):
-            allowed[name] = range(field.low, field.high + 1)
-        else:
-            allowed[name] = [field.low]
+def allowed_numbers(texts: dict[str, str], fields: dict[str, Field]) -> dict[str, Any]:
+    """Return the numbers that each field allows, of those that are left out as well."""
+    names = list(fields)
+    finest = max(map(names.index, texts))
+    allowed = {}
+    for index, (name, field) in enumerate(fields.items()):
+        text = '*'
+        if index > finest and name not in ('week', 'day_of_week'):
+            text = str(field.low)
+        allowed[name] = parse_field(texts.get(name, text), field)
     return allowed
 
 
@@ -446,139 +422,99 @@ class Calendar(Schedule):
     follow real time through clock changes. Else they keep to the wall: what a change skips
     is one run right after the gap, what comes twice runs the first time.
     """
+    # More than the days of 400 years, after which the calendar repeats.
+    MOST_STEPS = 160000
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        allowed = allowed_numbers(texts, cron)
-        # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
-        self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
-        self.allowed = allowed
-        self.first_year = min(allowed['year'])
-        self.months = sorted(allowed['month'])
-        self.hours = sorted(allowed['hour'])
-        self.minutes = sorted(allowed['minute'])
-        self.seconds = sorted(allowed['second'])
-        # The first time of a day, on any day.
-        self.first_time = datetime(
-            2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
-        self.days = functools.lru_cache(64)(self.matching_days)
         self.zone = zone
-        self.every_hour = len(self.hours) == 24
+        self.either = False
+        if cron:
+            self.allowed = allowed_numbers(texts, {**FIELDS, 'day_of_week': CRON_WEEKDAY})
+            self.allowed['day_of_week'] = {(day + 6) % 7 for day in self.allowed['day_of_week']}
+            # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
+            self.either = '*' not in (texts['day'][0], texts['day_of_week'][0])
+        else:
+            self.allowed = allowed_numbers(texts, FIELDS)
+        self.every_hour = len(self.allowed['hour']) == 24
 
-    def marked_days(self, days: list[date]) -> set[date]:
-        """Return the days of a month that the field `day` allows."""
-        marked = set()
-        for number in self.allowed['day']:
-            if isinstance(number, tuple):
-                index, weekday = number
-                among = [day for day in days if weekday in (None, day.weekday())]
-                if index < len(among):          # -1 is the last one; some have no 5th
-                    marked.add(among[index])
-            elif number <= len(days):
-                marked.add(days[number - 1])
-        return marked
-
-    def matching_days(self, year: int, month: int) -> list[date]:
-        """Return the days of one month that are allowed, in order."""
-        allowed = self.allowed
-        if year not in allowed['year'] or month not in allowed['month']:
-            return []
-        days = [date(year, month, 1) + DAY * number for number in range(31)]
-        days = [day for day in days if day.month == month]
-        marked, chosen = self.marked_days(days), []
-        for day in days:
-            fits = day in marked and day.weekday() in allowed['day_of_week']
-            if self.either:
-                fits = day in marked or day.weekday() in allowed['day_of_week']
-            if fits and day.isocalendar()[1] in allowed['week']:
-                chosen.append(day)
-        return chosen
-
-    def day_after(self, day: date) -> date:
-        """Return the first allowed day after one; ValueError: there is none."""
-        first = max(day.year, self.first_year)
-        for year in range(first, first + 401):      # the calendar repeats by then
-            for month in self.months:
-                for candidate in self.days(year, month):
-                    if candidate > day:
-                        return candidate
-        raise ValueError('there is no such date')
+    def fits_day(self, wall: datetime) -> bool:
+        """Tell whether a day is allowed, in a month that is."""
+        weekday = wall.weekday()
+        marks = {wall.day, ((wall.day - 1) // 7, weekday)}
+        if (wall + 7 * DAY).month != wall.month:
+            marks.add((-1, weekday))
+        if (wall + DAY).month != wall.month:
+            marks.add((-1, None))
+        marked = not marks.isdisjoint(self.allowed['day'])
+        on_weekday = weekday in self.allowed['day_of_week']
+        fits = marked and on_weekday
+        if self.either:
+            fits = marked or on_weekday
+        return fits and wall.isocalendar()[1] in self.allowed['week']
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        if wall.date() in self.days(wall.year, wall.month):
-            if wall.hour in self.hours:
-                second = first_from(self.seconds, wall.second)
-                if second is not None and wall.minute in self.minutes:
-                    return wall.replace(second=second)
-                minute = first_from(self.minutes, wall.minute + 1)
-                if minute is not None:
-                    return wall.replace(minute=minute, second=self.seconds[0])
-            hour = first_from(self.hours, wall.hour + 1)
-            if hour is not None:
-                return self.first_time.replace(wall.year, wall.month, wall.day, hour)
-        day = self.day_after(wall.date())
-        return self.first_time.replace(day.year, day.month, day.day)
+        allowed = self.allowed
+        for _ in range(self.MOST_STEPS):
+            if wall.year not in allowed['year'] or wall.month not in allowed['month']:
+                wall = (datetime(wall.year, wall.month, 28) + 4 * DAY).replace(day=1)
+            elif not self.fits_day(wall):
+                wall = datetime(wall.year, wall.month, wall.day) + DAY
+            elif wall.hour not in allowed['hour']:
+                wall = wall.replace(minute=0, second=0) + HOUR
+            elif wall.minute not in allowed['minute']:
+                wall = wall.replace(second=0) + MINUTE
+            elif wall.second not in allowed['second']:
+                wall += SECOND
+            else:
+                return wall
+        raise ValueError('there is no such date')
 
-    def wall(self, seconds: float) -> datetime:
-        """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
+    def wall(self, seconds: int) -> datetime:
+        """Return the naive wall time at Unix seconds."""
         return datetime.fromtimestamp(seconds, self.zone).replace(tzinfo=None)
 
     def unix(self, wall: datetime) -> int:
-        """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
-        return int(wall.replace(tzinfo=self.zone).timestamp())
-
-    def wall_at_zero(self, seconds: int) -> datetime:
-        """Return what the wall would show at Unix second 0 by the offset of `seconds`."""
-        return self.wall(seconds) - timedelta(0, seconds)
-
-    def change(self, low: int, high: int) -> int:
-        """Return the first second after `low` that has the offset of `high`."""
-        offset = self.wall_at_zero(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.wall_at_zero(middle) == offset:
-                high = middle
-            else:
-                low = middle
-        return high
+        """Return when the wall shows a time first, or one after it where a change skips it."""
+        # Of a time that is skipped, one is before the change, of one that comes twice, the first.
+        seconds = min(wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
+        first = int(seconds)
+        while self.wall(first) < wall:
+            first += 1
+        return first
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
-        start = int(after // 1) + 1
         try:
             if self.every_hour:
-                return self.by_real_time(start)
-            return self.by_wall(start)
+                return self.by_real_time(int(after // 1))
+            return self.by_wall(int(after // 1))
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
-    def by_real_time(self, start: int) -> int:
-        """Return the first second from `start` on whose wall time is allowed."""
+    def by_real_time(self, after: int) -> int:
+        """Return the first second after `after` whose wall time is allowed."""
+        second = after + 1
         while True:
-            wall = self.wall(start)
+            wall = self.wall(second)
             due = self.wall_from(wall)
-            ahead = min(due - wall, DAY)            # no two changes lie within a day
-            end = start + ahead // SECOND
-            shown = self.wall(end)
-            if shown - wall != ahead:
-                start = self.change(start, end)
-            elif shown == due:
-                return end
-            else:
-                start = max(end, self.unix(due - DAY))
+            if due == wall:
+                return second
+            end = self.unix(due - DAY)              # no two changes lie within a day
+            ahead = min(due - wall, DAY) // SECOND
+            while self.wall(second + ahead) != wall + ahead * SECOND:
+                end = second + 1
+                ahead //= 2                         # go near the change that is on the way
+            second = max(second + ahead, end)
 
-    def by_wall(self, start: int) -> int:
-        """Return the first second from `start` on that is allowed and not a repetition."""
-        wall = self.wall(start - 1)                 # `start` may be right after a gap
-        if wall.fold:                               # go to where the repetition ends
-            first = self.unix(wall.replace(fold=0))
-            change = self.change(first, start - 1)
-            wall = self.wall(change - 1)
-        due = self.wall_from(wall + SECOND)
-        seconds = self.unix(due)
-        if self.wall(seconds) == due:
-            return seconds
-        return self.change(self.unix(due.replace(fold=1)), seconds)         # skipped
+    def by_wall(self, after: int) -> int:
+        """Return the first second after `after` that is allowed and not a repetition."""
+        wall = self.wall(after)
+        while True:
+            wall = self.wall_from(wall + SECOND)
+            due = self.unix(wall)
+            if due > after:
+                return due
 
 
 class Croniter(Calendar):
@@ -628,8 +564,7 @@ def parse_cron(text: str, zone: Any) -> Schedule:
     """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    beyond = re.search('[lw#?]', unnamed)
-    if len(words) in (6, 7) or len(words) == 5 and beyond:
+    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
         return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
@@ -667,22 +602,22 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
     (5400.0, 300)
     """
-    text = str(text)
     fields, plain = parse_words(text)
     jitter = parse_duration(fields.pop('jitter', 0))
-    zone, named = None, CRON_NAMES.get(plain.lower())
+    zone = None
     if 'timezone' in fields:
         zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
+    cron = CRON_NAMES.get(plain.lower(), plain)
     schedule: Schedule
     if fields:
         schedule = Calendar(fields, zone)
-    elif not named and (plain.lower().startswith('every ') or ' ' not in plain):
-        schedule = parse_interval(plain)
+    elif ' ' not in cron or cron.lower().startswith('every '):
+        schedule = parse_interval(cron)
     else:
-        schedule = parse_cron(named or plain, zone)
+        schedule = parse_cron(cron, zone)
     schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
@@ -1245,10 +1180,9 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
 
 
 class HttpAnswer(NamedTuple):
-    """What a web server said; headers.get() takes a name in any case."""
+    """What a web server said."""
     status: int
     reason: str
-    headers: Any
     body: bytes
 
 
@@ -1311,7 +1245,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     opener = http_opener(url, login, seconds, limit)
     try:
         answer = opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
-        return HttpAnswer(answer.status, answer.reason, answer.headers, answer.read())
+        return HttpAnswer(answer.status, answer.reason, answer.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unreachable(describe(error)) from None
 
@@ -1624,7 +1558,7 @@ class Stats(NamedTuple):
     """The figures of an rTorrent; rates in bytes a second; None is what it does not tell."""
     engine_id: str
     version: str
-    uptime: float | None                # seconds
+    uptime: int | None                  # seconds
     up_rate: int | None
     up_limit: int | None                # 0 is none
     up_total: int | None
@@ -1843,7 +1777,7 @@ class Engine:
         told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
         uptime = None
         if self.startup:
-            uptime = time.time() - self.startup
+            uptime = int(time.time() - self.startup)
         return Stats(
             engine_id=self.engine_id,
             version=self.version,
@@ -4494,13 +4428,27 @@ SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names
 
 
 class Settings(dict):
-    """Settings by name: config.path or config['path']; as an attribute, None when missing."""
+    """Settings by name: config.path or config['path']; as an attribute, None when missing.
+
+    Those of a job are job.NAME.* without that prefix, job_name, dry_run, active ..., and they
+    have as attributes alone: `engine` is the job's rTorrent, `engines` are those of all jobs;
+    `state_dir` is where it may keep files; `alone`: this is a single run, perhaps beside the
+    daemon.
+    """
+
+    def __init__(self, settings: Any = (), **attributes: Any):
+        super().__init__(settings)
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
         if name.startswith('__'):
             raise AttributeError(name)
         return self.get(name)
+
+    def state_file(self, ending: str) -> str:
+        """Return the path of a file that is kept for the job."""
+        return os.path.join(self.state_dir, f'{self.job_name}.{ending}'.replace('/', '_'))
 
     def __repr__(self) -> str:
         shown = dict(self)
@@ -4512,24 +4460,11 @@ class Settings(dict):
         return repr(shown)
 
 
-class JobConfig(Settings):
-    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active ...
-
-    engine is the job's rTorrent, engines are those of all jobs. state_dir is where it may keep
-    files. alone: this is a single run, perhaps beside the daemon.
-    """
-
-    def __init__(self, settings: Any = (), engine: Any = None, engines: Any = (),
-                 state_dir: str = '', alone: bool = False):
-        super().__init__(settings)
-        self.engine = engine
-        self.engines = engines
-        self.state_dir = state_dir
-        self.alone = alone
-
-    def state_file(self, ending: str) -> str:
-        """Return the path of a file that is kept for the job."""
-        return os.path.join(self.state_dir, f'{self.job_name}.{ending}'.replace('/', '_'))
+KINDS: dict[Any, str] = {
+    parse_bool: 'yes/no',
+    parse_count: 'number',
+    parse_duration: 'time',
+    parse_size: 'size'}
 
 
 class Option(NamedTuple):
@@ -4543,17 +4478,20 @@ class Option(NamedTuple):
     @property
     def kind(self) -> str:
         """What the option takes, for the help."""
-        kinds: dict = {parse_bool: 'yes/no', parse_count: 'number', parse_duration: 'time',
-                       parse_size: 'size'}
-        return kinds.get(self.parse, 'text')
+        return KINDS.get(self.parse, 'text')
+
+
+def parse_condition(text: str) -> Filter | None:
+    """Return the Filter of a condition, None for an empty one."""
+    if not text.strip():
+        return None
+    return Filter(text)
 
 
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
-    name = type(job).__name__
     config = getattr(job, 'config', None)
-    if config is not None:
-        name = getattr(config, 'job_name', None) or name
+    name = getattr(config, 'job_name', None) or type(job).__name__
     return logging.getLogger('torque.' + name)
 
 
@@ -4564,19 +4502,11 @@ class Job:
     families: tuple[str, ...] = ()      # beginnings of options that may have any name
     at_start = False                    # run at the start, too
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         self.config = config
         self.LOG = get_class_logger(self)
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
-
-    @classmethod
-    def takes(cls, setting: str) -> bool:
-        """Tell whether a setting is one of the options."""
-        for option in cls.options or ():
-            if setting in (option.name, option.alias):
-                return True
-        return setting.startswith(cls.families)
 
     def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
         """Return the torrents of a view that meet a condition, with the fields it names.
@@ -4586,10 +4516,7 @@ class Job:
         """
         if isinstance(fields, str):
             fields = fields.replace(',', ' ').split()
-        matcher = None
-        if condition.strip():
-            matcher = Filter(condition)
-        return list_torrents(self.engine, view, fields, matcher)
+        return list_torrents(self.engine, view, fields, parse_condition(condition))
 
     def risks(self) -> list[str]:
         """Return what to be warned of before it does harm, a line each."""
@@ -4644,12 +4571,11 @@ class EngineStats(Job):
     def run(self) -> None:
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
-        started = ''
+        name = f'{stats.engine_id} rTorrent {stats.version}'
         if stats.uptime is not None:
-            started = f' up {show_duration(stats.uptime)}'
+            name += f' up {show_duration(stats.uptime)}'
         self.LOG.info(
-            '%s rTorrent %s%s; %s torrents, %s active; %s, %s; rpc %.1f ms',
-            stats.engine_id, stats.version, started,
+            '%s; %s torrents, %s active; %s, %s; rpc %.1f ms', name,
             count_text(stats.views['main']), count_text(stats.views['active']),
             rate_text('up', stats.up_rate, stats.up_limit),
             rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
@@ -4658,37 +4584,32 @@ class EngineStats(Job):
 def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
     pairs = {}
-    for number, part in enumerate(text.split(','), 1):
+    for part in filter(str.strip, text.split(',')):
         name, _, value = part.partition('=')
-        name, value = name.strip(), value.strip()
-        if name and value:
-            pairs[name] = value
-        elif part.strip():              # not shown: it may be the end of a password
-            raise UserError(f'part {number} is not understood; allowed is name=value, name=value')
+        if not name.strip() or not value.strip():       # not shown: it may be of a password
+            raise UserError('is not understood; allowed is name=value, name=value')
+        pairs[name.strip()] = value.strip()
     return pairs
 
 
 def parse_web_url(text: str) -> str:
-    """Return the base URL of a web server, without the slash at its end."""
-    if not re.fullmatch(r'https?://[^/@\s]+(?:/\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
-                        'with user and password as settings')
+    """Return the URL of a web server, without the slash at its end."""
+    if not re.fullmatch(r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/, '
+                        'without user and password')
     return text.rstrip('/')
 
 
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
-    if text and not re.fullmatch(
-            r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
-                        'without user and password')
-    return text
+    return text and parse_web_url(text)
 
 
-def parse_api(text: str) -> str:
-    """Return a version of InfluxDB's interface, or nothing."""
-    if text not in ('', '1', '2', '3'):
-        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
+def parse_word(known: Iterable[str], text: str) -> str:
+    """Return a word that has to be one of those known."""
+    if text not in known:
+        raise UserError(f"{text!r} is not known; allowed are {' '.join(filter(None, known))}"
+                        f'{nearest(text, known)}')
     return text
 
 
@@ -4728,17 +4649,13 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
     return f'{head} {values} {int(when * 1000)}'
 
 
-def series_of(line: str) -> str:
-    """Return the series of a line in line protocol, escaped as it is there."""
-    return re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
-
-
-def by_series(lines: list[str]) -> list[list[str]]:
-    """Return lines in groups of the same series."""
-    groups = collections.defaultdict(list)
+def by_series(lines: list[str]) -> dict[str, list[str]]:
+    """Return the lines of each series."""
+    groups: dict[str, list[str]] = {}
     for line in lines:
-        groups[series_of(line)].append(line)
-    return list(groups.values())
+        series = re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
+        groups.setdefault(series, []).append(line)
+    return groups
 
 
 def proc_rows(name: str) -> dict[str, list[str]]:
@@ -4753,7 +4670,7 @@ def proc_rows(name: str) -> dict[str, list[str]]:
 
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
-    figures: dict = {}
+    figures: Any = collections.Counter()
     with contextlib.suppress(OSError):
         figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
     memory = proc_rows('meminfo')
@@ -4762,9 +4679,19 @@ def host_figures() -> dict:
             figures[name] = int(memory[key][0]) * 1024
     for device, words in proc_rows('net/dev').items():
         if device != 'lo' and len(words) > 8:   # the heads of the table have none
-            figures['net_received'] = figures.get('net_received', 0) + int(words[0])
-            figures['net_sent'] = figures.get('net_sent', 0) + int(words[8])
+            figures['net_received'] += int(words[0])
+            figures['net_sent'] += int(words[8])
     return figures
+
+
+def disk_figures(path: str) -> dict:
+    """Return the size and the free bytes of the disk of a path."""
+    import shutil
+    try:
+        disk = shutil.disk_usage(os.path.expanduser(path))
+    except OSError as error:
+        raise LoggableError(f'disk_path {path!r}: {error.strerror}') from None
+    return {'disk_total': disk.total, 'disk_free': disk.free}
 
 
 def read_secret(path: str) -> str:
@@ -4772,20 +4699,17 @@ def read_secret(path: str) -> str:
     if not path:
         return ''
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path), encoding='utf-8', errors='replace') as stream:
             return stream.readline().strip()
     except OSError as error:
         raise LoggableError(f'{path}: {error.strerror}') from None
-    except ValueError:
-        raise LoggableError(f'{path}: not UTF-8 text') from None
 
 
-def retry_after(answer: HttpAnswer) -> float:
-    """Return the seconds that a server wants to be left alone, 0 where it does not say."""
-    said = answer.headers.get('retry-after', '')
-    if not re.fullmatch('[0-9]{1,9}', said):    # it may be a date as well
-        return 0
-    return min(int(said), 3600)
+# By version of the interface: where points are written to, and how a token is called.
+WRITE = {
+    '1': ('/write?db={db}&precision=ms', 'Token'),
+    '2': ('/api/v2/write?org={org}&bucket={bucket}&precision=ms', 'Token'),
+    '3': ('/api/v3/write_lp?db={db}&precision=millisecond', 'Bearer')}
 
 
 class InfluxDB(Job):
@@ -4800,7 +4724,8 @@ class InfluxDB(Job):
         Option('token_file', str, '', 'file that holds the token'),
         Option('org', str, '', 'organization (2.x)'),
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
-        Option('api', parse_api, '', '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
+        Option('api', functools.partial(parse_word, ('', *WRITE)), '',
+               '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
         Option('timeout', parse_duration, '10s', 'most time for one request'),
         Option('gzip', parse_bool, 'no', 'compress what is sent'),
         Option('dbname', str, 'torque', 'database (1.x, 3.x)'),
@@ -4810,51 +4735,30 @@ class InfluxDB(Job):
         Option('tags', parse_pairs, '', 'tags for every point: name=value, name=value'),
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
-    LONGEST_PAUSE = 300                 # seconds between tries
     SAVE_EVERY = 60                     # seconds
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.series and not config.series_host:
-            raise UserError('series and series_host are both empty: nothing to push')
-        self.pause = 0.0                # before the next try
-        self.asked_pause = 0.0          # the same, as the server wants it
-        self.retry_at = self.saved_at = 0.0
-        self.problem = ''
+            raise UserError('series_host is empty as well: nothing to push', option='series')
+        self.points: list[str] = []     # not delivered yet
         self.file = ''
+        self.buffer = 0
+        self.saved_at = 0.0
         if not config.alone and not self.dry_run:
+            self.buffer = config.buffer
             self.file = config.state_file('points')
-        self.points = self.load()
-
-    def load(self) -> list[str]:
-        """Return the points that an earlier process could not deliver."""
-        if not self.file:
-            return []
-        try:
-            with open(self.file, encoding='utf-8', errors='replace') as stream:
-                lines = stream.read().split('\n')
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f'{self.file}: {error.strerror}') from None
-        return [line for line in lines if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
-
-    def save(self) -> None:
-        """Keep undelivered points for the next process, or remove what was kept."""
-        self.saved_at = elapsed_time()
-        if not self.file:
-            return
-        try:
-            if self.points:
-                replace_file(self.file, '\n'.join(self.points) + '\n')
-            elif os.path.exists(self.file):
-                os.remove(self.file)
-        except (LoggableError, OSError) as error:
-            self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
+            with contextlib.suppress(FileNotFoundError):
+                with open(self.file, encoding='utf-8', errors='replace') as stream:
+                    self.points = [line.rstrip('\n') for line in stream]
 
     def cleanup(self) -> None:
-        """Save what is not delivered."""
-        self.save()
+        """Keep undelivered points for the next process, or remove what was kept."""
+        self.saved_at = elapsed_time()
+        if self.file and self.points:
+            replace_file(self.file, '\n'.join(self.points) + '\n')
+        elif os.path.exists(self.file):
+            os.remove(self.file)
 
     def run(self) -> None:
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
@@ -4863,17 +4767,14 @@ class InfluxDB(Job):
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
             self.points += lines
-            try:
-                self.deliver(self.points)
-            finally:
-                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
-                    self.save()
+            problems = self.deliver() + problems
+            if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
+                self.cleanup()
         if problems:
             raise problems[0]
 
     def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
-        import shutil
         config, host = self.config, socket.gethostname()
         rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
@@ -4885,12 +4786,11 @@ class InfluxDB(Job):
         if config.series_host:
             rows.append((config.series_host, {'host': host}, host_figures()))
             for path in filter(None, config.disk_path.split(os.pathsep)):
+                tags = {'disk': path, 'host': host}
                 try:
-                    disk = shutil.disk_usage(os.path.expanduser(path))
-                    figures = {'disk_total': disk.total, 'disk_free': disk.free}
-                    rows.append((config.series_host, {'disk': path, 'host': host}, figures))
-                except OSError as error:
-                    problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+                    rows.append((config.series_host, tags, disk_figures(path)))
+                except LoggableError as error:
+                    problems.append(error)
         lines = []
         for series, tags, figures in rows:
             if set(figures.values()) != {None}:
@@ -4901,97 +4801,71 @@ class InfluxDB(Job):
         """Return (series, tags, figures) of rTorrent and of its views."""
         figures = self.engine.stats()._asdict()
         views = figures.pop('views')
-        uptime = figures.pop('uptime')
-        if uptime is not None:
-            figures['uptime'] = int(uptime)
         tags = {'host': figures['engine_id'].partition(':')[0]}
         series = self.config.series
         return [(series, tags, figures), (series + '_views', tags, views)]
 
-    def deliver(self, points: list[str]) -> None:
-        """Send points, oldest first, and take them out of the list.
-
-        Raises LoggableError when some have to wait, or were refused for good.
-        """
-        refused: list[str] = []
-        while points and elapsed_time() >= self.retry_at:
-            batch = points[:self.BATCH]
-            try:
-                refused += self.post(batch)
-                del points[:len(batch)]
-                self.pause = 0.0
-            except LoggableError as error:
-                self.problem = f'{self.config.url}: {error}'
-                self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
-                self.retry_at = elapsed_time() + (self.asked_pause or self.pause)
-        if points:
-            refused.append(f'{self.problem}; {self.keep(points)}')
-        if refused:
-            raise LoggableError('; '.join(refused))
-
-    def keep(self, points: list[str]) -> str:
-        """Drop the oldest points that are too many, and return what becomes of the others."""
-        lost = len(points) - self.config.buffer
-        text = f'{min(len(points), self.config.buffer)} points are kept'
-        if not self.file:
-            text = 'nothing is kept'
-        if lost > 0:
-            del points[:lost]
-            text += f', the oldest {lost} dropped'
-        return text
+    def deliver(self) -> list[LoggableError]:
+        """Send points, oldest first; return why some have to wait, or were refused for good."""
+        problems = []
+        try:
+            while self.points:
+                problems += self.post(self.points[:self.BATCH])
+                del self.points[:self.BATCH]
+        except LoggableError as error:
+            lost = max(len(self.points) - self.buffer, 0)
+            del self.points[:lost]
+            problems.append(f'{error}; {len(self.points)} points are kept, {lost} older dropped')
+        if not problems:
+            return []
+        return [LoggableError(f"{self.config.url}: {', '.join(problems)}")]
 
     def post(self, lines: list[str]) -> list[str]:
         """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
         """
-        self.asked_pause = 0.0
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
             return []
         said = one_line(f'HTTP {answer.status} {answer.reason} ') + beginning(answer.body)
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
-            parts = [lines[:half], lines[half:]]
-        elif answer.status in (400, 422):
-            parts = by_series(lines)    # one bad series must not cost the others
-        else:                           # 413 for one point: it would refuse all of them
-            self.asked_pause = retry_after(answer)
+            return self.post(lines[:half]) + self.post(lines[half:])
+        if answer.status not in (400, 422):
+            # 413 for a single point, too: it would refuse all of them.
             raise LoggableError(said)
-        if len(parts) == 1:
-            return [f'{self.config.url}: {len(lines)} points of {series_of(lines[0])} were '
-                    f'refused and dropped: {said}']
+        groups = by_series(lines)
+        if len(groups) == 1:
+            return [f'{len(lines)} points of {min(groups)} were refused and dropped: {said}']
         refused = []
-        for part in parts:
-            refused += self.post(part)
+        for group in groups.values():   # one bad series must not cost the others
+            refused += self.post(group)
         return refused
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
-        from urllib.parse import urlencode
-        config, headers = self.config, self.login()
-        if config.api == '3':
-            path, query = '/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'}
-        elif config.api == '2' or not config.api and (config.org or config.bucket):
-            path, query = '/api/v2/write', {
-                'org': config.org, 'bucket': config.bucket or config.dbname, 'precision': 'ms'}
-        else:
-            path, query = '/write', {'db': config.dbname, 'precision': 'ms'}
-        headers['Content-Type'] = 'text/plain; charset=utf-8'
+        from urllib.parse import quote_plus
+        config = self.config
+        api = config.api or '1'
+        if not config.api and (config.org or config.bucket):
+            api = '2'
+        path, scheme = WRITE[api]
+        path = path.format(db=quote_plus(config.dbname), org=quote_plus(config.org),
+                           bucket=quote_plus(config.bucket or config.dbname))
+        headers = {'Content-Type': 'text/plain; charset=utf-8', **self.login(scheme)}
         if config.gzip:
             import gzip
             body = gzip.compress(body)
             headers['Content-Encoding'] = 'gzip'
-        return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
+        return http_post(config.url + path, body, headers, config.timeout)
 
-    def login(self) -> dict[str, str]:
+    def login(self, scheme: str) -> dict[str, str]:
         """Return the header that says who writes: a token, else user and password, else none."""
         config = self.config
         token = config.token or parse_token(read_secret(config.token_file))
-        if token and config.api == '3':
-            return {'Authorization': f'Bearer {token}'}
         if token:
-            return {'Authorization': f'Token {token}'}
+            return {'Authorization': f'{scheme} {token}'}
         if not config.user:
             return {}
         password = config.password or read_secret(config.password_file)
@@ -5003,11 +4877,6 @@ class InfluxDB(Job):
 # What a user wants done with torrents enters as options; what leaves are commands to rTorrent,
 # files that come, move or go, and programs that run, each announced in the log and only
 # announced in a dry run. A Choice handles the torrents of a view that meet a condition.
-
-def parse_condition(text: str) -> Filter | None:
-    """Return the Filter of a condition, None for an empty one."""
-    return Filter(text) if str(text).strip() else None
-
 
 def parse_sort(text: str) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
@@ -5048,7 +4917,7 @@ class Choice(Job):
     FRESH = 1.0                         # seconds that a list may be old
     PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
@@ -5135,7 +5004,6 @@ class Choice(Job):
 
 class QueueManager(Job):
     """Start waiting torrents, a few per run, while there is room."""
-    section = 'TORQUE'
     options = (
         Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
                'condition that any startable item must meet, too'),
@@ -5156,7 +5024,7 @@ class QueueManager(Job):
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         where = self.engine.address.where
         self.turn = self.turns.setdefault(where, threading.Lock())
@@ -5422,16 +5290,6 @@ ACTION_COMMANDS: dict[str, tuple[str, Callable | None]] = {
 WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
 
 
-def parse_word(known: Iterable[str], text: str) -> str:
-    """Return a word that has to be one of those known."""
-    if text not in known:
-        what = 'is not set'
-        if text:
-            what = f'{text!r} is not known'
-        raise UserError(f"{what}; allowed are {' '.join(known)}{nearest(text, known)}")
-    return text
-
-
 class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
@@ -5445,7 +5303,7 @@ class Action(Choice):
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item has, too: keep or delete'))
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
@@ -5697,7 +5555,7 @@ class Command(Job):
         Option('timeout', parse_duration, '', 'when the program and its children are ended'),
         Option('check', parse_bool, 'yes', 'no: a status other than 0 is no failure'))
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         self.children: set[int] = set()         # pids of programs that run
         if not config.args:
@@ -5812,7 +5670,7 @@ class ItemCommand(Choice, Command):
     fields = ENVIRONMENT = (
         'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.shell:
             self.template = self.use('args', ArgsTemplate, config.args)
@@ -5859,7 +5717,7 @@ class Move(Choice):
     removes = True
     LONGEST_PAUSE = 3600                # seconds
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
@@ -6254,7 +6112,7 @@ class TreeWatch(Job):
                 folders.append(os.path.abspath(path))
         return folders
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         self.roots = self.folders(config)
         if not self.roots:
@@ -6263,7 +6121,7 @@ class TreeWatch(Job):
         for key in sorted(config):
             if key.startswith(self.families):
                 with reading(key):
-                    self.commands.append(CommandTemplate(config[key], self.NAMES))
+                    self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
         self.untied_file = config.state_file('untied')
@@ -6752,14 +6610,15 @@ class TreeWatch(Job):
 
 
 # --- Config ----------------------------------------------------------------------------------
-# torque.ini becomes entries (a value and its place), entries become settings, settings become
-# planned jobs, and those become the objects that run. Mistakes are collected as (file, line,
-# text), so that all are told at once, each as `file:line: setting: what is wrong; what is
-# allowed`; only where there is none does anything start. What has no effect is a warning.
-# config_ini is the configuration as jobs see it. All of this runs in the main thread.
+# torque.ini becomes values (a text that knows where it stands), values become planned jobs, and
+# those become the objects that run. Mistakes are collected as ((file, line), text), so that all
+# are told at once, each as `file:line: setting: what is wrong; what is allowed`; only where there
+# is none does anything start. What has no effect is a warning. config_ini is the configuration
+# as jobs see it. All of this runs in the main thread.
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+COMMON = ('scgi_url', 'rtorrent_rc')    # what is read of pyrocore's [GLOBAL]
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
 job.connstats.schedule = minute=*
@@ -6775,39 +6634,22 @@ job.treewatch.schedule = hour=*
 job.treewatch.active = no
 """
 BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
-# Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
-OLD_HANDLERS = {
-    'jobs:EngineStats': 'EngineStats',
-    'metrics:EngineStats': 'EngineStats',
-    'jobs:InfluxDBStats': 'InfluxDB',
-    'jobs:InfluxDB': 'InfluxDB',
-    'queue:QueueManager': 'QueueManager',
-    'watch:QueueManager': 'QueueManager',
-    'watch:TreeWatch': 'TreeWatch',
-    'action:Action': 'Action',
-    'action:Command': 'Command',
-    'action:ItemCommand': 'ItemCommand',
-    'move_path:PathMover': 'Move'}
+# Jobs of pyrocore and pyrosimple that have another name here
+OLD_NAMES = {
+    'InfluxDBStats': 'InfluxDB',
+    'PathMover': 'Move'}
 
 
 def origin(error: BaseException) -> str:
     """Return one line that says what was raised and in which line of which file."""
     if isinstance(error, SyntaxError):
         return f'{error.filename}:{error.lineno}: {error.msg}'
-    place, trace = '', error.__traceback__
-    while trace:
-        file = trace.tb_frame.f_code.co_filename
+    place = ''
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
         if not file.startswith('<') and file != __file__:
-            place = f'{file}:{trace.tb_lineno}: '
-        trace = trace.tb_next
+            place = f'{file}:{line}: '
     return f'{place}{type(error).__name__}: {error}'
-
-
-def required(text: str) -> str:
-    """Return the text of what every job needs."""
-    if not text:
-        raise UserError('is missing; a job needs a handler and a schedule')
-    return text
 
 
 def handler_name(text: str) -> str:
@@ -6817,37 +6659,23 @@ def handler_name(text: str) -> str:
     ('torque:InfluxDB', 'my.jobs:Space')
     """
     text = text.replace('::', ':')
-    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.(\S+)', text)
-    if old and old[1] in OLD_HANDLERS:
-        return 'torque:' + OLD_HANDLERS[old[1]]
+    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.\w+:(\w+)', text)
+    if old:
+        text = 'torque:' + OLD_NAMES.get(old[1], old[1])
     return text
-
-
-def import_module(module: str, name: str) -> Any:
-    """Return a module that has the class `name`; raises UserError whatever goes wrong."""
-    import importlib
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if module != missing and not module.startswith(missing + '.'):
-            raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-        hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
-        if module.endswith('.py'):
-            hint = f'; write {module[:-3]}:{name}'
-        raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
-                        f'Python does){hint}') from None
-    except (Exception, SystemExit) as error:    # whatever the module does when imported
-        raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
 
 
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
-    handler = handler_name(required(text))
+    handler = handler_name(text)
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
-    module = import_module(path, name)
+    try:
+        __import__(path)
+    except (Exception, SystemExit) as error:    # whatever the module does when imported
+        raise UserError(f'module {path!r} cannot be imported: {origin(error)}') from None
+    module = sys.modules[path]
     handler_class = getattr(module, name, None)
     if not callable(handler_class):
         classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
@@ -6857,7 +6685,7 @@ def import_handler(text: str) -> Any:
 
 def parse_due(text: str) -> Schedule:
     """Return the Schedule of a job: one that is due again."""
-    schedule = parse_schedule(required(text))
+    schedule = parse_schedule(text)
     if schedule.next(time.time()) is None:
         raise UserError(f'{text!r} lies in the past: it would never fire')
     return schedule
@@ -6865,9 +6693,7 @@ def parse_due(text: str) -> Schedule:
 
 def parse_level(text: str) -> str:
     """Return a level of the log, or nothing."""
-    if text.upper() not in ('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'):
-        raise UserError(f'{text!r}; allowed are DEBUG INFO WARNING ERROR')
-    return text
+    return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
 
 
 CORE_OPTIONS = (                        # what any job has
@@ -6898,29 +6724,43 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
-CORE_NAMES = [option.name for option in CORE_OPTIONS]
-TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
-class Place(NamedTuple):
-    """Where a setting stands: a file or `-D`, and the line, 0 where there is none."""
-    file: str
-    line: int = 0
-
-    def __str__(self) -> str:
-        if self.line:
-            return f'{self.file}:{self.line}'
-        return self.file
+def option_names(options: Iterable[Option]) -> list[str]:
+    """Return the names of options, and their other names."""
+    names: list[str] = []
+    for option in options:
+        names += filter(None, (option.name, option.alias))
+    return names
 
 
-class Entry(NamedTuple):
-    """A value of the configuration, and where it stands."""
-    value: str
-    place: Place
-
-
-Entries = Dict[str, Entry]              # by name
+CORE_NAMES = option_names(CORE_OPTIONS)
+TORQUE_NAMES = option_names(TORQUE_OPTIONS)
+Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 for all of it
 Mistake = Tuple[Place, str]             # where, and what is wrong
+
+
+class Value(str):
+    """A text of the configuration; `place`: where it stands, `key`: the name it has there."""
+    place: Place
+    key: str
+
+    def __new__(cls, text: str, place: Place = ('', 0), key: str = '') -> Value:
+        value = super().__new__(cls, text)
+        value.place = place
+        value.key = key
+        return value
+
+
+Values = Dict[str, Value]               # by name
+
+
+def located(place: Place, text: str) -> str:
+    """Return a line that says what is the matter where."""
+    file, line = place
+    if line and file != '-D':
+        file = f'{file}:{line}'
+    return one_line(f'{file}: {text}')
 
 
 class UnknownJob(UserError):
@@ -6929,14 +6769,10 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration; `lines` has a line for each, in their order."""
+    """All that is wrong with a configuration, a line each, in their order."""
 
-    def __init__(self, mistakes: list[Mistake]):
-        self.mistakes = mistakes
-        self.lines = []
-        for place, text in sorted(dict.fromkeys(mistakes), key=operator.itemgetter(0)):
-            self.lines.append(one_line(f'{place}: {text}'))
-        super().__init__('\n'.join(self.lines))
+    def __init__(self, mistakes: Iterable[Mistake]):
+        super().__init__('\n'.join(located(*mistake) for mistake in sorted(set(mistakes))))
 
 
 class NumberedParser(configparser.RawConfigParser):
@@ -6945,9 +6781,10 @@ class NumberedParser(configparser.RawConfigParser):
     optionxform() is called while the line of the key is in hand. Keys with numbers are all
     different, so none is lost when it is given twice.
     """
-    SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
-    # Matches any line, so that none ends the reading; is_key() tells what was no key.
-    OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
+    SECTCRE = re.compile(r'\[(?P<header>[^][]+)\]')
+    # Matches any line, so that none ends the reading. What follows ` ;` is a comment.
+    OPTCRE = re.compile(
+        r'(?s)(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)\Z')
 
     def __init__(self, lines: list[str], file: str):
         super().__init__(strict=False, default_section='', interpolation=None)
@@ -6963,168 +6800,101 @@ class NumberedParser(configparser.RawConfigParser):
     def optionxform(self, optionstr: str) -> str:
         return f'{self.number} {optionstr}'
 
-    def rows(self) -> list[tuple[int, str, str, str]]:
-        """Return (line, section, key with delimiter, value) of all that was read, in order."""
-        rows = []
-        for section in self.sections():
-            for numbered, value in self.items(section):
-                number, _, key = numbered.partition(' ')
-                rows.append((int(number), section.strip().upper(), key, value))
-        return sorted(rows)
-
-
-def common_section(section: str, key: str) -> str:
-    """Return under which section torque has a setting of pyrocore's config.ini; or nothing."""
-    if section in ('INFLUXDB', 'ANNOUNCE'):
-        return section
-    if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
-        return 'TORQUE'
-    return ''
-
-
-def is_key(text: str) -> bool:
-    """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
-    if text[-1] not in '=:' or text[0] in '=:[':
-        return False
-    return not re.search(r'\s;', text)
-
-
-def excerpt(text: str, line: str) -> str:
-    """Return part of a line as a message may show it; line: what tells of secrets in it."""
-    if re.search(SECRET + '|url', line):
-        return '***'
-    return quoted(redacted(text.strip()), 60)
-
 
 class Ini:
-    """The entries of configuration files by section and key; mistakes, warnings, notes."""
+    """The values of configuration files by section and key; mistakes, and remarks for the log."""
 
     def __init__(self) -> None:
-        self.sections: dict[str, Entries] = {'TORQUE': {}}
+        self.sections: dict[str, Values] = {section: {} for section in SECTIONS}
+        self.torque = self.sections['TORQUE']
         self.mistakes: list[Mistake] = []
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
+        self.remarks: list[tuple[int, str]] = []        # level of the log, line
 
-    def refuse(self, place: Place, text: str) -> None:
+    def refuse(self, value: Value, text: Any) -> None:
         """Add a mistake."""
-        self.mistakes.append((place, text))
+        self.mistakes.append((value.place, f'{value.key}: {text}'))
 
-    def warn(self, place: Place, text: str) -> None:
+    def warn(self, value: Value, text: str) -> None:
         """Add a warning of what has no effect, or another one than it seems."""
-        self.warnings.append(one_line(f'{place}: {text}'))
+        self.remarks.append((logging.WARNING, located(value.place, f'{value.key}: {text}')))
 
     def read(self, text: str, file: str, common: bool = False) -> None:
-        """Add the entries of one file; common: it is pyrocore's config.ini."""
-        lines = [line.rstrip() for line in text.split('\n')]
-        rows = NumberedParser(lines, file).rows()
-        self.warn_of_glued(lines, file, {row[0] for row in rows})
-        before = ''
-        for number, section, key, value in rows:
-            name = key[:-1].rstrip()
-            if common:
-                section = common_section(section, name)
-                if not section:
+        """Add the values of one file; common: it is pyrocore's config.ini."""
+        lines = text.split('\n')
+        parser = NumberedParser(lines, file)
+        for header in parser.sections():
+            for numbered, text in parser.items(header):
+                number, _, key = numbered.partition(' ')
+                section = header.strip().upper()
+                value = Value(re.sub('\n+', '\n', text), (file, int(number)), key[:-1].rstrip())
+                if common and section in ('GLOBAL', 'DEFAULT') and value.key in COMMON:
+                    section = 'TORQUE'
+                if common and section not in SECTIONS:
                     continue
-            place = Place(file, number)
-            line = lines[number - 1]
-            shown = excerpt(line, before + line)    # it may go on a secret
-            before = name
-            if not is_key(key):
-                self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
-            elif section:
-                value = self.without_comment(place, name, value, line)
-                self.add(section, name, value, place)
-            elif number == rows[0][0]:
-                self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
-                                   'under [TORQUE]')
+                if re.fullmatch(r'[^[=:].*[=:]', key) and key.isprintable():
+                    self.add(section, value, lines[int(number) - 1])
+                else:
+                    self.mistakes.append((value.place, 'neither KEY = VALUE nor [SECTION]'))
 
-    def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
-        """Warn of lines that look like settings, and go on a value because they are indented."""
-        pattern = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
-        for number, line in enumerate(lines, 1):
-            setting = pattern.match(line)
-            if setting and number not in keys:
-                self.warn(Place(file, number), f'{setting[1]} is indented, so it belongs to the '
-                                               'value above it')
-
-    def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
-        """Return a value without empty lines, and without the `; note` that ends its first one."""
-        first, *more = value.split('\n')
-        comment = re.search(r'\s;', line)
-        if comment:
-            first = first[:comment.start() - len(line)].rstrip()
-            said = line[comment.end():]
-            if re.search(r'\.(args$|cmd[._])', key):
-                self.warn(place, f'{key}: text after ` ;` is a comment, and cut off from the '
-                                 f'command: {excerpt(said, line)}; a ; without a blank before '
-                                 'it belongs to the value')
-            elif '=' in said:
-                self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
-        if first == '""':
-            first = ''
-        return '\n'.join([first, *filter(None, more)])
-
-    def add(self, section: str, key: str, value: str, place: Place) -> None:
-        """Add one entry; a later one replaces an earlier one."""
-        entries = self.sections.setdefault(section, {})
-        if key in entries and entries[key].place.file == place.file:
-            self.warn(place, f'{key} stands here again, and this one counts, not that of '
-                             f'{entries[key].place}')
-        if not key.isprintable():
-            self.refuse(place, f'{quoted(key)}: a name has no control characters')
-        elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
-                               'the value itself, and %% for %')
-        else:
-            entries[key] = Entry(value.replace('%%', '%'), place)
+    def add(self, section: str, value: Value, line: str) -> None:
+        """Add a value, which replaces an earlier one; tell what is not as it seems."""
+        comment = re.search(r'\s;(.*)', line)
+        if comment and ('=' in comment[1] or re.search(r'\.(args$|cmd[._])', value.key)):
+            self.warn(value, 'what follows ` ;` is a comment, and cut off; a ; without a blank '
+                             'before it belongs to the value')
+        setting = re.search(rf"\n(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", value)
+        if setting:
+            self.warn(value, f'{setting[1]} below is indented, so it belongs to this value')
+        if not section:
+            self.refuse(value, 'stands before any [SECTION]; settings belong under [TORQUE]')
+        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
+        values = self.sections.setdefault(section, {})
+        before = values.get(value.key, Value(''))
+        if before.place[0] == value.place[0]:
+            self.warn(value, f'stands here again, and counts, not line {before.place[1]}')
+        text = value.replace('%%', '%')
+        if text == '""':
+            text = ''
+        values[value.key] = Value(text, value.place, value.key)
 
     def override(self, text: str) -> None:
         """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
-        place = Place('-D')
-        key, equals, value = text.partition('=')
-        key, value = key.strip(), value.strip()
-        section, _, rest = key.partition('.')
-        section = section.upper()
-        if not equals or not section:
-            self.refuse(place, f'{excerpt(text, text)}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif rest and section in (*self.sections, *SECTIONS):
-            self.add(section, rest, value, place)
-        else:
-            self.add('TORQUE', key, value, place)
+        section, _, rest = text.partition('.')
+        if section.upper() not in self.sections:
+            section, rest = 'TORQUE', text
+        self.read(f'[{section}]\n{rest}', '-D')
 
 
 def read_text(path: str) -> str:
     """Return the text of a configuration file; raises Mistakes where there is none."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            wrong = 'is no regular file'        # a pipe would block, a device might never end
-        elif os.path.getsize(path) > INI_LIMIT:
-            wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
-        else:
+        status = os.stat(path)
+        # A pipe would block, a device might never end.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= INI_LIMIT:
             with open(path, encoding='utf-8-sig') as stream:
                 return stream.read()
-    except UnicodeDecodeError as error:
-        wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
-    except OSError as error:
-        wrong = str(error.strerror)
-    raise Mistakes([(Place(path), wrong)])
+        wrong = f'is no regular file of up to {show_size(INI_LIMIT)}'
+    except (OSError, UnicodeDecodeError) as error:
+        wrong = getattr(error, 'strerror', f'no text: {error}')
+    raise Mistakes([((path, 0), wrong)])
 
 
 def read_common(ini: Ini, path: str) -> None:
     """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
     file = beside(path, 'config.ini')
-    if not os.path.isfile(file) or os.path.realpath(path) == file:
+    if not os.path.isfile(file):
         return
     try:
         ini.read(read_text(file), file, common=True)
-        ini.notes.append(one_line(f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, '
-                                  '[INFLUXDB], [ANNOUNCE]'))
+        ini.remarks.append((logging.INFO, one_line(
+            f'{file} is read first, for [GLOBAL] scgi_url, rtorrent_rc, [INFLUXDB], [ANNOUNCE]')))
     except Mistakes as error:
-        ini.warnings.append(str(error))
+        ini.remarks.append((logging.WARNING, str(error)))
 
 
 def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's files over them, and of -D over all."""
+    """Return the values of the defaults, of the user's files over them, and of -D over all."""
     ini = Ini()
     ini.read(DEFAULTS, '<defaults>')
     read_common(ini, path)
@@ -7142,13 +6912,13 @@ def beside(path: str, name: str | None) -> str:
     return os.path.join(folder, os.path.expanduser(name))
 
 
-def default_state_dir(path: str) -> str:
-    """Return the folder of state of one configuration file, by its real path."""
+def state_folder(path: str, name: str | None) -> str:
+    """Return the folder of state of a configuration file, which may name it."""
     import hashlib
+    if name:
+        return beside(path, name)
     real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME')
-    if not base:
-        base = os.path.expanduser('~/.local/state')
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
     mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
@@ -7166,173 +6936,122 @@ def convert(text: str) -> Any:
     return text
 
 
-def texts_of(entries: Entries) -> Settings:
-    """Return the values of entries as they are."""
-    return Settings((key, entry.value) for key, entry in entries.items())
-
-
-def converted(entries: Entries) -> Settings:
-    """Return the values of entries as pyrocore's jobs expect them; a handler stays text."""
-    values = texts_of(entries)
-    for key, text in values.items():
-        if key not in ('handler', 'schedule'):
-            values[key] = convert(text)
-    return values
-
-
-def first_place(entries: Entries) -> Place:
-    """Return where the user's file begins to speak of something."""
-    for entry in entries.values():
-        if entry.place.file != '<defaults>':
-            return entry.place
-    return Place('<defaults>')
-
-
-def built_in(entries: Entries) -> Any:
-    """Return the class of a job where it is a built-in one, else None."""
-    if 'handler' in entries:
-        for job in BUILT_IN:
-            if handler_name(entries['handler'].value) == f'torque:{job.__name__}':
-                return job
+def built_in(handler: str) -> Any:
+    """Return the class that a handler means where it is a built-in one, else None."""
+    for job in BUILT_IN:
+        if handler_name(handler) == f'torque:{job.__name__}':
+            return job
     return None
 
 
-def is_off(entries: Entries) -> bool:
+def is_off(values: Values) -> bool:
     """Tell whether a job's settings say that it is not active."""
-    if 'active' not in entries:
-        return False
-    return entries['active'].value.lower() in FALSE
+    return values.get('active', '').lower() in FALSE
 
 
-def group_jobs(ini: Ini) -> dict[str, Entries]:
-    """Return the entries of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, Entries] = {}
-    others: Entries = {}
-    for key, entry in ini.sections['TORQUE'].items():
-        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
-        if setting:
-            groups.setdefault(setting[1], {})[setting[2]] = entry
-        elif key.partition('.')[0] == 'job':
-            ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
-        elif key not in TORQUE_NAMES:
-            others[key] = entry
+def group_jobs(ini: Ini) -> dict[str, Values]:
+    """Return the values of each job by name; tell of those that torque has no use for."""
+    groups: dict[str, Values] = {}
     old = set()
-    for key, entry in others.items():
+    for key, value in ini.torque.items():
+        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
         family = key.partition('.')[0]
-        if family in ('apscheduler', 'httpd'):
+        if setting:
+            groups.setdefault(setting[1], {})[setting[2]] = value
+        elif family == 'job':
+            ini.refuse(value, 'allowed is job.NAME.PARAM')
+        elif family in ('apscheduler', 'httpd'):
             old.add(f'{family}.*')
-        else:
-            hint = where_it_belongs(key, groups)
-            ini.warn(entry.place, f'{key} means nothing to torque{hint}')
+        elif key not in TORQUE_NAMES:
+            ini.warn(value, f'this means nothing to torque{where_it_belongs(key, ini)}')
     if old:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(old))}")
+        text = f"settings of pyrocore without a use here: {' '.join(sorted(old))}"
+        ini.remarks.append((logging.INFO, text))
     return groups
 
 
-def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
+def where_it_belongs(key: str, ini: Ini) -> str:
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
-    if rest and stem.lower() in ('job', 'jobs'):
-        return f"; did you mean 'job.{rest}'?"
-    if rest and stem in groups:
-        return f"; did you mean 'job.{key}'?"
-    if key in CORE_NAMES:
-        return f'; write job.NAME.{key}, for each job'
-    for name in ('queue', 'treewatch', 'fluxstats'):
-        job = built_in(groups[name])
-        if job and job.takes(key):
-            hint = f'; write job.{name}.{key}'
-            if job.section == 'INFLUXDB':
-                hint += ', or put it under [INFLUXDB]'
-            return hint
+    right = [known for known in ini.torque if known.endswith(f'.{key}')]
+    if stem.lower() in ('job', 'jobs'):
+        right = [f'job.{rest}']
+    for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
+        if key in option_names(job.options):
+            right.append(f'job.{name}.{key}')
+    if right:
+        return f'; did you mean {right[0]!r}?'
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
 def warn_of_sections(ini: Ini) -> None:
     """Warn of sections, and of settings in them, that have no effect."""
-    for section, entries in ini.sections.items():
-        if section not in SECTIONS:
-            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
-            ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
-            continue
-        for key, entry in entries.items():
+    for section, values in ini.sections.items():
+        for key, value in values.items():
+            if section and section not in SECTIONS:
+                hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+                ini.warn(value, f'section [{section}] means nothing to torque{hint}')
+                break
             if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
-                ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs under '
-                                      '[TORQUE]')
+                ini.warn(value, f'no effect under [{section}]; it belongs under [TORQUE]')
 
 
-def checked(options: Iterable[Option], entries: Entries, prefix: str,
-            mistakes: list[Mistake]) -> Settings:
-    """Return the values of options, adding the mistakes in them to `mistakes`."""
-    values = Settings()
+def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '',
+            shared: Any = ()) -> Settings:
+    """Return what the values mean to options; those left out are as in `shared`, or default."""
+    meanings = Settings()
+    given = {**dict(shared), **values}
+    place = ('', 0)
+    for value in values.values():
+        place = value.place
     for option in options:
-        entry = entries.get(option.name) or entries.get(option.alias)
+        default = Value(option.default, place, prefix + option.name)
+        text = given.get(option.name, given.get(option.alias, default))
         typed = option.kind != 'text'           # empty is as if it were left out
-        text = option.default
-        if entry and (entry.value or not typed):
-            text = entry.value
-        values[option.name] = None
-        if typed and text == '':
+        if typed and not text:
+            text = default
+        if option.name in values and option.alias in values:
+            ini.warn(values[option.alias], f'another name of {option.name}, and that counts')
+        meanings[option.name] = None
+        if typed and not text:
             continue
         try:
-            values[option.name] = option.parse(text)
+            meanings[option.name] = option.parse(text)
         except UserError as error:
-            place = entry.place if entry else first_place(entries)
-            mistakes.append((place, f'{prefix}{option.name}: {error}'))
-    return values
+            ini.refuse(text, error)
+    return meanings
 
 
-def unknown_options(job: Any, prefix: str, entries: Entries) -> list[Mistake]:
-    """Return what is among a built-in job's settings and is none of its options."""
-    known = list(CORE_NAMES)
-    for option in job.options:
-        known += filter(None, (option.name, option.alias))
-    unknown = []
-    for key, entry in entries.items():
-        if key not in CORE_NAMES and not job.takes(key) and not key.startswith('job.'):
+def converted(values: Values) -> Settings:
+    """Return values as pyrocore's jobs expect them."""
+    return Settings((key, convert(text)) for key, text in values.items())
+
+
+def check_names(job: Any, values: Values, tell: Callable[[Value, str], None]) -> None:
+    """Tell what is among a built-in job's settings and is none of its options."""
+    known = CORE_NAMES + option_names(job.options)
+    for key, value in values.items():
+        if key not in known and not key.startswith(job.families):
             hint = nearest(key, known) or '; see --list-jobs'
-            unknown.append((entry.place, f'{prefix}{key}: {job.__name__} has no such option{hint}'))
-    return unknown
+            tell(value, f'{job.__name__} has no such option{hint}')
 
 
-def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
-    """Return a built-in job's entries with those that its section gives to all of its kind.
-
-    What is none of its options is a mistake.
-    """
-    shared = ini.sections.get(job.section, {})
-    merged = dict(entries)
-    ini.mistakes += unknown_options(job, prefix, entries)
-    if job.section != 'TORQUE':
-        ini.mistakes += unknown_options(job, '', shared)
-    for option in job.options:
-        if option.name in entries and option.alias in entries:
-            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
-                                                  f'{option.name}, and that counts')
-        elif option.name in shared and option.alias not in entries:
-            merged.setdefault(option.name, shared[option.name])
-    return merged
-
-
-def import_modules(path: str, groups: dict[str, Entries]) -> None:
+def import_modules(path: str, groups: dict[str, Values]) -> None:
     """Import the modules of all active jobs: each may add fields that others' conditions name."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if folder not in sys.path:
-        sys.path.append(folder)
-    for entries in groups.values():
-        if 'handler' in entries and not is_off(entries):
+    sys.path.append(os.path.dirname(os.path.realpath(path)))
+    for values in groups.values():
+        if not is_off(values):
             with contextlib.suppress(UserError):    # told of when the job is planned
-                import_handler(entries['handler'].value)
+                import_handler(values.get('handler', ''))
 
 
 class PlannedJob(NamedTuple):
     """A job that can be made."""
     name: str
-    make: Callable[[JobConfig], Any]
-    config: JobConfig
+    make: Callable[[Settings], Any]
+    config: Settings
     schedule: Schedule
-    places: dict[str, Place]            # of its settings, and '' of the first
-    source: Settings                    # all texts it is made of: the same, and so is the job
+    source: Values                      # its settings as they are written
 
 
 class Config(Settings):
@@ -7346,8 +7065,7 @@ class Config(Settings):
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
         self.path = path
-        self.warnings = ini.warnings
-        self.notes = ini.notes
+        self.remarks = ini.remarks
         warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
@@ -7356,102 +7074,66 @@ class Config(Settings):
         self.fill(ini, dry_run)
         import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
-        for name, entries in groups.items():
-            if name == only or only is None and not is_off(entries):
-                self.jobs.append(self.plan(name, entries, ini, bool(only)))
-            elif entries.get('scgi_url') and entries['scgi_url'].value:
+        for name, values in groups.items():
+            job = built_in(values.get('handler', ''))
+            if name == only or only is None and not is_off(values):
+                self.jobs.append(self.plan(name, values, ini, bool(only)))
+            elif values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
-                self.find_engine(entries['scgi_url'].value, self.torque.same_files,
-                                 f'job.{name}.scgi_url', entries, ini)
-            elif only is None and built_in(entries):    # a slip may be why it is not active
-                for place, text in unknown_options(built_in(entries), f'job.{name}.', entries):
-                    ini.warn(place, f'{text} (of an inactive job)')
+                self.engine_at(values['scgi_url'], self.torque.same_files, ini)
+            elif only is None and job:          # a slip may be why it is not active
+                check_names(job, values, ini.warn)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
     def fill(self, ini: Ini, dry_run: bool) -> None:
         """Replace the sections by those of the files, and find what all jobs share."""
         self.clear()
-        for section, entries in ini.sections.items():
-            self[section.lower()] = texts_of(entries)
-        entries = ini.sections['TORQUE']
-        torque = converted(entries)
-        torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
+        for section, values in ini.sections.items():
+            self[section.lower()] = Settings(values)
+        torque = converted(ini.torque)
+        torque.update(checked(TORQUE_OPTIONS, ini.torque, ini))
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self['torque'] = torque
-        self.state_dir = beside(self.path, torque.state_dir)
-        if not self.state_dir:
-            self.state_dir = default_state_dir(self.path)
-        self.aliases = {}
-        for name, text in self.get('announce', {}).items():
-            self.aliases[name] = text.split()
-        self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
-        self.all_engines: list[Engine] = []         # the same, as jobs have them
-        self.engine = self.find_engine(torque.scgi_url, torque.same_files, 'scgi_url', entries,
-                                       ini)
+        self.state_dir = state_folder(self.path, torque.state_dir)
+        self.aliases = {name: text.split() for name, text in self.announce.items()}
+        self.engines: dict[tuple, Engine] = {}      # by address and same_files
+        nowhere = Value('', (self.path, 0))
+        place = ini.torque.get('scgi_url', ini.torque.get('rtorrent_rc', nowhere)).place
+        self.url = Value(torque.scgi_url, place, 'scgi_url')
+        self.engine = self.engine_at(self.url, torque.same_files, ini)
 
-    def plan(self, name: str, entries: Entries, ini: Ini, alone: bool) -> PlannedJob:
+    def plan(self, name: str, values: Values, ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
-        core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-        values = converted(entries)
-        make = core.pop('handler')
+        shared = {key: value for key, value in ini.torque.items() if key in TORQUE_NAMES}
+        core = checked(CORE_OPTIONS, values, ini, prefix, shared)
+        make = core.handler
+        settings = converted(values)
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-            entries = with_shared(make, prefix, entries, ini)
-            values = texts_of(entries)
-            values.update(checked(make.options, entries, prefix, ini.mistakes))
-        schedule = core.pop('schedule')
-        values.update(core)
-        values['job_name'] = name
-        values['dry_run'] = bool(core.dry_run or self.torque.dry_run)
-        if core.same_files is None:
-            values['same_files'] = self.torque.same_files
-        engine = self.engine
-        if core.scgi_url:
-            engine = self.find_engine(core.scgi_url, values.same_files, f'{prefix}scgi_url',
-                                      entries, ini)
-        elif values.same_files != self.torque.same_files:
-            engine = self.find_engine(self.torque.scgi_url, values.same_files, 'scgi_url',
-                                      ini.sections['TORQUE'], ini)
-        config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
-        for key in set(dir(config)).intersection(entries):
-            ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
-                                         f'the job finds it as config[{key!r}]')
-        places = {'': first_place(entries)}
-        for key, entry in entries.items():
-            places[key] = entry.place
-        return PlannedJob(name, make, config, schedule, places, texts_of(entries))
+            section = ini.sections.get(make.section, {})
+            check_names(make, values, ini.refuse)
+            check_names(make, section, ini.refuse)
+            settings.update(checked(make.options, values, ini, prefix, {**shared, **section}))
+        settings.update(core, job_name=name, dry_run=bool(core.dry_run or self.torque.dry_run),
+                        handler=values.get('handler'), schedule=values.get('schedule'))
+        engine = self.engine_at(values.get('scgi_url') or self.url, core.same_files, ini)
+        config = Settings(settings, engine=engine, engines=self.engines.values(),
+                          state_dir=self.state_dir, alone=alone)
+        return PlannedJob(name, make, config, core.schedule, values)
 
-    def find_engine(self, url: str, same_files: bool, key: str, entries: Entries,
-                    ini: Ini) -> Any:
-        """Return the Engine at an address; an empty one is what rTorrent's own rc says.
-
-        key, entries: the setting that a mistake is told of, and those that it stands among.
-        """
-        if not url and ini.mistakes:            # it may be among what was not understood
-            return None
-        try:
-            if not url:
-                url = find_url(self.torque.rtorrent_rc)
-                key = 'rtorrent_rc'
-            return self.engine_at(url, same_files)
-        except UserError as error:
-            entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
-            place = entry.place if entry else Place(self.path)
-            ini.refuse(place, f'{key}: {error}')
-            return None
-
-    def engine_at(self, url: str, same_files: bool) -> Engine:
+    def engine_at(self, url: Value, same_files: bool, ini: Ini) -> Any:
         """Return the Engine at an address: one for all jobs that name the same."""
-        torque = self.torque
-        timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
-        limit = torque.rpc_limit or RPC_LIMIT
-        made_of = (url, bool(same_files))
-        if made_of not in self.engines:
-            engine = Engine(url, timeout, limit, self.aliases, bool(same_files))
-            self.engines[made_of] = engine
-            self.all_engines.append(engine)
-        return self.engines[made_of]
+        made_of = (str(url), bool(same_files))
+        # Where there are mistakes, an address may be among what was not understood.
+        if made_of not in self.engines and (url or not ini.mistakes):
+            try:
+                address = url or find_url(self.torque.rtorrent_rc)
+                self.engines[made_of] = Engine(address, self.torque.rpc_timeout,
+                                               self.torque.rpc_limit, self.aliases, made_of[1])
+            except UserError as error:
+                ini.refuse(url, error)
+        return self.engines.get(made_of)
 
 
 def clean_up(name: str, job: Any) -> None:
@@ -7464,41 +7146,33 @@ def clean_up(name: str, job: Any) -> None:
 
 
 def make_job(planned: PlannedJob) -> Any:
-    """Return the object of a job; raises Mistakes."""
-    place, name = planned.places[''], f'job.{planned.name}'
+    """Return the object of a job; raises UserError."""
     try:
         job = planned.make(planned.config)
-        if callable(getattr(job, 'run', None)):
-            return job
-        text = f'{name}: the class has no run()'
-    except Unreachable:                         # no mistake: it may be there the next time
+    except (UserError, Unreachable):            # it may be there the next time
         raise
-    except UserError as error:
-        place = planned.places.get(error.option, place)
-        text = f'{name}: {error}'
-        if error.option:
-            text = f'{name}.{error.option}: {error}'
     except (Exception, SystemExit) as error:
-        text = f'{name} cannot be made: {origin(error)}'
-    raise Mistakes([(place, text)])
+        raise UserError(f'it cannot be made: {origin(error)}') from None
+    if not callable(getattr(job, 'run', None)):
+        raise UserError('the class has no run()')
+    return job
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
-    mistakes: list[Mistake] = []
-    try:
+    ini = Ini()
+    with contextlib.ExitStack() as undo:
         for planned in plans:
+            name, source = planned.name, planned.source
             try:
-                made[planned.name] = make_job(planned)
-            except Mistakes as error:
-                mistakes += error.mistakes
-        if mistakes:
-            raise Mistakes(mistakes)
-    except BaseException:                       # KeyboardInterrupt: torque is to end
-        for name, job in made.items():
-            clean_up(name, job)
-        raise
+                made[name] = make_job(planned)
+                undo.callback(clean_up, name, made[name])
+            except UserError as error:
+                ini.refuse(source.get(error.option, source['handler']), error)
+        if ini.mistakes:
+            raise Mistakes(ini.mistakes)
+        undo.pop_all()
     return made
 
 
@@ -7523,7 +7197,7 @@ BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
 def make_task(planned: PlannedJob, run: Callable) -> Task:
     """Return the task of a job, which is done by a function."""
     task = Task(planned.name, planned.schedule, run, planned.config.max_runtime)
-    task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
+    task.log.setLevel(planned.config.log_level or 'NOTSET')
     return task
 
 
@@ -7910,9 +7584,7 @@ class Daemon:
     def task(self, planned: PlannedJob) -> Task:
         """Return the task of a job."""
         config = planned.config
-        url = self.config.torque.ping_url
-        if 'ping_url' in planned.source:
-            url = config.ping_url
+        url = config.ping_url
         if url and url not in self.monitors:
             self.monitors[url] = Monitor(url)
         monitor = self.monitors.get(url)
@@ -8466,12 +8138,11 @@ def find_pid_file(arguments: Any, path: str) -> PidFile:
     options = Settings()
     with contextlib.suppress(UserError):
         # The file may be broken or gone by now.
-        options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
-                          '', [])
+        ini = read_files(path, arguments.define)
+        options = checked(TORQUE_OPTIONS, ini.torque, ini)
     name = arguments.pid_file or beside(path, options.pid_file)
     if not name:
-        folder = beside(path, options.state_dir) or default_state_dir(path)
-        name = os.path.join(folder, 'torque.pid')
+        name = os.path.join(state_folder(path, options.state_dir), 'torque.pid')
     return PidFile(os.path.abspath(name))
 
 
@@ -8529,15 +8200,12 @@ def control(arguments: Any, path: str) -> int:
 def load(config: Config, arguments: Any, path: str) -> None:
     """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config.warnings = []
-    config.notes = []
+    config.remarks = []
     try:
         config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
-        for text in config.warnings:
-            log.warning('%s', text)
-        for text in config.notes:
-            log.info('%s', text)
+        for level, text in config.remarks:
+            log.log(level, '%s', text)
 
 
 def background_log(arguments: Any, path: str) -> str:
