@@ -131,29 +131,21 @@ class HashNotFound(RpcError):
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
 NUMBER = r'[0-9]{1,15}(?:\.[0-9]{1,15})?'
-DURATION = re.compile(rf'{NUMBER}|(?:{NUMBER}\s*[wdhms]\s*){{1,5}}')
-DURATION_PART = re.compile(rf'({NUMBER})\s*([wdhms]?)')
 DURATION_UNITS = {
     'w': 604800,
     'd': 86400,
     'h': 3600,
     'm': 60,
     's': 1}
+DURATION = re.compile(''.join(rf'(?:({NUMBER})\s*{unit}\s*)?' for unit in DURATION_UNITS))
 # In seconds: dates and timeouts of the system hold no more than some centuries.
 LONGEST = 10000 * DURATION_UNITS['w']
 SIZE = re.compile(rf'({NUMBER})\s*([bkmgt]?)(?:i?b)?')
-SIZE_UNITS = {
-    '': 1,
-    'b': 1,
-    'k': 1 << 10,
-    'm': 1 << 20,
-    'g': 1 << 30,
-    't': 1 << 40}
-SHOWN_UNITS = (                         # and the digits behind the point
-    ('B', 0),
-    ('KiB', 0),
-    ('MiB', 1),
-    ('GiB', 1))
+SHOWN_UNITS = {                         # and the digits behind the point
+    'B': 0,
+    'KiB': 0,
+    'MiB': 1,
+    'GiB': 1}
 
 
 def parse_bool(text: Any) -> bool:
@@ -166,6 +158,15 @@ def parse_bool(text: Any) -> bool:
     raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
+def added_up(text: str, pattern: re.Pattern, units: dict[str, int]) -> float | None:
+    """Return the seconds in numbers with units; None for what is written as something else."""
+    match = pattern.fullmatch(text)
+    if not match or not text:
+        return None
+    numbers = map(float, match.groups('0'))
+    return sum(map(operator.mul, numbers, units.values()))
+
+
 def parse_duration(text: Any) -> float:
     """Return the seconds in a length of time; a bare number is seconds.
 
@@ -173,12 +174,10 @@ def parse_duration(text: Any) -> float:
     (5400.0, 0.25, 15.0)
     """
     spelt = str(text).strip().lower()
-    seconds, units = 0.0, []
-    if DURATION.fullmatch(spelt):
-        for number, unit in DURATION_PART.findall(spelt):
-            seconds += float(number) * DURATION_UNITS[unit or 's']
-            units.append(unit)
-    if not units or len(set(units)) < len(units) or seconds > LONGEST:
+    if re.fullmatch(NUMBER, spelt):
+        spelt += 's'
+    seconds = added_up(spelt, DURATION, DURATION_UNITS)
+    if seconds is None or seconds > LONGEST:
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
                         'up to 10000w')
     return seconds
@@ -193,7 +192,7 @@ def parse_size(text: Any) -> int:
     match = SIZE.fullmatch(str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
-    return int(float(match[1]) * SIZE_UNITS[match[2]])
+    return int(float(match[1]) * 1024 ** 'bkmgt'.index(match[2]))
 
 
 def parse_count(text: Any) -> int:
@@ -227,7 +226,7 @@ def show_size(number: float) -> str:
     >>> show_size(1258291), show_size(512)
     ('1.2 MiB', '512 B')
     """
-    for unit, digits in SHOWN_UNITS:
+    for unit, digits in SHOWN_UNITS.items():
         if abs(number) < 1024:
             return f'{number:.{digits}f} {unit}'
         number /= 1024
@@ -1183,6 +1182,7 @@ class HttpAnswer(NamedTuple):
     """What a web server said."""
     status: int
     reason: str
+    headers: Any                        # .get() takes a name in any case
     body: bytes
 
 
@@ -1245,7 +1245,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
     opener = http_opener(url, login, seconds, limit)
     try:
         answer = opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
-        return HttpAnswer(answer.status, answer.reason, answer.read())
+        return HttpAnswer(answer.status, answer.reason, answer.headers, answer.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unreachable(describe(error)) from None
 
@@ -2149,7 +2149,9 @@ TRAITS = {
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
 TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
-SECOND_LEVEL = 'co com net org ac gov edu'.split()
+# co and the like are part of a country's domain, as in example.co.uk
+DOMAIN = re.compile(
+    r'[^.]{1,63}\.(?:(?:co|com|net|org|ac|gov|edu)\.[a-z]{2}|[^.]{0,62}[a-z])\Z')
 
 
 class TorrentField(NamedTuple):
@@ -2157,11 +2159,6 @@ class TorrentField(NamedTuple):
     kind: str                           # text bool number size time duration tags files any
     needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
-
-    @property
-    def slow(self) -> bool:
-        """Does it cost more than a column of the list?"""
-        return not {*SOURCES, 'seen'}.isdisjoint(self.needs)
 
 
 def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
@@ -2177,7 +2174,9 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
     return os.path.join(cwd, place)
 
 
-def first_number(*values: Any) -> int:
+# The functions of fields take raw values as rTorrent gives them.
+
+def first_number(*values):
     """Return the first value that is a number above 0; 0 for a time that is not known."""
     for value in values:
         text = str(value)
@@ -2186,7 +2185,7 @@ def first_number(*values: Any) -> int:
     return 0
 
 
-def time_started(marks: str, start: float, end: float) -> float | None:
+def time_started(marks, start, end):
     """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
     None where pyrocore has left no marks.
@@ -2201,8 +2200,7 @@ def time_started(marks: str, start: float, end: float) -> float | None:
     return seconds
 
 
-def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, active: int,
-              now: float) -> float | None:
+def seed_time(marks, tm_completed, finished, complete, active, now):
     """Return for how long a complete item was seeded; None where that is not known."""
     completed = first_number(tm_completed, finished)
     if not complete or not completed:
@@ -2213,8 +2211,7 @@ def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, activ
     return seconds
 
 
-def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finished: Any,
-               now: float) -> float | None:
+def leech_time(marks, tm_started, began, tm_completed, finished, now):
     """Return for how long an item was downloaded; None where that is not known."""
     started = first_number(tm_started, began)
     end = first_number(tm_completed, finished) or now
@@ -2224,7 +2221,7 @@ def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finis
     return seconds
 
 
-def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
+def time_stopped(marks, state, changed, tm_started, began):
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
     _, _, last = marks.rpartition('P')
     paused = first_number(last.partition('R')[0])
@@ -2233,43 +2230,35 @@ def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: A
     return first_number(changed)
 
 
-def time_active(last: Any, peers: int, now: float) -> int:
-    """Return when an item last had peers."""
-    if peers:
+def last_time(now, noted, *signs):
+    """Return when there last were signs of life, such as peers or a rate."""
+    if any(signs):
         return int(now)
-    return first_number(last)
+    return first_number(noted)
 
 
-def time_moved(last: Any, up: int, down: int, now: float) -> int:
-    """Return when data of an item was last transferred."""
-    return time_active(last, up + down, now)
-
-
-def session_file(folder: str, info_hash: str) -> str:
+def session_file(folder, info_hash):
     """Return the path of the metafile in rTorrent's session folder; nothing without one."""
     if not folder:
         return ''
     return f'{folder}{info_hash}.torrent'
 
 
-def percent_done(completed: int, size: int) -> float:
+def percent_done(completed, size):
     """Return how much of an item is there."""
     if not size:
         return 0.0
     return 100.0 * completed / size
 
 
-def domain_of(url: str) -> str:
-    """Return the registered domain of a tracker's host, or its number."""
-    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
-    labels = host.split('.')
-    if labels[-1].isdigit() or ':' in host:
-        return host
-    parts = 2
-    country = len(labels) > 2 and len(labels[-1]) == 2
-    if country and labels[-2] in SECOND_LEVEL:
-        parts = 3                       # as in example.co.uk
-    return '.'.join(labels[-parts:])
+def true_ratio(thousandths):
+    """Return uploaded by size."""
+    return thousandths / 1000
+
+
+def tags_of(text):
+    """Return the tags that an item has."""
+    return text.lower().split()
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2286,10 +2275,14 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     for alias, beginnings in aliases.items():
         if any((part + '/').startswith(server) for part in beginnings):
             return alias
-    return domain_of(url)
+    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
+    domain = DOMAIN.search(host)
+    if domain:
+        return domain[0]
+    return host
 
 
-def first_tracker(rows: list) -> str:
+def first_tracker(rows):
     """Return the first enabled announce URL."""
     for url, enabled, *_ in rows:
         if enabled and url != 'dht://':
@@ -2297,45 +2290,37 @@ def first_tracker(rows: list) -> str:
     return ''
 
 
-def alias_of(rows: list, aliases: dict[str, list[str]]) -> str:
+def alias_of(rows, aliases):
     """Return the name of the first enabled tracker."""
     return tracker_alias(first_tracker(rows), aliases)
 
 
-def most_seeders(rows: list) -> int:
-    """Return the seeders that the best tracker knows."""
-    return max([row[2] for row in rows], default=0)
+def most(column, rows):
+    """Return what the tracker says that knows of most peers."""
+    return max([row[column] for row in rows], default=0)
 
 
-def most_leechers(rows: list) -> int:
-    """Return the leechers that the best tracker knows."""
-    return max([row[3] for row in rows], default=0)
-
-
-def trackers_failed(rows: list) -> int:
+def trackers_failed(rows):
     """Return how many enabled trackers have failed since they last answered."""
-    number = 0
-    for _, enabled, _, _, failed, answered in rows:
-        if enabled and failed > answered:
-            number += 1
-    return number
+    return len([url for url, enabled, _, _, failed, answered in rows
+                if enabled and failed > answered])
 
 
-def file_names(rows: list) -> list[str]:
+def file_names(rows):
     """Return the paths of an item's files."""
     return [path for path, _ in rows]
 
 
-def file_kinds(rows: list, percent: int = 0) -> list[str]:
+def file_kinds(rows, percent=0):
     """Return the extensions of files that make up at least so many percent of the data.
 
-    The parts .r00, .r01 ... of an archive count as rar.
+    jpeg is jpg, mpeg is mpg; the parts r00, r01 ... of an archive count as rar.
     """
-    sizes: dict[str, int] = collections.Counter()
+    sizes: collections.Counter = collections.Counter()
     for path, size in rows:
         _, ending = os.path.splitext(path)
-        kind = ending.lstrip('.').lower()
-        if re.fullmatch('r[0-9][0-9]', kind):
+        kind = ending.lstrip('.').lower().replace('peg', 'pg')
+        if re.fullmatch('r[0-9]{2,3}', kind):
             kind = 'rar'
         sizes[kind] += size
     least = percent * sum(sizes.values())
@@ -2347,16 +2332,19 @@ def name_traits(name: str, kind: str) -> dict[str, str]:
     name = name[:255]                   # the patterns are quadratic
     if kind and name.endswith(kind):
         name = os.path.splitext(name)[0]
-    sorts = [trait for trait, kinds in TRAITS.items() if kind in kinds.split()]
-    if not sorts or sorts[0] in ('video', 'misc'):
+    sort = ''
+    for trait, kinds in TRAITS.items():
+        if kind in kinds.split():
+            sort = trait
+    if sort in ('', 'video', 'misc'):
         for trait, regex in (('tv', TV), ('movie', MOVIE)):
             match = regex.match(name)
             if match:
                 return {'kind': trait, **match.groupdict('')}
-    return {'kind': ''.join(sorts)}
+    return {'kind': sort}
 
 
-def guess_traits(name: str, rows: list) -> list[str]:
+def guess_traits(name, rows):
     """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
     kind = ''.join(file_kinds(rows, 51))
     sort = name_traits(name, kind)['kind']
@@ -2413,8 +2401,8 @@ COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
 MARKS = 'd.custom=activations'
 # name: kind, raw values in the order that the function takes them, the function
 MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
-    'ratio': ('number', 'd.ratio', lambda ratio: ratio / 1000),
-    'tagged': ('tags', 'd.custom=tags', lambda tags: tags.lower().split()),
+    'ratio': ('number', 'd.ratio', true_ratio),
+    'tagged': ('tags', 'd.custom=tags', tags_of),
     'path': ('text', PATH, data_path),
     'realpath': ('text', 'seen ' + PATH, seen_path),
     'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
@@ -2426,14 +2414,14 @@ MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
     'started': ('time', STARTED, first_number),
     'completed': ('time', COMPLETED, first_number),
     'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
-    'active': ('time', 'd.custom=last_active d.peers_connected now', time_active),
-    'last_xfer': ('time', 'd.custom=last_xfer d.up.rate d.down.rate now', time_moved),
+    'active': ('time', 'now d.custom=last_active d.peers_connected', last_time),
+    'last_xfer': ('time', 'now d.custom=last_xfer d.up.rate d.down.rate', last_time),
     'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
     'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
     'tracker': ('text', 'trackers', first_tracker),
     'alias': ('text', 'trackers aliases', alias_of),
-    'seeders': ('number', 'trackers', most_seeders),
-    'leechers': ('number', 'trackers', most_leechers),
+    'seeders': ('number', 'trackers', functools.partial(most, 2)),
+    'leechers': ('number', 'trackers', functools.partial(most, 3)),
     'trackers_failed': ('number', 'trackers', trackers_failed),
     'files': ('files', 'files', file_names),
     'kind': ('tags', 'files', file_kinds),
@@ -2444,9 +2432,8 @@ def all_fields() -> dict[str, TorrentField]:
     """Return the table of fields by name."""
     fields = {}
     for kind, words in PLAIN_FIELDS.items():
-        for word in words.split():
-            name, _, command = word.partition('=')
-            fields[name] = TorrentField(kind, ('d.' + (command or name),))
+        for name, command in re.findall(r'(\w+)=?(\S*)', words):
+            fields[name] = TorrentField(kind, (f'd.{command or name}',))
     for name, (kind, needs, value) in MADE_FIELDS.items():
         fields[name] = TorrentField(kind, tuple(needs.split()), value)
     return fields
@@ -2456,10 +2443,16 @@ TORRENT_FIELDS = all_fields()
 
 
 # Parts of the names of d. commands that change something, or the beginnings of parts
-CHANGING = frozenset(
-    'add check clear close create delete disable disconnect enable erase initialize insert open '
-    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
-    'update'.split())
+CHANGING = re.compile(
+    r'(?<![^.])(?:add|check|clear|close|create|delete|disable|disconnect|enable|erase|initialize|'
+    r'insert|open|pause|push|remove|resume|save|set|start|stop|tracker_announce|'
+    r'tracker_send_scrape|try|unset|update)(?![^._])')
+
+
+def in_quotes(text: str) -> str:
+    """Return a text as an argument of a command of rTorrent."""
+    text = text.replace('\\', '\\\\').replace('"', '\\"')
+    return f'"{text}"'
 
 
 def torrent_field(name: str) -> TorrentField:
@@ -2467,30 +2460,30 @@ def torrent_field(name: str) -> TorrentField:
     if name in TORRENT_FIELDS:
         return TORRENT_FIELDS[name]
     stem, _, rest = name.partition('_')
-    if stem == 'custom' and rest in ('1', '2', '3', '4', '5'):
-        return TorrentField('text', (f'd.custom{rest}',))
     if stem == 'custom' and rest:
-        key = rest.replace('\\', '\\\\').replace('"', '\\"')
-        return TorrentField('text', (f'd.custom="{key}"',))
+        command = f'd.custom{rest}'
+        if not re.fullmatch('[1-5]', rest):
+            command = f'd.custom={in_quotes(rest)}'
+        return TorrentField('text', (command,))
     if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
         # as a column, what changes something would be done to every torrent
-        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
+        if CHANGING.search(rest):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
 
 
 AGE_UNITS = {
-    'y': 31536000,
+    '[yY]': 31536000,
     'M': 2592000,
-    'w': 604800,
-    'd': 86400,
-    'h': 3600,
-    'i': 60,
-    's': 1}
-AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
+    '[wW]': 604800,
+    '[dD]': 86400,
+    '[hH]': 3600,
+    '[iI]': 60,
+    '[sS]': 1}
+AGE = re.compile(''.join(f'(?:([0-9]{{1,6}}){unit})?' for unit in AGE_UNITS))
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
 ORDER = {                               # of limit and value, since the limit is known first
@@ -2499,34 +2492,41 @@ ORDER = {                               # of limit and value, since the limit is
     '<=': operator.ge,
     '>': operator.lt,
     '>=': operator.le}
+SIGNS = {
+    '+': '>',
+    '-': '<'}
+AGES = '8w 1d12h 1y6M, with M for months and i for minutes'
+ALLOWED = {
+    'number': '2 1.5',
+    'duration': AGES,
+    'time': f'2024-03-15 03/15/2024 15.03.2024T14:50, Unix seconds, {AGES}'}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
-MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
+MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
 # held meanwhile, and a regex of the user may take quadratic time.
 MOST_MATCHED = 1000
-# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
-# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+# A word is a keyword, nothing at the end, or pieces, some of them quoted. Only where a value
+# begins, /.../ is a regex: it may hold quotes and (without < = >) spaces; its backslashes stay.
 QUOTED = (
     r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
     r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
 PIECE = re.compile(QUOTED, re.S)
-WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
 CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
-GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,99}\]|.', re.S)
-JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
+STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
+# Words that cannot be meant as the name of a torrent
+NO_NAME = re.compile(
+    r'[][]{0,9}(?:and|or|not|&&?|\|\|?|#)?[][]{0,9}|(?!/)[^=<>]*[=<>].*', re.I | re.S)
+POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
-def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+def mistake(what: str, text: str, at: int, why) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
-    before = ' '.join(text[:at].split())
-    after = ' '.join(text[at:].split())
-    if len(before) > 90:
-        before = '...' + before[-87:]
-    if len(after) > 40:
-        after = after[:37] + '...'
+    before = ' '.join(text[:at].split())[-90:]
+    after = ' '.join(text[at:].split())[:40]
     shown = f'{before} <-- here {after}'.strip()
     return UserError(f'{what} {quoted(shown, 600)}: {why}')
 
@@ -2536,12 +2536,9 @@ def glob_regex(glob: str) -> str:
 
     fnmatch has done so from Python 3.9 on.
     """
-    parts = ['']
-    for piece in GLOB_PIECE.findall(glob):
-        if piece.startswith('*'):
-            parts.append('')
-        else:
-            parts[-1] += fnmatch.translate(piece)[4:-3]         # without (?s: and )\Z
+    parts = []
+    for part in STARS.split(glob):
+        parts.append(fnmatch.translate(part)[4:-3])             # without (?s: and )\Z
     regex = parts[0]
     for number, part in enumerate(parts[1:-1]):
         regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
@@ -2553,11 +2550,9 @@ def glob_regex(glob: str) -> str:
 def text_pattern(text: str) -> Callable[[str], Any]:
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
-    stars = 0
-    if not regex:
-        stars = len(re.findall(r'\*+', text))
-    if len(text) > MOST_IN_PATTERN or stars > MOST_STARS or '{{' in text and not regex:
-        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    if len(text) > MOST_IN_PATTERN or '{{' in text and not regex:
+        raise UserError(f'allowed are a /regex/ or a glob, up to {MOST_IN_PATTERN} characters, '
+                        'no template')
     if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
         # only the usual slip is caught
         raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
@@ -2565,187 +2560,140 @@ def text_pattern(text: str) -> Callable[[str], Any]:
     try:
         if regex:
             return re.compile(regex[1], re.I).search
-        return re.compile(glob_regex(text), re.I | re.S).fullmatch
+        # [x] as it stands is meant, too
+        return re.compile(f'{re.escape(text)}|{glob_regex(text)}', re.I | re.S).fullmatch
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
 
 
-def has_class(text: str) -> bool:
-    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    if text.lstrip('!:').startswith('/'):
-        return False
-    _, _, inside = text.partition('[')
-    return ']' in inside[1:]
-
-
-def parse_age(text: str) -> int | None:
+def parse_age(text: str) -> float | None:
     """Return the seconds in an age, None for what is written as something else.
 
-    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
-    (129600, 5400, None)
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2m')
+    (129600.0, 5400.0, None)
     """
-    if not AGE.fullmatch(text):
-        return None
-    seconds, units = 0, ['']
-    for number, unit in re.findall('([0-9]{1,6})([A-Za-z])', text):
-        if unit == 'm' and units[-1] in ('w', 'd', 'h'):
-            unit = 'i'                  # after these it is no month
-        elif unit == 'm':
-            raise UserError('m is months to pyrocore and minutes to pyrosimple; '
-                            'allowed are M for months and i for minutes')
-        elif unit != 'M':
-            unit = unit.lower()
-        if unit not in AGE_UNITS or unit in units:
-            raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-        seconds += int(number) * AGE_UNITS[unit]
-        units.append(unit)
-    return seconds
+    # m is months to pyrocore and minutes to pyrosimple; after these it can only be minutes.
+    spelt = re.sub('([wdhWDH][0-9]{1,6})m', r'\1i', text)
+    return added_up(spelt, AGE, AGE_UNITS)
 
 
-def parse_time(text: str) -> float:
-    """Return the Unix seconds of a local date, or of Unix seconds.
+def parse_time(text: str) -> float | None:
+    """Return the Unix seconds of a local date, or of Unix seconds; None for anything else.
 
     A number below 10^8 (1973) is an age that lost its unit.
     """
-    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+    if re.fullmatch('[1-9][0-9]{8,11}', text):
         return int(text)
     spelt = text.upper().replace(' ', 'T')
     for day in DATE_FORMS:
         for clock in CLOCK_FORMS:
             with contextlib.suppress(ValueError, OverflowError):
                 return time.mktime(time.strptime(spelt, day + clock))
-    raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
-                    '03/15/2024 15.03.2024T14:50, Unix seconds')
+    return None
 
 
-# What a condition does with a value of a row, which comes last.
-
-def number_fits(order: Callable, limit: float, value: Any) -> bool:
-    """Compare what may be a number."""
-    if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
-        return False
-    return order(limit, float(value))
-
-
-def is_truth(wanted: bool, value: Any) -> bool:
-    """Tell whether a value is as true as it should be."""
-    return bool(value) is wanted
-
-
-def is_like(matches: Callable, text: str, value: Any) -> bool:
-    """Tell whether a text matches; [x] as it stands is meant, too."""
-    shown = str(value)[:MOST_MATCHED]
-    return matches(shown) is not None or shown.lower() == text
-
-
-def has_like(matches: Callable, text: str, value: list) -> bool:
-    """Tell whether one of several texts matches."""
-    return any(is_like(matches, text, part) for part in value)
-
-
-def has_only_like(matches: Callable, text: str, value: list) -> bool:
-    """Tell whether there are texts, and all of them match."""
-    if not value:
-        return False
-    return all(is_like(matches, text, part) for part in value)
+def parse_limit(kind: str, text: str) -> float:
+    """Return what a number, size, duration or time is compared with; of an age, its seconds."""
+    if kind == 'size':
+        return parse_size(text)
+    limit = None
+    if text == '0' or kind == 'number' and PLAIN_NUMBER.fullmatch(text):
+        limit = float(text)
+    elif kind != 'number':
+        limit = parse_age(text)
+    if limit is None and kind == 'time':
+        limit = parse_time(text)
+    if limit is None:
+        raise UserError(f'{quoted(text)} is not a {kind}; allowed are e.g. {ALLOWED[kind]}')
+    return limit
 
 
 def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
     """Return the test of a number, size, duration, time or, where the text is one, age."""
-    if op == '=' and text.startswith('+'):
-        op, text = '>', text[1:]
-    elif op == '=' and text.startswith('-'):
-        op, text = '<', text[1:]
-    order = ORDER[op]
-    plain = PLAIN_NUMBER.fullmatch(text)
-    if len(text) > 40 or kind in ('number', 'any') and not plain:
-        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
-    if kind == 'any':
-        return functools.partial(number_fits, order, float(text))
-    if kind == 'number':
-        return functools.partial(order, float(text))
-    if kind == 'size':
-        return functools.partial(order, parse_size(text))
-    limit: float | None = parse_age(text)
-    if op == '=' and not text.isdigit():
+    if op == '=' and text[:1] in SIGNS:
+        op, text = SIGNS[text[0]], text[1:]
+    if op == '=' and kind in ('time', 'duration') and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if limit is None and kind == 'time':
-        limit = parse_time(text)
-    elif limit is None and text != '0':
-        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    return functools.partial(order, limit or 0)
+    return functools.partial(ORDER[op], parse_limit(kind, text))
 
 
-def is_ordered(kind: str, op: str, text: str) -> bool:
-    """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
-    if kind == 'any':
-        signed = text.startswith(('+', '-'))
-        return op != '=' or signed and PLAIN_NUMBER.fullmatch(text[1:]) is not None
-    return kind in ('number', 'size', 'time', 'duration')
+def text_test(kind: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of a text, or of several; of tags, `:` is none and `:x` only x."""
+    several = kind in ('tags', 'files')
+    if several and text in ('', ':'):
+        return operator.not_
+    only = kind == 'tags' and text.startswith(':')
+    if only:
+        text = text[1:]
+    matches = text_pattern(text)
+
+    def test(value) -> bool:
+        if not several:
+            value = [value]
+        matching = [part for part in value if matches(str(part)[:MOST_MATCHED])]
+        if only and matching != value:
+            return False
+        return bool(matching)
+    return test
 
 
 def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
-    """Return the test of one value of a condition."""
-    if is_ordered(kind, op, text):
+    """Return the test of one value of a condition; what d_NAME answers may be a number."""
+    if kind == 'any' and (op != '=' or PLAIN_NUMBER.fullmatch(text.lstrip('+'))):
+        test = order_test('number', op, text)
+
+        def is_number(value) -> bool:
+            if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
+                return False
+            return test(float(value))
+        return is_number
+    if kind == 'size' or kind in ALLOWED:
         return order_test(kind, op, text)
     if op != '=':
         raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'bool':
-        return functools.partial(is_truth, parse_bool(text))
     if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
         raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
-    test = is_like
-    if kind in ('tags', 'files') and text in ('', ':'):
-        return operator.not_
-    if kind == 'tags' and text.startswith(':'):
-        test, text = has_only_like, text[1:]
-    elif kind in ('tags', 'files'):
-        test = has_like
-    return functools.partial(test, text_pattern(text), text.lower())
+    if kind != 'bool':
+        return text_test(kind, text)
+    if parse_bool(text):
+        return operator.truth
+    return operator.not_
 
 
-class Node(NamedTuple):
-    """Conditions joined, and how many of them need a second question.
-
-    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
-    """
-    test: Callable
-    cost: int
-
-
-def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
+def leaf(name: str, kind: str, op: str, text: str, negated: bool) -> Callable:
     """Return one condition: False for an unknown value, also when it is negated."""
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
-    test = value_test(field.kind, op, text)
-    counts_back = field.kind == 'time' and parse_age(text.lstrip('+-')) is not None
+    test = value_test(kind, op, text)
+    when = text.lstrip('+-')
+    counts_back = kind == 'time' and parse_age(when) is not None
     unknown: tuple = (None,)
-    if field.kind == 'time' and text.lstrip('+-') != '0':
+    if kind == 'time' and when != '0':
         unknown = (None, 0)
 
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
+    def holds(row: Mapping, now: float) -> bool:
         value: Any = row.get(name)
+        if value is POSSIBLE:
+            return True
         if value in unknown:
-            return possible and name not in row
+            return False
         if counts_back:
             value = now - value
         return test(value) is not negated
-    return Node(holds, int(field.slow))
+    return holds
 
 
-def joined(nodes: list[Node], every: bool) -> Node:
-    """Return the Node of all or any of some, the cheap ones first."""
-    if len(nodes) == 1:
-        return nodes[0]
-    nodes = sorted(nodes, key=operator.attrgetter('cost'))
-    tests = [node.test for node in nodes]
+def joined(tests: list[Callable], every: bool) -> Callable:
+    """Return the test that all or any of some hold."""
+    if len(tests) == 1:
+        return tests[0]
 
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
+    def holds(row: Mapping, now: float) -> bool:
         for test in tests:
-            if test(row, now, possible) is not every:
+            if test(row, now) is not every:
                 return not every
         return every
-    return Node(holds, sum(node.cost for node in nodes))
+    return holds
 
 
 def unquoted(piece: re.Match) -> str:
@@ -2753,15 +2701,6 @@ def unquoted(piece: re.Match) -> str:
     regex, double, single, escaped = piece.groups()
     text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
     return text.replace(',', COMMA)
-
-
-def is_no_name(text: str) -> bool:
-    """Tell whether a word alone cannot be meant as the name of a torrent."""
-    if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
-        return True
-    if text.startswith('/'):
-        return False
-    return re.search('[=<>]', text) is not None
 
 
 class Filter:
@@ -2777,107 +2716,98 @@ class Filter:
     def __init__(self, text: str):
         self.text = text
         self.at = 0                     # end of the word in hand
-        self.key, self.word = '', ''    # the word in hand: a keyword, or a condition
-        self.needs: dict[str, TorrentField] = {}
+        self.key, self.word = '', ''    # the word in hand: a keyword, '' at the end, or None
+        self.fields: tuple = ()
         self.classes: list[str] = []
         try:
+            # Each bracket takes some of Python's stack.
+            if len(text) > MOST_CHARACTERS or text.split().count('[') > MOST_DEPTH:
+                raise UserError(f'too long; allowed are {MOST_CHARACTERS} characters and '
+                                f'{MOST_DEPTH} brackets')
             self.read_word()
-            self.root = self.expression(False, 0)
+            self.test = self.expression(False, '')
         except UserError as error:
             raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(self.needs)
 
     def match(self, row: Mapping, now: float | None = None) -> bool:
         """Tell whether a row meets the condition; ages count back from `now`."""
         if now is None:
             now = time.time()
-        return self.root.test(row, now, False)
-
-    def cheap(self, row: Mapping, now: float) -> bool:
-        """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        return self.root.test(row, now, True)
+        return self.test(row, now)
 
     def read_word(self) -> None:
         """Take the next word in hand."""
-        if len(self.text) > MOST_CHARACTERS or COMMA in self.text:
-            raise UserError(f'this is too long, or holds a NUL; allowed are {MOST_CHARACTERS} '
-                            'characters')
-        self.key, self.word = 'END', ''
-        if not self.text[self.at:].strip():
-            return
         word = WORD.match(self.text, self.at)
         if not word:
             raise UserError('after this, a quote has no other half')
         self.at = word.end()
-        self.key = word[1] or ''
-        if word[2]:
-            self.key = 'NOT'
-        self.word = PIECE.sub(unquoted, word[3] or '')
+        self.key = word[1]
+        self.word = PIECE.sub(unquoted, word[2] or '')
 
-    def expression(self, negated: bool, depth: int) -> Node:
-        """expr ::= term ( 'OR' term )*"""
-        if depth > MOST_DEPTH:
-            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
-        terms = [self.term(negated, depth)]
+    def expression(self, negated: bool, end: str) -> Callable:
+        """expr ::= term ( 'OR' term )*;  then comes ']', or the end"""
+        terms = [self.term(negated)]
         while self.key == 'OR':
             self.read_word()
-            terms.append(self.term(negated, depth))
-        if (self.key == ']') is not (depth > 0):
+            terms.append(self.term(negated))
+        if self.key != end:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
         return joined(terms, negated)                   # neither a nor b: not a, and not b
 
-    def term(self, negated: bool, depth: int) -> Node:
+    def term(self, negated: bool) -> Callable:
         """term ::= factor+"""
-        factors = [self.factor(negated, depth)]
-        while self.key not in ('OR', ']', 'END'):
-            factors.append(self.factor(negated, depth))
+        factors = [self.factor(negated)]
+        while self.key not in ('OR', ']', ''):
+            factors.append(self.factor(negated))
         return joined(factors, not negated)
 
-    def factor(self, negated: bool, depth: int) -> Node:
+    def factor(self, negated: bool) -> Callable:
         """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
-        while self.key == 'NOT':
+        while self.key in ('NOT', '!'):
             negated = not negated
             self.read_word()
-        if self.key == '[':
+        if self.key is None:
+            test = self.condition(negated)
+        elif self.key == '[':
             self.read_word()
-            node = self.expression(negated, depth + 1)
-        elif self.key:
-            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+            test = self.expression(negated, ']')
         else:
-            node = self.condition(negated)
+            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
         self.read_word()
-        return node
+        return test
 
-    def condition(self, negated: bool) -> Node:
+    def condition(self, negated: bool) -> Callable:
         """condition ::= field op value | value;  value may be several, with commas"""
         name, op, value = 'name', '=', self.word
         match = CONDITION.fullmatch(self.word)
         if match:
             name, op, value = match.groups()
-        elif is_no_name(self.word):
+        elif self.word in TORRENT_FIELDS or NO_NAME.fullmatch(self.word):
             raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
                             'NOT, OR, [ ... ] between spaces; side by side means and')
-        field = self.needs[name] = torrent_field(name)
+        kind = torrent_field(name).kind
+        if name not in self.fields:
+            self.fields += (name,)
         if op in ('!=', '<>'):
             negated = not negated
-        if op == '~':                                   # as in pyrocore
+        elif op == '~':                                 # as in pyrocore
             value = f'/{value}/'.replace(',', COMMA)
-        elif op == '==' and field.kind == 'tags':       # this one and no other
+        elif op == '==' and kind == 'tags':             # this one and no other
             value = ':' + value
-        if op in ('==', '!=', '<>', '~'):
-            op = '='
         values = [value]
-        if op == '=':
+        if op not in ORDER or op == '=':
+            op = '='
             values = value.split(',')
         if '' in values and len(values) > 1:
             raise UserError('a value is missing beside a comma')
-        nodes = []
+        tests = []
         for part in values:
             part = part.replace(COMMA, ',')
-            if has_class(part):
+            _, _, inside = part.partition('[')
+            if ']' in inside[1:] and not part.lstrip('!:').startswith('/'):
                 self.classes.append(f'{name}{op}{part}')
-            nodes.append(leaf(name, field, op, part, negated))
-        return joined(nodes, negated)
+            tests.append(leaf(name, kind, op, part, negated))
+        return joined(tests, negated)
 
 
 # --- Torrents --------------------------------------------------------------------------------
@@ -2889,7 +2819,7 @@ class Filter:
 class Torrent(dict):
     """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         try:
             return self[name]
         except KeyError:
@@ -2899,73 +2829,47 @@ class Torrent(dict):
         return f"{quoted(self['name'])} {self['hash']}"
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, Any]:
     """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
     commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
-    columns = []
-    for command in commands:
-        if '=' not in command:
-            command += '='
-        columns.append(command)
-    listing = ('d.multicall2', '', view, *columns)
-    rows, size = engine.ask([listing, ('view.size', '', view)])
-    for answer in (rows, size):
-        if isinstance(answer, RpcError):
-            raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
+    cells = [re.sub('^([^=]*)$', r'\1=', command) for command in commands]
+    rows, size = without_errors(engine.ask([
+        ('d.multicall2', '', view, *cells),
+        ('view.size', '', view)]))
     # Half a list must not pass for the whole: what is not listed would count as gone.
-    if not isinstance(rows, list) or any(
-            not isinstance(row, list) or len(row) != len(columns) for row in rows):
-        rows = []
-    if len(rows) != size:
-        raise RpcError(f'{engine.address.where}: only {len(rows)} of the {size!r} items '
+    try:
+        listed = len([row for row in rows if len(row) == len(cells)])
+    except TypeError:                   # it is no list at all
+        listed = 0
+    if listed != size:
+        raise RpcError(f'{engine.address.where}: only {listed} of the {size!r} items '
                        f'of view {view!r} were listed')
     return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-class Listing:
-    """Torrents in the making: rows, and the raw values of each, which are dropped together."""
+def keep(columns: dict[str, Any], wanted: list[bool]) -> None:
+    """Drop the other torrents."""
+    for need, values in columns.items():
+        columns[need] = list(itertools.compress(values, wanted))
 
-    def __init__(self, engine: Engine, columns: dict[str, list], now: float):
-        self.engine, self.raw = engine, columns
-        self.rows = [Torrent() for _ in columns['d.hash']]
-        self.constants = {
-            'now': now,
-            'aliases': engine.aliases,
-            'session': engine.session_path,
-            'cwd': engine.cwd}
 
-    def keep(self, wanted: list[bool]) -> None:
-        """Drop the others."""
-        self.rows = list(itertools.compress(self.rows, wanted))
-        for need, values in self.raw.items():
-            self.raw[need] = list(itertools.compress(values, wanted))
+def ask_second(engine: Engine, columns: dict[str, Any], source: str) -> None:
+    """Add the answers to a second question; torrents that have gone meanwhile are dropped."""
+    method, cells = SOURCES[source]
+    answers = engine.ask([(method, item, '', *cells) for item in columns['d.hash']])
+    columns[source] = answers
+    # An item that was erased since the list was made is no error; anything else is.
+    keep(columns, [not isinstance(answer, HashNotFound) for answer in answers])
+    without_errors(columns[source])
 
-    def ask(self, source: str) -> None:
-        """Ask the second question; torrents that have gone meanwhile are dropped."""
-        method, cells = SOURCES[source]
-        calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
-        answers = self.engine.ask(calls)
-        # An item that was erased since the list was made is no error; anything else is.
-        self.raw[source] = answers
-        self.keep([not isinstance(rows, HashNotFound) for rows in answers])
-        without_errors(self.raw[source])
 
-    def add(self, name: str, field: TorrentField) -> None:
-        """Work out a field of all rows."""
-        columns: list = []
-        for need in field.needs:
-            # Whether torque sees rTorrent's files costs a question: only who needs it asks.
-            if need == 'seen' and need not in self.constants:
-                self.constants[need] = sees_same_files(self.engine)
-            if need in self.constants:
-                columns.append(itertools.repeat(self.constants[need]))
-            else:
-                columns.append(self.raw[need])
-        values = columns[0]
-        if field.value:
-            values = map(field.value, *columns)
-        for row, value in zip(self.rows, values):
-            row[name] = value
+def add_field(columns: dict[str, Any], name: str, field: TorrentField) -> None:
+    """Work out a field of all rows."""
+    values = columns[field.needs[0]]
+    if field.value:
+        values = map(field.value, *[columns[need] for need in field.needs])
+    for row, value in zip(columns['row'], values):
+        row[name] = value
 
 
 def list_torrents(engine: Engine, view: str, names: Iterable[str],
@@ -2979,65 +2883,68 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     tested: tuple = ()
     if condition:
         tested = condition.fields
-    fields = {}
-    commands: list[str] = []
-    for name in ('hash', 'name', *tested, *names):
-        fields[name] = torrent_field(name)
-        commands += fields[name].needs
-    columns = fetch_columns(engine, view, commands)
-    listing = Listing(engine, columns, now)
+    fields = {name: torrent_field(name) for name in ('hash', 'name', *tested, *names)}
+    needs = [*itertools.chain.from_iterable(field.needs for field in fields.values())]
+    # Columns of raw values, and the rows in the making: they are dropped together.
+    columns: dict[str, Any] = fetch_columns(engine, view, needs)
+    columns['row'] = [Torrent(dict.fromkeys(tested, POSSIBLE)) for _ in columns['d.hash']]
+    constants = {
+        'now': now,
+        'aliases': engine.aliases,
+        'session': engine.session_path,
+        'cwd': engine.cwd}
+    # Whether torque sees rTorrent's files costs a question: only who needs it asks.
+    if 'seen' in needs:
+        constants['seen'] = sees_same_files(engine)
+    for need, value in constants.items():
+        columns[need] = itertools.repeat(value)
+    slow = {*SOURCES, 'seen'}
     for name in tested:
-        if not fields[name].slow:
-            listing.add(name, fields.pop(name))
+        if slow.isdisjoint(fields[name].needs):
+            add_field(columns, name, fields.pop(name))
     if condition:
-        listing.keep([condition.cheap(row, now) for row in listing.rows])
+        keep(columns, [condition.match(row, now) for row in columns['row']])
     # The second questions cost a call for each torrent, so only those that are left are asked.
     for source in SOURCES:
-        if any(source in field.needs for field in fields.values()):
-            listing.ask(source)
+        if source in needs:
+            ask_second(engine, columns, source)
     for name, field in fields.items():
-        listing.add(name, field)
-    if condition and not fields.keys().isdisjoint(tested):
-        return [row for row in listing.rows if condition.match(row, now)]
-    return listing.rows
+        add_field(columns, name, field)
+    if condition:
+        keep(columns, [condition.match(row, now) for row in columns['row']])
+    return columns['row']
 
 
 # A hostile metafile of 57 MB, all empty lists, took 2.2 GiB as Python's objects. So values are
 # skipped where they lie, and only those that somebody needs are built.
-BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
-AFTER_HEAD = {b'l': 'l', b'd': 'k'}
-AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):|[ld]')
 UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
 
-def bencoded_end(content: bytes, at: int) -> int:
+def bencoded_text(content: bytes, at: int = 0) -> bytes | None:
+    """Return the text that begins there; None for anything else."""
+    head = BENCODED.match(content, at)
+    if not head or not head[2]:
+        return None
+    return content[head.end():head.end() + int(head[2])]
+
+
+def bencoded_end(content: bytes, at: int, depth: int = 0) -> int:
     """Return where the bencoded value that begins there ends; ValueError if it does not.
 
-    Nothing is built. What follows the value is ignored, as rTorrent ignores it.
+    Nothing is built. Only for a text at the very end, that may be where nothing is any more.
     """
-    inside = ['']                       # l in a list, k before a key of a dictionary, v after it
-    while True:
-        token = BENCODED.match(content, at)
-        head = content[at:at + 1]
-        state = inside[-1]
-        if token and (token[2] or state != 'k'):
-            at = token.end() + int(token[2] or 0)
-        elif head == b'e' and state in ('l', 'k'):
-            inside.pop()
-            at += 1
-        elif head in AFTER_HEAD and state != 'k' and len(inside) <= MOST_DEPTH:
-            inside.append(AFTER_HEAD[head])
-            at += 1
-            continue
-        else:
-            raise ValueError(f'not bencoded at byte {at}')
-        if at > len(content):
-            raise ValueError(f'not bencoded: it ends before byte {at}')
-        if len(inside) == 1:
-            return at
-        inside[-1] = AFTER_VALUE[inside[-1]]
+    head = BENCODED.match(content, at)
+    if not head or depth > MOST_DEPTH:
+        raise ValueError(f'not bencoded at byte {at}')
+    at = head.end() + int(head[2] or 0)
+    if head[0] in (b'l', b'd'):
+        while content[at:at + 1] != b'e':
+            at = bencoded_end(content, at, depth + 1)
+        at += 1
+    return at
 
 
 def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
@@ -3051,28 +2958,18 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
     """Give (key, start, end) of each value of a dictionary."""
+    if content[at:at + 1] != b'd':
+        raise ValueError(f'not bencoded: no dictionary at byte {at}')
     at += 1
     while content[at:at + 1] != b'e':
-        key = BENCODED.match(content, at)
-        if not key or not key[2]:
-            raise ValueError(f'not bencoded at byte {at}')
-        start = key.end() + int(key[2])
+        key, start = bencoded_text(content, at), bencoded_end(content, at)
+        if key is None:
+            raise ValueError(f'not bencoded: no key at byte {at}')
         at = bencoded_end(content, start)
-        yield content[key.end():start], start, at
+        yield key, start, at
 
 
-def scalar_at(content: bytes, at: int) -> Any:
-    """Return a text or a number, None for a list or a dictionary."""
-    token = BENCODED.match(content, at)
-    if not token:
-        return None
-    if token[1]:
-        return int(token[1])
-    start = token.end()
-    return content[start:start + int(token[2])]
-
-
-def bdecode(content: bytes, at: int = 0) -> Any:
+def bdecode(content: bytes, at: int = 0):
     """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
@@ -3084,7 +2981,9 @@ def bdecode(content: bytes, at: int = 0) -> Any:
     if head == b'd':
         members = bencoded_members(content, at)
         return {key: bdecode(content, start) for key, start, _ in members}
-    return scalar_at(content, at)
+    if head == b'i':
+        return int(content[at + 1:content.index(b'e', at)])
+    return bencoded_text(content, at)
 
 
 class Metafile(NamedTuple):
@@ -3093,71 +2992,64 @@ class Metafile(NamedTuple):
     info_hash: str
     name: str                           # bytes that are no UTF-8 are surrogates in it
     tracker: str
-    files_at: int | None                # where the list of files begins; None: a single file
+    sizes: bytes                        # list of files, or length of one, as it stands there
 
     def files(self) -> Iterator[Any]:
         """Give what it says of each file of several: b'path' and b'length', if it is in order."""
-        if self.files_at is not None:
-            for start, end in bencoded_items(self.content, self.files_at):
+        if self.sizes.startswith(b'l'):
+            for start, end in bencoded_items(self.sizes, 0):
                 if end - start > MOST_IN_ENTRY:
                     raise ValueError(f'a file that takes {end - start} bytes to describe')
-                yield bdecode(self.content, start)
+                yield bdecode(self.sizes, start)
 
     @property
     def main_file(self) -> str:
         """Return the name of the largest file."""
         largest, most = self.name, -1
         for entry in self.files():
-            with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+            with contextlib.suppress(KeyError, TypeError, IndexError, AttributeError):
                 length = entry[b'length']
                 if length > most:
-                    largest, most = text_of(entry[b'path'][-1]), length
+                    largest = entry[b'path'][-1].decode('utf-8', 'surrogateescape')
+                    most = length
         return largest
-
-
-def text_of(content: Any) -> str:
-    """Return bytes as text; nothing for anything else."""
-    if not isinstance(content, bytes):
-        return ''
-    return content.decode('utf-8', 'surrogateescape')
 
 
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    info_at, info_end, tracker = 0, 0, None
-    if not content.startswith(b'd'):
-        bencoded_end(content, 0)
-        raise ValueError('no `info` in it')
+    info_at, info_end, last = 0, 0, b''
+    facts = {}
     for key, start, end in bencoded_members(content, 0):
         if key == b'announce':
-            tracker = scalar_at(content, start)
-        elif key == b'info' and content[start:start + 1] == b'd':
+            facts[key] = content[start:end]
+        elif key == b'info':
             info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
-    files_at, last = None, b''
-    facts = {}
-    for key, start, _ in bencoded_members(content, info_at):
+    for key, start, end in bencoded_members(content, info_at):
         # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
         last = key
-        if key in (b'name', b'length', b'pieces'):
-            facts[key] = scalar_at(content, start)
-        elif key == b'files' and content[start:start + 1] == b'l':
-            files_at = start
+        if key in (b'name', b'length', b'pieces', b'files'):
+            facts[key] = content[start:end]
     # The name becomes a file or folder, so it has to be one name.
-    name, pieces = facts.get(b'name'), facts.get(b'pieces')
-    if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
+    name = bencoded_text(facts.get(b'name', b''))
+    if name is None or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
-    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
+    pieces = bencoded_text(facts.get(b'pieces', b''))
+    sizes = facts.get(b'files') or facts.get(b'length', b'')
+    if not pieces or len(pieces) % 20 or not sizes.startswith((b'l', b'i')):
         raise ValueError('no pieces, or no length in it')
-    if files_at is None and not isinstance(facts.get(b'length'), int):
-        raise ValueError('no pieces, or no length in it')
+    tracker = bencoded_text(facts.get(b'announce', b'')) or b''
     info = memoryview(content)[info_at:info_end]
-    info_hash = hashlib.sha1(info).hexdigest().upper()
-    return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
+    return Metafile(
+        content,
+        hashlib.sha1(info).hexdigest().upper(),
+        name.decode('utf-8', 'surrogateescape'),
+        tracker.decode('utf-8', 'surrogateescape'),
+        sizes)
 
 
 def read_metafile(path: str) -> Metafile:
@@ -3165,10 +3057,8 @@ def read_metafile(path: str) -> Metafile:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
         raise ValueError('no regular file')
-    if not status.st_size:
-        raise ValueError('empty')
-    if status.st_size > METAFILE_LIMIT:
-        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}')
+    if not 0 < status.st_size <= METAFILE_LIMIT:
+        raise ValueError(f'empty, or larger than {show_size(METAFILE_LIMIT)}')
     with open(path, 'rb') as stream:
         return parse_metafile(stream.read(status.st_size))
 
@@ -3879,11 +3769,12 @@ class PromisedSpace:
 
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
-CLOSING = {'{': '}}', '%': '%}', '#': '#}'}
-BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
+BRANCH = re.compile(r'(if|elif)\b(.*)|(else|endif)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
-MARK = '\0'                             # stands for a value while the text around it is split
+# Stand for a value while the text around it is split: MARK, and a character for each value, of
+# those that Unicode leaves to private use
+MARK, FIRST_VALUE = '\0', 0xF0000
 COMPARE = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -3891,29 +3782,28 @@ COMPARE = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge}
+# What an expression may raise over what it does not fit
+MISFITS = (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError)
 
 
-def show(value: Any) -> str:
+def show(value) -> str:
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
     if value is None:
         return ''
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value, key=str)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, set):
+        value = sorted(value)
+    if isinstance(value, list):
         return ' '.join(map(show, value))
     return str(value)
 
 
-def part_of(value: Any, name: str, other: Any = None) -> Any:
-    """Return a named part of a mapping; whatever else it is has none."""
-    part = None
-    if isinstance(value, Mapping):
-        part = value.get(name)
-    if part is None:
+def part_of(value, name: str, other: Any = None):
+    """Return a named part of a mapping."""
+    if value is None:
         return other
-    return part
+    return value.get(name, other)
 
 
 def stem_of(path: str) -> str:
@@ -3921,14 +3811,14 @@ def stem_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def show_time(when: Any) -> str:
+def show_time(when) -> str:
     """Return local date and time of Unix seconds, nothing for an unknown time."""
     if not when:
         return ''
     return time.strftime('%F %T', time.localtime(when))
 
 
-def value_or(value: Any, other: Any = '') -> Any:
+def value_or(value, other: Any = ''):
     """Return a value, or another where it is empty; 0 is not."""
     if value or value == 0:
         return value
@@ -3941,28 +3831,27 @@ TEXT_FILTERS: dict[str, Callable] = {
     'title': str.title,
     'replace': str.replace,
     'basename': os.path.basename,
+    'pathbase': os.path.basename,       # as pyrocore calls it
     'dirname': os.path.dirname,
-    'stem': stem_of}
-VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
+    'pathdir': os.path.dirname,
+    'stem': stem_of,
+    'pathname': stem_of}
+FILTERS: dict[str, Callable] = {
+    **TEXT_FILTERS,                     # the others take values as they are
     'size': show_size,
+    'sz': show_size,
     'duration': show_duration,
     'date': show_time,
+    'iso': show_time,
     'default': value_or,
     'get': part_of}
-FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
 FILTER_ARGUMENTS = {                    # how many they take; the others none
     'replace': (2,),
     'get': (1, 2),
     'default': (0, 1)}
-OLD_FILTERS = {                         # pyrocore's names
-    'pathbase': 'basename',
-    'pathdir': 'dirname',
-    'pathname': 'stem',
-    'sz': 'size',
-    'iso': 'date'}
 
 
-def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
+def compares(op: ast.cmpop, one, other) -> bool:
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -3972,78 +3861,89 @@ def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
         return isinstance(op, ast.NotIn)
 
 
-def apply_filter(node: Any, values: Mapping) -> Any:
+def apply_filter(node, values: Mapping):
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
-    value, args, name = None, [], ''
-    call: Any = node
+    operands: list = []
+    call, name = node, ''
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        value, call = node.left, node.right
+        operands, call = [node.left], node.right
     if isinstance(call, ast.Call) and not call.keywords:
-        call, args = call.func, call.args
-        if isinstance(call, ast.Attribute) and value is None:
-            value = call.value
+        operands += call.args
+        call = call.func
     if isinstance(call, ast.Name):
         name = call.id
     elif isinstance(call, ast.Attribute):
         name = call.attr
-    name = OLD_FILTERS.get(name, name)
-    if value is None or name not in FILTERS:
+    if isinstance(node, ast.Call) and isinstance(call, ast.Attribute):
+        operands.insert(0, call.value)
+    if not operands or name not in FILTERS:
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
-    if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
-        raise UserError(f'{name} does not take {len(args)} arguments')
-    operands = [evaluate(part, values) for part in [value, *args]]
+    if len(operands) - 1 not in FILTER_ARGUMENTS.get(name, (0,)):
+        raise UserError(f'{name} does not take {len(operands) - 1} arguments')
+    operands = [evaluate(operand, values) for operand in operands]
     # What is not known stays so, till default gives something in its place.
     if operands[0] is None and name not in ('default', 'get'):
         return None
     if name in TEXT_FILTERS:
-        return TEXT_FILTERS[name](*map(show, operands))
-    return VALUE_FILTERS[name](*operands)
+        operands = [show(operand) for operand in operands]
+    return FILTERS[name](*operands)
 
 
-def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
-    """Return a.b: a named part of a mapping, or a value of the item, d or i."""
-    owner = ''
-    if isinstance(node.value, ast.Name):
-        owner = node.value.id
-    # pyrocore's templates call the torrent so; its fields are the names of the values.
-    if owner in ('item', 'd', 'i'):
-        return values[node.attr]
-    if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
-        raise UserError(f'{node.attr} is a filter; write |{node.attr}')
-    return part_of(evaluate(node.value, values), node.attr)
-
-
-def evaluate(node: Any, values: Mapping) -> Any:
+def evaluate(node, values: Mapping):
     """Return what an expression gives; a name without a value is a KeyError.
 
     Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
     filters as methods, a.replace('.', ' '). Nothing reaches an object of Python. All parts are
     evaluated, so that one call with an empty defaultdict meets all mistakes and all names.
     """
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return ast.literal_eval(node)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
-        return attribute_of(node, values)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return [evaluate(part, values) for part in node.elts]
+        # pyrocore's templates call the torrent so; its fields are the names of the values.
+        if isinstance(node.value, ast.Name) and node.value.id in ('item', 'd', 'i'):
+            return values[node.attr]
+        return part_of(evaluate(node.value, values), node.attr)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not evaluate(node.operand, values)
+    if isinstance(node, (ast.Constant, ast.UnaryOp, ast.Tuple, ast.List)):
+        return ast.literal_eval(node)
     if isinstance(node, ast.BoolOp):
         parts = [evaluate(part, values) for part in node.values]
-        for part in parts[:-1]:
+        for part in parts:
             if bool(part) is isinstance(node.op, ast.Or):
-                return part
-        return parts[-1]
-    if isinstance(node, ast.Compare) and not any(
-            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+                break
+        return part
+    if isinstance(node, ast.Compare):
         parts = [evaluate(part, values) for part in [node.left, *node.comparators]]
         return all(map(compares, node.ops, parts, parts[1:]))
     return apply_filter(node, values)
+
+
+def true_branch(values: Mapping, branches: list) -> list:
+    """Return the nodes of the first branch whose condition holds."""
+    for test, nodes in branches:
+        if evaluate(test, values):
+            return nodes
+    return []
+
+
+def nth_branch(number: int, branches: list) -> list:
+    """Return the nodes of the branch of a number, none where there is no such branch."""
+    for _, nodes in branches[number:]:
+        return nodes
+    return []
+
+
+def flat(nodes: list, choose: Callable[[list], list]) -> str:
+    """Return the text of nodes, and of those of the branches that are chosen."""
+    text = ''
+    for node in nodes:
+        if isinstance(node, list):
+            text += flat(choose(node), choose)
+        else:
+            text += node
+    return text
 
 
 class Template:
@@ -4058,156 +3958,102 @@ class Template:
 
     def __init__(self, text: str, known: Any = None):
         self.text, self.known = text, known
-        self.pieces = TAG.split(text)
-        self.next = 0                   # of the pieces
+        # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
+        self.nodes: list = []
+        self.expressions: dict[int, ast.AST] = {}       # by the character that stands for it
+        self.open_ifs: list = []        # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
         self.seen: dict = collections.defaultdict(lambda: None)
         try:
-            if MARK in text:
-                raise UserError('a NUL is not possible')
-            self.nodes, word, _ = self.block(0)
-            if word:
-                raise UserError(f'{word} without if')
+            self.parse(text)
             # Each branch is divided once, and the text without any: a mistake in a branch that is
             # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
-                self.divide(self.branch_text(self.nodes, number))
+                self.divide(flat(self.nodes, functools.partial(nth_branch, number)))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
-    def block(self, depth: int) -> tuple[list, str, str]:
-        """Return the nodes up to elif, else, endif or the end; that word; its condition.
-
-        A node is text, the ast of an expression, or of an if [(ast, nodes), ...].
-        """
-        nodes: list = []
-        while self.next < len(self.pieces):
-            piece = self.pieces[self.next]
-            self.next += 1
+    def parse(self, text: str) -> None:
+        """Make nodes of a text."""
+        if MARK in text:
+            raise UserError('a NUL is not possible')
+        nodes = self.nodes
+        for piece in TAG.split(text):
             self.at += len(piece)
             if not TAG.fullmatch(piece):
                 nodes.append(piece)
-                continue
-            if not piece.endswith(CLOSING[piece[1]]):
+            elif piece[-2:] not in ('}}', '%}', '#}'):
                 raise UserError('a {{, {% or {# in this is not closed')
-            if '#' in piece[1:3]:
-                continue
-            code = piece[2:-2].strip()
-            if piece[1] == '%':
-                code = code.strip('- \t\r\n')
-            branch = BRANCH.fullmatch(code)
-            if branch and branch[1] == 'if':
-                nodes.append(self.branches(branch[2], depth + 1))
-            elif branch:
-                return nodes, branch[1], branch[2]
-            elif piece[1] == '%':
-                raise UserError(f'{quoted(piece, 60)} is no expression; allowed are if elif else '
-                                'endif')
-            else:
-                nodes.append(self.expression(code))
-        return nodes, '', ''
+            elif '#' not in piece[1:3]:
+                nodes = self.add_tag(nodes, piece[2:-2].strip())
+        if self.open_ifs:
+            raise UserError('an if has no endif')
 
-    def branches(self, code: str, depth: int) -> list:
-        """Return [(ast, nodes), ...] of an if."""
-        if depth > MOST_DEPTH:
-            raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
-        branches, word = [], 'if'
-        while word != 'endif':
-            test: ast.AST = ELSE
-            if word != 'else':
-                test = self.expression(code.strip().rstrip(':'))
-            before = word
-            nodes, word, code = self.block(depth)
-            branches.append((test, nodes))
-            if not word:
-                raise UserError('an if has no endif')
-            if before == 'else' and word != 'endif':
-                raise UserError(f'{word} after else')
-            if word in ('else', 'endif') and code.strip(' \t\r\n:'):
-                raise UserError(f'{word} takes no condition; write elif')
+    def add_tag(self, nodes: list, code: str) -> list:
+        """Add what a tag says; return the nodes that what follows is to be among."""
+        branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
+        if not branch:
+            number = FIRST_VALUE + len(self.expressions)
+            self.expressions[number] = self.expression(code)
+            nodes.append(MARK + chr(number))
+            return nodes
+        word = branch[1] or branch[3]
+        if word == 'if':
+            nodes.append([])
+            self.open_ifs.append((nodes[-1], nodes))
+        if not 0 < len(self.open_ifs) <= MOST_DEPTH:
+            raise UserError(f'{word} without if, or too deep; allowed are {MOST_DEPTH} in another')
+        branches, around = self.open_ifs[-1]
+        if word == 'endif':
+            self.open_ifs.pop()
+            return around
+        if branches and branches[-1][0] is ELSE:
+            raise UserError(f'{word} after else')
+        test: ast.AST = ELSE
+        if word != 'else':
+            test = self.expression(branch[2].strip())
+        branches.append((test, []))
         self.most_branches = max(self.most_branches, len(branches))
-        return branches
+        return branches[-1][1]
 
     def expression(self, code: str) -> ast.AST:
         """Return the ast of an expression whose parts and names are allowed."""
         try:
             if len(code) > MOST_EXPRESSION:
                 raise ValueError('too long')
-            tree = ast.parse(code.strip(), mode='eval').body
+            tree = ast.parse(code, mode='eval').body
             evaluate(tree, self.seen)
         # The parser itself fails over deep nesting and NULs, each Python in its own way.
-        except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
-                RecursionError, Warning):
+        except (*MISFITS, SyntaxError, MemoryError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
-        if self.known is not None:
-            for name in self.seen:
-                self.check_name(name)
+        for name in self.seen:
+            if self.known and name not in self.known:
+                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
-
-    def check_name(self, name: str) -> None:
-        """Refuse a name that there will not be; of torrents, some fields are made as needed."""
-        made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
-        if name not in self.known and not made:
-            raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
-
-    def branch_text(self, nodes: list, number: int) -> str:
-        """Return the text, a mark for each value, where each if takes the branch of a number."""
-        text = ''
-        for node in nodes:
-            if isinstance(node, str):
-                text += node
-            elif isinstance(node, ast.AST):
-                text += MARK
-            elif number < len(node):
-                text += self.branch_text(node[number][1], number)
-        return text
-
-    def marked(self, nodes: list, values: Mapping, shown: list[str]) -> str:
-        """Return the text with a numbered mark for each value, which is added to `shown`."""
-        text = ''
-        for node in nodes:
-            if isinstance(node, str):
-                text += node
-            elif isinstance(node, ast.AST):
-                text += f'{MARK}{len(shown)}{MARK}'
-                shown.append(show(evaluate(node, values)))
-            else:
-                for test, body in node:
-                    if evaluate(test, values):
-                        text += self.marked(body, values, shown)
-                        break
-        return text
-
-    def parts(self, values: Mapping) -> tuple[list, list[str]]:
-        """Return what the text is divided into, with marks, and the values for them."""
-        shown: list[str] = []
-        try:
-            text = self.marked(self.nodes, values, shown)
-        except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
-            why = str(error)
-            if isinstance(error, KeyError):
-                why = f'there is no {error}'
-            raise LoggableError(f'template {quoted(self.text, 80)}: {why}') from None
-        return self.divide(text), shown
 
     def divide(self, text: str) -> list:
         """Return what the text is split into before the values are put in."""
         return [text]
 
-    def render(self, values: Mapping) -> Any:
+    def divided(self, values: Mapping) -> tuple[list, dict[int, str]]:
+        """Return what the text is divided into, and the values, for str.translate()."""
+        shown = {ord(MARK): ''}
+        try:
+            text = flat(self.nodes, functools.partial(true_branch, values))
+            for number, tree in self.expressions.items():
+                if chr(number) in text:
+                    shown[number] = show(evaluate(tree, values))
+        except MISFITS as error:
+            raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
+        return self.divide(text), shown
+
+    def render(self, values: Mapping):
         """Return the text, values put in; LoggableError where one is missing."""
-        (text,), shown = self.parts(values)
-        return filled(text, shown)
-
-
-def filled(text: str, shown: list[str]) -> str:
-    """Return a part of a template with values in the place of the marks."""
-    def value(mark: re.Match) -> str:
-        return shown[int(mark[1])]
-    return re.sub(f'{MARK}([0-9]{{1,9}}){MARK}', value, text)
+        (text,), shown = self.divided(values)
+        return text.translate(shown)
 
 
 # What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
@@ -4230,11 +4076,6 @@ INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua 
 FLAG_WITH_ARGUMENT = re.compile('[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file')
 SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
-
-
-def program_name(word: str) -> str:
-    """Return what a word is as the name of a program: no folder, no version."""
-    return os.path.basename(word).rstrip('0123456789.-')
 
 
 def check_program(name: str, words: list[str]) -> None:
@@ -4267,7 +4108,8 @@ def check_words(words: list[str]) -> None:
     """
     if MARK in words[0]:
         raise UserError('the program is missing, or depends on a value')
-    names = [program_name(word) for word in words]
+    # without folder and version
+    names = [os.path.basename(word).rstrip('0123456789.-') for word in words]
     for flag, word in zip(['', *words], words):
         if MARK not in word:
             continue
@@ -4293,16 +4135,16 @@ def argument_text(word: str) -> str:
     """Return what an argument of a command says, without its quotes."""
     word = word.strip()
     whole = QUOTED_ARGUMENT.fullmatch(word)
+    runs = '"' in word or word.startswith(('(', '{', '\\'))
     if whole:
-        word = whole[1]
-    elif '"' in word or word.startswith(('(', '{', '\\')):
-        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        word, runs = whole[1], False
     text = re.sub(r'\\(.)', r'\1', word)
-    if MARK in text and text.startswith('$'):
+    if runs or MARK in text and text.startswith('$'):
         raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
     return text
 
 
+COMMAND = re.compile(r'([A-Za-z_][\w.]*)\s*=(.*)', re.S)
 # Commands that take arguments as data; others (multicall, branch ...) run them.
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
                           r'execute[\w.]{0,99}')
@@ -4339,17 +4181,17 @@ class CommandTemplate(Template):
     def command(self, text: str) -> tuple[str, list[str]]:
         """Return one command, divided."""
         text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
-        name, equals, rest = text.partition('=')
-        if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
+        command = COMMAND.fullmatch(text)
+        if not command:
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
+        name, rest = command.groups()
         if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
         # Without a value it is the user's own, and goes to rTorrent as it is written.
         if MARK not in rest:
             return text, []
-        name = name.strip()
         if not DATA_COMMAND.fullmatch(name):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
         words = [argument_text(word) for word in split_commands(rest, ',')]
@@ -4359,10 +4201,10 @@ class CommandTemplate(Template):
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        divided, shown = self.parts(values)
+        divided, shown = self.divided(values)
         commands = []
         for name, words in divided:
-            arguments = [self.argument(word, filled(word, shown)) for word in words]
+            arguments = [self.argument(word, word.translate(shown)) for word in words]
             commands.append(name + ','.join(arguments))
         return commands
 
@@ -4377,7 +4219,7 @@ class CommandTemplate(Template):
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
         on 0.9.8 and 0.16.17).
         """
-        plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
+        plain = in_quotes(text)
         if MARK in word and text.startswith('$'):
             return f'(cat,{{{plain}}})'
         return plain
@@ -4401,10 +4243,10 @@ class ArgsTemplate(Template):
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        words, shown = self.parts(values)
+        words, shown = self.divided(values)
         args: list[str] = []
         for word in words:
-            args.append(filled(word, shown))
+            args.append(word.translate(shown))
             # A torrent may be called -rf.
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
@@ -4742,6 +4584,7 @@ class InfluxDB(Job):
         if not config.series and not config.series_host:
             raise UserError('series_host is empty as well: nothing to push', option='series')
         self.points: list[str] = []     # not delivered yet
+        self.retry_at = 0.0             # elapsed seconds: the server has asked to wait until then
         self.file = ''
         self.buffer = 0
         self.saved_at = 0.0
@@ -4809,6 +4652,8 @@ class InfluxDB(Job):
         """Send points, oldest first; return why some have to wait, or were refused for good."""
         problems = []
         try:
+            if elapsed_time() < self.retry_at:
+                raise LoggableError('the server has asked to wait')
             while self.points:
                 problems += self.post(self.points[:self.BATCH])
                 del self.points[:self.BATCH]
@@ -4834,6 +4679,9 @@ class InfluxDB(Job):
             return self.post(lines[:half]) + self.post(lines[half:])
         if answer.status not in (400, 422):
             # 413 for a single point, too: it would refuse all of them.
+            after = answer.headers.get('Retry-After', '')
+            if re.fullmatch('[0-9]{1,9}', after):
+                self.retry_at = elapsed_time() + min(int(after), 3600)
             raise LoggableError(said)
         groups = by_series(lines)
         if len(groups) == 1:
@@ -4928,7 +4776,7 @@ class Choice(Job):
     def use(self, option: str, make: Callable, text: str) -> Any:
         """Return the template that is made of an option, and have known what it needs."""
         with reading(option):
-            template = make(text, TORRENT_FIELDS)
+            template = make(text)
             for name in template.names:
                 torrent_field(name)
         self.fields += template.names
@@ -5002,7 +4850,7 @@ class Choice(Job):
                                 f'{self.failures[-1]}')
 
 
-class QueueManager(Job):
+class QueueManager(Choice):
     """Start waiting torrents, a few per run, while there is room."""
     options = (
         Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
@@ -5022,29 +4870,25 @@ class QueueManager(Job):
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: Settings):
-        super().__init__(config)
-        where = self.engine.address.where
-        self.turn = self.turns.setdefault(where, threading.Lock())
-        self.running = parse_condition(self.RUNNING)
-        texts = []
+        texts = ['*']
         for condition in (config.queue_startable_base, config.startable):
             if condition:
                 texts.append(f'[ {condition.text} ]')
-        self.startable = parse_condition(' '.join(texts))
-        self.order_fields = [name for name, _ in config.sort_fields]
-        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
-                               'message', 'down']
-        if config.downloading:
-            self.running_fields += config.downloading.fields
+        config.update(matcher=Filter(' '.join(texts)), sort=config.sort_fields)
+        super().__init__(config)
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
         if config.room:
-            needs = ['left', 'path']
-            self.order_fields += needs
-            self.running_fields += needs
-        self.failed: set[str] = set()           # hashes of what did not start
-        self.told: set[str] = set()             # hashes of what takes a place closed
+            self.fields = ('left', 'path')
+        self.running = Filter(self.RUNNING)
+        self.counted = Filter('*')              # which of the running items take a place
+        if config.downloading:
+            self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
+        self.not_started: set[str] = set()      # hashes of what did not start the last time
         self.file = config.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError):
@@ -5060,39 +4904,38 @@ class QueueManager(Job):
             self.LOG.debug('no start: the intermission is not over')
             return
         with self.turn:
-            if not self.places(self.list_running()):
-                return
-            startable = self.list_startable()
+            startable = self.chosen()
             if not startable:
                 self.LOG.debug('no start: nothing is startable')
                 return
-            # Again: listing took time, and a view may be stale.
-            running = self.list_running()
-            self.start_some(startable, running)
+            # All that is started and not complete: hashing, paused or failing, too. It is listed
+            # after what may be started, so that nothing that has begun meanwhile is missed.
+            fields = [*self.RUNNING_FIELDS, *self.fields, *self.counted.fields]
+            running = list_torrents(self.engine, 'default', fields, self.running)
+            hashes = {torrent.hash for torrent in running}
+            waiting = [torrent for torrent in startable if torrent.hash not in hashes]
+            if self.config.room:
+                waiting = self.fitting(waiting, running)
+            self.each(waiting, self.start, self.places(running))
 
-    def list_running(self) -> list[Torrent]:
-        """Return all that is started and not complete: hashing, paused or failing, too."""
-        fields = self.running_fields
-        return list_torrents(self.engine, 'default', fields, self.running)
-
-    def list_startable(self) -> list[Torrent]:
+    def chosen(self) -> list[Torrent]:
         """Return what may be started, in order; what did not start the last time comes last."""
-        view = self.config.viewname
-        if not view:
-            view = 'main'
-            if self.engine.has_view('pyrotorque'):
-                view = 'pyrotorque'
-        fields = self.order_fields
-        torrents = list_torrents(self.engine, view, fields, self.startable)
-        torrents = in_order(torrents, self.config.sort_fields)
-        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
+        config = self.config
+        config['view'] = config.viewname
+        if not config.viewname and self.engine.has_view('pyrotorque'):
+            config['view'] = 'pyrotorque'
+        torrents = super().chosen()
+        return sorted(torrents, key=lambda torrent: torrent.hash in self.not_started)
+
+    def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
+        """Say nothing of all that wait for their turn."""
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config = self.config
-        downloading = list(filter(self.is_downloading, running))
+        config, now = self.config, time.time()
+        downloading = [torrent for torrent in running if self.counted.match(torrent, now)]
         count = len(downloading)
-        traffic = sum(torrent['down'] for torrent in downloading)
+        traffic = sum(torrent.down for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
@@ -5104,81 +4947,50 @@ class QueueManager(Job):
         wanted = max(config.start_at_once, config.downloading_min - count)
         return min(wanted, most - count)
 
-    def is_downloading(self, torrent: Torrent) -> bool:
-        """Tell whether a running item takes a place."""
-        condition = self.config.downloading
-        if not torrent['is_active'] or not condition:
-            return True
-        return condition.match(torrent, time.time())
-
     def tell_of_closed(self, torrents: list[Torrent]) -> None:
-        """Say once of an item that it takes a place although rTorrent could not open it."""
+        """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
-            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
-            if torrent['is_open'] or waits or torrent['hash'] in self.told:
-                continue
-            self.told.add(torrent['hash'])
-            why = torrent['message'] or 'rTorrent does not say why'
-            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
-                             torrent, quoted(why))
+            waits = torrent.is_hashing and not torrent.d_hashing_failed
+            if not torrent.is_open and not waits:
+                why = quoted(torrent.message or 'rTorrent does not say why')
+                self.failed(torrent, LoggableError(
+                    f'could not be opened, and takes a place of the queue: {why}'))
 
-    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
-        """Start items while there are places; one that fails leaves its place to the next."""
-        places = self.places(running)
-        hashes = {torrent['hash'] for torrent in running}
-        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
-        errors = []
-        for torrent in self.fitting(waiting, running):
-            if places == 0:
-                break
-            try:
-                self.start(torrent)
-                places -= 1
-            except Unreachable:
-                raise
-            except RpcError as error:
-                self.failed.add(torrent['hash'])
-                errors.append(f'{torrent} was not started: {error}')
-        if errors:
-            raise LoggableError('; '.join(errors[:3]))
-
-    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
-        """Give the items that their disk has room for, beside what is still coming to it."""
-        if not self.config.room:
-            yield from torrents
-            return
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> list[Torrent]:
+        """Return the items that their disk has room for, beside what is still coming to it."""
         coming: dict = collections.Counter()
         for torrent in running:
-            device, _ = disk_of(torrent['path'])
-            coming[device] += torrent['left']
+            device, _ = disk_of(torrent.path)
+            coming[device] += torrent.left
+        fitting = []
         for torrent in torrents:
-            device, free = disk_of(torrent['path'])
-            left = torrent['left']
-            rest = (free or 0) - coming[device] - left
-            if free is None or rest < self.config.room:
-                sizes = left, free or 0, coming[device]
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
-                               torrent, *map(show_size, sizes))
+            device, free = disk_of(torrent.path)
+            rest = (free or 0) - coming[device] - torrent.left
+            if rest < self.config.room:
+                self.LOG.debug('no room for %s', torrent)
                 continue
-            coming[device] += left
-            yield torrent
+            coming[device] += torrent.left
+            fitting.append(torrent)
+        return fitting
 
-    def start(self, torrent: Torrent) -> None:
+    def start(self, torrent: Torrent) -> bool:
         """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
-            return
+            return True
         config = self.config
-        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
-        self.failed.discard(torrent['hash'])
+        self.not_started.add(torrent.hash)
+        self.act('d.start', torrent.hash)
+        self.not_started.discard(torrent.hash)
         self.last_start = time.time()
         if config.intermission:
             replace_file(self.file, f'{self.last_start}\n')
         if config.log_to_client and not config.quiet:
-            text = f"torque: started {quoted(torrent['name'])}"
             # Older ones take no emoji, for example.
             with contextlib.suppress(RpcError):
+                text = f'torque: started {quoted(torrent.name)}'
                 self.engine.tell([('print', '', text)])
+        return True
 
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5557,10 +5369,10 @@ class Command(Job):
 
     def __init__(self, config: Settings):
         super().__init__(config)
-        self.children: set[int] = set()         # pids of programs that run
+        self.process: Any = None                # the program that runs, or was the last to run
         if not config.args:
             raise UserError('is not set', option='args')
-        self.words: Any = config.args           # the shell's line, or a list
+        self.words = ['/bin/sh', '-c', config.args]
         if not config.shell:
             try:
                 self.words = shlex.split(config.args)
@@ -5571,95 +5383,72 @@ class Command(Job):
         self.execute(self.words, {})
 
     def end_run(self) -> None:
-        """End the program that still runs, and all it has started."""
+        """End the program that still runs, and all it has started, gently first."""
+        import subprocess
+        if not self.process or self.process.returncode is not None:
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in list(self.children):
-                with contextlib.suppress(OSError):
-                    os.killpg(pid, number)
-            end = elapsed_time() + 3
-            while self.children and elapsed_time() < end:
-                time.sleep(0.01)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, number)
+                self.process.wait(3)
 
-    def execute(self, words: Any, environment: dict) -> None:
+    def execute(self, words: list[str], environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
+        import subprocess
         config = self.config
-        line, program = words, words[0]
-        if config.shell:
-            program = words.split()[0]
-        else:
-            line = ' '.join(map(shlex.quote, words))
+        line = quoted(shlex.join(words))
         if self.dry_run:
-            self.announce('running', quoted(line))
+            self.announce('running', line)
             return
         # From here on without arguments: they may hold a password.
-        self.LOG.debug('running %s', quoted(line))
+        self.LOG.debug('running %s', line)
+        program = quoted(config.args.split()[0])
         try:
-            process = self.start(words, environment)
+            self.process = subprocess.Popen(
+                words,
+                cwd=os.path.expanduser(config.cwd) or None,
+                env={**os.environ, **environment, **config.env},
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT)
         except (OSError, ValueError) as error:
-            raise LoggableError(f'{quoted(program)}: {error}') from None
-        kept = bytearray()
-        in_time = self.wait(process, kept)
-        output = bytes(kept).decode('utf-8', 'replace')
-        for text in output.splitlines()[-100:]:
-            self.LOG.info('%s', text[:500])
+            raise LoggableError(f'{program}: {error}') from None
+        in_time = self.wait()
+        status = self.process.returncode
         if not in_time:
-            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
-        if process.returncode != 0:
-            text = f'{quoted(program)} ended with status {process.returncode}'
-            if config.check:
-                raise LoggableError(text)
-            self.LOG.info('%s', text)
+            raise LoggableError(f'{program} ended with force after {config.timeout:g} s')
+        if status and config.check:
+            raise LoggableError(f'{program} ended with status {status}')
+        if status:
+            self.LOG.info('%s ended with status %d', program, status)
 
-    def start(self, words: Any, environment: dict) -> Any:
-        """Start the program in a process group of its own."""
+    def wait(self) -> bool:
+        """Wait for the program, and log the end of its output; tell whether it was in time."""
         import subprocess
-        config = self.config
-        return subprocess.Popen(
-            words,
-            shell=config.shell,
-            cwd=os.path.expanduser(config.cwd) or None,
-            env={**os.environ, **environment, **config.env},
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
-
-    def wait(self, process: Any, kept: bytearray) -> bool:
-        """Wait for the program, and keep the end of its output; tell whether it was in time."""
-        import subprocess
-        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
-        self.children.add(process.pid)
+        kept = bytearray()
+        reader = threading.Thread(target=keep_end, args=(self.process.stdout, kept), daemon=True)
+        reader.start()
         try:
-            reader.start()
-            process.wait(self.config.timeout or None)
+            self.process.wait(self.config.timeout or None)
             return True
         except subprocess.TimeoutExpired:
             return False
         finally:
-            if process.returncode is None:      # also when torque is interrupted
-                self.end(process)
-            self.children.discard(process.pid)
+            self.end_run()                      # also when torque is interrupted
             # The end of the output, which a process that is left behind may hold open for ever.
-            if reader.ident:
-                reader.join(1)
-
-    @staticmethod
-    def end(process: Any) -> None:
-        """End the program and its children, gently first."""
-        import subprocess
-        for number in (15, 9):                  # SIGTERM, SIGKILL
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(3)
+            reader.join(1)
+            for text in kept.decode('utf-8', 'replace').splitlines()[-100:]:
+                self.LOG.info('%s', text[:500])
 
 
 def once_mark(job_name: str) -> str:
     """Return the custom value that marks an item for a job, another one for each name."""
     plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
-    if plain == job_name:
-        return f'torque_{plain}'
-    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
-    return f'torque_{plain}_{number:08x}'
+    if plain != job_name:
+        number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+        plain += f'_{number:08x}'
+    return f'torque_{plain}'
 
 
 class ItemCommand(Choice, Command):
@@ -5689,17 +5478,12 @@ class ItemCommand(Choice, Command):
         words = self.words
         if not self.config.shell:
             words = self.template.render(torrent)
-        environment = {}
-        for name in self.ENVIRONMENT:
-            value = show(torrent[name])
-            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
-        self.execute(words, environment)
-        if self.config.once and not self.dry_run:
-            item = torrent['hash']
-            answers = self.engine.tell([
-                ('d.custom.set', item, self.mark, '1'),
-                ('d.save_full_session', item)])
-            without_errors(answers)
+        values = {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
+                  for name in self.ENVIRONMENT}
+        self.execute(words, values)
+        if self.config.once:
+            self.act('d.custom.set', torrent.hash, self.mark, '1')
+            self.act('d.save_full_session', torrent.hash)
         return True
 
 
@@ -5933,7 +5717,7 @@ class Move(Choice):
 class Inotify:
     """Wakes who waits for changes in folders, as Linux tells of them.
 
-    Raises OSError where that does not work.
+    Raises OSError where that does not work. A folder that is moved elsewhere stays watched.
     """
     # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
     # the last one is ONLYDIR.
@@ -5943,10 +5727,7 @@ class Inotify:
         import ctypes
         self.get_errno = ctypes.get_errno
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.watches: set = set()               # numbers
-        self.added: set = set()                 # those since the last drop_others()
-        flags = os.O_NONBLOCK | os.O_CLOEXEC
-        handle = self.call('inotify_init1', flags)
+        handle = self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC)
         self.events = open(handle, 'rb', 0)
         # A disk mounted over a folder is no event of the folder; this file tells of it.
         self.mounts = open('/proc/self/mountinfo', 'rb', 0)
@@ -5964,27 +5745,14 @@ class Inotify:
 
     def add(self, folder: str) -> None:
         """Watch a folder; one that is watched already stays so."""
-        handle = self.events.fileno()
         path = os.fsencode(folder)
-        watch = self.call('inotify_add_watch', handle, path, self.MASK)
-        self.added.add(watch)
-
-    def drop_others(self) -> None:
-        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
-        handle = self.events.fileno()
-        for watch in self.watches - self.added:
-            self.libc.inotify_rm_watch(handle, watch)
-        self.watches = self.added
-        self.added = set()
+        self.call('inotify_add_watch', self.events.fileno(), path, self.MASK)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at most; tell whether something changed."""
-        milliseconds = max(seconds, 0) * 1000
-        return bool(self.poll.poll(milliseconds))
-
-    def forget(self) -> None:
-        """Take what happened so far for seen."""
+        """Wait so long at most; tell whether something changed, once for many changes."""
+        changed = bool(self.poll.poll(seconds * 1000))
         self.events.read(1 << 16)
+        return changed
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -5992,14 +5760,7 @@ class Inotify:
         self.mounts.close()
 
 
-def as_sent(text: str) -> str | bytes:
-    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
-    if re.fullmatch('[ -\ud7ff]*', text):
-        return text
-    return text.encode('utf-8', 'surrogateescape')
-
-
-class FileStamp(NamedTuple):
+class FileState(NamedTuple):
     """What tells a file from another, and from itself before it was changed."""
     device: int
     inode: int
@@ -6008,68 +5769,33 @@ class FileStamp(NamedTuple):
     modified: float                     # Unix seconds
 
 
-def file_stamp(status: os.stat_result) -> FileStamp:
-    """Return the stamp of a file."""
-    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+def file_state(status: os.stat_result) -> FileState:
+    """Return the state of a file."""
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
 
 
-# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
-NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
-
-
-def is_tied(tied: str, path: str) -> bool:
-    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
-    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
-        return True
-    with contextlib.suppress(OSError):
-        return identity(tied) == identity(path)
-    return False
-
-
 def parse_mode(text: str) -> str:
-    """Return how new items are loaded: normal or start."""
-    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
-             'started': 'start'}
-    mode = modes.get(text.lower())
-    if mode is None:
-        raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return mode
-
-
-NEVER = float('inf')
+    """Return how new items are loaded: load is normal, started is start."""
+    return parse_word(('normal', 'start', 'load', 'started'), text or 'normal')
 
 
 class Handled(NamedTuple):
-    """A file that was handled: in which state, and when again although it stays like that."""
-    stamp: FileStamp
-    due: float = NEVER                  # monotonic seconds
-    pause: float = 0.0                  # seconds from one try to the next
+    """What became of a file."""
+    state: Any = None                   # its FileState when it was handled
+    item: str = ''                      # hash of its item, if that is not tied to it
+    error: str = ''                     # why it is to be tried again
 
 
 class Refused(LoggableError):
     """rTorrent does not take a metafile, and will not take it later either."""
 
 
-class LoadPlan(NamedTuple):
-    """What becomes of a metafile."""
-    how: str                            # started, queued, or nothing
-    commands: list[str]                 # for the new item
-    values: dict[str, Any]              # what templates know of it
-
-    @property
-    def suffix(self) -> str:
-        """What follows in the log."""
-        if not self.how:
-            return ''
-        return f' [{self.how}]'
-
-
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
     A look through the trees decides what is new; an event of inotify only means `look again`.
-    A thread waits for events, and for files that are to be tried again.
+    A thread waits for events, and looks after growing pauses when there are none.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -6088,33 +5814,22 @@ class TreeWatch(Job):
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    FLAGS = ('start', 'load', 'queue')
     # Trash and caches of file servers and file systems; so are all that begin with a dot.
-    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
-                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
-                         'lost+found'))
-    TELL = CommandTemplate('print={{told}}', ('told',))
+    SKIPPED = ('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle', '#snapshot',
+               '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information', 'lost+found')
+    METAFILE = re.compile(r'\.(?:load|start|queue|(?i:torrent))\Z')      # flags: lower case
     SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    TELL = CommandTemplate('print={{told}}', ('told',))
     RETRY = 5.0                         # seconds until what did not work is tried again
     MOST = 3600.0                       # seconds, to which that grows
     REST = 9                            # times as long as it looked it does not look again
-    LONGEST = 60.0                      # seconds until a thread sees that it is to end
-    NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
-                      'filetype label traits flags'.split())
-
-    @staticmethod
-    def folders(config: Any) -> list[str]:
-        """Return the folders that a configuration names."""
-        folders = []
-        for path in config.path.split(os.pathsep):
-            if path.strip():
-                path = os.path.expanduser(path.strip())
-                folders.append(os.path.abspath(path))
-        return folders
+    NAMES = tuple('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
+                  'filetype label traits flags'.split())
 
     def __init__(self, config: Settings):
         super().__init__(config)
-        self.roots = self.folders(config)
+        paths = [os.path.expanduser(path.strip()) for path in config.path.split(os.pathsep)]
+        self.roots = [os.path.abspath(path) for path in paths if path]
         if not self.roots:
             raise UserError('is not set', option='path')
         self.commands = []
@@ -6124,36 +5839,32 @@ class TreeWatch(Job):
                     self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
-        self.untied_file = config.state_file('untied')
-        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
-        self.untied = self.read_untied()
-        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.file = config.state_file('untied')
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            with open(self.file, encoding='ascii') as stream:
+                for path, (state, item, _) in json.load(stream).items():
+                    self.handled[path] = Handled(FileState(*state), item, 'of another run')
+        self.kept = self.handled.copy()         # what the file in the state folder says
         self.trouble: dict[str, str] = {}       # what the last look could not read, and why
-        self.next_look = 0.0                    # monotonic seconds, though nothing changes
-        self.rested = 0.0                       # no look before that, whatever changes
-        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
-        if not self.engine.address.is_local():
-            self.by_path = False
+        self.took = 0.0                         # seconds, to look through the trees
+        self.by_path = self.engine.address.is_local()
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()
 
     def risks(self) -> list[str]:
         """Return what lets others load items: folders that every user may write."""
-        texts = []
-        for root in self.roots:
-            with contextlib.suppress(OSError):
-                if os.stat(root).st_mode & 0o002:
-                    texts.append(f'{root}, which is watched, can be written by every user')
-        return texts
+        open_to_all = [root for root in self.roots
+                       if os.path.exists(root) and os.stat(root).st_mode & 0o002]
+        return [f'{root}, which is watched, can be written by every user' for root in open_to_all]
 
     def run(self) -> None:
-        """Look through the trees, and see to it that changes are watched."""
+        """Look through the trees, and see to it that changes are watched from now on."""
         with self.lock:
-            reason = self.start_watching()
-            self.look()
-        if reason or self.trouble:
-            raise LoggableError(reason or self.trouble_text())
+            try:
+                self.start_watching()
+            finally:
+                self.look()
 
     def cleanup(self) -> None:
         """Load nothing any more; a file in progress has a while to end."""
@@ -6163,162 +5874,116 @@ class TreeWatch(Job):
 
     # Watching.
 
-    def start_watching(self) -> str:
-        """Have a thread look at once when something changes; return why that is not possible."""
-        if not self.config.inotify or self.config.alone:
-            return ''
-        if self.thread and self.thread.is_alive():
-            return ''
+    def start_watching(self) -> None:
+        """Have a thread look at once when something changes."""
+        is_watching = self.thread and self.thread.is_alive()
+        if is_watching or self.config.alone or not self.config.inotify:
+            return
         self.inotify = None
         try:
             self.inotify = Inotify()
             self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
             self.thread.start()
-        except (ImportError, AttributeError, OSError, RuntimeError) as error:
-            if self.inotify:
-                self.inotify.close()
-            self.inotify = None
-            return (f'no inotify, files are found on schedule only: {error}; where that is how '
-                    'it should be, write inotify = no')
-        return ''
+        except Exception as error:
+            raise LoggableError(f'no inotify, files are found on schedule only: {error}; where '
+                                'that is how it should be, write inotify = no') from None
 
     def watch(self, inotify: Inotify) -> None:
-        """Look again whenever something changes; a thread, until cleanup()."""
+        """Look again whenever something changed, and after pauses; a thread, until cleanup()."""
+        pause = self.RETRY
         with contextlib.closing(inotify):
-            while True:
-                left = self.next_look - time.monotonic()
-                changed = inotify.wait(min(left, self.LONGEST))
-                if self.ended.wait(self.rested - time.monotonic()):
+            while not self.ended.wait(self.REST * self.took):
+                changed = inotify.wait(pause)
+                if self.ended.is_set():
                     return
-                if not changed and left > self.LONGEST:
-                    continue
                 if changed and self.config.trace_inotify:
                     self.LOG.info('inotify: something changed')
-                inotify.forget()
                 with self.lock:
-                    self.look_again()
+                    well = self.look_again()
+                pause = min(2 * pause, self.MOST)
+                # No event tells that a root, or rTorrent, is there again.
+                if changed or not well:
+                    pause = self.RETRY
 
-    def look_again(self) -> None:
-        """Look, and say in the log what run() would raise."""
+    def look_again(self) -> bool:
+        """Look, say in the log what run() would raise, and tell whether all was well."""
         before = self.trouble
         try:
             self.look()
         except Unreachable:
             # The engine has told it; what else was found is told by the next look.
             self.trouble = before
+            return False
         except LoggableError as error:
-            self.trouble = {'': str(error)}
-        if self.trouble and self.trouble != before:
-            self.LOG.warning('%s', self.trouble_text())
-        elif before and not self.trouble:
+            if self.trouble != before:
+                self.LOG.warning('%s', error)
+            return False
+        if before:
             self.LOG.info('all folders are watched again')
-
-    def trouble_text(self) -> str:
-        """Return in one line what the last look could not read."""
-        return '; '.join(self.trouble.values())
+        return True
 
     # Looking.
 
     def look(self) -> None:
-        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        """Handle what is new in the trees; raises LoggableError where one cannot be read."""
         began = time.monotonic()
-        # Unless it gets to its end.
-        self.next_look = began + self.RETRY
         files = self.scan()
-        now = time.monotonic()
-        took = now - began
-        self.rested = now + self.REST * took
+        self.took = time.monotonic() - began
         for path in self.handled.keys() - files.keys():
-            del self.handled[path]
-        try:
-            self.handle_new(files)
-        finally:
-            self.keep_untied(files)
-        dues = [done.due for done in self.handled.values()]
-        # A root that is not watched, or not there: no event will tell of it.
-        if not self.trouble.keys().isdisjoint(self.roots):
-            dues.append(now + self.RETRY)
-        self.next_look = min(dues, default=NEVER)
-
-    def handle_new(self, files: dict[str, FileStamp]) -> None:
-        """Handle the files that are new, were changed, or are to be tried again."""
-        now = time.monotonic()
+            # On another device the disk of the file is not mounted now.
+            if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
+                del self.handled[path]
         for path in sorted(files):
-            if self.ended.is_set():
-                return
-            stamp = files[path]
-            done = self.handled.get(path)
-            if done is None or done.stamp != stamp or done.due <= now:
-                self.handled[path] = self.handle(path, stamp, done)
+            before = self.handled.get(path, Handled())
+            is_new = before.error or before.state != files[path]
+            if is_new and not self.ended.is_set():
+                self.handled[path] = self.handle(path, files[path], before)
+        self.keep_untied()
+        if self.trouble:
+            raise LoggableError('; '.join(self.trouble.values()))
 
-    def scan(self) -> dict[str, FileStamp]:
+    def scan(self) -> dict[str, FileState]:
         """Return the metafiles below the roots; have their folders watched."""
-        files: dict[str, FileStamp] = {}
-        self.trouble = {}
         session = self.session_folder()
+        files = {}
+        self.trouble = {}
         visited = {session}
         left = collections.deque(self.roots)
         while left:
-            folder = left.popleft()
+            path = left.popleft()
             try:
-                self.scan_folder(folder, visited, left, files)
+                status = os.stat(path)
+                known = status.st_dev, status.st_ino
+                if not stat.S_ISDIR(status.st_mode):
+                    if self.METAFILE.search(path):
+                        files[path] = file_state(status)
+                elif known == session and path in self.roots:
+                    raise OSError(errno.EPERM, 'it is the session folder of rTorrent')
+                elif known not in visited:
+                    visited.add(known)
+                    self.scan_folder(path, left)
             except OSError as error:
-                self.failed(folder, error)
-        for root in self.roots:
-            with contextlib.suppress(OSError):
-                if session and identity(root) == session:
-                    self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
-        if self.inotify:
-            self.inotify.drop_others()
+                self.failed(path, error)
         return files
 
-    def scan_folder(self, folder: str, visited: set, left: collections.deque,
-                    files: dict) -> None:
-        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
-        known = identity(folder)
-        if known and known in visited:
-            return
-        visited.add(known)
+    def scan_folder(self, folder: str, left: collections.deque) -> None:
+        """Add the paths in a folder to those that are left; have changes in it told."""
         # Watched before it is read: what comes in between is in both.
-        self.watch_folder(folder)
-        with os.scandir(folder) as listing:
-            entries = list(listing)
-        if any(entry.name == self.SESSION_LOCK for entry in entries):
-            return
-        for entry in entries:
+        if self.inotify:
             try:
-                self.scan_entry(entry, left, files)
+                self.inotify.add(folder)
             except OSError as error:
-                self.failed(entry.path, error)
-
-    def watch_folder(self, folder: str) -> None:
-        """Have changes in a folder told; where that fails, the schedule finds its files."""
-        if not self.inotify:
+                self.failed(folder, error)
+        if os.path.lexists(os.path.join(folder, self.SESSION_LOCK)):
             return
-        try:
-            self.inotify.add(folder)
-        except OSError as error:
-            self.failed(folder, error)
-
-    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
-        """Add a metafile to `files`, or a folder to `left`."""
-        name = entry.name
-        if not entry.is_dir():
-            if self.is_metafile(name):
-                files[entry.path] = file_stamp(entry.stat())
-        elif name.startswith('.') or name in self.SKIPPED:
-            return
-        elif entry.is_symlink():
-            # Last, so that a folder goes by its own name where it has one in the trees.
-            left.append(entry.path)
-        else:
-            left.appendleft(entry.path)
-
-    def is_metafile(self, name: str) -> bool:
-        """Tell whether a file's name is one of a metafile; flags are lower case."""
-        if name.endswith(('.load', '.start', '.queue')):
-            return True
-        return name.lower().endswith('.torrent')
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
+                # Links last, so that a folder goes by its own name where it has one in the trees.
+                if entry.is_symlink() and not is_skipped:
+                    left.append(entry.path)
+                elif not is_skipped or entry.is_file(follow_symlinks=False):
+                    left.appendleft(entry.path)
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
@@ -6333,106 +5998,71 @@ class TreeWatch(Job):
             self.trouble.setdefault(why, text)
 
     def session_folder(self) -> Identity | None:
-        """Return the identity of rTorrent's session folder; None as long as it is not known.
+        """Return the identity of rTorrent's session folder; None where it has none.
 
         What lies there is rTorrent's own: it is not loaded, and never removed.
         """
         engine = self.engine
+        engine.reach()                          # then it has told its folders
         if engine.session_path:
             # One that may not be looked at cannot be reached from a watched folder either.
             with contextlib.suppress(OSError):
                 return identity(os.path.join(engine.cwd, engine.session_path))
         return None
 
-    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
-    # their item. An item that was erased must not come back from them, as long as they stay.
+    def keep_untied(self) -> None:
+        """Keep for the next start which files were loaded by content, or are a second copy.
 
-    def read_untied(self) -> dict[str, list]:
-        """Return what the file in the state folder says."""
-        with contextlib.suppress(OSError, ValueError):
-            with open(self.untied_file, encoding='ascii') as stream:
-                return dict(json.load(stream))
-        return {}
-
-    def keep_untied(self, files: dict[str, FileStamp]) -> None:
-        """Keep that for the next start, without files that are gone."""
-        if not self.trouble:
-            for path in self.untied.keys() - files.keys():
-                # On another device the disk of the file is not mounted now.
-                folder = identity(os.path.dirname(path))
-                if folder and folder[0] == self.untied[path][2]:
-                    del self.untied[path]
-        if self.untied == self.kept or self.dry_run:
-            return
-        text = json.dumps(self.untied)
-        replace_file(self.untied_file, text)
-        self.kept = self.untied.copy()
+        rTorrent does not delete them with their item. An item that was erased must not come back
+        from them, as long as they stay.
+        """
+        untied = {path: done for path, done in self.handled.items() if done.item}
+        if untied != self.kept and not self.dry_run:
+            replace_file(self.file, json.dumps(untied))
+            self.kept = untied
 
     # Loading.
 
-    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
-        """Load a new metafile; return when it is to be handled again."""
+    def handle(self, path: str, state: FileState, before: Handled) -> Handled:
+        """Load a new metafile; say why it was not loaded, once, and whether it may be later."""
+        name = quoted(path)
         try:
-            self.load(path, stamp, read_metafile(path))
-            return Handled(stamp)
+            return Handled(state, self.load(path, state, before, read_metafile(path)))
         except Unreachable:
             raise
         except FileNotFoundError:
-            return Handled(stamp)
+            pass
         except ValueError as error:
-            if self.may_be_growing(stamp):
-                return Handled(stamp, time.monotonic() + self.RETRY)
-            why = f'is no metafile: {error}'
+            # Somebody may be writing it just now; the clock of a file server may be ahead.
+            age = time.time() - state.modified
+            if abs(age) < 2 * self.RETRY and not self.config.alone:
+                return Handled(state, error=str(error))
+            self.LOG.warning('%s is no metafile: %s', name, error)
         except Refused as error:
-            why = f'is not loaded: {error}'
-        except Exception as error:
-            return self.try_later(path, stamp, before, error)
-        self.LOG.warning('%s %s', quoted(path), why)
-        return Handled(stamp)
-
-    def may_be_growing(self, stamp: FileStamp) -> bool:
-        """Tell whether somebody may be writing a file just now."""
-        if self.config.alone:
-            return False
-        age = time.time() - stamp.modified
-        # The clock of a file server may be ahead.
-        return abs(age) < 2 * self.RETRY
-
-    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
-                  error: Exception) -> Handled:
-        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
-        name = quoted(path)
-        pause = self.RETRY
-        if before and before.stamp == stamp and before.pause:
-            pause = min(2 * before.pause, self.MOST)
-            self.LOG.debug('%s is not loaded: %s', name, error)
-        elif isinstance(error, (OSError, LoggableError)):
             self.LOG.warning('%s is not loaded: %s', name, error)
-        else:
-            self.LOG.error('%s is not loaded', name, exc_info=error)
-        due = time.monotonic() + pause
-        return Handled(stamp, due, pause)
+        except Exception as error:
+            failed = Handled(state, error=repr(error))
+            if failed != before:
+                is_fault = not isinstance(error, (OSError, LoggableError))
+                self.LOG.warning('%s is not loaded: %s', name, error, exc_info=is_fault)
+            return failed
+        return Handled(state)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
         roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
         root = max(roots, key=len, default=folder)
-        parts = folder[len(root):].strip(os.sep).split(os.sep)
         # Flags at its end are no part of a label.
-        while parts and parts[-1] in self.FLAGS:
-            parts.pop()
-        relative = os.sep.join(parts)
+        while folder != root and os.path.basename(folder) in ('start', 'load', 'queue'):
+            folder = os.path.dirname(folder)
+        relative = folder[len(root):].strip(os.sep)
         ending = os.path.splitext(meta.main_file)[1]
         kind = ending[1:]
         traits = name_traits(meta.name, kind.lower())
         label = traits['kind']
         if label and kind:
             label += f'/{kind}'
-        alias = meta.tracker
-        if alias:
-            alias = tracker_alias(alias, self.engine.aliases)
-        flags = {*path.split(os.sep), *base.split('.')}
         return {
             'pathname': path,
             'watch_path': root,
@@ -6441,13 +6071,16 @@ class TreeWatch(Job):
             'info_hash': meta.info_hash,
             'info_name': meta.name,
             'filetype': ending,
-            'tracker_alias': alias,
-            'flags': flags - {''},
+            'tracker_alias': tracker_alias(meta.tracker, self.engine.aliases),
+            'flags': sorted({*path[1:].split(os.sep), *base.split('.')}),
             'traits': traits,
             'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> LoadPlan:
-        """Return what is to become of a file; flags in its path count more than options."""
+    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict[str, Any]]:
+        """Return how a file is loaded, the commands for its item, and what templates know of it.
+
+        Flags in its path count more than options.
+        """
         values, config = self.values(path, meta), self.config
         flags = values['flags']
         commands = []
@@ -6455,66 +6088,64 @@ class TreeWatch(Job):
             commands += template.commands(values)
         start = 'start' in flags
         if not start and 'load' not in flags:
-            start = config.started or config.load_mode == 'start'
+            start = config.started or config.load_mode.startswith('start')
+        how = 'loaded'
         if config.queued or 'queue' in flags:
+            how = 'queued'
             if not start:
                 commands.append('d.priority.set=0')
-            return LoadPlan('queued', commands, values)
-        if start:
-            return LoadPlan('started', commands, values)
-        return LoadPlan('', commands, values)
+        elif start:
+            how = 'started'
+        return how, commands, values
 
     def ask(self, *call: str) -> Any:
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, or was erased."""
+    def load(self, path: str, state: FileState, before: Handled, meta: Metafile) -> str:
+        """Load a metafile unless its item is there, or was; return the item that is not tied."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
-        # The first answer of a new rTorrent may be the first that tells of its session.
-        if identity(os.path.dirname(path)) == self.session_folder():
-            return
-        known = [meta.info_hash, stamp.modified, stamp.device]
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
-            if is_tied(tied, path):
-                self.untied.pop(path, None)
-                return
-            self.untied[path] = known
+            # One that rTorrent shows with other characters is not there, and nothing is removed.
+            with contextlib.suppress(OSError):
+                if identity(tied) == identity(path):
+                    return ''
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
-                self.remove(path, stamp, tied)
-        elif self.untied.get(path, [])[:2] == known[:2]:
+                self.remove(path, state, tied)
+        elif before.item == meta.info_hash and before.state.modified == state.modified:
             self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
-        elif not self.load_new(path, meta):
-            self.untied[path] = known
+        elif self.load_new(path, meta):
+            return ''
+        return meta.info_hash
 
-    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+    def remove(self, path: str, state: FileState, tied: str) -> None:
         """Remove a file that was read, unless it may be the last metafile of the item."""
         if tied and not os.path.exists(tied):
             return
-        # A link, and a file that was changed since it was read, have another stamp.
-        if file_stamp(os.lstat(path)) != stamp:
+        # A link, and a file that was changed since it was read, have another state.
+        if file_state(os.lstat(path)) != state:
             return
         if self.announce('removing', quoted(path)):
             os.remove(path)
 
     def load_new(self, path: str, meta: Metafile) -> bool:
         """Load a metafile and wait for its item; tell whether that is tied to the file."""
-        plan = self.plan(path, meta)
-        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
+        how, commands, _ = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}'
+        if how != 'loaded':
+            shown += f' [{how}]'
         if self.dry_run:
             self.announce('loading', shown)
             return True
-        commands = plan.commands
+        told = []
         if self.config.print_to_client and not self.config.quiet:
-            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
-            commands = self.TELL.commands({'told': told}) + commands
-        start = plan.how == 'started'
-        tied = self.send(path, meta, start, commands)
+            told = self.TELL.commands({'told': f'torque: loaded {shown}'})
+        tied = self.send(path, meta, how == 'started', told + commands)
         self.LOG.info('loaded %s', shown)
-        if plan.commands:
+        if commands:
             message = str(self.ask('d.message', meta.info_hash))
             # Of a command that failed; the item is there all the same.
             if 'creation failed' in message:
@@ -6526,85 +6157,71 @@ class TreeWatch(Job):
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
             by_path, by_content = 'load.start', 'load.raw_start'
-        file = as_sent(path)
-        texts = [as_sent(text) for text in commands]
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
-        if self.by_path is not False and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+        if self.by_path and not is_pattern:
+            self.act(by_path, '', path, *commands)
             if self.appears(meta):
-                self.by_path = True
                 return True
-        self.send_content((by_content, '', meta.content, *texts))
+        self.send_content(by_content, meta.content, commands)
         if not self.appears(meta):
             why = 'rTorrent did not take it, and does not say why'
             if not meta.tracker:
                 why += '; it has no tracker: is DHT off?'
             raise Refused(why)
-        if is_pattern:
-            return self.tie(meta.info_hash, path)
-        # It took the content and not the path: it sees other files than torque does.
-        if self.by_path is None:
+        if why_unseen(self.engine):
             self.by_path = False
+        elif is_pattern:
+            self.act('d.tied_to_file.set', meta.info_hash, path)
+            self.act('d.save_full_session', meta.info_hash)
+            return True
         return False
 
-    def send_content(self, call: tuple) -> None:
+    def send_content(self, method: str, content: bytes, commands: list[str]) -> None:
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
         try:
-            without_errors(self.engine.tell([call]))
+            self.act(method, '', content, *commands)
         except Unreachable:
-            size = len(call[2])
-            if size <= 100000:
+            if len(content) <= 100000:
                 raise
             self.ask('system.pid', '')
-            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
-                          ) from None
+            size = show_size(len(content))
+            raise Refused(f'{size} are more than rTorrent takes in one request') from None
 
     def appears(self, meta: Metafile) -> bool:
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
         end = time.monotonic() + 1 + len(meta.content) / 5e6
         pause = 0.0002
-        while True:
+        while time.monotonic() < end:
             answer = self.ask('d.hash', meta.info_hash)
             if not isinstance(answer, HashNotFound):
                 without_errors([answer])
                 return True
-            if time.monotonic() > end:
-                return False
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
-
-    def tie(self, info_hash: str, path: str) -> bool:
-        """Tie an item to its file if rTorrent sees that; they go together then."""
-        if why_unseen(self.engine):
-            return False
-        answers = self.engine.tell([
-            ('d.tied_to_file.set', info_hash, as_sent(path)),
-            ('d.save_full_session', info_hash)])
-        return not isinstance(answers[0], RpcError)
+            # Who asks too often keeps rTorrent from loading it.
+            pause = min(1.5 * pause, 0.05)
+        return False
 
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not self.is_metafile(os.path.basename(path)):
+            if not self.METAFILE.search(path):
                 raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            plan = self.plan(path, meta)
+            how, commands, values = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        how = plan.how or 'loaded, not started'
         first = f'{path}: {how}'
-        if plan.values['watch_path'] not in self.roots:
+        if values['watch_path'] not in self.roots:
             first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
             without_errors([self.ask('d.hash', meta.info_hash)])
             first += '; but it is loaded already'
         lines = [first]
-        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
         for name, value in sorted(values.items()):
             lines.append(f'  {name} = {value!r}')
-        for command in plan.commands:
+        for command in commands:
             lines.append(f'  command {command}')
         return lines
 
@@ -6668,6 +6285,8 @@ def handler_name(text: str) -> str:
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
     handler = handler_name(text)
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
@@ -6685,6 +6304,8 @@ def import_handler(text: str) -> Any:
 
 def parse_due(text: str) -> Schedule:
     """Return the Schedule of a job: one that is due again."""
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
     schedule = parse_schedule(text)
     if schedule.next(time.time()) is None:
         raise UserError(f'{text!r} lies in the past: it would never fire')
@@ -7169,7 +6790,8 @@ def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
                 made[name] = make_job(planned)
                 undo.callback(clean_up, name, made[name])
             except UserError as error:
-                ini.refuse(source.get(error.option, source['handler']), error)
+                key = f'job.{name}.{error.option}'.rstrip('.')
+                ini.refuse(Value('', source.get(error.option, source['handler']).place, key), error)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
         undo.pop_all()
