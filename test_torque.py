@@ -7148,7 +7148,7 @@ class DaemonControlTest(DaemonFolder):
                 self.assertEqual(program.stop(seconds=20), 0)
         self.ini('job.b.handler = busy:Refused\njob.b.schedule = 1h\n')
         status, said = self.command('--daemon')
-        self.assertEqual((status, 'job.b.handler: refused' in said), (78, True))
+        self.assertEqual((status, 'job.b: refused' in said), (78, True))
         wait_for(lambda: not self.pid_file.is_locked())
 
     def test_other_files_are_no_pid_file(self):
@@ -7305,7 +7305,7 @@ class DaemonControlTest(DaemonFolder):
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
 
     def test_errors_of_the_start_are_seen(self):
-        for text, words in (('job.tick.refuse = yes', 'job.tick.handler: refused'),
+        for text, words in (('job.tick.refuse = yes', 'job.tick: refused'),
                             ('oops', 'KEY = VALUE'),
                             ('log_file = /dev/null/x', 'log file /dev/null/x: ')):
             with self.subTest(text):
@@ -7567,7 +7567,7 @@ class ReloadTest(DaemonFolder):
         self.ini('job.tick.refuse = yes\n')
         status, said = self.command('--reload')
         self.assertEqual((status, 'the daemon has ended' in said), (1, True), said)
-        self.assertIn('job.tick.handler: refused', open_text(f'{self.folder}/state/torque.log'))
+        self.assertIn('job.tick: refused', open_text(f'{self.folder}/state/torque.log'))
 
     def test_check_that_hangs_is_ended(self):
         self.write('slow.py', 'import os, time\nopen("/proc/self/fd/2", "w").write('
