@@ -5263,6 +5263,7 @@ class MoveTest(WithDouble):
     def test_failed_copy_leaves_nothing(self):
         with mock.patch('os.link', cross):
             for name, error in (('os.pwrite', OSError(28, 'No space left')),
+                                ('os.lseek', OSError(5, 'Input/output error')),
                                 ('torque.give_owner', False), ('torque.disk_of', (0, 99)),
                                 ('os.rename', OSError(1, 'no'))):
                 with self.subTest(name), mock.patch(name, side_effect=[error] * 9):

@@ -2328,8 +2328,10 @@ def copy_file(path: str, copy: str) -> None:
         while at < size:
             try:
                 at = os.lseek(source.fileno(), at, os.SEEK_DATA)
-            except OSError:             # ENXIO: only a hole is left
-                break
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break                   # only a hole is left
             end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
             while at < end:
                 content = os.pread(source.fileno(), min(end - at, COPIED_AT_ONCE), at)
