@@ -5824,6 +5824,17 @@ class LiveDataOfOthersTest(DataCase):
         self.assertEqual(self.cull(item, shared='delete')[0], 0)
         self.assertFalse(os.path.exists(self.data + '/a'))
 
+    def test_rtorrent_of_two_addresses(self):
+        """Through a proxy it may be the same one: then nobody else has the item's data."""
+        item, url = self.item('a'), self.server.url
+        through = self.between().url
+        for first, second in ((through, url), (url, through)):
+            self.torque['scgi_url'] = first
+            self.second_rtorrent(second)
+            self.assert_held(item, 'another item may use', self.cull)
+        self.more.clear()
+        self.assert_culled(item, self.data + '/a')
+
     def test_rtorrent_that_does_not_answer(self):
         item, nowhere = self.item('a'), self.path('nowhere.sock')
         self.second_rtorrent(nowhere)

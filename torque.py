@@ -3877,6 +3877,7 @@ class Users:
     """
 
     def __init__(self, engines: list[Engine], hashes: Iterable[str] = ()):
+        self.hashes = hashes
         self.engines: dict[str, Engine] = {}                # by pid, or address
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
@@ -3980,10 +3981,14 @@ class Users:
                     users[owner] = path
         return users
 
+    def is_another(self, key: str) -> bool:
+        """Tell whether an rTorrent is for sure not that of the job, by another address."""
+        return all(name.startswith('process ') for name in (key, next(iter(self.engines))))
+
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
         """Tell whether an item has all files of data, too, by its own list and as its own."""
         key, info_hash = owner
-        if why_unseen(self.engines[key]):
+        if why_unseen(self.engines[key]) or info_hash in self.hashes and not self.is_another(key):
             return False
         item = ask_item(self.engines[key], info_hash)
         base = item.directory
