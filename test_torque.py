@@ -4912,6 +4912,16 @@ class ActionTest(WithDouble):
         self.fails('is a link', lambda: self.run_action('cull'))
         self.assertEqual((self.names(), os.path.lexists(self.path('b'))), (['b'], True))
 
+    def test_promises_that_are_none(self):
+        for text in ('[]', '"x"', '{', '{"1": 5}', '{"0": ["a", 1, 2]}', '{"0": [1, 2, Infinity]}'):
+            with self.subTest(text):
+                self.engine = Double()
+                self.engine.add(self.path('a'), {'x': bytes(9000)})
+                self.write(os.path.join(self.engine.state_dir, 'promised.json'), text)
+                with mock.patch('torque.disk_of', lambda path: (0, 5)):
+                    self.run_action('cull', until_free='900')
+                self.assertEqual(self.names(), [])
+
     def test_failing_listing_deletes_nothing(self):
         self.engine.add(self.path('a'))
         self.engine.unlisted = 1

@@ -4203,9 +4203,11 @@ class PromisedSpace:
 
     def __init__(self, path: str):
         self.path = path
-        self.disks = {}                 # device -> [bytes, free bytes then, Unix seconds]
-        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as stream:
-            self.disks = json.load(stream)
+        self.disks = {}                 # device -> bytes, free bytes then, Unix seconds
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError), \
+                open(path, encoding='utf-8') as stream:
+            for device, (promised, free, since) in json.load(stream).items():
+                self.disks[device] = int(promised), int(free), int(since)
 
     def owed(self, device: int, free: int) -> int:
         """Return what has not appeared yet, now that a disk has so many bytes free."""
@@ -4218,7 +4220,7 @@ class PromisedSpace:
 
     def add(self, device: int, free: int, freed: int) -> None:
         """Expect a disk that has so many bytes free to have so many more soon."""
-        self.disks[str(device)] = self.owed(device, free) + freed, free, time.time()
+        self.disks[str(device)] = self.owed(device, free) + freed, free, int(time.time())
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
