@@ -5878,6 +5878,7 @@ class LiveDataOfOthersTest(DataCase):
         put_data(self.path('away/hidden'), 'a', FILES)
         item = self.item('a')
         self.assert_held(item, UNSEEN)
+        self.assert_held(item, 'sees other mounts', self.cull, until_free='1b')
         closed = self.item('b', folder=self.path('away'))
         self.close(closed)
         self.assert_held(closed, UNSEEN)

@@ -5850,11 +5850,11 @@ class Action(Choice):
 
     def cull(self, torrent: Torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
+        require_same_files(self.engine)
         if self.is_enough(torrent.path):
             free = show_size(self.config.until_free)
             self.hold_back([torrent], f'{free} are free without it')
             return False
-        require_same_files(self.engine)
         if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
             self.promise(torrent.path, torrent.d_completed_bytes)
