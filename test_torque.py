@@ -6215,7 +6215,7 @@ class LiveHalvesTest(DataCase):
 
         def another_rtorrent():
             self.serve(self.start('second'))
-            self.item('b')
+            self.close(self.item('a'))          # the same info-hash, which is none of its business
             double.url_behind = self.server.url
 
         def empty_session():
@@ -6240,7 +6240,9 @@ class LiveHalvesTest(DataCase):
                 self.cut_short(double, item, arrives)
                 meanwhile()
                 self.torque['scgi_url'] = double.url
+                before = [self.state(other) for other in self.proxy.download_list('')]
                 _, log = self.settle(item)
+                self.assertEqual([self.state(other) for other in self.proxy.download_list('')], before)
                 left = self.files(first.folder + '/data')
                 self.assertEqual(left.pop(self.data + '/was x', 9000), 9000)
                 size = {other_file: [30]}.get(meanwhile, [5, 9000])

@@ -5937,7 +5937,7 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
-                with contextlib.suppress(HashNotFound):
+                if has_item(self.engine, removal.facts['hash'], removal.facts['session']):
                     start_again(removal.item(self.engine))
             else:
                 require_same_files(self.engine)
