@@ -6662,13 +6662,16 @@ class LiveDoubtsTest(DataCase):
     def test_notes_that_are_none(self):
         item = self.item('a')
         os.makedirs(self.path('state'))
-        for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha')):
+        for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha'),
+                           ('old', json.dumps({'root': '/x', 'folders': [], 'files': [],
+                                               'engine': self.server.engine.address.where}))):
             self.write('state/removal.' + name, text)
         os.symlink('/etc/passwd', self.path('state/removal.link'))
         os.mkdir(self.path('state/removal.folder'))
         status, log = self.cull(item)
         self.assertEqual((status, self.known(item)), (0, set()), log)
-        self.assertEqual(log.count('is no note of a removal'), 6)
+        self.assertEqual(log.count('is no note of a removal'), 7)
+        self.assertIn('removal.old is no note of a removal: it lacks hash is_active', log)
 
     def test_paused_items_stay_paused(self):
         item = self.item('a')

@@ -3532,6 +3532,7 @@ def read_metafile(path: str) -> Metafile:
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
+NOTED = 'hash name session engine state is_open is_active'.split()      # and its data
 TEXTS = ('hash', 'name', 'base_path', 'directory', 'directory_base', 'bitfield', 'path',
          'frozen_path')                 # of what is asked; the rest are numbers
 
@@ -4148,7 +4149,11 @@ def read_removal(path: str) -> Removal:
     with open(path, encoding='utf-8', opener=open_own) as stream:
         if os.fstat(stream.fileno()).st_uid != os.geteuid():
             raise ValueError('it belongs to another user')
-        return Removal(path, json.load(stream))
+        removal = Removal(path, json.load(stream))
+    missing = {*NOTED} - {*removal.facts}
+    if missing:
+        raise ValueError(f"it lacks {' '.join(sorted(missing))}")
+    return removal
 
 
 def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
@@ -4169,7 +4174,7 @@ def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
             logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
                                                      error_text(error))
             continue
-        if removal.facts.get('engine') == engine.address.where:
+        if removal.facts['engine'] == engine.address.where:
             yield removal
 
 
