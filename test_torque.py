@@ -5214,6 +5214,27 @@ class MoveTest(WithDouble):
                     self.assertGreater(dies_at, 30)
                     break
 
+    def test_move_that_cannot_be_finished_costs_its_item_only(self):
+        def before(method, target):
+            if re.fullmatch(r'd\.directory(_base)?\.set', method):
+                raise Killed
+        other = self.engine.add(self.path('old', 'b'))
+        self.engine.before = before
+        with self.assertRaises(Killed):
+            self.move(matcher='name=a')
+        self.engine.before = lambda method, target: None
+        for folder in (self.path('old'), self.target):
+            os.remove(folder + '/a/x')
+        job = make_job(torque.Move, self.engine, matcher='*', target=self.target)
+        self.fails('cannot be finished', job.run)
+        self.assertEqual(len(self.logged('WARNING', "'a'", 'neither', 'has all of it')), 1)
+        self.assertEqual(self.engine.items[other]['d.directory'], self.target)
+        job.run()                               # it is left alone for a while
+        self.assertEqual([len(tree(folder + '/a')) for folder in (self.path('old'), self.target)],
+                         [1, 1])
+        self.fails('torrents failed, the last: ', make_job(
+            torque.Action, self.engine, matcher='name=a', action='cull').run)
+
     def test_one_run_at_a_time_deletes_or_moves(self):
         lock = os.path.join(self.engine.state_dir, 'data.lock')
         with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):

@@ -6171,11 +6171,23 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
         with self.alone():
+            stuck = ''
             for removal in left_removals(self.config.state_dir, self.engine):
-                paused = self.is_paused(removal.facts['hash'])
-                if 'new' in removal.facts and not paused and not self.dry_run:
+                info_hash = removal.facts['hash']
+                if 'new' not in removal.facts or self.is_paused(info_hash) or self.dry_run:
+                    continue
+                try:
                     self.take_up(removal)
+                except Unreachable:
+                    raise
+                except (LoggableError, OSError) as error:       # others are moved all the same
+                    stuck = f'{removal}: {error}'
+                    self.LOG.warning('%s', stuck)
+                    if not self.is_paused(info_hash):
+                        self.pause(info_hash)
             self.each(self.chosen(), self.move)
+            if stuck:
+                raise LoggableError(f'a move that was cut short cannot be finished: {stuck}')
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
@@ -6368,7 +6380,7 @@ class Move(Choice):
             self.undo(item, removal)
             self.pauses.pop(item.hash, None)
         else:
-            raise LoggableError(f'{removal}: neither {quoted(data.root)} nor '
+            raise LoggableError(f'neither {quoted(data.root)} nor '
                                 f'{quoted(facts["new"])} has all of it; {removal.path} tells more')
 
 
