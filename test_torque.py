@@ -4922,6 +4922,77 @@ class ActionTest(WithDouble):
                     self.run_action('cull', until_free='900')
                 self.assertEqual(self.names(), [])
 
+    def test_doubts_are_named(self):
+        facts = [*torque.ItemFile._fields]
+
+        def told(**values):
+            row = ['x', self.path('a', 'x'), 1, 1, 0, 1, 1, 1]
+            for name, value in values.items():
+                row[facts.index(name)] = value
+            return lambda method, target: [row] if method == 'f.multicall' else None
+
+        def replaced(method, target):
+            if method == 'd.close' and target == HASH(1):
+                os.rename(self.path('a', 'x'), self.path('was x'))
+                self.write('a/x', '1')
+
+        def closed(method, target):
+            self.engine.items[HASH(1)]['d.is_open'] = 0
+        for words, before, prepare in (
+                ('and torque does not', told(), lambda: os.remove(self.path('a', 'x'))),
+                ('and rTorrent does not', told(is_created=0), None),
+                ('has 2 bytes instead of the 1 ', told(), lambda: self.write('a/x', '12')),
+                ('has 1 bytes instead of the 2 ', told(size_bytes=2), None),
+                ('open, and not what lies at', told(frozen_path='/else/x'), None),
+                ('rTorrent cannot open it', closed, None),
+                ('was changed just now', replaced, None),
+                ('a removal was cut short', told(), lambda: self.write(os.path.join(
+                    self.engine.state_dir, 'removal.' + HASH(1)), '')),
+                ('its metafile in the session folder does not tell', told(
+                    path='?', frozen_path=self.path('a', '?')), None)):
+            with self.subTest(words):
+                self.engine = Double()
+                self.engine.add(self.path('a'), {'x': b'1'})
+                (prepare or bool)()
+                self.engine.before = before
+                before = tree(self.path('a'))
+                self.fails(words, lambda: self.run_action('cull'))
+                self.assertEqual((self.names(), tree(self.path('a'))), (['a'], before))
+                shutil.rmtree(self.path('a'))
+        self.engine = Double()
+        self.engine.add(self.path('a'), {'x': b'1'})
+        with mock.patch('os.access', return_value=False):
+            self.fails('nothing can be deleted in', lambda: self.run_action('cull'))
+        self.run_action('cull', until_free='1')
+        self.assertTrue(self.logged('INFO', '1 held back: 1 B are free without it'))
+        os.link(self.path('a', 'x'), self.path('linked'))
+        self.run_action('cull', until_free='900t')
+        self.assertTrue(self.logged('INFO', '1 held back: deleting it frees nothing'))
+        self.assertEqual((self.names(), tree(self.path('a'))), (['a'], {'x': b'1'}))
+
+    def test_notes_that_keep_data_say_why(self):
+        for words, asked, change in (
+                ('that was another rTorrent', True, lambda: setattr(
+                    self.engine, 'session_path', '/else/')),
+                ('its item is there', True, None),
+                ('it had not begun', False, lambda: self.engine.items.pop(HASH(1))),
+                ('rTorrent has no items at all', True, lambda: self.engine.items.clear()),
+                ('another item uses', True, lambda: self.engine.items.pop(HASH(1)))):
+            with self.subTest(words):
+                self.engine = Double()
+                for _ in range(2):
+                    self.engine.add(self.path('a'), {'x': b'1'})
+                item = torque.ask_item(self.engine, HASH(1))
+                removal = torque.Removal.begin(self.engine.state_dir, item, torque.own_data(item),
+                                               shared=False)
+                if asked:
+                    removal.mark(asked=True)
+                (change or bool)()
+                self.run_action('cull', matcher='name=none')
+                self.assertEqual(len(self.logged('WARNING', 'is kept: its removal was', words)), 1)
+                self.assertEqual(tree(self.path('a')), {'x': b'1'})
+                self.assertFalse(os.path.exists(removal.path))
+
     def test_failing_listing_deletes_nothing(self):
         self.engine.add(self.path('a'))
         self.engine.unlisted = 1
@@ -4952,8 +5023,9 @@ class ActionTest(WithDouble):
         with mock.patch('os.unlink', side_effect=PermissionError(13, 'denied')):
             self.fails('not all data at', lambda: self.run_action('cull', limit='1'))
             self.assertEqual((self.names(), sorted(os.listdir(self.folder))), (['e'], ['b', 'c', 'd', 'e']))
+            self.assertTrue(self.logged('WARNING', 'the next run tries again, by'))
             for _ in range(2):                  # nothing more is deleted while that cannot be
-                self.fails('not all data at', lambda: self.run_action('cull'))
+                self.fails('nothing more is culled until that works, or', lambda: self.run_action('cull'))
             self.assertEqual(self.names(), ['e'])
         self.run_action('cull')
         self.assertEqual((self.names(), sorted(os.listdir(self.folder))), ([], ['b', 'c']))
