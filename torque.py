@@ -4020,7 +4020,7 @@ def data_now(data: OwnData) -> OwnData:
     return data._replace(files=files)
 
 
-def same_files(data: OwnData, other: OwnData) -> bool:
+def same_inodes(data: OwnData, other: OwnData) -> bool:
     """Tell whether two hold the same files, whatever has been written to them."""
     return [file.inode for file in data.files] == [file.inode for file in other.files]
 
@@ -5911,7 +5911,7 @@ class Action(Choice):
         try:
             item.tell(('d.stop',), ('d.close',))        # from now on it does not change
             data = data_now(data)
-            if not same_files(data, removal.data):
+            if not same_inodes(data, removal.data):
                 raise LoggableError(f'{quoted(data.root)} was changed just now')
             removal.mark(asked=True, files=data.files)
             erase(item)
@@ -6292,7 +6292,7 @@ class Move(Choice):
                                     'at the old place')
             save_session(now)
         except BaseException:
-            if same_files(data_now(data), data):
+            if same_inodes(data_now(data), data):
                 self.undo(item, removal)
             raise
         self.finish(item, removal)
@@ -6336,7 +6336,7 @@ class Move(Choice):
         """Remove the files of an item at its old place, which are at the new one, too."""
         data, copies, why = removal.data, removal.noted('copies', removal.facts['new']), ''
         try:
-            if not same_files(data_now(copies), copies):
+            if not same_inodes(data_now(copies), copies):
                 why = f'{quoted(copies.root)} does not have all of it'
             for path in Users(self.engines(), [item.hash]).of(data).values():
                 why = f'another item uses {quoted(path)}'
@@ -6365,8 +6365,8 @@ class Move(Choice):
         require_same_files(self.engine)
         item, source = removal.item(self.engine), data_now(data)
         copies = removal.noted('copies', facts['new'])
-        is_whole = copies.files != [] and same_files(data_now(copies), copies)
-        if is_whole and not self.is_at(item, facts['new']) and same_files(source, data):
+        is_whole = copies.files != [] and same_inodes(data_now(copies), copies)
+        if is_whole and not self.is_at(item, facts['new']) and same_inodes(source, data):
             # It may have gone on at its old place: then the copies are old.
             is_whole = source == data and all(
                 same_content(file.path, copy.path)
@@ -6374,7 +6374,7 @@ class Move(Choice):
         if is_whole:
             self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
             self.settle(item, removal)
-        elif same_files(source, data):
+        elif same_inodes(source, data):
             self.LOG.info('the move of %s was cut short; it is started again at its old place',
                           removal)
             self.undo(item, removal)
