@@ -4993,6 +4993,20 @@ class ActionTest(WithDouble):
                 self.assertEqual(tree(self.path('a')), {'x': b'1'})
                 self.assertFalse(os.path.exists(removal.path))
 
+    def test_item_that_was_loaded_again_is_left_alone(self):
+        for erased in (True, False):
+            self.engine = Double()
+            self.engine.add(self.path('a'), {'x': b'1'})
+            item = torque.ask_item(self.engine, HASH(1))
+            removal = torque.Removal.begin(self.engine.state_dir, item, torque.own_data(item),
+                                           shared=False)
+            removal.mark(asked=True, **{'erased': True} if erased else {})
+            again = self.engine.items[HASH(1)]
+            again.update({'d.is_open': 0, 'd.is_active': 0, 'd.state': 0})
+            self.run_action('cull', matcher='name=none')
+            self.assertEqual((again['d.is_active'], again['d.state']), (not erased, not erased))
+            self.assertEqual(tree(self.path('a')), {'x': b'1'})
+
     def test_failing_listing_deletes_nothing(self):
         self.engine.add(self.path('a'))
         self.engine.unlisted = 1

@@ -5942,7 +5942,9 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
-                if has_item(self.engine, removal.facts['hash'], removal.facts['session']):
+                # One that is there after it was erased is what the user has loaded since.
+                if 'erased' not in removal.facts and has_item(
+                        self.engine, removal.facts['hash'], removal.facts['session']):
                     start_again(removal.item(self.engine))
             else:
                 require_same_files(self.engine)
