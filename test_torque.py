@@ -5321,6 +5321,31 @@ class MoveTest(WithDouble):
         self.fails('torrents failed, the last: ', make_job(
             torque.Action, self.engine, matcher='name=a', action='cull').run)
 
+    def test_item_that_went_while_it_was_moved(self):
+        def before(method, target):
+            if re.fullmatch(r'd\.directory(_base)?\.set', method):
+                raise Killed
+        self.engine.before = before
+        with self.assertRaises(Killed):
+            self.move()
+        self.engine.before = lambda method, target: None
+        self.engine.items.clear()
+        self.move()
+        self.assertTrue(self.logged('WARNING', "'a'", 'stays at', 'does not have it any more'))
+        self.assertEqual(tree(self.path('old', 'a')), self.FILES)
+        self.assertEqual(os.listdir(self.engine.state_dir), ['data.lock'])
+
+    def test_source_that_another_came_to_use_stays(self):
+        def before(method, target):
+            if method == 'd.save_full_session' or method == 'd.open':
+                self.engine.before = lambda method, target: None
+                self.engine.add(self.path('old', 'a'), self.FILES)
+        self.engine.before = before
+        self.move(matcher='hash=' + self.info_hash)
+        self.assertTrue(self.logged('WARNING', 'stays, too: another item uses'))
+        self.whole(self.target)
+        self.assertEqual(tree(self.path('old', 'a')), self.FILES)
+
     def test_one_run_at_a_time_deletes_or_moves(self):
         lock = os.path.join(self.engine.state_dir, 'data.lock')
         with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):
@@ -5379,12 +5404,16 @@ class MoveTest(WithDouble):
 
     def test_failed_copy_leaves_nothing(self):
         with mock.patch('os.link', cross):
-            for name, error in (('os.pwrite', OSError(28, 'No space left')),
-                                ('os.lseek', OSError(5, 'Input/output error')),
-                                ('torque.give_owner', False), ('torque.disk_of', (0, 99)),
-                                ('os.rename', OSError(1, 'no'))):
+            for name, error, words in (
+                    ('os.pwrite', OSError(28, 'No space left'), 'No space left'),
+                    ('os.lseek', OSError(5, 'Input/output error'), 'Input/output error'),
+                    ('os.pread', b'', 'became shorter while it was copied'),
+                    ('torque.give_owner', False, 'cannot be given to the owner of'),
+                    ('torque.disk_of', (0, 99), 'no room: '),
+                    ('torque.OwnFile.is_same', False, 'changed while it was copied'),
+                    ('os.rename', OSError(1, 'no'), 'no')):
                 with self.subTest(name), mock.patch(name, side_effect=[error] * 9):
-                    self.fails('1 torrents failed', self.move)
+                    self.fails(words, self.move)
                 self.whole(self.path('old'))
                 self.assertEqual(os.listdir(self.target), [])
         self.move(dry_run=True)
