@@ -5325,15 +5325,20 @@ class MoveTest(WithDouble):
         def before(method, target):
             if re.fullmatch(r'd\.directory(_base)?\.set', method):
                 raise Killed
-        self.engine.before = before
-        with self.assertRaises(Killed):
-            self.move()
-        self.engine.before = lambda method, target: None
-        self.engine.items.clear()
-        self.move()
-        self.assertTrue(self.logged('WARNING', "'a'", 'stays at', 'does not have it any more'))
-        self.assertEqual(tree(self.path('old', 'a')), self.FILES)
-        self.assertEqual(os.listdir(self.engine.state_dir), ['data.lock'])
+        for why, change in (
+                ('that was another rTorrent', lambda: setattr(self.engine, 'session_path', '/x/')),
+                ('rTorrent does not have it any more', lambda: self.engine.items.clear())):
+            self.engine.before = before
+            with self.assertRaises(Killed):
+                self.move()
+            self.engine.before = lambda method, target: None
+            change()
+            self.move(matcher='name=none')
+            self.assertTrue(self.logged('WARNING', "stays at '%s' and '%s'" % (
+                self.path('old/a'), self.target + '/a'), why))
+            self.assertEqual(tree(self.path('old', 'a')), self.FILES)
+            self.assertEqual(os.listdir(self.engine.state_dir), ['data.lock'])
+            shutil.rmtree(self.target)
 
     def test_source_that_another_came_to_use_stays(self):
         def before(method, target):

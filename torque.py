@@ -6358,9 +6358,15 @@ class Move(Choice):
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
         facts, data = removal.facts, removal.data
-        if not has_item(self.engine, facts['hash'], facts['session']):
-            self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
-                             'does not have it any more', removal, quoted(data.root))
+        there = has_item(self.engine, facts['hash'], facts['session'])
+        if not there:
+            why, places = 'rTorrent does not have it any more', quoted(data.root)
+            if there is None:
+                why = 'that was another rTorrent'
+            if os.path.lexists(facts['new']):
+                places += f" and {quoted(facts['new'])}"
+            self.LOG.warning('the data of %s stays at %s: its move was cut short, and %s',
+                             removal, places, why)
             discard(facts['copy'])
             removal.drop()
             return
