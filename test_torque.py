@@ -4516,6 +4516,101 @@ class ActionTest(WithDouble):
         self.fails('is a link', lambda: self.run_action('cull'))
         self.assertEqual((self.names(), os.path.lexists(self.path('b'))), (['b'], True))
 
+    def test_promises_that_are_none(self):
+        for text in ('[]', '"x"', '{', '{"1": 5}', '{"0": ["a", 1, 2]}', '{"0": [1, 2, Infinity]}'):
+            with self.subTest(text):
+                self.engine = Double()
+                self.engine.add(self.path('a'), {'x': bytes(9000)})
+                self.write(os.path.join(self.engine.state_dir, 'promised.json'), text)
+                with mock.patch('torque.disk_of', lambda path: (0, 5)):
+                    self.run_action('cull', until_free='900')
+                self.assertEqual(self.names(), [])
+
+    def test_doubts_are_named(self):
+        facts = [*torque.ItemFile._fields]
+
+        def told(**values):
+            row = ['x', self.path('a', 'x'), 1, 1, 0, 1, 1, 1]
+            for name, value in values.items():
+                row[facts.index(name)] = value
+            return lambda method, target: [row] if method == 'f.multicall' else None
+
+        def replaced(method, target):
+            if method == 'd.close' and target == HASH(1):
+                os.rename(self.path('a', 'x'), self.path('was x'))
+                self.write('a/x', '1')
+
+        def closed(method, target):
+            self.engine.items[HASH(1)]['d.is_open'] = 0
+        for words, before, prepare in (
+                ('and torque does not', told(), lambda: os.remove(self.path('a', 'x'))),
+                ('and rTorrent does not', told(is_created=0), None),
+                ('has 2 bytes instead of the 1 ', told(), lambda: self.write('a/x', '12')),
+                ('has 1 bytes instead of the 2 ', told(size_bytes=2), None),
+                ('open, and not what lies at', told(frozen_path='/else/x'), None),
+                ('rTorrent cannot open it', closed, None),
+                ('was changed just now', replaced, None),
+                ('a removal was cut short', told(), lambda: self.write(os.path.join(
+                    self.engine.state_dir, 'removal.' + HASH(1)), '')),
+                ('its metafile in the session folder does not tell', told(
+                    path='?', frozen_path=self.path('a', '?')), None)):
+            with self.subTest(words):
+                self.engine = Double()
+                self.engine.add(self.path('a'), {'x': b'1'})
+                (prepare or bool)()
+                self.engine.before = before
+                before = tree(self.path('a'))
+                self.fails(words, lambda: self.run_action('cull'))
+                self.assertEqual((self.names(), tree(self.path('a'))), (['a'], before))
+                shutil.rmtree(self.path('a'))
+        self.engine = Double()
+        self.engine.add(self.path('a'), {'x': b'1'})
+        with mock.patch('os.access', return_value=False):
+            self.fails('nothing can be deleted in', lambda: self.run_action('cull'))
+        self.run_action('cull', until_free='1')
+        self.assertTrue(self.logged('INFO', '1 held back: 1 B are free without it'))
+        os.link(self.path('a', 'x'), self.path('linked'))
+        self.run_action('cull', until_free='900t')
+        self.assertTrue(self.logged('INFO', '1 held back: deleting it frees nothing'))
+        self.assertEqual((self.names(), tree(self.path('a'))), (['a'], {'x': b'1'}))
+
+    def test_notes_that_keep_data_say_why(self):
+        for words, asked, change in (
+                ('that was another rTorrent', True, lambda: setattr(
+                    self.engine, 'session_path', '/else/')),
+                ('its item is there', True, None),
+                ('it had not begun', False, lambda: self.engine.items.pop(HASH(1))),
+                ('rTorrent has no items at all', True, lambda: self.engine.items.clear()),
+                ('another item uses', True, lambda: self.engine.items.pop(HASH(1)))):
+            with self.subTest(words):
+                self.engine = Double()
+                for _ in range(2):
+                    self.engine.add(self.path('a'), {'x': b'1'})
+                item = torque.ask_item(self.engine, HASH(1))
+                removal = torque.Removal.begin(self.engine.state_dir, item, torque.own_data(item),
+                                               shared=False)
+                if asked:
+                    removal.mark(asked=True)
+                (change or bool)()
+                self.run_action('cull', matcher='name=none')
+                self.assertEqual(len(self.logged('WARNING', 'is kept: its removal was', words)), 1)
+                self.assertEqual(tree(self.path('a')), {'x': b'1'})
+                self.assertFalse(os.path.exists(removal.path))
+
+    def test_item_that_was_loaded_again_is_left_alone(self):
+        for erased in (True, False):
+            self.engine = Double()
+            self.engine.add(self.path('a'), {'x': b'1'})
+            item = torque.ask_item(self.engine, HASH(1))
+            removal = torque.Removal.begin(self.engine.state_dir, item, torque.own_data(item),
+                                           shared=False)
+            removal.mark(asked=True, **{'erased': True} if erased else {})
+            again = self.engine.items[HASH(1)]
+            again.update({'d.is_open': 0, 'd.is_active': 0, 'd.state': 0})
+            self.run_action('cull', matcher='name=none')
+            self.assertEqual((again['d.is_active'], again['d.state']), (not erased, not erased))
+            self.assertEqual(tree(self.path('a')), {'x': b'1'})
+
     def test_failing_listing_deletes_nothing(self):
         self.engine.add(self.path('a'))
         self.engine.unlisted = 1
@@ -4546,8 +4641,9 @@ class ActionTest(WithDouble):
         with mock.patch('os.unlink', side_effect=PermissionError(13, 'denied')):
             self.fails('not all data at', lambda: self.run_action('cull', limit='1'))
             self.assertEqual((self.names(), sorted(os.listdir(self.folder))), (['e'], ['b', 'c', 'd', 'e']))
+            self.assertTrue(self.logged('WARNING', 'the next run tries again, by'))
             for _ in range(2):                  # nothing more is deleted while that cannot be
-                self.fails('not all data at', lambda: self.run_action('cull'))
+                self.fails('nothing more is culled until that works, or', lambda: self.run_action('cull'))
             self.assertEqual(self.names(), ['e'])
         self.run_action('cull')
         self.assertEqual((self.names(), sorted(os.listdir(self.folder))), ([], ['b', 'c']))
@@ -4791,6 +4887,57 @@ class MoveTest(WithDouble):
                     self.assertGreater(dies_at, 30)
                     break
 
+    def test_move_that_cannot_be_finished_costs_its_item_only(self):
+        def before(method, target):
+            if re.fullmatch(r'd\.directory(_base)?\.set', method):
+                raise Killed
+        other = self.engine.add(self.path('old', 'b'))
+        self.engine.before = before
+        with self.assertRaises(Killed):
+            self.move(matcher='name=a')
+        self.engine.before = lambda method, target: None
+        for folder in (self.path('old'), self.target):
+            os.remove(folder + '/a/x')
+        job = make_job(torque.Move, self.engine, matcher='*', target=self.target)
+        self.fails('cannot be finished', job.run)
+        self.assertEqual(len(self.logged('WARNING', "'a'", 'neither', 'has all of it')), 1)
+        self.assertEqual(self.engine.items[other]['d.directory'], self.target)
+        job.run()                               # it is left alone for a while
+        self.assertEqual([len(tree(folder + '/a')) for folder in (self.path('old'), self.target)],
+                         [1, 1])
+        self.fails('torrents failed, the last: ', make_job(
+            torque.Action, self.engine, matcher='name=a', action='cull').run)
+
+    def test_item_that_went_while_it_was_moved(self):
+        def before(method, target):
+            if re.fullmatch(r'd\.directory(_base)?\.set', method):
+                raise Killed
+        for why, change in (
+                ('that was another rTorrent', lambda: setattr(self.engine, 'session_path', '/x/')),
+                ('rTorrent does not have it any more', lambda: self.engine.items.clear())):
+            self.engine.before = before
+            with self.assertRaises(Killed):
+                self.move()
+            self.engine.before = lambda method, target: None
+            change()
+            self.move(matcher='name=none')
+            self.assertTrue(self.logged('WARNING', "stays at '%s' and '%s'" % (
+                self.path('old/a'), self.target + '/a'), why))
+            self.assertEqual(tree(self.path('old', 'a')), self.FILES)
+            self.assertEqual(os.listdir(self.engine.state_dir), ['data.lock'])
+            shutil.rmtree(self.target)
+
+    def test_source_that_another_came_to_use_stays(self):
+        def before(method, target):
+            if method == 'd.save_full_session' or method == 'd.open':
+                self.engine.before = lambda method, target: None
+                self.engine.add(self.path('old', 'a'), self.FILES)
+        self.engine.before = before
+        self.move(matcher='hash=' + self.info_hash)
+        self.assertTrue(self.logged('WARNING', 'stays, too: another item uses'))
+        self.whole(self.target)
+        self.assertEqual(tree(self.path('old', 'a')), self.FILES)
+
     def test_one_run_at_a_time_deletes_or_moves(self):
         lock = os.path.join(self.engine.state_dir, 'data.lock')
         with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):
@@ -4849,11 +4996,16 @@ class MoveTest(WithDouble):
 
     def test_failed_copy_leaves_nothing(self):
         with mock.patch('os.link', cross):
-            for name, error in (('os.pwrite', OSError(28, 'No space left')),
-                                ('torque.give_owner', False), ('torque.disk_of', (0, 99)),
-                                ('os.rename', OSError(1, 'no'))):
+            for name, error, words in (
+                    ('os.pwrite', OSError(28, 'No space left'), 'No space left'),
+                    ('os.lseek', OSError(5, 'Input/output error'), 'Input/output error'),
+                    ('os.pread', b'', 'became shorter while it was copied'),
+                    ('torque.give_owner', False, 'cannot be given to the owner of'),
+                    ('torque.disk_of', (0, 99), 'no room: '),
+                    ('torque.OwnFile.is_same', False, 'changed while it was copied'),
+                    ('os.rename', OSError(1, 'no'), 'no')):
                 with self.subTest(name), mock.patch(name, side_effect=[error] * 9):
-                    self.fails('1 torrents failed', self.move)
+                    self.fails(words, self.move)
                 self.whole(self.path('old'))
                 self.assertEqual(os.listdir(self.target), [])
         self.move(dry_run=True)
@@ -5410,6 +5562,17 @@ class LiveDataOfOthersTest(DataCase):
         self.assertEqual(self.cull(item, shared='delete')[0], 0)
         self.assertFalse(os.path.exists(self.data + '/a'))
 
+    def test_rtorrent_of_two_addresses(self):
+        """Through a proxy it may be the same one: then nobody else has the item's data."""
+        item, url = self.item('a'), self.server.url
+        through = self.between().url
+        for first, second in ((through, url), (url, through)):
+            self.torque['scgi_url'] = first
+            self.second_rtorrent(second)
+            self.assert_held(item, 'another item may use', self.cull)
+        self.more.clear()
+        self.assert_culled(item, self.data + '/a')
+
     def test_rtorrent_that_does_not_answer(self):
         item, nowhere = self.item('a'), self.path('nowhere.sock')
         self.second_rtorrent(nowhere)
@@ -5443,6 +5606,7 @@ class LiveDataOfOthersTest(DataCase):
         put_data(self.path('away/hidden'), 'a', FILES)
         item = self.item('a')
         self.assert_held(item, UNSEEN)
+        self.assert_held(item, 'sees other mounts', self.cull, until_free='1b')
         closed = self.item('b', folder=self.path('away'))
         self.close(closed)
         self.assert_held(closed, UNSEEN)
@@ -5779,7 +5943,7 @@ class LiveHalvesTest(DataCase):
 
         def another_rtorrent():
             self.serve(self.start('second'))
-            self.item('b')
+            self.close(self.item('a'))          # the same info-hash, which is none of its business
             double.url_behind = self.server.url
 
         def empty_session():
@@ -5804,7 +5968,9 @@ class LiveHalvesTest(DataCase):
                 self.cut_short(double, item, arrives)
                 meanwhile()
                 self.torque['scgi_url'] = double.url
+                before = [self.state(other) for other in self.proxy.download_list('')]
                 _, log = self.settle(item)
+                self.assertEqual([self.state(other) for other in self.proxy.download_list('')], before)
                 left = self.files(first.folder + '/data')
                 self.assertEqual(left.pop(self.data + '/was x', 9000), 9000)
                 size = {other_file: [30]}.get(meanwhile, [5, 9000])
@@ -6224,13 +6390,16 @@ class LiveDoubtsTest(DataCase):
     def test_notes_that_are_none(self):
         item = self.item('a')
         os.makedirs(self.path('state'))
-        for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha')):
+        for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha'),
+                           ('old', json.dumps({'root': '/x', 'folders': [], 'files': [],
+                                               'engine': self.server.engine.address.where}))):
             self.write('state/removal.' + name, text)
         os.symlink('/etc/passwd', self.path('state/removal.link'))
         os.mkdir(self.path('state/removal.folder'))
         status, log = self.cull(item)
         self.assertEqual((status, self.known(item)), (0, set()), log)
-        self.assertEqual(log.count('is no note of a removal'), 6)
+        self.assertEqual(log.count('is no note of a removal'), 7)
+        self.assertIn('removal.old is no note of a removal: it lacks hash is_active', log)
 
     def test_paused_items_stay_paused(self):
         item = self.item('a')

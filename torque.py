@@ -1981,8 +1981,10 @@ def copy_file(path: str, copy: str) -> None:
         while at < size:
             try:
                 at = os.lseek(source.fileno(), at, os.SEEK_DATA)
-            except OSError:             # ENXIO: only a hole is left
-                break
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break                   # only a hole is left
             end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
             while at < end:
                 content = os.pread(source.fileno(), min(end - at, COPIED_AT_ONCE), at)
@@ -3073,6 +3075,7 @@ def read_metafile(path: str) -> Metafile:
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
+NOTED = 'hash name session engine state is_open is_active'.split()      # and its data
 TEXTS = ('hash', 'name', 'base_path', 'directory', 'directory_base', 'bitfield', 'path',
          'frozen_path')                 # of what is asked; the rest are numbers
 
@@ -3418,6 +3421,7 @@ class Users:
     """
 
     def __init__(self, engines: list[Engine], hashes: Iterable[str] = ()):
+        self.hashes = hashes
         self.engines: dict[str, Engine] = {}                # by pid, or address
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
@@ -3521,10 +3525,14 @@ class Users:
                     users[owner] = path
         return users
 
+    def is_another(self, key: str) -> bool:
+        """Tell whether an rTorrent is for sure not that of the job, by another address."""
+        return all(name.startswith('process ') for name in (key, next(iter(self.engines))))
+
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
         """Tell whether an item has all files of data, too, by its own list and as its own."""
         key, info_hash = owner
-        if why_unseen(self.engines[key]):
+        if why_unseen(self.engines[key]) or info_hash in self.hashes and not self.is_another(key):
             return False
         item = ask_item(self.engines[key], info_hash)
         base = item.directory
@@ -3555,7 +3563,7 @@ def data_now(data: OwnData) -> OwnData:
     return data._replace(files=files)
 
 
-def same_files(data: OwnData, other: OwnData) -> bool:
+def same_inodes(data: OwnData, other: OwnData) -> bool:
     """Tell whether two hold the same files, whatever has been written to them."""
     return [file.inode for file in data.files] == [file.inode for file in other.files]
 
@@ -3684,7 +3692,11 @@ def read_removal(path: str) -> Removal:
     with open(path, encoding='utf-8', opener=open_own) as stream:
         if os.fstat(stream.fileno()).st_uid != os.geteuid():
             raise ValueError('it belongs to another user')
-        return Removal(path, json.load(stream))
+        removal = Removal(path, json.load(stream))
+    missing = {*NOTED} - {*removal.facts}
+    if missing:
+        raise ValueError(f"it lacks {' '.join(sorted(missing))}")
+    return removal
 
 
 def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
@@ -3705,7 +3717,7 @@ def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
             logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
                                                      error_text(error))
             continue
-        if removal.facts.get('engine') == engine.address.where:
+        if removal.facts['engine'] == engine.address.where:
             yield removal
 
 
@@ -3739,9 +3751,11 @@ class PromisedSpace:
 
     def __init__(self, path: str):
         self.path = path
-        self.disks = {}                 # device -> [bytes, free bytes then, Unix seconds]
-        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as stream:
-            self.disks = json.load(stream)
+        self.disks = {}                 # device -> bytes, free bytes then, Unix seconds
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError), \
+                open(path, encoding='utf-8') as stream:
+            for device, (promised, free, since) in json.load(stream).items():
+                self.disks[device] = int(promised), int(free), int(since)
 
     def owed(self, device: int, free: int) -> int:
         """Return what has not appeared yet, now that a disk has so many bytes free."""
@@ -3754,7 +3768,7 @@ class PromisedSpace:
 
     def add(self, device: int, free: int, freed: int) -> None:
         """Expect a disk that has so many bytes free to have so many more soon."""
-        self.disks[str(device)] = self.owed(device, free) + freed, free, time.time()
+        self.disks[str(device)] = self.owed(device, free) + freed, free, int(time.time())
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
@@ -5225,11 +5239,11 @@ class Action(Choice):
 
     def cull(self, torrent: Torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
+        require_same_files(self.engine)
         if self.is_enough(torrent.path):
             free = show_size(self.config.until_free)
             self.hold_back([torrent], f'{free} are free without it')
             return False
-        require_same_files(self.engine)
         if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
             self.promise(torrent.path, torrent.d_completed_bytes)
@@ -5281,7 +5295,7 @@ class Action(Choice):
         try:
             item.tell(('d.stop',), ('d.close',))        # from now on it does not change
             data = data_now(data)
-            if not same_files(data, removal.data):
+            if not same_inodes(data, removal.data):
                 raise LoggableError(f'{quoted(data.root)} was changed just now')
             removal.mark(asked=True, files=data.files)
             erase(item)
@@ -5312,7 +5326,9 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
-                with contextlib.suppress(HashNotFound):
+                # One that is there after it was erased is what the user has loaded since.
+                if 'erased' not in removal.facts and has_item(
+                        self.engine, removal.facts['hash'], removal.facts['session']):
                     start_again(removal.item(self.engine))
             else:
                 require_same_files(self.engine)
@@ -5513,11 +5529,23 @@ class Move(Choice):
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
         with self.alone():
+            stuck = ''
             for removal in left_removals(self.config.state_dir, self.engine):
-                paused = self.is_paused(removal.facts['hash'])
-                if 'new' in removal.facts and not paused and not self.dry_run:
+                info_hash = removal.facts['hash']
+                if 'new' not in removal.facts or self.is_paused(info_hash) or self.dry_run:
+                    continue
+                try:
                     self.take_up(removal)
+                except Unreachable:
+                    raise
+                except (LoggableError, OSError) as error:       # others are moved all the same
+                    stuck = f'{removal}: {error}'
+                    self.LOG.warning('%s', stuck)
+                    if not self.is_paused(info_hash):
+                        self.pause(info_hash)
             self.each(self.chosen(), self.move)
+            if stuck:
+                raise LoggableError(f'a move that was cut short cannot be finished: {stuck}')
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
@@ -5622,7 +5650,7 @@ class Move(Choice):
                                     'at the old place')
             save_session(now)
         except BaseException:
-            if same_files(data_now(data), data):
+            if same_inodes(data_now(data), data):
                 self.undo(item, removal)
             raise
         self.finish(item, removal)
@@ -5666,7 +5694,7 @@ class Move(Choice):
         """Remove the files of an item at its old place, which are at the new one, too."""
         data, copies, why = removal.data, removal.noted('copies', removal.facts['new']), ''
         try:
-            if not same_files(data_now(copies), copies):
+            if not same_inodes(data_now(copies), copies):
                 why = f'{quoted(copies.root)} does not have all of it'
             for path in Users(self.engines(), [item.hash]).of(data).values():
                 why = f'another item uses {quoted(path)}'
@@ -5686,17 +5714,23 @@ class Move(Choice):
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
         facts, data = removal.facts, removal.data
-        if not has_item(self.engine, facts['hash'], facts['session']):
-            self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
-                             'does not have it any more', removal, quoted(data.root))
+        there = has_item(self.engine, facts['hash'], facts['session'])
+        if not there:
+            why, places = 'rTorrent does not have it any more', quoted(data.root)
+            if there is None:
+                why = 'that was another rTorrent'
+            if os.path.lexists(facts['new']):
+                places += f" and {quoted(facts['new'])}"
+            self.LOG.warning('the data of %s stays at %s: its move was cut short, and %s',
+                             removal, places, why)
             discard(facts['copy'])
             removal.drop()
             return
         require_same_files(self.engine)
         item, source = removal.item(self.engine), data_now(data)
         copies = removal.noted('copies', facts['new'])
-        is_whole = copies.files != [] and same_files(data_now(copies), copies)
-        if is_whole and not self.is_at(item, facts['new']) and same_files(source, data):
+        is_whole = copies.files != [] and same_inodes(data_now(copies), copies)
+        if is_whole and not self.is_at(item, facts['new']) and same_inodes(source, data):
             # It may have gone on at its old place: then the copies are old.
             is_whole = source == data and all(
                 same_content(file.path, copy.path)
@@ -5704,13 +5738,13 @@ class Move(Choice):
         if is_whole:
             self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
             self.settle(item, removal)
-        elif same_files(source, data):
+        elif same_inodes(source, data):
             self.LOG.info('the move of %s was cut short; it is started again at its old place',
                           removal)
             self.undo(item, removal)
             self.pauses.pop(item.hash, None)
         else:
-            raise LoggableError(f'{removal}: neither {quoted(data.root)} nor '
+            raise LoggableError(f'neither {quoted(data.root)} nor '
                                 f'{quoted(facts["new"])} has all of it; {removal.path} tells more')
 
 
