@@ -3180,7 +3180,8 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     *facts, rows, cwd, session = without_errors(engine.ask(calls))
     if not (is_row(facts, fields) and isinstance(rows, list) and isinstance(cwd, str)
             and isinstance(session, str) and all(is_row(row, ItemFile._fields) for row in rows)):
-        raise RpcError(f'{engine.address.where}: what it tells of item {info_hash} is not understood')
+        raise RpcError(f'{engine.address.where}: what it tells of item {info_hash} is not '
+                       'understood')
     files = [ItemFile(*row) for row in rows]
     return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
 
@@ -5120,7 +5121,8 @@ class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
         *Choice.options,
-        Option('action', functools.partial(parse_word, ACTION_COMMANDS), '', ' '.join(ACTION_COMMANDS)),
+        Option('action', functools.partial(parse_word, ACTION_COMMANDS), '',
+               ' '.join(ACTION_COMMANDS)),
         Option('args', str, '', 'template for tag untag throttle log, KEY=VALUE for custom, 0 to '
                                 '3 for prio, commands of rTorrent for exec'),
         Option('limit', parse_count, '', 'most torrents in a run; left out, all, or 10 to delete'),
@@ -5168,8 +5170,9 @@ class Action(Choice):
         """Return the conditions of a deleting rule that may mean more than meets the eye."""
         if not self.deletes:
             return []
-        return [f'job.{self.config.job_name}.matcher: {text}: [...] stands for one of the characters '
-                'in it, as in a shell' for text in self.config.matcher.classes]
+        name = f'job.{self.config.job_name}.matcher'
+        return [f'{name}: {text}: [...] stands for one of the characters in it, as in a shell'
+                for text in self.config.matcher.classes]
 
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
