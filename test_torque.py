@@ -3287,7 +3287,7 @@ def patterns_of_torque():
     """Give (name or line, compiled, method) of every regular expression in torque.py."""
     with open(torque.__file__, encoding='utf-8') as stream:
         tree = ast.parse(stream.read())
-    used = collections.defaultdict(set)
+    used = collections.defaultdict(set, SECTCRE={'match'})          # by configparser itself
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):
             child.parent = node
@@ -5037,6 +5037,17 @@ class MoveTest(WithDouble):
                     self.assertGreater(dies_at, 30)
                     break
 
+    def test_one_run_at_a_time_deletes_or_moves(self):
+        lock = os.path.join(self.engine.state_dir, 'data.lock')
+        with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):
+            for run in (self.move, lambda: make_job(torque.Action, self.engine, matcher='*',
+                                                    action='cull').run()):
+                self.fails('another run deletes or moves', run)
+            self.move(dry_run=True)
+        self.assertEqual(self.engine.calls, [])
+        self.move()
+        self.whole(self.target)
+
     def test_state_that_cannot_be_written_is_one_line(self):
         for kind in (torque.Move, torque.Action):
             job = make_job(kind, self.engine, '/dev/null/x', target=self.path('new'), action='cull')
@@ -5999,6 +6010,85 @@ class LiveGhostTest(Live):
             self.assertEqual(self.met(field), set(), field)
         self.torque['same_files'] = 'yes'
         self.assertEqual(self.met('is_ghost=yes'), {item})
+
+
+class LiveDoubtsTest(DataCase):
+    """Ways in which one name, path or address has stood for another."""
+
+    def test_links_and_addresses_mislead_nobody(self):
+        os.symlink(self.data, self.path('linked'))
+        item = self.item('single', 9000)
+        self.close(item)
+        self.proxy.d.directory.set(item, self.path('linked'))
+        os.symlink(self.server.url, self.path('other.sock'))
+        self.second_rtorrent(self.path('other.sock'))       # the same rTorrent once more
+        self.assert_culled(item, self.data + '/single')
+
+    def test_move_onto_itself(self):
+        for place in ('link', 'bound'):
+            with self.subTest(place):
+                item = self.item(place)
+                target = self.path('at ' + place)
+                os.makedirs(target)
+                if place == 'link':
+                    os.symlink(f'{self.data}/{place}', f'{target}/{place}')
+                else:
+                    self.bind(f'{self.data}/{place}', f'at {place}/{place}')
+                self.assertEqual(self.move(item, target=target)[0], 1)
+                self.assertEqual(len(self.files(f'{self.data}/{place}')), 2)
+
+    def test_names_that_rtorrent_cannot_be_told_are_moved(self):
+        for name in ('caf\xe9 \U0001f600', 'lat\udce9in', 'a\rb'):
+            with self.subTest(ascii(name)):
+                item = self.item(name)
+                status, log = self.move(item)
+                self.assertEqual(status, 0, log)
+                self.assertEqual(len(self.files(f'{self.server.folder}/target/{name}')), 2)
+                self.assertFalse(os.path.exists(f'{self.data}/{name}'))
+                self.proxy.d.check_hash(item)
+                wait_for(lambda: self.proxy.d.is_hash_checked(item)     # noqa: B023
+                         and not self.proxy.d.hashing(item))            # noqa: B023
+                self.assertEqual(self.proxy.d.complete(item), 1)
+
+    def test_what_rtorrent_has_no_piece_of_is_kept(self):
+        content, item = torrent_file('mine', {'x': 9000})
+        mine = self.write(self.data + '/mine/x', b'm' * 8000)
+        self.server.load(content, item, start=True)
+        wait_for(lambda: self.proxy.d.is_active(item) and not self.proxy.d.hashing(item))
+        for run in (self.cull, self.move):
+            self.assertEqual(run(item)[0], 1)
+        with open(mine, 'rb') as stream:        # rTorrent has made it longer
+            self.assertEqual(stream.read().rstrip(b'\0'), b'm' * 8000)
+        self.assertEqual(self.known(item), {item})
+
+    def test_other_rtorrents_that_are_not_seen_whole(self):
+        item, first = self.item('a'), self.server
+        self.elsewhere('true')
+        self.second_rtorrent(self.server.url)
+        self.serve(first)
+        self.assert_held(item, 'other mounts', self.cull)
+        self.more.clear()
+        other = self.item('b')
+        self.close(other)
+        first.engine.tell([('view.filter', '', 'default', 'd.is_open=')])
+        self.assert_held(item, 'hides 1', self.cull)
+
+    def test_notes_that_are_none(self):
+        item = self.item('a')
+        os.makedirs(self.path('state'))
+        for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha')):
+            self.write('state/removal.' + name, text)
+        os.symlink('/etc/passwd', self.path('state/removal.link'))
+        os.mkdir(self.path('state/removal.folder'))
+        status, log = self.cull(item)
+        self.assertEqual((status, self.known(item)), (0, set()), log)
+        self.assertEqual(log.count('is no note of a removal'), 6)
+
+    def test_paused_items_stay_paused(self):
+        item = self.item('a')
+        self.proxy.d.pause(item)
+        self.assertEqual(self.move(item)[0], 0)
+        self.assertEqual(self.state(item)[:3], [1, 0, 1])
 
 
 # --- Config ------------------------------------------------------------------------------------
