@@ -6,7 +6,6 @@ loopback in a temporary folder; where they are not installed those tests are ski
 TORQUE_LIVE=1 fail instead. TORQUE_RTORRENTS names the rTorrent commands to test, one a line.
 """
 import ast
-import atexit
 import bisect
 import collections
 import contextlib
@@ -37,7 +36,6 @@ import unittest
 import urllib.parse
 import urllib.request
 import warnings
-import weakref
 import xmlrpc.client
 from importlib.metadata import version
 from unittest import mock
@@ -2913,8 +2911,8 @@ class FilterTest(unittest.TestCase):
         for text in ('message=/not.*registered/', 'files=*a*a*a*a*a*b', 'tagged=/a.*c/',
                      'message=*n*o*t*n*x', 'files=/a+b/'):
             compiled = Filter(text)
-            self.assertTrue(timed(self, text, lambda: self.assertFalse(  # noqa: B023
-                compiled.match(row, NOW))))  # noqa: B023
+            self.assertTrue(timed(self, text, lambda: self.assertFalse(
+                compiled.match(row, NOW))))
         row = {'message': 'not' * 9999, 'files': ['b', 'a' * 999]}
         self.check('files=*a*a*a  message=/n$/  message=*n', 'files=*a*b  message=/not$/', row)
 
@@ -3959,7 +3957,7 @@ class WatchTest(Folder):
             pauses = [second - first for first, second in zip(tries, tries[1:])]
             self.assertGreater(pauses[3], .25)                  # they grow, up to MOST
             for words in ('WARNING', 'Too many open files'), ('WARNING', 'garbage'), ('ERROR',):
-                wait_for(lambda: self.logged('a.torrent', *words))  # noqa: B023
+                wait_for(lambda: self.logged('a.torrent', *words))
                 del errors[0]
                 os.utime(f'{self.root}/a.torrent')              # then it is in another state
             self.wait_loaded(info_hash)
@@ -4842,7 +4840,7 @@ class ActionTest(WithDouble):
                 self.engine.items[second].update(
                     {f'd.{name}': value for name, value in facts.items()})
                 with mock.patch('os.getcwd', lambda: self.folder):
-                    self.fails(words, lambda: self.act('cull', limit='2'))  # noqa: B023
+                    self.fails(words, lambda: self.act('cull', limit='2'))
                 self.assertEqual(self.names(), [*left])
                 self.assertEqual({path[0] for path in tree(self.folder)}, {*left, 'm'})
 
@@ -4857,11 +4855,11 @@ class ActionTest(WithDouble):
             def change(item, command, *params):
                 self.engine.items[HASH(3)]['d.hashing'] = 1
                 self.engine.items[HASH(4)]['d.message'] = 'stay'
-                erase(item, command, *params)       # noqa: B023
+                erase(item, command, *params)     
             with mock.patch.object(torque.Choice, 'FRESH', -1), \
                     mock.patch.object(self.engine, 'change', change):
                 self.fails('it is being checked',
-                           lambda: self.act(action, matcher='message='))  # noqa: B023
+                           lambda: self.act(action, matcher='message='))
             self.assertEqual(self.names(), ['b', 'c', 'd'])
             self.assertTrue(self.logged('held back', 'it is being checked'))
             self.assertTrue(self.logged("'d'", 'does not meet the condition any more'))
@@ -4920,7 +4918,7 @@ class CommandTest(WithDouble):
                     'shell': 'yes'}), ('No such file', 'nosuchprogram x', {}),
                 ('null byte', 'echo a\0b', {})):
             with self.subTest(words):
-                self.fails(words, lambda: self.run_command(args, **settings))  # noqa: B023
+                self.fails(words, lambda: self.run_command(args, **settings))
         self.fails('/nonexistent', lambda: self.run_command('true', cwd='/nonexistent'))
 
     def test_timeout_ends_all(self):
@@ -4979,8 +4977,8 @@ class CommandTest(WithDouble):
                                      ('surrogates', 'true', '\ud800'),
                                      ('null byte', 'echo {{label}}', '')):
             self.engine.items[HASH(1)]['d.message'] = message
-            self.fails(words, lambda: self.run_command(  # noqa: B023
-                args, torque.ItemCommand, matcher='*'))  # noqa: B023
+            self.fails(words, lambda: self.run_command(
+                args, torque.ItemCommand, matcher='*'))
         self.run_command('env', torque.ItemCommand, matcher='*')
         self.assertTrue(self.logged(f'TORRENT_HASH={HASH(1)}') and self.logged('TORRENT_LABEL=l'))
 
@@ -5038,15 +5036,15 @@ class MoveTest(WithDouble):
                     break
 
     def test_one_run_at_a_time_deletes_or_moves(self):
-        lock = os.path.join(self.engine.state_dir, 'data.lock')
-        with mock.patch.object(torque.Choice, 'PATIENCE', 0.1), torque.locked(lock, 0):
-            for run in (self.move, lambda: make_job(torque.Action, self.engine, matcher='*',
-                                                    action='cull').run()):
-                self.fails('another run deletes or moves', run)
+        with torque.locked(self.path('state/data.lock'), 0), \
+                mock.patch.object(torque.Choice, 'PATIENCE', 0.1):
+            for kind in (torque.Move, torque.Action):
+                job = self.job(kind, target=self.path('new'), action='cull')
+                self.fails('another run deletes or moves', job.run)
             self.move(dry_run=True)
-        self.assertEqual(self.engine.calls, [])
+        self.assertEqual(self.engine.told, [])
         self.move()
-        self.whole(self.target)
+        self.assert_at('new')
 
     def test_state_that_cannot_be_written_is_one_line(self):
         for kind in (torque.Move, torque.Action):
@@ -5075,7 +5073,7 @@ class MoveTest(WithDouble):
                 if prepare[:1] == ('link',):
                     os.symlink('../../x', self.path('old/a/x'))
                 before = tree(self.folder), str(self.item)
-                self.fails(words, lambda: self.move(target=f'{self.folder}/{target}'))  # noqa: B023
+                self.fails(words, lambda: self.move(target=f'{self.folder}/{target}'))
                 self.assertEqual((tree(self.folder), str(self.item)), before)
         self.fails('is no absolute path', lambda: self.move(target='new'))
 
@@ -5212,6 +5210,11 @@ class Live(Folder):
         self.serve('away', [*words, 'sh', '-ec', script + '\nexec "$@"', 'sh'])
 
     # Items
+
+    def another(self, url):
+        """Have the ini tell of an rTorrent more."""
+        self.torque.update({'job.other.handler': 'torque:EngineStats', 'job.other.schedule': '1h',
+                            'job.other.scgi_url': url})
 
     def item(self, name, files=None, folder='', **info):
         """Write data and load its metafile; return the info-hash when it seeds."""
@@ -5432,8 +5435,8 @@ class LiveActionTest(Live):
                     status, log = run(item)
                     if status == 0:     # else all is as it was
                         found = then
-                    self.assertEqual([tree(self.data + '/' + name), tree(self.path('target', name))],
-                                     found, log)
+                    folders = self.path('rt/data', name), self.path('target', name)
+                    self.assertEqual([*map(tree, folders)], found, log)
                 self.assertEqual(self.known(item), {item} - {item if status == 0 else ''})
 
 
@@ -5491,11 +5494,11 @@ class LiveDataOfOthersTest(Live):
 
     def test_items_of_another_rtorrent(self):
         first, item, nowhere = self.server, self.item('a'), self.path('nowhere.sock')
-        self.torque.update({'job.other.handler': 'torque:EngineStats', 'rpc_timeout': '0.5s',
-                            'job.other.schedule': '1h', 'job.other.scgi_url': nowhere})
+        self.torque['rpc_timeout'] = '0.5s'
+        self.another(nowhere)
         self.assert_held(item, nowhere, self.cull)
         second = self.serve('second')
-        self.torque['job.other.scgi_url'] = second.url
+        self.another(second.url)
         other = self.item('a', folder=self.bind(first.folder + '/data', 'bound'))
         self.use(first)
         second.process.send_signal(signal.SIGSTOP)
@@ -5680,7 +5683,7 @@ class LiveHalvesTest(Live):
             self.assertTrue(not self.known(item) or len(tree(folder)) == 1000)
             log = self.unfinished()
             if self.known(item):
-                wait_for(lambda: not self.proxy.d.hashing(item))    # noqa: B023
+                wait_for(lambda: not self.proxy.d.hashing(item))  
                 self.assertEqual(len(tree(folder)), 1000, log)
                 self.assertEqual(self.cull(item)[0], 0)
             self.assertEqual((os.listdir(folder), self.noted()), ([], []), log)
@@ -5906,9 +5909,9 @@ class LiveHalvesTest(Live):
             self.torque['state_dir'] += '+'
             daemon = self.start(*self.words('Move', matcher=f'hash={item}', target=target,
                                             schedule='every 0.1s')[:2])
-            wait_for(lambda: daemon.seen('torrents failed'))  # noqa: B023
+            wait_for(lambda: daemon.seen('torrents failed'))
             end = time.monotonic() + 1.5
-            wait_for(lambda: time.monotonic() > end)  # noqa: B023
+            wait_for(lambda: time.monotonic() > end)
             daemon.stop()
             self.assertLess(closings(), 6)
             self.assertEqual(self.state(item), [1, 1, 1, self.data + '/a'])
@@ -5959,8 +5962,8 @@ class LiveMoreThanAskedTest(Live):
             others, other_size = self.full_disk('other')    # another disk has promised nothing
             self.cull('*', until_free=other_size)
             self.assertEqual((len(self.known(*items)), len(self.known(*others))), (6, 6))
-        for size, left in ((size, 6), (size + (2 << 20), 4)):       # now it appears
-            self.cull('*', until_free=size, matcher='name=disk*')
+        for more, left in ((0, 6), (2 << 20, 4)):       # now it appears
+            self.cull('*', until_free=size + more, matcher='name=disk*')
             self.assertEqual(len(self.known(*items)), left)
 
 
@@ -5984,7 +5987,7 @@ class LiveGhostTest(Live):
         os.rename(self.data + '/moved', self.path('new/moved'))
         self.proxy.d.directory.set(moved, self.path('new'))
         disk = self.disk('disk', 'size=8m')
-        unknown = {self.item(name[:4], folder=f'{disk}/{name}') for name in ('downloads', 'deep/er')}
+        unknown = {self.item(name[:2], folder=f'{disk}/{name}') for name in ('folder', 'deep/er')}
         self.close(*unknown)
         subprocess.run(['umount', disk], check=True)
         everything = ghosts | healthy | odd | unknown | {moved}
@@ -6012,70 +6015,59 @@ class LiveGhostTest(Live):
         self.assertEqual(self.met('is_ghost=yes'), {item})
 
 
-class LiveDoubtsTest(DataCase):
+class LiveDoubtsTest(Live):
     """Ways in which one name, path or address has stood for another."""
 
     def test_links_and_addresses_mislead_nobody(self):
-        os.symlink(self.data, self.path('linked'))
         item = self.item('single', 9000)
         self.close(item)
+        os.symlink(self.data, self.path('linked'))
         self.proxy.d.directory.set(item, self.path('linked'))
-        os.symlink(self.server.url, self.path('other.sock'))
-        self.second_rtorrent(self.path('other.sock'))       # the same rTorrent once more
-        self.assert_culled(item, self.data + '/single')
+        os.symlink(self.server.url, self.path('other.sock'))    # the same rTorrent once more
+        self.another(self.path('other.sock'))
+        self.assert_culled(item, 'rt/data/single')
 
     def test_move_onto_itself(self):
-        for place in ('link', 'bound'):
-            with self.subTest(place):
-                item = self.item(place)
-                target = self.path('at ' + place)
-                os.makedirs(target)
-                if place == 'link':
-                    os.symlink(f'{self.data}/{place}', f'{target}/{place}')
-                else:
-                    self.bind(f'{self.data}/{place}', f'at {place}/{place}')
-                self.assertEqual(self.move(item, target=target)[0], 1)
-                self.assertEqual(len(self.files(f'{self.data}/{place}')), 2)
+        linked, bound = self.item('linked'), self.item('bound')
+        os.mkdir(self.path('target'))
+        os.symlink(self.data + '/linked', self.path('target/linked'))
+        self.bind(self.data + '/bound', 'target/bound')
+        for item in (linked, bound):
+            self.assert_held(item, 'another item uses|exists', self.move)
 
     def test_names_that_rtorrent_cannot_be_told_are_moved(self):
         for name in ('caf\xe9 \U0001f600', 'lat\udce9in', 'a\rb'):
             with self.subTest(ascii(name)):
                 item = self.item(name)
-                status, log = self.move(item)
-                self.assertEqual(status, 0, log)
-                self.assertEqual(len(self.files(f'{self.server.folder}/target/{name}')), 2)
-                self.assertFalse(os.path.exists(f'{self.data}/{name}'))
+                self.assert_moved(item, f'rt/data/{name}', 'target')
                 self.proxy.d.check_hash(item)
-                wait_for(lambda: self.proxy.d.is_hash_checked(item)     # noqa: B023
-                         and not self.proxy.d.hashing(item))            # noqa: B023
-                self.assertEqual(self.proxy.d.complete(item), 1)
+                self.wait_complete(item)
+
+    def test_paused_items_stay_paused(self):
+        item = self.item('a')
+        self.proxy.d.pause(item)
+        self.assert_moved(item, 'rt/data/a', 'target')
 
     def test_what_rtorrent_has_no_piece_of_is_kept(self):
-        content, item = torrent_file('mine', {'x': 9000})
-        mine = self.write(self.data + '/mine/x', b'm' * 8000)
-        self.server.load(content, item, start=True)
+        mine = self.write('rt/data/mine/x', b'm' * 9000)
+        item = self.server.load(*metafile('mine', {'x': 9000}), start=True)
         wait_for(lambda: self.proxy.d.is_active(item) and not self.proxy.d.hashing(item))
-        for run in (self.cull, self.move):
-            self.assertEqual(run(item)[0], 1)
-        with open(mine, 'rb') as stream:        # rTorrent has made it longer
-            self.assertEqual(stream.read().rstrip(b'\0'), b'm' * 8000)
-        self.assertEqual(self.known(item), {item})
+        self.assert_held(item, 'may not be its own')
+        self.assertEqual(os.path.getsize(mine), 9000)
 
     def test_other_rtorrents_that_are_not_seen_whole(self):
         item, first = self.item('a'), self.server
-        self.elsewhere('true')
-        self.second_rtorrent(self.server.url)
-        self.serve(first)
+        self.serve_elsewhere('true')
+        self.another(self.server.url)
+        self.use(first)
         self.assert_held(item, 'other mounts', self.cull)
-        self.more.clear()
-        other = self.item('b')
-        self.close(other)
+        self.another(first.url)
+        self.close(self.item('b'))
         first.engine.tell([('view.filter', '', 'default', 'd.is_open=')])
         self.assert_held(item, 'hides 1', self.cull)
 
     def test_notes_that_are_none(self):
         item = self.item('a')
-        os.makedirs(self.path('state'))
         for name, text in (('list', '[]'), ('null', 'null'), ('dict', '{}'), ('half', '{"ha')):
             self.write('state/removal.' + name, text)
         os.symlink('/etc/passwd', self.path('state/removal.link'))
@@ -6083,12 +6075,6 @@ class LiveDoubtsTest(DataCase):
         status, log = self.cull(item)
         self.assertEqual((status, self.known(item)), (0, set()), log)
         self.assertEqual(log.count('is no note of a removal'), 6)
-
-    def test_paused_items_stay_paused(self):
-        item = self.item('a')
-        self.proxy.d.pause(item)
-        self.assertEqual(self.move(item)[0], 0)
-        self.assertEqual(self.state(item)[:3], [1, 0, 1])
 
 
 # --- Config ------------------------------------------------------------------------------------
