@@ -4855,7 +4855,7 @@ class ActionTest(WithDouble):
             def change(item, command, *params):
                 self.engine.items[HASH(3)]['d.hashing'] = 1
                 self.engine.items[HASH(4)]['d.message'] = 'stay'
-                erase(item, command, *params)     
+                erase(item, command, *params)
             with mock.patch.object(torque.Choice, 'FRESH', -1), \
                     mock.patch.object(self.engine, 'change', change):
                 self.fails('it is being checked',
@@ -5683,7 +5683,7 @@ class LiveHalvesTest(Live):
             self.assertTrue(not self.known(item) or len(tree(folder)) == 1000)
             log = self.unfinished()
             if self.known(item):
-                wait_for(lambda: not self.proxy.d.hashing(item))  
+                wait_for(lambda: not self.proxy.d.hashing(item))
                 self.assertEqual(len(tree(folder)), 1000, log)
                 self.assertEqual(self.cull(item)[0], 0)
             self.assertEqual((os.listdir(folder), self.noted()), ([], []), log)
