@@ -5323,7 +5323,7 @@ class Choice(Job):
                                 f'{self.failures[-1]}')
 
 
-class QueueManager(Job):
+class QueueManager(Choice):
     """Start waiting torrents, a few per run, while there is room."""
     section = 'TORQUE'
     options = (
@@ -5343,30 +5343,25 @@ class QueueManager(Job):
         Option('viewname', str, '', 'view that is looked at; left out, pyrotorque or main'),
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
-    RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
+    fields = ('left', 'path')
+    RUNNING = Filter('is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes '
+                     'OR d_state=1 ]')
+    RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config: JobConfig):
-        super().__init__(config)
-        where = self.engine.address.where
-        self.turn = self.turns.setdefault(where, threading.Lock())
-        self.running = parse_condition(self.RUNNING)
-        texts = []
+        texts = ['*']
         for condition in (config.queue_startable_base, config.startable):
             if condition:
                 texts.append(f'[ {condition.text} ]')
-        self.startable = parse_condition(' '.join(texts))
-        self.order_fields = [name for name, _ in config.sort_fields]
-        self.running_fields = ['is_active', 'is_open', 'is_hashing', 'd_hashing_failed',
-                               'message', 'down']
+        config.update(matcher=Filter(' '.join(texts)), sort=config.sort_fields)
+        super().__init__(config)
+        where = self.engine.address.where
+        self.turn = self.turns.setdefault(where, threading.Lock())
+        self.counted = Filter('*')              # which of the running items take a place
         if config.downloading:
-            self.running_fields += config.downloading.fields
-        if config.room:
-            needs = ['left', 'path']
-            self.order_fields += needs
-            self.running_fields += needs
-        self.failed: set[str] = set()           # hashes of what did not start
-        self.told: set[str] = set()             # hashes of what takes a place closed
+            self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
+        self.not_started: set[str] = set()      # hashes of what did not start the last time
         self.file = self.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError):
@@ -5382,37 +5377,33 @@ class QueueManager(Job):
             self.LOG.debug('no start: the intermission is not over')
             return
         with self.turn:
-            if not self.places(self.list_running()):
-                return
-            startable = self.list_startable()
+            startable = self.chosen()
             if not startable:
                 self.LOG.debug('no start: nothing is startable')
                 return
-            # Again: listing took time, and a view may be stale.
-            running = self.list_running()
-            self.start_some(startable, running)
+            # All that is started and not complete: hashing, paused or failing, too. It is listed
+            # after what may be started, so that nothing that has begun meanwhile is missed.
+            fields = [*self.RUNNING_FIELDS, *self.fields, *self.counted.fields]
+            running = list_torrents(self.engine, 'default', fields, self.RUNNING)
+            hashes = {torrent['hash'] for torrent in running}
+            waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+            if self.config.room:
+                waiting = self.fitting(waiting, running)
+            self.each(waiting, self.start, self.places(running))
 
-    def list_running(self) -> list[Torrent]:
-        """Return all that is started and not complete: hashing, paused or failing, too."""
-        fields = self.running_fields
-        return list_torrents(self.engine, 'default', fields, self.running)
-
-    def list_startable(self) -> list[Torrent]:
+    def chosen(self) -> list[Torrent]:
         """Return what may be started, in order; what did not start the last time comes last."""
-        view = self.config.viewname
-        if not view:
-            view = 'main'
-            if self.engine.has_view('pyrotorque'):
-                view = 'pyrotorque'
-        fields = self.order_fields
-        torrents = list_torrents(self.engine, view, fields, self.startable)
-        torrents = in_order(torrents, self.config.sort_fields)
-        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.failed)
+        config = self.config
+        config['view'] = config.viewname
+        if not config.viewname and self.engine.has_view('pyrotorque'):
+            config['view'] = 'pyrotorque'
+        torrents = super().chosen()
+        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.not_started)
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config = self.config
-        downloading = list(filter(self.is_downloading, running))
+        config, now = self.config, time.time()
+        downloading = [torrent for torrent in running if self.counted.match(torrent, now)]
         count = len(downloading)
         traffic = sum(torrent['down'] for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
@@ -5426,81 +5417,50 @@ class QueueManager(Job):
         wanted = max(config.start_at_once, config.downloading_min - count)
         return min(wanted, most - count)
 
-    def is_downloading(self, torrent: Torrent) -> bool:
-        """Tell whether a running item takes a place."""
-        condition = self.config.downloading
-        if not torrent['is_active'] or not condition:
-            return True
-        return condition.match(torrent, time.time())
-
     def tell_of_closed(self, torrents: list[Torrent]) -> None:
-        """Say once of an item that it takes a place although rTorrent could not open it."""
+        """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
             waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
-            if torrent['is_open'] or waits or torrent['hash'] in self.told:
-                continue
-            self.told.add(torrent['hash'])
-            why = torrent['message'] or 'rTorrent does not say why'
-            self.LOG.warning('%s could not be opened, and takes a place of the queue: %s',
-                             torrent, quoted(why))
+            if not torrent['is_open'] and not waits:
+                why = quoted(torrent['message'] or 'rTorrent does not say why')
+                self.failed(torrent, LoggableError(
+                    f'could not be opened, and takes a place of the queue: {why}'))
 
-    def start_some(self, startable: list[Torrent], running: list[Torrent]) -> None:
-        """Start items while there are places; one that fails leaves its place to the next."""
-        places = self.places(running)
-        hashes = {torrent['hash'] for torrent in running}
-        waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
-        errors = []
-        for torrent in self.fitting(waiting, running):
-            if places == 0:
-                break
-            try:
-                self.start(torrent)
-                places -= 1
-            except Unreachable:
-                raise
-            except RpcError as error:
-                self.failed.add(torrent['hash'])
-                errors.append(f'{torrent} was not started: {error}')
-        if errors:
-            raise LoggableError('; '.join(errors[:3]))
-
-    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> Iterator[Torrent]:
-        """Give the items that their disk has room for, beside what is still coming to it."""
-        if not self.config.room:
-            yield from torrents
-            return
+    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> list[Torrent]:
+        """Return the items that their disk has room for, beside what is still coming to it."""
         coming: dict = collections.Counter()
         for torrent in running:
             device, _ = disk_of(torrent['path'])
             coming[device] += torrent['left']
+        fitting = []
         for torrent in torrents:
             device, free = disk_of(torrent['path'])
-            left = torrent['left']
-            rest = (free or 0) - coming[device] - left
-            if free is None or rest < self.config.room:
-                sizes = left, free or 0, coming[device]
-                self.LOG.debug('no room for %s: %s to come, %s free, %s promised',
-                               torrent, *map(show_size, sizes))
+            rest = (free or 0) - coming[device] - torrent['left']
+            if rest < self.config.room:
+                self.LOG.debug('no room for %s', torrent)
                 continue
-            coming[device] += left
-            yield torrent
+            coming[device] += torrent['left']
+            fitting.append(torrent)
+        return fitting
 
-    def start(self, torrent: Torrent) -> None:
+    def start(self, torrent: Torrent) -> bool:
         """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
-            return
+            return True
         config = self.config
+        self.not_started.add(torrent['hash'])
         without_errors(self.engine.tell([('d.start', torrent['hash'])]))
-        self.failed.discard(torrent['hash'])
+        self.not_started.discard(torrent['hash'])
         self.last_start = time.time()
         if config.intermission:
             replace_file(self.file, f'{self.last_start}\n')
         if config.log_to_client and not config.quiet:
-            text = f"torque: started {quoted(torrent['name'])}"
             # Older ones take no emoji, for example.
             with contextlib.suppress(RpcError):
+                text = f"torque: started {quoted(torrent['name'])}"
                 self.engine.tell([('print', '', text)])
+        return True
 
 
 def start_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5880,10 +5840,10 @@ class Command(Job):
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        self.children: set[int] = set()         # pids of programs that run
+        self.process: Any = None                # the program that runs, or was the last to run
         if not config.args:
             raise UserError('is not set', option='args')
-        self.words: Any = config.args           # the shell's line, or a list
+        self.words = ['/bin/sh', '-c', config.args]
         if not config.shell:
             try:
                 self.words = shlex.split(config.args)
@@ -5894,95 +5854,72 @@ class Command(Job):
         self.execute(self.words, {})
 
     def end_run(self) -> None:
-        """End the program that still runs, and all it has started."""
+        """End the program that still runs, and all it has started, gently first."""
+        import subprocess
+        if not self.process or self.process.returncode is not None:
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in list(self.children):
-                with contextlib.suppress(OSError):
-                    os.killpg(pid, number)
-            end = elapsed_time() + 3
-            while self.children and elapsed_time() < end:
-                time.sleep(0.01)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, number)
+                self.process.wait(3)
 
-    def execute(self, words: Any, environment: dict) -> None:
+    def execute(self, words: list[str], environment: dict) -> None:
         """Run the program once; its output goes to the log, a failure is raised."""
+        import subprocess
         config = self.config
-        line, program = words, words[0]
-        if config.shell:
-            program = words.split()[0]
-        else:
-            line = ' '.join(map(shlex.quote, words))
+        line = quoted(shlex.join(words))
         if self.dry_run:
-            self.announce('running', quoted(line))
+            self.announce('running', line)
             return
         # From here on without arguments: they may hold a password.
-        self.LOG.debug('running %s', quoted(line))
+        self.LOG.debug('running %s', line)
+        program = quoted(config.args.split()[0])
         try:
-            process = self.start(words, environment)
+            self.process = subprocess.Popen(
+                words,
+                cwd=os.path.expanduser(config.cwd) or None,
+                env={**os.environ, **environment, **config.env},
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT)
         except (OSError, ValueError) as error:
-            raise LoggableError(f'{quoted(program)}: {error}') from None
-        kept = bytearray()
-        in_time = self.wait(process, kept)
-        output = bytes(kept).decode('utf-8', 'replace')
-        for text in output.splitlines()[-100:]:
-            self.LOG.info('%s', text[:500])
+            raise LoggableError(f'{program}: {error}') from None
+        in_time = self.wait()
+        status = self.process.returncode
         if not in_time:
-            raise LoggableError(f'{quoted(program)} ended with force after {config.timeout:g} s')
-        if process.returncode != 0:
-            text = f'{quoted(program)} ended with status {process.returncode}'
-            if config.check:
-                raise LoggableError(text)
-            self.LOG.info('%s', text)
+            raise LoggableError(f'{program} ended with force after {config.timeout:g} s')
+        if status and config.check:
+            raise LoggableError(f'{program} ended with status {status}')
+        if status:
+            self.LOG.info('%s ended with status %d', program, status)
 
-    def start(self, words: Any, environment: dict) -> Any:
-        """Start the program in a process group of its own."""
+    def wait(self) -> bool:
+        """Wait for the program, and log the end of its output; tell whether it was in time."""
         import subprocess
-        config = self.config
-        return subprocess.Popen(
-            words,
-            shell=config.shell,
-            cwd=os.path.expanduser(config.cwd) or None,
-            env={**os.environ, **environment, **config.env},
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
-
-    def wait(self, process: Any, kept: bytearray) -> bool:
-        """Wait for the program, and keep the end of its output; tell whether it was in time."""
-        import subprocess
-        reader = threading.Thread(target=keep_end, args=(process.stdout, kept), daemon=True)
-        self.children.add(process.pid)
+        kept = bytearray()
+        reader = threading.Thread(target=keep_end, args=(self.process.stdout, kept), daemon=True)
+        reader.start()
         try:
-            reader.start()
-            process.wait(self.config.timeout or None)
+            self.process.wait(self.config.timeout or None)
             return True
         except subprocess.TimeoutExpired:
             return False
         finally:
-            if process.returncode is None:      # also when torque is interrupted
-                self.end(process)
-            self.children.discard(process.pid)
+            self.end_run()                      # also when torque is interrupted
             # The end of the output, which a process that is left behind may hold open for ever.
-            if reader.ident:
-                reader.join(1)
-
-    @staticmethod
-    def end(process: Any) -> None:
-        """End the program and its children, gently first."""
-        import subprocess
-        for number in (15, 9):                  # SIGTERM, SIGKILL
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(3)
+            reader.join(1)
+            for text in kept.decode('utf-8', 'replace').splitlines()[-100:]:
+                self.LOG.info('%s', text[:500])
 
 
 def once_mark(job_name: str) -> str:
     """Return the custom value that marks an item for a job, another one for each name."""
     plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
-    if plain == job_name:
-        return f'torque_{plain}'
-    number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
-    return f'torque_{plain}_{number:08x}'
+    if plain != job_name:
+        number = binascii.crc32(job_name.encode('utf-8', 'surrogateescape'))
+        plain += f'_{number:08x}'
+    return f'torque_{plain}'
 
 
 class ItemCommand(Choice, Command):
@@ -6037,7 +5974,7 @@ class Move(Choice):
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     fields = ('path', 'is_open')
-    PAUSES = (60, 3600)                 # seconds, after the first failure and at most
+    LONGEST_PAUSE = 3600                # seconds
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
@@ -6045,8 +5982,8 @@ class Move(Choice):
             raise UserError('is not set', option='target')
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
-        # some. hash -> until when it is left alone, and for how long, in elapsed seconds
-        self.pauses: dict[str, tuple[float, float]] = {}
+        # some. hash -> failures, and until when it is left alone, in elapsed seconds
+        self.pauses: dict[str, tuple[int, float]] = {}
 
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
@@ -6059,15 +5996,13 @@ class Move(Choice):
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
-        until, _ = self.pauses.get(info_hash, (0, 0))
-        return elapsed_time() < until
+        return info_hash in self.pauses and elapsed_time() < self.pauses[info_hash][1]
 
     def pause(self, info_hash: str) -> None:
         """Leave an item alone, after every failure for longer."""
-        _, last = self.pauses.get(info_hash, (0, 0))
-        first, most = self.PAUSES
-        seconds = min(max(2 * last, first), most)
-        self.pauses[info_hash] = elapsed_time() + seconds, seconds
+        failures, _ = self.pauses.get(info_hash, (0, 0))
+        seconds = min(60 * 2 ** failures, self.LONGEST_PAUSE)
+        self.pauses[info_hash] = failures + 1, elapsed_time() + seconds
 
     def move(self, torrent: Torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
@@ -6112,32 +6047,29 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        users = Users(self.engines())
-        for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+        for path in self.users_of(item, data):
             raise LoggableError(f'another item uses {quoted(path)}')
         if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
 
     def carry_out(self, item: Item, data: OwnData, target: str) -> None:
-        """Close an item, bring its data to the target, tell rTorrent, open and start it again."""
+        """Have the data of an item at the target, and rTorrent use it there."""
         folder = os.path.dirname(target)
         make_folders(folder)
         removal = Removal.begin(
-            self.config.state_dir, item, data, new=target, old=item.directory_base,
+            self.config.state_dir, item, data, new=target,
             copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
             is_open=item.is_open, is_active=item.is_active)
         try:
             self.copy(item, removal)
-            self.tell_place(item, target)
-            self.open_there(item, removal)
         except BaseException:
             self.undo(item, removal)
             raise
-        self.finish(item, removal)
+        self.settle(item, removal)
 
     def copy(self, item: Item, removal: Removal) -> None:
-        """Have the data of an item at the target."""
+        """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
         discard(copy)                   # what a crash left
@@ -6149,37 +6081,44 @@ class Move(Choice):
         removal.mark('copied')
         rename_new(made, target)
 
+    def settle(self, item: Item, removal: Removal) -> None:
+        """Have rTorrent use the data at the target, and remove the source."""
+        data, target = removal.data, removal.facts['new']
+        try:
+            self.tell_place(item, target)
+            item.tell(('d.open',))
+            now = ask_item(self.engine, item.hash)
+            if not self.is_at(now, target):
+                raise LoggableError(f'rTorrent took {quoted(target)} for something else')
+            if sum(file.is_created for file in now.files) < len(data.files):
+                raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays '
+                                    'at the old place')
+            item.tell(('d.save_full_session',))
+        except BaseException:
+            if all(os.path.lexists(file.path) for file in data.files):
+                self.undo(item, removal)
+            raise
+        self.finish(item, removal)
+
     @staticmethod
     def tell_place(item: Item, root: str) -> None:
         """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
         folder, last = os.path.split(root)
+        command = ('d.directory_base.set', root)
         if not item.is_multi_file:
-            item.tell(('d.directory_base.set', folder))
+            command = ('d.directory_base.set', folder)
         elif plain_parts([last]) == plain_parts([item.name]):
-            item.tell(('d.directory.set', folder))
-        else:
-            item.tell(('d.directory_base.set', root))
+            command = ('d.directory.set', folder)
+        item.tell(('d.close',), command)
 
     @staticmethod
     def is_at(item: Item, root: str) -> bool:
         """Tell whether rTorrent looks for an item at a root."""
-        folder, last = os.path.split(item.absolute(item.directory_base))
+        place = item.absolute(item.directory_base)
         if not item.is_multi_file:
-            return os.path.join(folder, last) == os.path.dirname(root)
-        return folder == os.path.dirname(root) and plain_parts([last]) == plain_parts(
-            [os.path.basename(root)])
-
-    def open_there(self, item: Item, removal: Removal) -> None:
-        """Have rTorrent open an item at its new place; LoggableError where it cannot."""
-        target = removal.facts['new']
-        item.tell(('d.open',))
-        now = ask_item(self.engine, item.hash)
-        if not self.is_at(now, target):
-            raise LoggableError(f'rTorrent took {quoted(target)} for something else')
-        if sum(file.is_created for file in now.files) < len(removal.data.files):
-            raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays at '
-                                'the old place')
-        item.tell(('d.save_full_session',))
+            return place == os.path.dirname(root)
+        same = plain_parts(os.path.split(place)) == plain_parts(os.path.split(root))
+        return same and os.path.dirname(place) == os.path.dirname(root)
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -6187,11 +6126,7 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        item.tell(('d.close',))
-        if DOUBTFUL.search(removal.facts['old']):
-            self.tell_place(item, removal.data.root)
-        else:
-            item.tell(('d.directory_base.set', removal.facts['old']))
+        self.tell_place(item, removal.data.root)
         if 'copied' in removal.steps:
             copies = data_at(removal.data, removal.facts['new'])
             if len(copies.files) == len(removal.data.files):
@@ -6202,13 +6137,12 @@ class Move(Choice):
 
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target = removal.data, removal.facts['new']
-        left = [file for file in data.files if os.path.lexists(file.path)]
+        data, target, why = removal.data, removal.facts['new'], ''
+        left = data._replace(files=[file for file in data.files if os.path.lexists(file.path)])
         try:
-            why, users = '', Users(self.engines())
-            if len(data_at(data._replace(files=left), target).files) < len(left):
+            if len(data_at(left, target).files) < len(left.files):
                 why = f'{quoted(target)} does not have all of it'
-            for path in users.of(data, [(users.key(item.engine), item.hash)]).values():
+            for path in self.users_of(item, data):
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
@@ -6223,12 +6157,17 @@ class Move(Choice):
         self.pauses.pop(item.hash, None)
         removal.drop()
 
+    def users_of(self, item: Item, data: OwnData) -> list[str]:
+        """Return paths by which other items use data."""
+        users = Users(self.engines())
+        return [*users.of(data, [(users.key(item.engine), item.hash)]).values()]
+
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
-        facts = removal.facts
+        facts, data = removal.facts, removal.data
         if not has_item(self.engine, facts['hash'], facts['session']):
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and rTorrent '
-                             'does not have it any more', removal, quoted(removal.data.root))
+                             'does not have it any more', removal, quoted(data.root))
             discard(facts['copy'])
             removal.drop()
             return
@@ -6237,33 +6176,26 @@ class Move(Choice):
         told = self.is_at(item, facts['new'])
         item = item._replace(state=facts['state'], is_open=facts['is_open'],
                              is_active=facts['is_active'])
-        copies = data_at(removal.data, facts['new']).files
-        whole = 'copied' in removal.steps and len(copies) == len(removal.data.files) and all(
-            same_content(file.path, copy.path) for file, copy in zip(removal.data.files, copies))
-        if not told and not whole:
-            self.LOG.info('the move of %s was cut short; it is started again at its old place',
-                          removal)
-            discard(facts['copy'])
-            start_again(item)
-            removal.drop()
+        copies = data_at(data, facts['new']).files
+        whole = 'copied' in removal.steps and len(copies) == len(data.files) and all(
+            same_content(file.path, copy.path) for file, copy in zip(data.files, copies))
+        if told or whole:
+            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+            self.settle(item, removal)
             return
-        self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
-        try:
-            if not told:
-                item.tell(('d.close',))
-                self.tell_place(item, facts['new'])
-            self.open_there(item, removal)
-        except LoggableError:
-            if all(os.path.lexists(file.path) for file in removal.data.files):
-                self.undo(item, removal)
-            raise
-        self.finish(item, removal)
+        self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                      removal)
+        discard(facts['copy'])
+        start_again(item)
+        removal.drop()
+
+
 
 
 class Inotify:
     """Wakes who waits for changes in folders, as Linux tells of them.
 
-    Raises OSError where that does not work.
+    Raises OSError where that does not work. A folder that is moved elsewhere stays watched.
     """
     # ATTRIB (a file may be readable now), CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF;
     # the last one is ONLYDIR.
@@ -6273,10 +6205,7 @@ class Inotify:
         import ctypes
         self.get_errno = ctypes.get_errno
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.watches: set = set()               # numbers
-        self.added: set = set()                 # those since the last drop_others()
-        flags = os.O_NONBLOCK | os.O_CLOEXEC
-        handle = self.call('inotify_init1', flags)
+        handle = self.call('inotify_init1', os.O_NONBLOCK | os.O_CLOEXEC)
         self.events = open(handle, 'rb', 0)
         # A disk mounted over a folder is no event of the folder; this file tells of it.
         self.mounts = open('/proc/self/mountinfo', 'rb', 0)
@@ -6294,27 +6223,14 @@ class Inotify:
 
     def add(self, folder: str) -> None:
         """Watch a folder; one that is watched already stays so."""
-        handle = self.events.fileno()
         path = os.fsencode(folder)
-        watch = self.call('inotify_add_watch', handle, path, self.MASK)
-        self.added.add(watch)
-
-    def drop_others(self) -> None:
-        """Watch only what was added since the last call: the rest is gone, or elsewhere."""
-        handle = self.events.fileno()
-        for watch in self.watches - self.added:
-            self.libc.inotify_rm_watch(handle, watch)
-        self.watches = self.added
-        self.added = set()
+        self.call('inotify_add_watch', self.events.fileno(), path, self.MASK)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long at most; tell whether something changed."""
-        milliseconds = max(seconds, 0) * 1000
-        return bool(self.poll.poll(milliseconds))
-
-    def forget(self) -> None:
-        """Take what happened so far for seen."""
+        """Wait so long at most; tell whether something changed, once for many changes."""
+        changed = bool(self.poll.poll(seconds * 1000))
         self.events.read(1 << 16)
+        return changed
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -6329,7 +6245,7 @@ def as_sent(text: str) -> str | bytes:
     return text.encode('utf-8', 'surrogateescape')
 
 
-class FileStamp(NamedTuple):
+class FileState(NamedTuple):
     """What tells a file from another, and from itself before it was changed."""
     device: int
     inode: int
@@ -6338,9 +6254,9 @@ class FileStamp(NamedTuple):
     modified: float                     # Unix seconds
 
 
-def file_stamp(status: os.stat_result) -> FileStamp:
-    """Return the stamp of a file."""
-    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
+def file_state(status: os.stat_result) -> FileState:
+    """Return the state of a file."""
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
 
 
@@ -6358,48 +6274,26 @@ def is_tied(tied: str, path: str) -> bool:
 
 
 def parse_mode(text: str) -> str:
-    """Return how new items are loaded: normal or start."""
-    modes = {'': 'normal', 'normal': 'normal', 'load': 'normal', 'start': 'start',
-             'started': 'start'}
-    mode = modes.get(text.lower())
-    if mode is None:
-        raise UserError(f'{text!r} is no mode; allowed are normal and start')
-    return mode
-
-
-NEVER = float('inf')
+    """Return how new items are loaded: load is normal, started is start."""
+    return parse_word(('normal', 'start', 'load', 'started'), text or 'normal')
 
 
 class Handled(NamedTuple):
-    """A file that was handled: in which state, and when again although it stays like that."""
-    stamp: FileStamp
-    due: float = NEVER                  # monotonic seconds
-    pause: float = 0.0                  # seconds from one try to the next
+    """What became of a file."""
+    state: Any = None                   # its FileState when it was handled
+    item: str = ''                      # hash of its item, if that is not tied to it
+    error: str = ''                     # why it is to be tried again
 
 
 class Refused(LoggableError):
     """rTorrent does not take a metafile, and will not take it later either."""
 
 
-class LoadPlan(NamedTuple):
-    """What becomes of a metafile."""
-    how: str                            # started, queued, or nothing
-    commands: list[str]                 # for the new item
-    values: dict[str, Any]              # what templates know of it
-
-    @property
-    def suffix(self) -> str:
-        """What follows in the log."""
-        if not self.how:
-            return ''
-        return f' [{self.how}]'
-
-
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
     A look through the trees decides what is new; an event of inotify only means `look again`.
-    A thread waits for events, and for files that are to be tried again.
+    A thread waits for events, and looks after growing pauses when there are none.
     """
     options = (
         Option('path', str, '', 'folders to watch, separated by :'),
@@ -6418,33 +6312,25 @@ class TreeWatch(Job):
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    FLAGS = ('start', 'load', 'queue')
     # Trash and caches of file servers and file systems; so are all that begin with a dot.
-    SKIPPED = frozenset(('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle',
-                         '#snapshot', '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information',
-                         'lost+found'))
-    TELL = CommandTemplate('print={{told}}', ('told',))
+    SKIPPED = ('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle', '#snapshot',
+               '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information', 'lost+found')
+    METAFILE = re.compile(r'\.(?:load|start|queue|(?i:torrent))\Z')      # flags: lower case
     SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
+    TELL = CommandTemplate('print={{told}}', ('told',))
     RETRY = 5.0                         # seconds until what did not work is tried again
     MOST = 3600.0                       # seconds, to which that grows
     REST = 9                            # times as long as it looked it does not look again
-    LONGEST = 60.0                      # seconds until a thread sees that it is to end
-    NAMES = frozenset('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
-                      'filetype label traits flags'.split())
-
-    @staticmethod
-    def folders(config: Any) -> list[str]:
-        """Return the folders that a configuration names."""
-        folders = []
-        for path in config.path.split(os.pathsep):
-            if path.strip():
-                path = os.path.expanduser(path.strip())
-                folders.append(os.path.abspath(path))
-        return folders
+    NAMES = tuple('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
+                  'filetype label traits flags'.split())
 
     def __init__(self, config: JobConfig):
         super().__init__(config)
-        self.roots = self.folders(config)
+        self.roots = []
+        for path in config.path.split(os.pathsep):
+            if path.strip():
+                path = os.path.expanduser(path.strip())
+                self.roots.append(os.path.abspath(path))
         if not self.roots:
             raise UserError('is not set', option='path')
         self.commands = []
@@ -6454,36 +6340,32 @@ class TreeWatch(Job):
                     self.commands.append(CommandTemplate(config[key], self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
-        self.untied_file = self.state_file('untied')
-        # path -> [hash of its item, which is not tied to it; when it was modified; its device]
-        self.untied = self.read_untied()
-        self.kept = self.untied.copy()          # what the file in the state folder says
+        self.file = self.state_file('untied')
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            with open(self.file, encoding='ascii') as stream:
+                for path, (state, item, _) in json.load(stream).items():
+                    self.handled[path] = Handled(FileState(*state), item, 'of another run')
+        self.kept = self.handled.copy()         # what the file in the state folder says
         self.trouble: dict[str, str] = {}       # what the last look could not read, and why
-        self.next_look = 0.0                    # monotonic seconds, though nothing changes
-        self.rested = 0.0                       # no look before that, whatever changes
-        self.by_path: bool | None = None        # does rTorrent see our files? None: not known
-        if not self.engine.address.is_local():
-            self.by_path = False
+        self.took = 0.0                         # seconds, to look through the trees
+        self.by_path = self.engine.address.is_local()
         self.inotify: Inotify | None = None
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()
 
     def risks(self) -> list[str]:
         """Return what lets others load items: folders that every user may write."""
-        texts = []
-        for root in self.roots:
-            with contextlib.suppress(OSError):
-                if os.stat(root).st_mode & 0o002:
-                    texts.append(f'{root}, which is watched, can be written by every user')
-        return texts
+        open_to_all = [root for root in self.roots
+                       if os.path.exists(root) and os.stat(root).st_mode & 0o002]
+        return [f'{root}, which is watched, can be written by every user' for root in open_to_all]
 
     def run(self) -> None:
-        """Look through the trees, and see to it that changes are watched."""
+        """Look through the trees, and see to it that changes are watched from now on."""
         with self.lock:
-            reason = self.start_watching()
-            self.look()
-        if reason or self.trouble:
-            raise LoggableError(reason or self.trouble_text())
+            try:
+                self.start_watching()
+            finally:
+                self.look()
 
     def cleanup(self) -> None:
         """Load nothing any more; a file in progress has a while to end."""
@@ -6493,162 +6375,121 @@ class TreeWatch(Job):
 
     # Watching.
 
-    def start_watching(self) -> str:
-        """Have a thread look at once when something changes; return why that is not possible."""
-        if not self.config.inotify or self.config.alone:
-            return ''
-        if self.thread and self.thread.is_alive():
-            return ''
+    def start_watching(self) -> None:
+        """Have a thread look at once when something changes."""
+        is_watching = self.thread and self.thread.is_alive()
+        if is_watching or self.config.alone or not self.config.inotify:
+            return
         self.inotify = None
         try:
             self.inotify = Inotify()
             self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
             self.thread.start()
-        except (ImportError, AttributeError, OSError, RuntimeError) as error:
-            if self.inotify:
-                self.inotify.close()
-            self.inotify = None
-            return (f'no inotify, files are found on schedule only: {error}; where that is how '
-                    'it should be, write inotify = no')
-        return ''
+        except Exception as error:
+            raise LoggableError(f'no inotify, files are found on schedule only: {error}; where '
+                                'that is how it should be, write inotify = no') from None
 
     def watch(self, inotify: Inotify) -> None:
-        """Look again whenever something changes; a thread, until cleanup()."""
+        """Look again whenever something changed, and after pauses; a thread, until cleanup()."""
+        pause = self.RETRY
         with contextlib.closing(inotify):
-            while True:
-                left = self.next_look - time.monotonic()
-                changed = inotify.wait(min(left, self.LONGEST))
-                if self.ended.wait(self.rested - time.monotonic()):
+            while not self.ended.wait(self.REST * self.took):
+                changed = inotify.wait(pause)
+                if self.ended.is_set():
                     return
-                if not changed and left > self.LONGEST:
-                    continue
                 if changed and self.config.trace_inotify:
                     self.LOG.info('inotify: something changed')
-                inotify.forget()
                 with self.lock:
-                    self.look_again()
+                    well = self.look_again()
+                pause = min(2 * pause, self.MOST)
+                # No event tells that a root, or rTorrent, is there again.
+                if changed or not well:
+                    pause = self.RETRY
 
-    def look_again(self) -> None:
-        """Look, and say in the log what run() would raise."""
+    def look_again(self) -> bool:
+        """Look, say in the log what run() would raise, and tell whether all was well."""
         before = self.trouble
         try:
             self.look()
         except Unreachable:
             # The engine has told it; what else was found is told by the next look.
             self.trouble = before
+            return False
         except LoggableError as error:
-            self.trouble = {'': str(error)}
-        if self.trouble and self.trouble != before:
-            self.LOG.warning('%s', self.trouble_text())
-        elif before and not self.trouble:
+            if self.trouble != before:
+                self.LOG.warning('%s', error)
+            return False
+        if before:
             self.LOG.info('all folders are watched again')
-
-    def trouble_text(self) -> str:
-        """Return in one line what the last look could not read."""
-        return '; '.join(self.trouble.values())
+        return True
 
     # Looking.
 
     def look(self) -> None:
-        """Handle what is new in the trees; raises Unreachable when rTorrent is away."""
+        """Handle what is new in the trees; raises LoggableError where one cannot be read."""
         began = time.monotonic()
-        # Unless it gets to its end.
-        self.next_look = began + self.RETRY
         files = self.scan()
-        now = time.monotonic()
-        took = now - began
-        self.rested = now + self.REST * took
+        self.took = time.monotonic() - began
         for path in self.handled.keys() - files.keys():
-            del self.handled[path]
+            # On another device the disk of the file is not mounted now.
+            if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
+                del self.handled[path]
         try:
-            self.handle_new(files)
+            for path in sorted(files):
+                before = self.handled.get(path, Handled())
+                is_new = before.error or before.state != files[path]
+                if is_new and not self.ended.is_set():
+                    self.handled[path] = self.handle(path, files[path], before)
         finally:
-            self.keep_untied(files)
-        dues = [done.due for done in self.handled.values()]
-        # A root that is not watched, or not there: no event will tell of it.
-        if not self.trouble.keys().isdisjoint(self.roots):
-            dues.append(now + self.RETRY)
-        self.next_look = min(dues, default=NEVER)
+            self.keep_untied()
+        if self.trouble:
+            raise LoggableError('; '.join(self.trouble.values()))
 
-    def handle_new(self, files: dict[str, FileStamp]) -> None:
-        """Handle the files that are new, were changed, or are to be tried again."""
-        now = time.monotonic()
-        for path in sorted(files):
-            if self.ended.is_set():
-                return
-            stamp = files[path]
-            done = self.handled.get(path)
-            if done is None or done.stamp != stamp or done.due <= now:
-                self.handled[path] = self.handle(path, stamp, done)
-
-    def scan(self) -> dict[str, FileStamp]:
+    def scan(self) -> dict[str, FileState]:
         """Return the metafiles below the roots; have their folders watched."""
-        files: dict[str, FileStamp] = {}
-        self.trouble = {}
         session = self.session_folder()
+        files = {}
+        self.trouble = {}
         visited = {session}
         left = collections.deque(self.roots)
         while left:
-            folder = left.popleft()
+            path = left.popleft()
             try:
-                self.scan_folder(folder, visited, left, files)
+                status = os.stat(path)
+                known = status.st_dev, status.st_ino
+                if not stat.S_ISDIR(status.st_mode):
+                    if self.METAFILE.search(path):
+                        files[path] = file_state(status)
+                elif known == session and path in self.roots:
+                    raise OSError(errno.EPERM, 'it is the session folder of rTorrent')
+                elif known not in visited:
+                    visited.add(known)
+                    self.scan_folder(path, left)
             except OSError as error:
-                self.failed(folder, error)
-        for root in self.roots:
-            with contextlib.suppress(OSError):
-                if session and identity(root) == session:
-                    self.trouble[root] = f'{quoted(root)} is the session folder of rTorrent'
-        if self.inotify:
-            self.inotify.drop_others()
+                self.failed(path, error)
         return files
 
-    def scan_folder(self, folder: str, visited: set, left: collections.deque,
-                    files: dict) -> None:
-        """Add the metafiles in a folder to `files`, and folders to `left`; each only once."""
-        known = identity(folder)
-        if known and known in visited:
-            return
-        visited.add(known)
+    def scan_folder(self, folder: str, left: collections.deque) -> None:
+        """Add the paths in a folder to those that are left; have changes in it told."""
         # Watched before it is read: what comes in between is in both.
-        self.watch_folder(folder)
+        if self.inotify:
+            try:
+                self.inotify.add(folder)
+            except OSError as error:
+                self.failed(folder, error)
         with os.scandir(folder) as listing:
             entries = list(listing)
         if any(entry.name == self.SESSION_LOCK for entry in entries):
             return
         for entry in entries:
-            try:
-                self.scan_entry(entry, left, files)
-            except OSError as error:
-                self.failed(entry.path, error)
-
-    def watch_folder(self, folder: str) -> None:
-        """Have changes in a folder told; where that fails, the schedule finds its files."""
-        if not self.inotify:
-            return
-        try:
-            self.inotify.add(folder)
-        except OSError as error:
-            self.failed(folder, error)
-
-    def scan_entry(self, entry: os.DirEntry, left: collections.deque, files: dict) -> None:
-        """Add a metafile to `files`, or a folder to `left`."""
-        name = entry.name
-        if not entry.is_dir():
-            if self.is_metafile(name):
-                files[entry.path] = file_stamp(entry.stat())
-        elif name.startswith('.') or name in self.SKIPPED:
-            return
-        elif entry.is_symlink():
-            # Last, so that a folder goes by its own name where it has one in the trees.
-            left.append(entry.path)
-        else:
-            left.appendleft(entry.path)
-
-    def is_metafile(self, name: str) -> bool:
-        """Tell whether a file's name is one of a metafile; flags are lower case."""
-        if name.endswith(('.load', '.start', '.queue')):
-            return True
-        return name.lower().endswith('.torrent')
+            is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
+            if is_skipped and not entry.is_file(follow_symlinks=False):
+                continue
+            # Links last, so that a folder goes by its own name where it has one in the trees.
+            if entry.is_symlink():
+                left.append(entry.path)
+            else:
+                left.appendleft(entry.path)
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
@@ -6663,106 +6504,71 @@ class TreeWatch(Job):
             self.trouble.setdefault(why, text)
 
     def session_folder(self) -> Identity | None:
-        """Return the identity of rTorrent's session folder; None as long as it is not known.
+        """Return the identity of rTorrent's session folder; None where it has none.
 
         What lies there is rTorrent's own: it is not loaded, and never removed.
         """
         engine = self.engine
+        engine.reach()                          # then it has told its folders
         if engine.session_path:
             # One that may not be looked at cannot be reached from a watched folder either.
             with contextlib.suppress(OSError):
                 return identity(os.path.join(engine.cwd, engine.session_path))
         return None
 
-    # Files that were loaded by content, or are a second copy: rTorrent does not delete them with
-    # their item. An item that was erased must not come back from them, as long as they stay.
+    def keep_untied(self) -> None:
+        """Keep for the next start which files were loaded by content, or are a second copy.
 
-    def read_untied(self) -> dict[str, list]:
-        """Return what the file in the state folder says."""
-        with contextlib.suppress(OSError, ValueError):
-            with open(self.untied_file, encoding='ascii') as stream:
-                return dict(json.load(stream))
-        return {}
-
-    def keep_untied(self, files: dict[str, FileStamp]) -> None:
-        """Keep that for the next start, without files that are gone."""
-        if not self.trouble:
-            for path in self.untied.keys() - files.keys():
-                # On another device the disk of the file is not mounted now.
-                folder = identity(os.path.dirname(path))
-                if folder and folder[0] == self.untied[path][2]:
-                    del self.untied[path]
-        if self.untied == self.kept or self.dry_run:
-            return
-        text = json.dumps(self.untied)
-        replace_file(self.untied_file, text)
-        self.kept = self.untied.copy()
+        rTorrent does not delete them with their item. An item that was erased must not come back
+        from them, as long as they stay.
+        """
+        untied = {path: done for path, done in self.handled.items() if done.item}
+        if untied != self.kept and not self.dry_run:
+            replace_file(self.file, json.dumps(untied))
+            self.kept = untied
 
     # Loading.
 
-    def handle(self, path: str, stamp: FileStamp, before: Handled | None) -> Handled:
-        """Load a new metafile; return when it is to be handled again."""
+    def handle(self, path: str, state: FileState, before: Handled) -> Handled:
+        """Load a new metafile; say why it was not loaded, once, and whether it may be later."""
+        name = quoted(path)
         try:
-            self.load(path, stamp, read_metafile(path))
-            return Handled(stamp)
+            return Handled(state, self.load(path, state, before, read_metafile(path)))
         except Unreachable:
             raise
         except FileNotFoundError:
-            return Handled(stamp)
+            pass
         except ValueError as error:
-            if self.may_be_growing(stamp):
-                return Handled(stamp, time.monotonic() + self.RETRY)
-            why = f'is no metafile: {error}'
+            # Somebody may be writing it just now; the clock of a file server may be ahead.
+            age = time.time() - state.modified
+            if abs(age) < 2 * self.RETRY and not self.config.alone:
+                return Handled(state, error=str(error))
+            self.LOG.warning('%s is no metafile: %s', name, error)
         except Refused as error:
-            why = f'is not loaded: {error}'
-        except Exception as error:
-            return self.try_later(path, stamp, before, error)
-        self.LOG.warning('%s %s', quoted(path), why)
-        return Handled(stamp)
-
-    def may_be_growing(self, stamp: FileStamp) -> bool:
-        """Tell whether somebody may be writing a file just now."""
-        if self.config.alone:
-            return False
-        age = time.time() - stamp.modified
-        # The clock of a file server may be ahead.
-        return abs(age) < 2 * self.RETRY
-
-    def try_later(self, path: str, stamp: FileStamp, before: Handled | None,
-                  error: Exception) -> Handled:
-        """Say why a file was not loaded, once; it may do later, so that pauses grow."""
-        name = quoted(path)
-        pause = self.RETRY
-        if before and before.stamp == stamp and before.pause:
-            pause = min(2 * before.pause, self.MOST)
-            self.LOG.debug('%s is not loaded: %s', name, error)
-        elif isinstance(error, (OSError, LoggableError)):
             self.LOG.warning('%s is not loaded: %s', name, error)
-        else:
-            self.LOG.error('%s is not loaded', name, exc_info=error)
-        due = time.monotonic() + pause
-        return Handled(stamp, due, pause)
+        except Exception as error:
+            failed = Handled(state, error=repr(error))
+            if failed != before:
+                is_fault = not isinstance(error, (OSError, LoggableError))
+                self.LOG.warning('%s is not loaded: %s', name, error, exc_info=is_fault)
+            return failed
+        return Handled(state)
 
     def values(self, path: str, meta: Metafile) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
         roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
         root = max(roots, key=len, default=folder)
-        parts = folder[len(root):].strip(os.sep).split(os.sep)
         # Flags at its end are no part of a label.
-        while parts and parts[-1] in self.FLAGS:
-            parts.pop()
-        relative = os.sep.join(parts)
+        while folder != root and os.path.basename(folder) in ('start', 'load', 'queue'):
+            folder = os.path.dirname(folder)
+        relative = folder[len(root):].strip(os.sep)
         ending = os.path.splitext(meta.main_file)[1]
         kind = ending[1:]
         traits = name_traits(meta.name, kind.lower())
         label = traits['kind']
         if label and kind:
             label += f'/{kind}'
-        alias = meta.tracker
-        if alias:
-            alias = tracker_alias(alias, self.engine.aliases)
-        flags = {*path.split(os.sep), *base.split('.')}
         return {
             'pathname': path,
             'watch_path': root,
@@ -6771,13 +6577,16 @@ class TreeWatch(Job):
             'info_hash': meta.info_hash,
             'info_name': meta.name,
             'filetype': ending,
-            'tracker_alias': alias,
-            'flags': flags - {''},
+            'tracker_alias': tracker_alias(meta.tracker, self.engine.aliases),
+            'flags': sorted({*path[1:].split(os.sep), *base.split('.')}),
             'traits': traits,
             'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> LoadPlan:
-        """Return what is to become of a file; flags in its path count more than options."""
+    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict[str, Any]]:
+        """Return how a file is loaded, the commands for its item, and what templates know of it.
+
+        Flags in its path count more than options.
+        """
         values, config = self.values(path, meta), self.config
         flags = values['flags']
         commands = []
@@ -6785,66 +6594,62 @@ class TreeWatch(Job):
             commands += template.commands(values)
         start = 'start' in flags
         if not start and 'load' not in flags:
-            start = config.started or config.load_mode == 'start'
+            start = config.started or config.load_mode.startswith('start')
+        how = 'loaded'
         if config.queued or 'queue' in flags:
+            how = 'queued'
             if not start:
                 commands.append('d.priority.set=0')
-            return LoadPlan('queued', commands, values)
-        if start:
-            return LoadPlan('started', commands, values)
-        return LoadPlan('', commands, values)
+        elif start:
+            how = 'started'
+        return how, commands, values
 
     def ask(self, *call: str) -> Any:
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path: str, stamp: FileStamp, meta: Metafile) -> None:
-        """Load a metafile unless its item is there, or was erased."""
+    def load(self, path: str, state: FileState, before: Handled, meta: Metafile) -> str:
+        """Load a metafile unless its item is there, or was; return the item that is not tied."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
-        # The first answer of a new rTorrent may be the first that tells of its session.
-        if identity(os.path.dirname(path)) == self.session_folder():
-            return
-        known = [meta.info_hash, stamp.modified, stamp.device]
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
             if is_tied(tied, path):
-                self.untied.pop(path, None)
-                return
-            self.untied[path] = known
+                return ''
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
-                self.remove(path, stamp, tied)
-        elif self.untied.get(path, [])[:2] == known[:2]:
+                self.remove(path, state, tied)
+        elif before.item == meta.info_hash and before.state.modified == state.modified:
             self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
-        elif not self.load_new(path, meta):
-            self.untied[path] = known
+        elif self.load_new(path, meta):
+            return ''
+        return meta.info_hash
 
-    def remove(self, path: str, stamp: FileStamp, tied: str) -> None:
+    def remove(self, path: str, state: FileState, tied: str) -> None:
         """Remove a file that was read, unless it may be the last metafile of the item."""
         if tied and not os.path.exists(tied):
             return
-        # A link, and a file that was changed since it was read, have another stamp.
-        if file_stamp(os.lstat(path)) != stamp:
+        # A link, and a file that was changed since it was read, have another state.
+        if file_state(os.lstat(path)) != state:
             return
         if self.announce('removing', quoted(path)):
             os.remove(path)
 
     def load_new(self, path: str, meta: Metafile) -> bool:
         """Load a metafile and wait for its item; tell whether that is tied to the file."""
-        plan = self.plan(path, meta)
-        shown = f'{quoted(meta.name)} from {quoted(path)}{plan.suffix}'
+        how, commands, _ = self.plan(path, meta)
+        shown = f'{quoted(meta.name)} from {quoted(path)}'
+        if how != 'loaded':
+            shown += f' [{how}]'
         if self.dry_run:
             self.announce('loading', shown)
             return True
-        commands = plan.commands
+        told = []
         if self.config.print_to_client and not self.config.quiet:
-            told = f'torque: loaded {ascii(meta.name)} from {ascii(path)}{plan.suffix}'
-            commands = self.TELL.commands({'told': told}) + commands
-        start = plan.how == 'started'
-        tied = self.send(path, meta, start, commands)
+            told = self.TELL.commands({'told': f'torque: loaded {shown}'})
+        tied = self.send(path, meta, how == 'started', told + commands)
         self.LOG.info('loaded %s', shown)
-        if plan.commands:
+        if commands:
             message = str(self.ask('d.message', meta.info_hash))
             # Of a command that failed; the item is there all the same.
             if 'creation failed' in message:
@@ -6860,10 +6665,9 @@ class TreeWatch(Job):
         texts = [as_sent(text) for text in commands]
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
-        if self.by_path is not False and not is_pattern:
+        if self.by_path and not is_pattern:
             without_errors(self.engine.tell([(by_path, '', file, *texts)]))
             if self.appears(meta):
-                self.by_path = True
                 return True
         self.send_content((by_content, '', meta.content, *texts))
         if not self.appears(meta):
@@ -6871,11 +6675,13 @@ class TreeWatch(Job):
             if not meta.tracker:
                 why += '; it has no tracker: is DHT off?'
             raise Refused(why)
-        if is_pattern:
-            return self.tie(meta.info_hash, path)
-        # It took the content and not the path: it sees other files than torque does.
-        if self.by_path is None:
+        if why_unseen(self.engine):
             self.by_path = False
+        elif is_pattern:
+            self.engine.tell([
+                ('d.tied_to_file.set', meta.info_hash, file),
+                ('d.save_full_session', meta.info_hash)])
+            return True
         return False
 
     def send_content(self, call: tuple) -> None:
@@ -6893,48 +6699,34 @@ class TreeWatch(Job):
     def appears(self, meta: Metafile) -> bool:
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
         end = time.monotonic() + 1 + len(meta.content) / 5e6
-        pause = 0.0002
-        while True:
+        while time.monotonic() < end:
             answer = self.ask('d.hash', meta.info_hash)
             if not isinstance(answer, HashNotFound):
                 without_errors([answer])
                 return True
-            if time.monotonic() > end:
-                return False
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
-
-    def tie(self, info_hash: str, path: str) -> bool:
-        """Tie an item to its file if rTorrent sees that; they go together then."""
-        if why_unseen(self.engine):
-            return False
-        answers = self.engine.tell([
-            ('d.tied_to_file.set', info_hash, as_sent(path)),
-            ('d.save_full_session', info_hash)])
-        return not isinstance(answers[0], RpcError)
+            time.sleep(0.0005)
+        return False
 
     def explain(self, path: str) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
-            if not self.is_metafile(os.path.basename(path)):
+            if not self.METAFILE.search(path):
                 raise ValueError('its name ends in none of .torrent .load .start .queue')
             meta = read_metafile(path)
-            plan = self.plan(path, meta)
+            how, commands, values = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
             return [f'{path} is not loaded: {error}']
-        how = plan.how or 'loaded, not started'
         first = f'{path}: {how}'
-        if plan.values['watch_path'] not in self.roots:
+        if values['watch_path'] not in self.roots:
             first += ' (if it lay below path)'
         with contextlib.suppress(RpcError):
             without_errors([self.ask('d.hash', meta.info_hash)])
             first += '; but it is loaded already'
         lines = [first]
-        values = {**plan.values, 'flags': sorted(plan.values['flags'])}
         for name, value in sorted(values.items()):
             lines.append(f'  {name} = {value!r}')
-        for command in plan.commands:
+        for command in commands:
             lines.append(f'  command {command}')
         return lines
 
