@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -4452,7 +4453,7 @@ class Double:
                              'timestamp.started'.split(), 1)
         item.update(hash=info_hash, name=name, base_path=path, directory=folder, hashing=0,
                     directory_base=folder, is_multi_file=int(folder == path), files=rows,
-                    views=[])
+                    views=[], bitfield='')
         item.update(values)
         self.items[info_hash] = {f'd.{key}': value for key, value in item.items()}
         return info_hash
@@ -4491,8 +4492,8 @@ class Double:
             frozen += '/' + path
         is_created = os.path.exists(os.path.join(self.cwd, frozen))
         return {'f.path=': path, 'f.size_bytes=': size, 'f.completed_chunks=': chunks,
-                'f.size_chunks=': 1, 'f.priority=': 1, 'f.frozen_path=': frozen,
-                'f.is_created=': int(is_created)}
+                'f.range_first=': 0, 'f.range_second=': 1, 'f.priority=': 1,
+                'f.frozen_path=': frozen, 'f.is_created=': int(is_created)}
 
     def load(self, method, source, *commands):
         tied = ''
@@ -4685,7 +4686,8 @@ class ActionTest(WithDouble):
 
     def test_failures_keep_data(self):
         data, second, no = {'m': b'm'}, HASH(2), torque.RpcError('no')
-        new = {'is_open': 0, 'base_path': '', 'completed_bytes': 0, 'timestamp.started': 0}
+        new = {'is_open': 0, 'base_path': '', 'timestamp.started': 0, 'completed_bytes': 0,
+               'complete': 0, 'bitfield': ''}
         for words, left, faults, facts in (
                 ('no', 'b', {('d.erase', second): no}, {}),
                 ('gone', 'bc', {('d.erase', second): torque.Unreachable('gone')}, {}),
@@ -4750,6 +4752,16 @@ class ActionTest(WithDouble):
                     self.act('cull', matcher='name=a')
                 self.assertEqual(('a' in self.names(), os.path.exists(self.path('a/x'))),
                                  (kept, kept))
+
+    def test_answers_of_wrong_types_are_one_error(self):
+        self.engine.add(self.path('a'), {'x': b'1'})
+        for method, wrong in (('d.directory', 7), ('d.is_open', '1'), ('d.hash', 7),
+                              ('f.multicall', [['x']]), ('f.multicall', 5), ('system.cwd', 7),
+                              ('f.multicall', [[1] * len(torque.ItemFile._fields)])):
+            self.engine.faults = {method: wrong}
+            with self.subTest(method, wrong=wrong):
+                self.fails('is not understood', lambda: self.act('cull'))
+                self.assertEqual(tree(self.path('a')), {'x': b'1'})
 
     def test_item_that_the_user_erases_keeps_its_data(self):
         for name in 'ab':
@@ -8319,6 +8331,16 @@ def bench():
 
 # --- The test program --------------------------------------------------------------------------
 
+def setUpModule():
+    """Let the tests neither read nor leave anything in the user's HOME."""
+    home = tempfile.mkdtemp(prefix='torque-')
+    unittest.addModuleCleanup(shutil.rmtree, home, ignore_errors=True)
+    os.environ.setdefault('PYTHONUSERBASE', site.getuserbase())     # croniter may be there
+    os.environ['HOME'] = home
+    for name in ('XDG_CONFIG_HOME', 'XDG_STATE_HOME'):
+        os.environ.pop(name, None)
+
+
 def load_tests(loader, tests, pattern):
     tests.addTests(doctest.DocTestSuite(torque))
     return tests
@@ -8335,6 +8357,8 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's & has it ignored
     program = unittest.main(exit=False)
     result = program.result
+    for reason, count in collections.Counter(why for _, why in result.skipped).items():
+        print(f'{count} skipped: {reason}')
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     print(f'{result.testsRun - failed - len(result.skipped)} passed, {failed} failed, '
           f'{len(result.skipped)} skipped')

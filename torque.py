@@ -2360,9 +2360,14 @@ def discard(folder: str) -> None:
 
 def rename_new(path: str, new: str) -> None:
     """Give a file or folder another name that nothing has; OSError where something has it."""
-    if os.path.lexists(new):
-        raise FileExistsError(errno.EEXIST, 'exists: nothing is overwritten', new)
-    os.rename(path, new)
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError):      # where there are hard links, nothing can go wrong
+            os.link(path, new)
+            os.unlink(path)
+    if os.path.lexists(path):
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, 'exists: nothing is overwritten', new)
+        os.rename(path, new)
     sync(os.path.dirname(new))
 
 
@@ -3525,6 +3530,8 @@ def read_metafile(path: str) -> Metafile:
 # What of a name any rTorrent shows as it is; see DOUBTFUL.
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
+TEXTS = ('hash', 'name', 'base_path', 'directory', 'directory_base', 'bitfield', 'path',
+         'frozen_path')                 # of what is asked; the rest are numbers
 
 
 class ItemFile(NamedTuple):
@@ -3532,8 +3539,9 @@ class ItemFile(NamedTuple):
     path: str
     frozen_path: str                    # where rTorrent has opened it
     size_bytes: int
-    completed_chunks: int
-    size_chunks: int
+    completed_chunks: int               # may be one too high
+    range_first: int                    # its pieces, from that one on
+    range_second: int                   # and before this one
     priority: int
     is_created: int                     # does rTorrent find a file there, right now?
 
@@ -3550,6 +3558,8 @@ class Item(NamedTuple):
     directory: str
     directory_base: str
     is_multi_file: int
+    complete: int
+    bitfield: str                       # in hexadecimal; empty unless it is checked
     completed_bytes: int
     down_total: int
     timestamp_started: int
@@ -3561,6 +3571,15 @@ class Item(NamedTuple):
     def absolute(self, path: str) -> str:
         """Return what a path of rTorrent is from anywhere."""
         return os.path.join(self.cwd, path)
+
+    def pieces(self) -> str:
+        """Return a character for each piece: 1 it is there, 0 it is not, ? that is not known."""
+        count = max((file.range_second for file in self.files), default=0)
+        if self.complete:
+            return '1' * count
+        if not self.bitfield:
+            return '?' * count
+        return bin(int('1' + self.bitfield, 16))[3:]
 
     def tell(self, *commands: tuple) -> None:
         """Have rTorrent do commands, without the hash in them, with the item."""
@@ -3593,6 +3612,17 @@ class OwnData(NamedTuple):
     folders: list[str]                  # they go when they are empty; the deepest first
 
 
+def is_row(row: Any, fields: Iterable[str]) -> bool:
+    """Tell whether an answer has a text or a number for each field, as it should be."""
+    kinds = []
+    for name in fields:
+        kind: type = int
+        if name in TEXTS:
+            kind = str
+        kinds.append(kind)
+    return isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
+
+
 def ask_item(engine: Engine, info_hash: str) -> Item:
     """Return an item as it is now; raises HashNotFound where there is none."""
     fields = Item._fields[:Item._fields.index('files')]
@@ -3602,6 +3632,9 @@ def ask_item(engine: Engine, info_hash: str) -> Item:
     calls.append(('f.multicall', info_hash, '', *columns))
     calls += [('system.cwd', ''), ('session.path', '')]
     *facts, rows, cwd, session = without_errors(engine.ask(calls))
+    if not (is_row(facts, fields) and isinstance(rows, list) and isinstance(cwd, str)
+            and isinstance(session, str) and all(is_row(row, ItemFile._fields) for row in rows)):
+        raise RpcError(f'{engine.address.where}: what it tells of item {info_hash} is not understood')
     files = [ItemFile(*row) for row in rows]
     return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
 
@@ -3640,6 +3673,28 @@ def start_again(item: Item) -> None:
         item.tell(('d.close',))
 
 
+def save_session(item: Item) -> None:
+    """Have rTorrent write down where an item is; LoggableError where it does not.
+
+    0.16 does so later, and may forget it while it is writing something else.
+    """
+    path = f'{item.session}/{item.hash}.torrent.rtorrent'
+    if not os.path.exists(path):                # no session folder
+        return
+    place = os.fsencode(item.directory_base)
+    wanted = b'9:directory%d:%s' % (len(place), place)
+    if DOUBTFUL.search(item.directory_base):
+        wanted = os.path.dirname(place)         # the name itself has other bytes
+    for attempt in range(200):
+        if attempt % 20 == 0:
+            item.tell(('d.save_full_session',))
+        with open(path, 'rb') as stream:
+            if wanted in stream.read():
+                return
+        time.sleep(0.05)
+    raise LoggableError(f'rTorrent does not write {path}')
+
+
 def erase(item: Item) -> None:
     """Erase an item from rTorrent; raises RpcError where that has not happened for sure."""
     commands = [(name, item.hash) for name in ('d.stop', 'd.close', 'd.erase')]
@@ -3675,6 +3730,13 @@ def plain_parts(names: Iterable[str]) -> list[str]:
     return [NOT_PLAIN.sub('', name) for name in names]
 
 
+def stands_for(shown: str, name: str) -> bool:
+    """Tell whether what rTorrent shows may be a name."""
+    if DOUBTFUL.search(shown):
+        return plain_parts([shown]) == plain_parts([name])
+    return shown == name
+
+
 def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
     """Return the true name of an item and the paths of its files, as its metafile has them.
 
@@ -3701,7 +3763,8 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
         expected = item.base_path
         if item.is_multi_file:
             expected += '/' + file.path
-        if not item.base_path or file.frozen_path != expected:
+        # Padding (BEP 47) is on no disk, and has no path.
+        if not item.base_path or file.frozen_path not in ('', expected):
             raise LoggableError(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
                                 f'lies at {quoted(item.base_path)}')
     root, shown = item.absolute(item.base_path), [file.path for file in item.files]
@@ -3709,23 +3772,23 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
         return root, shown
     name, names = names_of_metafile(f'{item.session}/{item.hash}.torrent', item.hash)
     folder, last = os.path.split(root)
-    if plain_parts([last]) == plain_parts([name]):
+    if stands_for(last, name):
         # A folder may have been renamed, to another name that comes through as this one does.
-        if item.is_multi_file and identity(folder):
+        if item.is_multi_file and DOUBTFUL.search(last) and identity(folder):
             for other in os.listdir(folder):
-                if other != name and not DOUBTFUL.search(other) \
-                        and plain_parts([other]) == plain_parts([name]):
+                if other != name and not DOUBTFUL.search(other) and stands_for(last, other):
                     raise LoggableError(f'{quoted(root)} may be {quoted(name)}, or '
                                         f'{quoted(other)}')
         last = name
-    true_root = os.path.join(folder, last)
-    doubtful = DOUBTFUL.search(folder) or last != name and DOUBTFUL.search(last)
-    if doubtful or plain_parts(shown) != plain_parts(names):
+    elif DOUBTFUL.search(last):
+        folder = last
+    if DOUBTFUL.search(folder) or len(names) != len(shown) or not all(
+            map(stands_for, shown, names)):
         raise LoggableError(f'its path {quoted(root)} came through badly')
-    return true_root, names
+    return os.path.join(folder, last), names
 
 
-def check_file(path: str, file: ItemFile, item: Item) -> OwnFile | None:
+def check_file(path: str, file: ItemFile, item: Item, pieces: str) -> OwnFile | None:
     """Return a file of an item, None where it is not there; LoggableError where in doubt."""
     try:
         status = os.lstat(path)
@@ -3739,14 +3802,15 @@ def check_file(path: str, file: ItemFile, item: Item) -> OwnFile | None:
         raise LoggableError(f'torque sees {quoted(path)}, and rTorrent does not')
     if not stat.S_ISREG(status.st_mode):
         raise LoggableError(f'{quoted(path)} is a link, or no file')
-    is_whole = file.completed_chunks == file.size_chunks > 0
+    is_whole = {*pieces} == {'1'}
     if status.st_size > file.size_bytes or is_whole and status.st_size < file.size_bytes:
         raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
                             f'{file.size_bytes} that it should have')
     # A user's file may lie where an item that has nothing of it yet would have its own.
     begun = item.down_total and file.priority and item.timestamp_started
     empty = item.timestamp_started and not status.st_blocks
-    if not file.completed_chunks and not begun and not empty and status.st_size:
+    some = '1' in pieces or '?' in pieces and file.completed_chunks > 1
+    if not some and not begun and not empty and status.st_size:
         raise LoggableError(f'{quoted(path)} may not be its own: rTorrent has no piece of it')
     return OwnFile.at(path, status)
 
@@ -3775,11 +3839,15 @@ def own_data(item: Item) -> OwnData:
     for folder in folders:
         if os.path.islink(folder) or os.path.basename(folder) == '..':
             raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
-    files = [check_file(path, file, item) for path, file in zip(paths, item.files)]
+    pieces, own = item.pieces(), []
+    for path, file in zip(paths, item.files):
+        if file.frozen_path:
+            part = pieces[file.range_first:file.range_second]
+            own.append(check_file(path, file, item, part))
     # Other downloads may come to lie in a folder that is not named after this one.
-    if folders and plain_parts([os.path.basename(root)]) != plain_parts([item.name]):
+    if folders and not stands_for(item.name, os.path.basename(root)):
         folders.remove(root)
-    return OwnData(root, [file for file in files if file], folders)
+    return OwnData(root, [file for file in own if file], folders)
 
 
 def freed_by(data: OwnData) -> int:
@@ -3793,57 +3861,60 @@ def freed_by(data: OwnData) -> int:
     return freed
 
 
+def place_of(path: str) -> tuple[Any, str]:
+    """Return the identity of the folder that a path lies in, and its name there."""
+    folder, name = os.path.split(path)
+    return identity(folder) or folder, name
+
+
 class Users:
     """Which items use which folders and lone files, by identity.
 
-    All items of all rTorrents that are given; LoggableError where what one uses is not known.
+    engines: that of the job first; `hashes` of its items are left out. LoggableError where it is
+    not known what an item uses. An owner is (which rTorrent, hash).
     """
 
-    def __init__(self, engines: Iterable[Engine]):
+    def __init__(self, engines: list[Engine], hashes: Iterable[str] = ()):
         self.engines: dict[str, Engine] = {}                # by pid, or address
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
+        self.places: dict[tuple, str] = {}                  # folder and name -> path
         self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
-        own = None
-        for engine in engines:
-            own = own or engine
+        self.add_engine(engines[0], hashes)
+        for engine in engines[1:]:
             try:
-                self.add_engine(engine)
+                self.add_engine(engine, ())
             except RpcError as error:
-                if engine is own:
-                    raise
                 raise LoggableError(f'what other items use is not known: {error}') from None
 
-    @staticmethod
-    def key(engine: Engine) -> str:
-        """Return which rTorrent this is: one may have several addresses."""
-        pid = rtorrent_process(engine)
-        if pid:
-            return f'process {pid}'
-        return engine.address.where
-
-    def add_engine(self, engine: Engine) -> None:
-        """Add all items of an rTorrent, by directory and by base path: one may be old."""
-        key, pid = self.key(engine), rtorrent_process(engine)
+    def add_engine(self, engine: Engine, hashes: Iterable[str]) -> None:
+        """Add the items of an rTorrent, by directory and by base path: one may be old."""
+        pid, where = rtorrent_process(engine), engine.address.where
+        key = f'process {pid}'          # it may have several addresses
+        if not pid:
+            key = where
         if key in self.engines:
             return
         self.engines[key] = engine
         if pid and not engine.same_files and not has_our_mounts(pid):
-            raise LoggableError('what other items use is not known: rTorrent at '
-                                f'{engine.address.where} sees other mounts than torque')
+            raise LoggableError(f'what other items use is not known: rTorrent at {where} sees '
+                                'other mounts than torque')
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
         hidden, cwd = without_errors(engine.ask(
             [('view.size_not_visible', '', 'default'), ('system.cwd', '')]))
         if hidden:
-            raise LoggableError(f'what other items use is not known: the view "default" of rTorrent '
-                                f'at {engine.address.where} hides {hidden}')
+            raise LoggableError('what other items use is not known: the view "default" of '
+                                f'rTorrent at {where} hides {hidden}')
         for info_hash, base, directory, name, is_multi in zip(*columns.values()):
+            if info_hash in hashes:
+                continue
             if directory and not is_multi:
                 directory = os.path.join(directory, name)
             try:
                 for place in {base, directory} - {''}:
                     for path in self.meanings(os.path.join(cwd, place)):
+                        self.places[place_of(path)] = path
                         self.add((key, info_hash), path)
             except OSError as error:
                 raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
@@ -3894,22 +3965,24 @@ class Users:
             except FileNotFoundError:   # it has gone meanwhile
                 continue
 
-    def of(self, data: OwnData, but: Iterable[tuple[str, str]] = ()) -> dict[tuple, str]:
-        """Return who may use some of the data, owner -> path, without those in `but`."""
+    def of(self, data: OwnData) -> dict[tuple, str]:
+        """Return who may use some of the data: owner -> path."""
         users: dict[tuple, str] = {}
         for file in data.files:
-            folder = identity(os.path.dirname(file.path))
-            if folder in self.folders:
-                users.update(self.folders[folder])
+            folder, name = place_of(file.path)
+            users.update(self.folders.get(folder, ()))
             for owner, path, other in self.files.get((file.device, file.inode), ()):
-                # In another folder it is a hard link, which does not need this one.
-                if folder == other or os.lstat(file.path).st_nlink == 1:
+                # Another name of it is a hard link, which does not need this one.
+                same = folder == other and os.path.basename(path).lower() == name.lower()
+                if same or os.path.islink(path) or os.lstat(file.path).st_nlink == 1:
                     users[owner] = path
-        return {owner: path for owner, path in users.items() if owner not in but}
+        return users
 
     def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
         """Tell whether an item has all files of data, too, by its own list and as its own."""
         key, info_hash = owner
+        if why_unseen(self.engines[key]):
+            return False
         item = ask_item(self.engines[key], info_hash)
         base = item.directory
         if item.is_open:
@@ -3923,22 +3996,29 @@ class Users:
             (file.device, file.inode) in known for file in data.files)
 
 
-def data_at(data: OwnData, root: str) -> OwnData:
-    """Return the copies of data at another root: files of the same size in other folders."""
+def moved(data: OwnData, root: str) -> OwnData:
+    """Return data as it lies at another root, or would."""
+    start = len(data.root)
+    files = [file._replace(path=root + file.path[start:]) for file in data.files]
+    return OwnData(root, files, [root + folder[start:] for folder in data.folders])
+
+
+def data_now(data: OwnData) -> OwnData:
+    """Return those files of data that are there, as they are now."""
     files = []
     for file in data.files:
-        path = root + file.path[len(data.root):]
         with contextlib.suppress(OSError):
-            status, folders = os.lstat(path), [os.path.dirname(name) for name in (path, file.path)]
-            if stat.S_ISREG(status.st_mode) and status.st_size == file.size \
-                    and identity(folders[0]) != identity(folders[1]):
-                files.append(OwnFile.at(path, status))
-    folders = [root + folder[len(data.root):] for folder in data.folders]
-    return OwnData(root, files, folders)
+            files.append(OwnFile.at(file.path, os.lstat(file.path)))
+    return data._replace(files=files)
 
 
-def copy_data(data: OwnData, root: str) -> None:
-    """Have a whole copy of data at a new root, as hard links where that is possible."""
+def same_files(data: OwnData, other: OwnData) -> bool:
+    """Tell whether two hold the same files, whatever has been written to them."""
+    return [file.inode for file in data.files] == [file.inode for file in other.files]
+
+
+def copy_data(data: OwnData, root: str) -> OwnData:
+    """Return a whole copy of data at a new root, of hard links where that is possible."""
     import shutil
     folders = {}                        # of the copy -> its original
     for file in data.files:
@@ -3960,6 +4040,7 @@ def copy_data(data: OwnData, root: str) -> None:
             shutil.copystat(original, folder)
         sync(folder)
     sync(os.path.dirname(root))
+    return data_now(moved(data, root))
 
 
 def require_room(data: OwnData, folder: str) -> None:
@@ -3980,14 +4061,17 @@ def delete_data(data: OwnData) -> None:
     Raises LoggableError where the system refuses to, or the disk is not there.
     """
     above, refused, log = os.path.dirname(data.root), '', logging.getLogger('torque.data')
-    if not os.path.isdir(above):
-        raise LoggableError(f'{quoted(above)} is not there: is its disk not mounted?')
+    there = identity(above)
+    gone = not data_now(data).files and data.files
+    if there is None or gone and there[0] != data.files[0].device:
+        raise LoggableError(f'the disk of {quoted(data.root)} is not mounted')
     for file in data.files:
         folder, name = os.path.split(file.path)
         handle = None
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            if file.is_same(os.stat(name, dir_fd=handle, follow_symlinks=False)):
+            led = os.path.realpath(folder) != os.path.realpath(above) + folder[len(above):]
+            if not led and file.is_same(os.stat(name, dir_fd=handle, follow_symlinks=False)):
                 os.unlink(name, dir_fd=handle)
             else:
                 log.warning('%s stays: it was changed meanwhile', quoted(file.path))
@@ -4005,51 +4089,59 @@ def delete_data(data: OwnData) -> None:
 
 
 class Removal:
-    """A note of what is going to be removed: JSON in its first line, then steps that were done.
+    """A note of what is going to be removed, and of how far that has come, as JSON.
 
     It is on the disk before anything changes, and goes last.
     """
 
-    def __init__(self, path: str, facts: dict[str, Any], steps: list[str]):
-        self.path, self.facts, self.steps = path, facts, steps
-        files = [OwnFile(*file) for file in facts['files']]
-        self.data = OwnData(facts['root'], files, facts['folders'])
+    def __init__(self, path: str, facts: dict[str, Any]):
+        self.path, self.facts = path, facts
+        self.data = self.noted('files', facts['root'])
 
     def __str__(self) -> str:
         return f"{quoted(self.facts['name'])} {self.facts['hash']}"
+
+    def noted(self, name: str, root: str) -> OwnData:
+        """Return the data whose files are noted by a name; folders are those of the source."""
+        source = OwnData(self.facts['root'], [], self.facts['folders'])
+        return moved(source, root)._replace(
+            files=[OwnFile(*file) for file in self.facts.get(name, ())])
 
     @classmethod
     def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
         """Write a note. Raises LoggableError where there is one for the same item."""
         path = os.path.join(folder, NOTE + item.hash)
-        facts.update(data._asdict(), name=item.name, hash=item.hash, session=item.session,
-                     engine=item.engine.address.where)
         if os.path.lexists(path):
             raise LoggableError(f'a removal was cut short; {path} tells of it')
-        replace_file(path, json.dumps(facts) + '\n')
-        return cls(path, facts, [])
+        facts.update(data._asdict(), name=item.name, hash=item.hash, session=item.session,
+                     engine=item.engine.address.where, state=item.state, is_open=item.is_open,
+                     is_active=item.is_active)
+        removal = cls(path, facts)
+        removal.mark()
+        return removal
 
-    @classmethod
-    def read(cls, path: str) -> Removal:
-        """Return a note that was left; raises ValueError and the like where it is none."""
-        with open(path, encoding='utf-8', opener=open_own) as stream:
-            if os.fstat(stream.fileno()).st_uid != os.geteuid():
-                raise ValueError('it belongs to another user')
-            first, *steps = stream.read().splitlines()
-        return cls(path, json.loads(first), steps)
+    def mark(self, **facts: Any) -> None:
+        """Note more, which is on the disk when this returns."""
+        self.facts.update(facts)
+        replace_file(self.path, json.dumps(self.facts))
 
-    def mark(self, step: str) -> None:
-        """Add a step that was done, or is going to be, on the disk when this returns."""
-        with writing(self.path), open(self.path, 'a', encoding='utf-8') as stream:
-            stream.write(step + '\n')
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.steps.append(step)
+    def item(self, engine: Engine) -> Item:
+        """Return its item as it is now, but with the state that it had."""
+        state = {name: self.facts[name] for name in ('state', 'is_open', 'is_active')}
+        return ask_item(engine, self.facts['hash'])._replace(**state)
 
     def drop(self) -> None:
         """Remove the note: all is done, or nothing is to be done."""
         with contextlib.suppress(OSError):
             os.remove(self.path)
+
+
+def read_removal(path: str) -> Removal:
+    """Return a note that was left; raises ValueError and the like where it is none."""
+    with open(path, encoding='utf-8', opener=open_own) as stream:
+        if os.fstat(stream.fileno()).st_uid != os.geteuid():
+            raise ValueError('it belongs to another user')
+        return Removal(path, json.load(stream))
 
 
 def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
@@ -4059,10 +4151,13 @@ def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
         names = sorted(os.listdir(folder))
     for name in names:
         path = os.path.join(folder, name)
-        if not name.startswith(NOTE) or name.endswith('.new'):
+        if not name.startswith(NOTE):
+            continue
+        if name.endswith('.new'):       # of a note that a crash has kept from being written
+            os.remove(path)
             continue
         try:
-            removal = Removal.read(path)
+            removal = read_removal(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
                                                      error_text(error))
@@ -4071,7 +4166,7 @@ def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
             yield removal
 
 
-def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str:
+def why_keep(removal: Removal, engine: Engine, engines: list[Engine]) -> str:
     """Return why the data of a note that was left is kept, '' where it is to go.
 
     It goes where its item was erased for sure, and nobody uses the data by now.
@@ -4082,9 +4177,9 @@ def why_keep(removal: Removal, engine: Engine, engines: Iterable[Engine]) -> str
         return 'that was another rTorrent'
     if there:
         return 'its item is there'
-    if 'asked' not in removal.steps:
+    if 'asked' not in facts:
         return 'it had not begun'
-    if 'erased' not in removal.steps and engine.ask([('view.size', '', 'default')]) == [0]:
+    if 'erased' not in facts and engine.ask([('view.size', '', 'default')]) == [0]:
         return 'rTorrent has no items at all'
     if not facts['shared']:
         for path in Users(engines).of(removal.data).values():
@@ -5231,6 +5326,7 @@ class Choice(Job):
         Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
     fields: tuple = ()                  # what the job needs to know of a torrent, too
     deletes = False                     # then it says more of what it leaves alone
+    removes = False                     # does it touch data?
     FRESH = 1.0                         # seconds that a list may be old
     PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
@@ -5262,8 +5358,8 @@ class Choice(Job):
         return [self.engine, *(self.config.engines or ())]
 
     def alone(self) -> Any:
-        """Hold what lets one run at a time delete or move; a dry run does neither."""
-        if self.dry_run:
+        """Hold what lets one run at a time delete or move; others have no need of it."""
+        if self.dry_run or not self.removes:
             return contextlib.nullcontext()
         return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
@@ -5620,13 +5716,14 @@ class Action(Choice):
         if (action, args) == ('throttle', 'none'):
             args = ''
         self.deletes = action in ('delete', 'cull')
+        self.removes = action == 'cull'
         self.fields = tuple(ACTION_COMMANDS[action][0].split())
         make = Template
         if action == 'exec':
             make = CommandTemplate
         self.template = self.use('args', make, args)
         self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
-        self.gone: list[tuple] = []             # owners that this dry run would have erased
+        self.gone: list[str] = []               # hashes that this dry run would have erased
         self.promised: Any = None               # PromisedSpace of this run
 
     def risks(self) -> list[str]:
@@ -5638,26 +5735,34 @@ class Action(Choice):
 
     def run(self) -> None:
         """Act on what has met the condition often enough, as far as the guards allow."""
-        config = self.config
-        met, self.met = self.met, {}            # a listing that fails ends all runs in a row
-        self.gone = []
-        self.held.clear()
-        self.promised = PromisedSpace(os.path.join(config.state_dir, 'promised.json'))
-        if config.action == 'cull' and not self.dry_run:
-            with self.alone():
+        with self.alone():
+            if self.removes and not self.dry_run:
                 self.finish_removals()
+            self.gone = []
+            self.held.clear()
+            self.promised = PromisedSpace(os.path.join(self.config.state_dir, 'promised.json'))
+            limit = self.config.limit
+            if self.deletes and limit is None:
+                limit = 10
+            try:
+                self.each(self.ready(), self.perform, limit)
+            finally:
+                if self.config.until_free and not self.dry_run:
+                    self.promised.save()
+
+    def ready(self) -> list[Torrent]:
+        """Return what has met the condition often enough, and is not held back."""
+        met, self.met = self.met, {}            # a listing that fails ends all runs in a row
         torrents = self.chosen()
-        self.met = {torrent.hash: met.get(torrent.hash, 0) + 1 for torrent in torrents}
-        confirm, limit = config.confirm, config.limit
+        confirm = self.config.confirm
         if self.dry_run:
             self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
-        if self.dry_run and config.alone:       # it shows what is done once enough runs agree
+        if self.dry_run and self.config.alone:  # it shows what is done once enough runs agree
             confirm = 1
-        if self.deletes and limit is None:
-            limit = 10
         ready = []
         for torrent in torrents:
-            if self.met[torrent.hash] < confirm:
+            times = self.met[torrent.hash] = met.get(torrent.hash, 0) + 1
+            if times < confirm:
                 self.hold_back([torrent],
                                f'it has not yet met the condition in {confirm} runs in a row')
             elif self.deletes and torrent.is_hashing:
@@ -5665,11 +5770,7 @@ class Action(Choice):
                 self.hold_back([torrent], 'it is being checked')
             else:
                 ready.append(torrent)
-        try:
-            self.each(ready, self.perform, limit)
-        finally:
-            if config.until_free and not self.dry_run:
-                self.promised.save()
+        return ready
 
     def perform(self, torrent: Torrent) -> bool:
         """Do the action on one torrent; tell whether there was anything to do."""
@@ -5709,9 +5810,9 @@ class Action(Choice):
             self.announce('cull', torrent, CLOSED)
             self.promise(torrent.path, torrent.d_completed_bytes)
             return True
-        with self.alone(), opened(self.engine, torrent.hash) as (item, _):
+        with opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
-            if not data.files and item.completed_bytes:
+            if not data.files:
                 raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
                                     'is for an item without')
             data, why = self.without_users(item, data)
@@ -5726,7 +5827,7 @@ class Action(Choice):
             if self.announce('cull', torrent, why or shown):
                 self.erase_with_data(item, data, freed)
             else:
-                self.gone.append((Users.key(item.engine), item.hash))
+                self.gone.append(item.hash)
                 self.promise(data.root, freed)
         return True
 
@@ -5736,10 +5837,10 @@ class Action(Choice):
         Data that another item has in its own list, too, stays for that one. Where they only
         overlap the item is held back, for afterwards nobody would know of the rest.
         """
-        if self.config.shared == 'delete' or not data.files:
+        if self.config.shared == 'delete':
             return data, ''
-        users = Users(self.engines())
-        others = users.of(data, [(users.key(item.engine), item.hash), *self.gone])
+        users = Users(self.engines(), [item.hash, *self.gone])
+        others = users.of(data)
         for owner, path in others.items():
             if users.has_all(owner, data):
                 return data._replace(files=[], folders=[]), \
@@ -5751,13 +5852,14 @@ class Action(Choice):
     def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
         """Write down what is going to be removed, erase the item, and delete the data."""
         device, free = disk_of(data.root)
-        item.tell(('d.stop',), ('d.close',))    # from now on it does not change
-        data = data._replace(files=[
-            OwnFile.at(file.path, os.lstat(file.path)) for file in data.files])
-        removal = Removal.begin(self.config.state_dir, item, data,
-                                shared=self.config.shared == 'delete')
+        shared = self.config.shared == 'delete'
+        removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
         try:
-            removal.mark('asked')
+            item.tell(('d.stop',), ('d.close',))        # from now on it does not change
+            data = data_now(data)
+            if not same_files(data, removal.data):
+                raise LoggableError(f'{quoted(data.root)} was changed just now')
+            removal.mark(asked=True, files=data.files)
             erase(item)
         except Unreachable:             # the note stays, and the next run asks again
             raise
@@ -5766,7 +5868,7 @@ class Action(Choice):
             start_again(item)
             raise
         try:
-            removal.mark('erased')
+            removal.mark(erased=True)
             delete_data(data)
             removal.drop()
         except LoggableError as error:          # the item is gone, and counts
@@ -5774,6 +5876,7 @@ class Action(Choice):
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         if device is not None and free is not None:
             self.promised.add(device, free, freed)
+        self.is_enough(data.root)               # what has appeared already is owed no more
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5785,6 +5888,8 @@ class Action(Choice):
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
+                with contextlib.suppress(HashNotFound):
+                    start_again(removal.item(self.engine))
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
@@ -5974,6 +6079,7 @@ class Move(Choice):
         *Choice.options,
         Option('target', str, '', 'folder to move to, a template; where it is empty, none'))
     fields = ('path', 'is_open')
+    removes = True
     LONGEST_PAUSE = 3600                # seconds
 
     def __init__(self, config: JobConfig):
@@ -5987,12 +6093,12 @@ class Move(Choice):
 
     def run(self) -> None:
         """Move what meets the condition, after what an ended run has left."""
-        if not self.dry_run:
-            with self.alone():
-                for removal in left_removals(self.config.state_dir, self.engine):
-                    if 'new' in removal.facts and not self.is_paused(removal.facts['hash']):
-                        self.take_up(removal)
-        self.each(self.chosen(), self.move)
+        with self.alone():
+            for removal in left_removals(self.config.state_dir, self.engine):
+                paused = self.is_paused(removal.facts['hash'])
+                if 'new' in removal.facts and not paused and not self.dry_run:
+                    self.take_up(removal)
+            self.each(self.chosen(), self.move)
 
     def is_paused(self, info_hash: str) -> bool:
         """Tell whether an item is left alone after a failure."""
@@ -6018,7 +6124,7 @@ class Move(Choice):
         require_same_files(self.engine)
         if self.dry_run and not torrent.is_open:
             return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
-        with self.alone(), opened(self.engine, torrent.hash) as (item, fresh):
+        with opened(self.engine, torrent.hash) as (item, fresh):
             data = own_data(item)
             root = quoted(data.root)
             if place and place == identity(os.path.dirname(data.root)):
@@ -6038,8 +6144,10 @@ class Move(Choice):
         """Raise LoggableError where an item is better not moved."""
         if not data.files:
             raise LoggableError(f'there is no data at {quoted(data.root)}')
+        pieces = item.pieces()
         for file in item.files:
-            if file.size_bytes and file.completed_chunks and not file.is_created:
+            some = '1' in pieces[file.range_first:file.range_second]
+            if some and not file.is_created:
                 raise LoggableError(f'{quoted(file.frozen_path)} is not there')
         folder = os.path.dirname(target)
         above = folder
@@ -6047,8 +6155,10 @@ class Move(Choice):
             if identity(above) == identity(data.root):
                 raise LoggableError(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
-        for path in self.users_of(item, data):
-            raise LoggableError(f'another item uses {quoted(path)}')
+        users = Users(self.engines(), [item.hash])
+        for path in [*users.of(data).values(), users.places.get(place_of(target), '')]:
+            if path:
+                raise LoggableError(f'another item uses {quoted(path)}')
         if os.path.lexists(target):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
@@ -6057,10 +6167,8 @@ class Move(Choice):
         """Have the data of an item at the target, and rTorrent use it there."""
         folder = os.path.dirname(target)
         make_folders(folder)
-        removal = Removal.begin(
-            self.config.state_dir, item, data, new=target,
-            copy=os.path.join(folder, f'.torque-{item.hash}'), state=item.state,
-            is_open=item.is_open, is_active=item.is_active)
+        copy = os.path.join(folder, f'.torque-{item.hash}')
+        removal = Removal.begin(self.config.state_dir, item, data, new=target, copy=copy)
         try:
             self.copy(item, removal)
         except BaseException:
@@ -6075,10 +6183,10 @@ class Move(Choice):
         discard(copy)                   # what a crash left
         os.mkdir(copy, 0o700)
         made = os.path.join(copy, os.path.basename(target))
-        copy_data(removal.data, made)
+        copies = copy_data(removal.data, made)
         if ask_item(self.engine, item.hash).is_open:
             raise LoggableError('it was opened while its data was copied')
-        removal.mark('copied')
+        removal.mark(copies=moved(copies, target).files)
         rename_new(made, target)
 
     def settle(self, item: Item, removal: Removal) -> None:
@@ -6093,9 +6201,9 @@ class Move(Choice):
             if sum(file.is_created for file in now.files) < len(data.files):
                 raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays '
                                     'at the old place')
-            item.tell(('d.save_full_session',))
+            save_session(now)
         except BaseException:
-            if all(os.path.lexists(file.path) for file in data.files):
+            if same_files(data_now(data), data):
                 self.undo(item, removal)
             raise
         self.finish(item, removal)
@@ -6107,7 +6215,7 @@ class Move(Choice):
         command = ('d.directory_base.set', root)
         if not item.is_multi_file:
             command = ('d.directory_base.set', folder)
-        elif plain_parts([last]) == plain_parts([item.name]):
+        elif stands_for(item.name, last):
             command = ('d.directory.set', folder)
         item.tell(('d.close',), command)
 
@@ -6117,8 +6225,8 @@ class Move(Choice):
         place = item.absolute(item.directory_base)
         if not item.is_multi_file:
             return place == os.path.dirname(root)
-        same = plain_parts(os.path.split(place)) == plain_parts(os.path.split(root))
-        return same and os.path.dirname(place) == os.path.dirname(root)
+        folder, last = os.path.split(place)
+        return folder == os.path.dirname(root) and stands_for(last, os.path.basename(root))
 
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
@@ -6127,22 +6235,21 @@ class Move(Choice):
         """
         self.pause(item.hash)
         self.tell_place(item, removal.data.root)
-        if 'copied' in removal.steps:
-            copies = data_at(removal.data, removal.facts['new'])
-            if len(copies.files) == len(removal.data.files):
-                delete_data(copies)
-        discard(removal.facts['copy'])
-        start_again(item)
+        try:
+            if 'copies' in removal.facts:
+                delete_data(removal.noted('copies', removal.facts['new']))
+            discard(removal.facts['copy'])
+        finally:
+            start_again(item)
         removal.drop()
 
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, target, why = removal.data, removal.facts['new'], ''
-        left = data._replace(files=[file for file in data.files if os.path.lexists(file.path)])
+        data, copies, why = removal.data, removal.noted('copies', removal.facts['new']), ''
         try:
-            if len(data_at(left, target).files) < len(left.files):
-                why = f'{quoted(target)} does not have all of it'
-            for path in self.users_of(item, data):
+            if not same_files(data_now(copies), copies):
+                why = f'{quoted(copies.root)} does not have all of it'
+            for path in Users(self.engines(), [item.hash]).of(data).values():
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
@@ -6157,11 +6264,6 @@ class Move(Choice):
         self.pauses.pop(item.hash, None)
         removal.drop()
 
-    def users_of(self, item: Item, data: OwnData) -> list[str]:
-        """Return paths by which other items use data."""
-        users = Users(self.engines())
-        return [*users.of(data, [(users.key(item.engine), item.hash)]).values()]
-
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
         facts, data = removal.facts, removal.data
@@ -6172,24 +6274,25 @@ class Move(Choice):
             removal.drop()
             return
         require_same_files(self.engine)
-        item = ask_item(self.engine, facts['hash'])
-        told = self.is_at(item, facts['new'])
-        item = item._replace(state=facts['state'], is_open=facts['is_open'],
-                             is_active=facts['is_active'])
-        copies = data_at(data, facts['new']).files
-        whole = 'copied' in removal.steps and len(copies) == len(data.files) and all(
-            same_content(file.path, copy.path) for file, copy in zip(data.files, copies))
-        if told or whole:
+        item, source = removal.item(self.engine), data_now(data)
+        copies = removal.noted('copies', facts['new'])
+        is_whole = copies.files != [] and same_files(data_now(copies), copies)
+        if is_whole and not self.is_at(item, facts['new']) and same_files(source, data):
+            # It may have gone on at its old place: then the copies are old.
+            is_whole = source == data and all(
+                same_content(file.path, copy.path)
+                for file, copy in zip(data.files, copies.files))
+        if is_whole:
             self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
             self.settle(item, removal)
-            return
-        self.LOG.info('the move of %s was cut short; it is started again at its old place',
-                      removal)
-        discard(facts['copy'])
-        start_again(item)
-        removal.drop()
-
-
+        elif same_files(source, data):
+            self.LOG.info('the move of %s was cut short; it is started again at its old place',
+                          removal)
+            self.undo(item, removal)
+            self.pauses.pop(item.hash, None)
+        else:
+            raise LoggableError(f'{removal}: neither {quoted(data.root)} nor '
+                                f'{quoted(facts["new"])} has all of it; {removal.path} tells more')
 
 
 class Inotify:
