@@ -11,7 +11,6 @@ import collections
 import contextlib
 import datetime
 import doctest
-import gc
 import hashlib
 import importlib
 import io
@@ -254,8 +253,7 @@ class RTorrent(Program):
         if self.process.poll() is not None:
             raise AssertionError(f'rTorrent ended: {self.lines}')
         with contextlib.suppress(torque.RpcError):
-            content = self.engine.send(torque.xml_request('system.pid', ['']), 'text/xml')
-            return torque.xml_reply(content)
+            return self.engine.carry(torque.xml_batch([('system.pid', '')]))
 
     def load(self, content, info_hash, *commands, start=False):
         """Load a metafile by content and wait until the item is there."""
@@ -1248,27 +1246,26 @@ def as_text(value):
         return [as_text(item) for item in value]
     if isinstance(value, dict):
         return {name: as_text(item) for name, item in value.items()}
-    return value.decode('utf-8', 'replace') if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return re.sub('\r\n?', '\n', value.decode('utf-8', 'replace'))
+    return value
 
 
 def some_value(rng, depth=3):
     """Return a random value: hostile text, numbers, rows of them, anything in lists and dicts."""
-    text, kind = ''.join(rng.choices(PIECES, k=rng.randrange(4))), rng.randrange(9 if depth else 5)
-    if kind < 5:
-        return (text, text, rng.choice(NUMBERS), rng.random() < 0.5, rng.choice((
-            text.encode(), b'caf\xe9' * 20)))[kind]
-    items = [some_value(rng, depth - 1 if kind < 8 else 0) for _ in range(rng.randrange(5))]
+    kind = rng.randrange(6 if depth else 4)
+    text = ''.join(rng.choices(PIECES, k=rng.randrange(4)))
+    if kind < 4:
+        return (text, text.encode(), rng.choice(NUMBERS), rng.random() < 0.5)[kind]
+    items = [some_value(rng, depth - 1) for _ in range(rng.randrange(5))]
     return {rng.choice(PIECES): item for item in items} if kind == 5 else items
 
 
 def damaged(rng, content):
     """Return bytes to which something happened on the way."""
     start, end = sorted(rng.choices(range(len(content)), k=2))
-    flipped = bytes([content[start] ^ 1 << rng.randrange(8)])
-    extra = rng.choice((b'<', b'>', b'&', b'\0', b'</value>', b'<fault>', b'{', b'9' * 5000))
-    return rng.choice((content[:start], content[start:], content[:start] + content[end:],
-                       content[:end] + content[start:], content[:start] + extra + content[start:],
-                       content[:start] + flipped + content[start + 1:]))
+    extra = rng.choice((b'', b'<', b'>', b'&', b'\0', b'</value>', b'<fault>', b'{', b'9' * 5000))
+    return rng.choice((content[:start], content[end:], content[:start] + extra + content[end:]))
 
 
 class RpcCase(Folder):
@@ -1338,7 +1335,7 @@ class AddressTest(RpcCase):
             with self.subTest(text):
                 found = torque.parse_address(f' {text} ')
                 parts = {'tcp': f'{found.host} {found.port}', 'unix': found.path,
-                         'http': f'{found.path} {found.user} {found.password}'.strip()}
+                         'http': ' '.join([found.path, *found.login]).strip()}
                 self.assertEqual(parts[found.kind], expected)
                 self.assertEqual(torque.parse_address(found.where).where, found.where)
                 self.assertEqual(torque.parse_address(found.where)[:5], found[:5])
@@ -1348,17 +1345,13 @@ class AddressTest(RpcCase):
     def test_other_text_is_refused(self):
         for text in ('', 'scgi://', 'rpc.sock', 'localhost', 'scgi://localhost', '5000', 'http://',
                      'ftp://host:1', 'scgi://host:port', 'scgi://host:99999', 'unix:///rt.sock',
-                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2', '/x\0y'):
-            self.assert_error(f'{text!r}|allowed are|scgi://host:port|http(s)://',
-                              torque.parse_address, text, kind=torque.UserError)
-
-    def test_refusals_hide_passwords(self):
-        for text in ('ftp://me:s3cret@host', 'http://me:s3cret#1@host/', 'http://me:s3cret/1@host/',
+                     'scgi://host:5000/RPC2', 'scgi:/rt.sock', 'http://[::1/RPC2', '/x\0y',
+                     'ftp://me:s3cret@host', 'http://me:s3cret#1@host/', 'http://me:s3cret/1@host/',
                      'http://me:s3cret?1@host/', 'ftp://me:my s3cret@host/', 'me:s3cret@host/RPC2',
                      'http://me:s3cret@[host/', 'http://me:@s3cret@host:x/', 'http://:s3cret@a:x/'):
-            error = self.assert_error('', torque.parse_address, text, kind=torque.UserError)
-            with self.subTest(text=text):
-                self.assertNotIn('s3cret', f'{error} {error!r}')
+            error = self.assert_error('allowed are|scgi://host:port|http(s)://',
+                                      torque.parse_address, text, kind=torque.UserError)
+            self.assertNotIn('s3cret', f'{error} {error!r}')
 
 
 class XmlTest(RpcCase):
@@ -1368,83 +1361,54 @@ class XmlTest(RpcCase):
             self.assertEqual(repr(torque.xml_reply(content)), repr(expected))   # True is not 1
 
     def test_reads_what_python_reads(self):
-        one = xml_answer(1, '')
-        for value in ('', 0, -2 ** 63, True, b'', b'caf\xe9', [], {}, [[]], [{}], [[], []], [[[7]]],
-                      [1, 'a', []], [[1, 'a'], [2, '']], {'a': [], 'b': {'c': 1}}, [['<', '\r\n']]):
-            for style in (*STYLES, ('\n  ', 'ex:i8')):
-                self.assert_as_python(xml_answer(value, *style))
-        for inner in (b'bare', b'', b'<string/>', b'<array><data /></array>', b'<struct/>',
-                      b'<double>1.5</double>', b'<nil/>', b'&apos;&#x1F600;', b'<i8> 7 </i8>'):
-            self.assert_as_python(one.replace(b'<int>1</int>', inner))
-
-    def test_reads_random_values(self):
         rng = random.Random(1)
-        for _ in range(2000):
-            value = some_value(rng)
-            for style in (STYLES[0], rng.choice(STYLES[1:3]), STYLES[3]):
+        values = ['', 0, -2 ** 63, True, b'', b'caf\xe9', [], {}, [[]], [{}], [[[7]]], [1, 'a', []],
+                  [[1, 'a'], [2, '']], {'a': [], 'b': {'c': 1}}, [['<', '\r\n']]]
+        values += [some_value(rng) for _ in range(1500)]
+        for value in values:
+            for style in (*STYLES, ('\n', 'ex:i8')):
                 self.assert_as_python(xml_answer(value, *style))
+        for inner in (b'<string/>', b'<struct/>', b'<array><data/></array>'):
+            self.assert_as_python(xml_answer(1, '').replace(b'<int>1</int>', inner))
 
     def test_damage_gives_one_line(self):
-        rng = random.Random(2)
+        rng, one = random.Random(2), xml_answer(1, '')
         for number in range(2000):
             value = (some_value(rng), UNTRUSTED, [['a', 1]] * 3)[number % 3]
             content = xml_answer(value, *rng.choice(STYLES))
             self.value_or_error(torque.xml_reply, damaged(rng, content))
-        one = xml_answer(1, '')
-        for inner in (b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'&b;',
-                      b'<no>1</no>', b'<string>&#xD800;</string>', b'<string>&#x110000;</string>',
-                      b'<struct><member><value>1</value></member></struct>'):
-            self.value_or_error(torque.xml_reply, one.replace(b'<int>1</int>', inner))
-        for content in (b'', b' ', b'\0', b'0', b'<html>', one + one, one[:-9]):
+        bodies = [one.replace(b'<int>1</int>', inner) for inner in (
+            b'<int>one</int>', b'<int></int>', b'<int>%s</int>' % (b'9' * 5000), b'bare', b'<nil/>',
+            b'<double>1.5</double>', b'<struct><member><value>1</value></member></struct>')]
+        for content in (b'', b' ', b'\0', b'0', b'<html>', one + one, one[:-9], one.replace(
+                b'<methodR', b'<!DOCTYPE x [<!ENTITY a "aaaa">]><methodR', 1), *bodies):
             self.assert_error('not XML-RPC', torque.xml_reply, content)
-        for fault in (b'5', b'<int>5</int>', b'<array><data/></array>', b'<struct/>'):
+        for fault in (b'<int>5</int>', b'<array><data/></array>', b'<struct/>'):
             self.assert_error('', torque.xml_reply, b'<methodResponse><fault><value>' + fault
                               + b'</value></fault></methodResponse>')
 
-    def test_faults_are_errors(self):
-        for code, text, kind in ((-506, "Method 'x' not defined", torque.RpcError),
-                                 (-501, 'Could not find info-hash.', torque.HashNotFound),
-                                 (-503, 'parameters: info-hash not found', torque.HashNotFound)):
-            for style in STYLES:
-                error = self.assert_error(f'{code}|{text[:7]}', torque.xml_reply, xml_answer(
-                    xmlrpc.client.Fault(code, text), *style))
-                self.assertEqual((error.code, type(error)), (code, kind))
-
-    def test_document_types_are_refused(self):
-        for start in (b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]>', b'<!DOCTYPE x>',
-                      b'<!DOCTYPE x SYSTEM "file:///etc/passwd">', b'<!ENTITY b "x">'):
-            content = xml_answer('').replace(b'<methodR', start + b'<methodR', 1)
-            self.assert_error('DTD', torque.xml_reply, content)
-            self.assert_error('DTD', torque.xml_reply, content.replace(b'</str', b'&b;</str'))
-
     def test_odd_names_cost_no_other(self):
-        left, right = ['A' * 40, 'left & \xe9', 1], ['C' * 40, 'right', 3]
-        names = [f"a-{raw.decode('utf-8', 'surrogateescape')}-z" for raw in HOSTILE]
-        for style in STYLES:
-            answer = torque.xml_reply(xml_answer([
-                [left, [2, name], right] for name in names], *style))
-            for name, (before, (two, found), after) in zip(names, answer):
+        for raw in HOSTILE:
+            name = raw.decode('utf-8', 'surrogateescape')
+            for style in STYLES:
                 with self.subTest(style=style, name=name):
-                    self.assertEqual([before, two, after], [left, 2, right])
+                    before, (two, found), after = torque.xml_reply(xml_answer(
+                        [['left & \xe9', 1], [2, f'a-{name}-z'], ['right', 3]], *style))
+                    self.assertEqual((before, two, after), (['left & \xe9', 1], 2, ['right', 3]))
                     self.assertEqual((found[:2], found[-2:]), ('a-', '-z'))
                     if not re.search('[\udc80-\udcff]', name):      # line ends are as XML has them
-                        self.assertEqual(found, re.sub('\r\n?', '\n', name))
+                        self.assertEqual(found[2:-2], re.sub('\r\n?', '\n', name))
 
     def test_requests_carry_every_value(self):
-        values = ('', ' & <b> ]]> "\'', '\xe9\n\t', *NUMBERS[:6], b'\0\xff', [], ['a', [{}]],
-                  {'k': 1, 'a&<b': [b'x']}, '%20 $d.name=')
-        content = torque.xml_request('d.x', values)
-        self.assertEqual(xmlrpc.client.loads(content, use_builtin_types=True), (values, 'd.x'))
-        content = torque.xml_request(
-            'm', [2 ** 31, True, (1, False), '/\udcff', '\U0001f600', 'a\r'])
+        values = ['', ' & <b> ]]> "\'', '\xe9\n\t', *NUMBERS[:6], b'\0\xff', [], ['a', [{}]],
+                  {'k': 1, 'a&<b': [b'x']}, '%20 $d.name=']
+        calls = [('d.x', *values), ('m', 2 ** 31, True, (1, False), '/\udcff', '\U0001f600', 'a\r')]
+        content = torque.xml_batch(calls)
         self.assertNotIn(b'<boolean', content)          # which older rTorrents refuse
-        self.assertEqual(xmlrpc.client.loads(content, use_builtin_types=True)[0], (
-            str(2 ** 31), 1, [1, 0], b'/\xff', b'\xf0\x9f\x98\x80', b'a\r'))
-
-    def test_refuses_what_cannot_be_sent(self):
-        for value, word in ((None, 'None'), (1.5, 'float'), (object(), 'object'), ({1}, 'set'),
-                            ([{'a': None}], 'None'), ('\ud800', 'ud800')):
-            self.assert_error(word, torque.xml_request, 'm', ['', value])
+        (found,), method = xmlrpc.client.loads(content, use_builtin_types=True)
+        self.assertEqual((method, found), ('system.multicall', [
+            {'methodName': 'd.x', 'params': values}, {'methodName': 'm', 'params': [
+                str(2 ** 31), 1, [1, 0], b'/\xff', b'\xf0\x9f\x98\x80', b'a\r']}]))
 
 
 class Commands:
@@ -1467,22 +1431,19 @@ class Commands:
 
     def answer(self, body):
         """Return the body of the answer to a request."""
-        if body[:1] not in b'{[':
-            params, method = xmlrpc.client.loads(body, True)
-            if method != 'system.multicall':
-                return xml_answer(self.values('xml', [(method, params)])[0])
-            return xml_answer([vars(value) if isinstance(value, Exception) else [value] for value in
-                               self.values('xml', [tuple(call.values()) for call in params[0]])])
-        request = json.loads(body.decode())
-        calls = request if isinstance(request, list) else [request]
-        values = self.values('json', [(call['method'], call['params']) for call in calls])
-        if '\\udcff' in repr(values):
-            return (b'{"error":{"code":-32700,"message":"[json.exception.type_error.316] invalid '
-                    b'UTF-8 byte at index 3: 0xFF"},"id":null,"jsonrpc":"2.0"}')
-        answers = [{'id': call['id'], **({'error': {'code': value.faultCode, 'message': 'none'}}
-                                         if isinstance(value, Exception) else {'result': value})}
-                   for call, value in zip(calls, values)]
-        return json.dumps(answers if isinstance(request, list) else answers[0]).encode()
+        if body[:1] == b'[':
+            values = self.values('json', [(call['method'], call['params'])
+                                          for call in json.loads(body.decode())])
+            if '\\udcff' in repr(values):
+                return b'{"error":{"code":-32700,"message":"type_error.316"},"id":null}'
+            return json.dumps([
+                {'error': {'code': value.faultCode}} if isinstance(value, Exception)
+                else {'result': value} for value in values]).encode()
+        params, method = xmlrpc.client.loads(body, True)
+        if method != 'system.multicall':
+            return xml_answer(self.values('xml', [(method, params)])[0])
+        return xml_answer([vars(value) if isinstance(value, Exception) else [value] for value in
+                           self.values('xml', [tuple(call.values()) for call in params[0]])])
 
     def scgi(self, connection):
         connection.sendall(scgi_answer(self.answer(Server.request(connection))))
@@ -1494,30 +1455,34 @@ class Commands:
 
 class JsonTest(RpcCase):
     def test_batches_keep_order(self):
-        engine = self.start(None, True, **{'d.name': lambda info_hash: info_hash.lower()})
-        calls = [('d.name', 'A'), ('nosuch', ''), ('d.name', 'B'), ('system.pid', ''), ('no', '')]
+        engine = self.start(None, True, **{'d.name': str.lower})
+        calls = [('d.name', 'A'), ('nosuch', ''), ('d.name', 'B'), ('system.pid', '')]
         for codec, door in ('json', engine.ask), ('xml', engine.tell):
-            answers = door(calls)
+            name, error, *rest = door(calls)
             self.assertEqual(self.double.seen[-1], (codec, [call[0] for call in calls]))
-            self.assertEqual([answers[0], *answers[2:4]], ['a', 'b', 1 << 30])
-            code = MISSING[codec == 'json']
-            self.assertEqual([error.code for error in answers[1::3]], [code, code])
-            self.assertEqual((door([('nosuch', '')])[0].code, door([])), (code, []))
+            self.assertEqual((name, error.code, rest),
+                             ('a', MISSING[codec == 'json'], ['b', 1 << 30]))
+            self.assertEqual(str(error).partition(' fault')[0],
+                             f'{engine.address.where}: nosuch:')
             self.assertEqual(door([('d.name', f'N{number}') for number in range(1234)]),
                              [f'n{number}' for number in range(1234)])
-            self.assert_error(f'{engine.address.where}: nosuch: |{code}|none',
-                              torque.without_errors, door(calls[:2]))
+            self.assertEqual(door([]), [])
 
     def test_lost_answers_are_asked_again(self):
-        engine = self.start(None, True, **{
-            'd.hash': 'A', 'd.name': {'A': '\udcff', 'B': 'x', 'C': '\udcff'}.get})
-        for item, name in ('A', '\ufffd'), ('B', 'x'), ('C', '\ufffd'):     # the question is XML's
-            self.assertEqual(engine.ask([('d.name', item)]), [name])
-        self.assertEqual(self.double.asked('d.name'), ['json', 'xml', 'xml', 'xml'])
+        engine = self.start(None, True, **{'d.hash': 'A', 'd.name': '\udcff'})
         answers = engine.ask([('d.name', 'A'), ('d.nosuch', ''), ('d.hash', 'A')])
         self.assertEqual((answers[::2], answers[1].code), (['\ufffd', 'A'], -506))
         self.assertEqual(engine.ask([('d.hash', 'A')]), ['A'])
         self.assertEqual(self.double.asked('d.hash'), ['json', 'xml', 'json'])
+        for content in ('', '<html>', '5', 'null', '[5', '[null, 1]', '{}', '[]', '[' * 99999,
+                        '{"error":5}', '{"error":null}', '9' * 9999):
+            def answer(connection, content=content):
+                body = Server.request(connection)
+                connection.sendall(scgi_answer(
+                    content if body[:1] == b'[' else self.double.answer(body)))
+            self.server.answer = answer
+            with self.subTest(content[:20]):
+                self.assertEqual(engine.ask([('d.hash', 'A')]), ['A'])
 
     def test_changes_are_never_repeated(self):
         engine = self.start(None, True, **{'d.start': '\udcff'})
@@ -1530,51 +1495,29 @@ class JsonTest(RpcCase):
         engine = self.start(None, True, echo=lambda target, value: value)
         for value in ([1, ['a']], {'a': [2]}, [], 2 ** 53 + 1, -2 ** 40, '\x01\U0001f600"\\'):
             self.assertEqual(engine.ask([('echo', '', value)]), [value])
-        for value in (object(), {1}, [{1}]):
-            self.assert_error(f'{engine.address.where}: echo: |cannot be sent', engine.ask,
-                              [('echo', '', value)])
-
-    def test_odd_answers_give_one_line(self):
-        rng, one = random.Random(3), '{"id":0,"jsonrpc":"2.0","result":[1,"\\u0001"]}'
-        self.assertEqual(torque.json_answers(one, 1), [[1, '\1']])
-        for content in ('', '<html>', '5', 'null', '"x"', '[5]', '[null]', '{', '{"result":1'):
-            self.assert_error('not JSON-RPC', torque.json_answers, content, 1)
-        for content in '[]', f'[{one},{one}]':
-            self.assert_error('did not answer every call', torque.json_answers, content, 1)
-        for error in ('{}', '{"error":5}', '{"error":"x"}', '{"error":null}', '{"error":[]}'):
-            for count, content in (1, error), (2, error), (2, f'[{one},{error}]'):
-                self.value_or_error(torque.json_answers, content, count)
-        for _ in range(500):
-            content = damaged(rng, one.encode()).decode('utf-8', 'replace')
-            self.value_or_error(torque.json_answers, content, 1)
+        for value, door in ((object(), engine.ask), ([{1}], engine.ask), ([None], engine.tell),
+                            (1.5, engine.tell)):
+            self.assert_error('cannot be sent', door, [('echo', '', value)], kind=TypeError)
 
 
 class ProxyTest(RpcCase):
     """What jobs that people write get from engine.open()."""
 
     def test_it_is_a_server_proxy(self):
-        engine = self.start(None, True, echo=lambda target, *values: list(values))
+        engine = self.start(None, True, echo=lambda target, *values: list(values), **{
+            'd.name': xmlrpc.client.Fault(-501, 'Could not find info-hash.')})
         proxy = engine.open()
         self.assertIsInstance(proxy, xmlrpc.client.ServerProxy)
         self.assertEqual(self.double.seen, [])          # nothing is asked before the first call
-        self.assertEqual(proxy.echo('', 'a&b', 7, [True], -2 ** 40, {'a': 2 ** 31}),
-                         ['a&b', 7, [1], str(-2 ** 40), {'a': str(2 ** 31)}])
-        self.assertEqual(self.double.seen, [('xml', ['echo'])])
         with proxy:
-            self.assertEqual(proxy.system.pid(''), 1 << 30)
-
-    def test_faults_are_our_errors(self):
-        engine = self.start(None, **{
-            'd.name': xmlrpc.client.Fault(-501, 'Could not find info-hash.')})
+            self.assertEqual(proxy.echo('', 'a&b\1\udcff', 7, [True], -2 ** 40, {'a': 2 ** 31}),
+                             ['a&b\1\ufffd', 7, [1], str(-2 ** 40), {'a': str(2 ** 31)}])
+        self.assertEqual(self.double.seen[1:], [('xml', ['echo'])])
         for method, code, kind in (('d.name', -501, torque.HashNotFound),
                                    ('no.such', -506, torque.RpcError)):
             error = self.assert_error(f'{engine.address.where}: {method}: |{code}',
-                                      getattr(engine.open(), method), kind=kind)
+                                      getattr(proxy, method), kind=kind)
             self.assertEqual(error.code, code)
-
-    def test_names_that_expat_cannot_read_arrive(self):
-        engine = self.start(None, **{'d.name': 'a\1\udcff'})
-        self.assertEqual(engine.open().d.name('A'), 'a\1\ufffd')
 
     def test_many_calls_at_once(self):
         engine = self.start(None, **{'d.name': str.lower})
@@ -1582,24 +1525,10 @@ class ProxyTest(RpcCase):
         many.d.name('A')
         many.system.pid('')
         self.assertEqual(list(many()), ['a', 1 << 30])
-        self.assertEqual(self.double.seen, [('xml', ['d.name', 'system.pid'])])
+        self.assertEqual(self.double.seen[1:], [('xml', ['d.name', 'system.pid'])])
         many.no.such('')
         with self.assertRaises(xmlrpc.client.Fault):
             list(many())
-
-    def test_deadly_calls_are_refused_at_all_doors(self):
-        engine = self.start(None, True)
-        engine.reach()
-        del self.double.seen[:]
-        proxy, inner = engine.open(), [{'methodName': 'f.path', 'params': ['A' * 40]}]
-        for call in (('f.path', 'A' * 40), ('f.path',), ('f.path', 'A:t0'),
-                     ('system.multicall', inner), ('branch', 'A', 'd.hash=', 'f.path='),
-                     ('t.multicall', 'A', '', 'f.path='), ('load.start', '', '/x', 'f.path='),
-                     ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
-            for door in (engine.ask, engine.tell):
-                self.assert_error('HASH:fINDEX', door, [('system.pid', ''), call])
-            self.assert_error('HASH:fINDEX', getattr(proxy, call[0]), *call[1:])
-        self.assertEqual(self.double.seen, [])
 
 
 GOOD = scgi_answer(xml_answer([], *STYLES[1]))
@@ -1650,55 +1579,37 @@ class TransportTest(RpcCase):
 
     def test_scgi_trouble_is_one_line(self):
         head, size = b'Status: 200 OK\r\nContent-Length: ', len(GOOD)
-        fault = xml_answer(xmlrpc.client.Fault(-503, 'No\nview.'))
-        for number, (words, *answer) in enumerate((
-                ('closed without an answer', b''), ('broke off after 20 bytes', GOOD[:20]),
+        for words, *answer in (
+                ('closed without an answer', b''), ('not one of rTorrent|200 OK', GOOD[:20]),
                 (f'broke off after {size - 20} bytes', GOOD[:-20]),
                 ('connected, but no answer in 0.3 s', b'', b'', 0, True),
-                (f'only {size - 20} of {size} bytes came in 0.3 s', GOOD[:-20], b'', 0, True),
-                ('of ? bytes came in 0.3 s', GOOD[:9], GOOD[9:]),
-                (f'of {size} bytes came in 0.3 s', GOOD[:-90], GOOD[-90:]),
-                ('longer than its Content-Length', GOOD + b'more'),
-                ('longer than its Content-Length', head + b'99\r\n\r\n', b'', 300),
-                ('64.0 MiB, the limit', head + b'314572800\r\n\r\n', b'', 300),
-                ('not one of rTorrent', head, b'', 300),
+                (f'only {size - 20} bytes came in 0.3 s', GOOD[:-20], b'', 0, True),
+                ('bytes came in 0.3 s', GOOD[:9], GOOD[9:]),
+                ('64.0 MiB, the limit', head + b'99\r\n\r\n', b'', 300),
                 ('not one of rTorrent', head + b'-5\r\n\r\n12345'),
-                ('not one of rTorrent', head + b'9' * 5000 + b'\r\n\r\n'),
-                ('not one of rTorrent', b'Status: 200 OK\r\n\r\n<methodResponse>'),
                 ('not one of rTorrent|methodResponse', xml_answer([])),
                 ('not one of rTorrent|HTTP/1.1 502 Bad', page(HTML, '502 Bad')),
-                ('not one of rTorrent|Status: 500 No', b'Status: 500 No\r\n\r\n' + HTML),
                 ('not XML-RPC|<html>', scgi_answer(HTML)), ('not XML-RPC', scgi_answer(b'')),
-                ('not XML-RPC', scgi_answer(xml_answer([[1]])[:-50])),
-                ('', scgi_answer(xml_answer(0))), ('', scgi_answer(xml_answer([[]]))),
-                (r'fault -503|No\nview.', scgi_answer(fault)),
-                ('untrusted|web server', scgi_answer(xml_answer(UNTRUSTED))))):
-            for name in (None, f'{number}.sock'):
-                double = plays(*answer)
-                server = self.serve(lambda connection, double=double: (
-                    Server.request(connection), double(connection)), name)
-                self.assert_trouble(words, torque.Engine(server.url, 0.3 if '0.3' in words else 9))
+                ('untrusted|web server', scgi_answer(xml_answer(UNTRUSTED)))):
+            double = plays(*answer)
+            server = self.serve(lambda connection, double=double: (
+                Server.request(connection), double(connection)))
+            self.assert_trouble(words, torque.Engine(server.url, 0.3 if '0.3' in words else 9))
         self.assert_trouble('connection', torque.Engine(self.serve(lambda connection: None).url, 9))
 
     def test_http_trouble_is_one_line(self):
         head, good = b'HTTP/1.1 200 OK\r\n', page(xml_answer([]))
         chunked = head + b'Transfer-Encoding: chunked\r\n\r\n'
         for words, *answer in (
-                ('', b''), ('', good[:20]), ('broke off', good[:-20]),
-                ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:-20], b'', 0, True),
-                ('0.3 s', good[:9], good[9:]), ('0.3 s', good[:-90], good[-90:]),
-                ('broke off', chunked + b'ff\r\nabc'), ('', chunked + b'zz\r\n'),
-                ('instead of an answer', head + b'Content-Length: 9\r\n\r\n' + xml_answer([])),
-                ('1.0 MiB, the limit', head + b'Content-Length: 314572800\r\n\r\n', b'', 300),
+                ('without an answer', b''), ('20 more expected', good[:-20]),
+                ('0.3 s', b'', b'', 0, True), ('0.3 s', good[:9], good[9:]),
+                ('IncompleteRead', chunked + b'ff\r\nabc'), ('', chunked + b'zz\r\n'),
                 ('1.0 MiB, the limit', head + b'\r\n', b'', 300),
-                ('1.0 MiB, the limit', chunked + b'fffffff\r\n', b'', 300),
-                ('not an answer of a web server|what?', b'what?\r\n\r\n'),
+                ('no usable answer|what?', b'what?\r\n\r\n'),
                 ('HTTP 200|<html>', page(HTML, header='Content-Type: text/html')),
-                ('HTTP 502 Bad Gateway|<html>', page(HTML, '502 Bad Gateway')),
                 ('HTTP 302 Found', page(b'', '302 Found', 'Location: /x')),
                 ('HTTP 401', page(HTML, '401 No', 'WWW-Authenticate: Negotiate')),
                 ('not XML-RPC', page(xml_answer([])[:-9])),
-                ('untrusted|scgi://', page(xml_answer(UNTRUSTED))),
                 ('untrusted', page(xml_answer(UNTRUSTED), '500 No', 'Content-Type: text/html'))):
             double, seconds = plays(*answer), 0.3 if '0.3' in words else 9
             url = self.web(lambda connection, head, body, double=double: double(connection))
@@ -1707,32 +1618,21 @@ class TransportTest(RpcCase):
 
     def test_http_logins(self):
         double, digest = Commands(), 'Digest realm="rt", nonce="n0nce", qop="auth", algorithm=MD5'
-        for challenge in ('Basic realm="rt"', digest):
+        for challenge in ('Basic realm="rt"', digest, 'Negotiate'):
             def answer(connection, head, body, challenge=challenge):
                 right = (digest_is_right(head, 'p@ss') if challenge is digest else
                          'Basic bWU6cEBzcw==' in head)
                 connection.sendall(page(double.answer(body)) if right else
                                    page(b'no', '401 No', f'WWW-Authenticate: {challenge}'))
             url = self.web(answer)
-            engine = torque.Engine(url.replace('://', '://me:p%40ss@'), 9)
-            self.assertEqual(engine.ask([('system.pid', '')]), [1 << 30])
+            if challenge != 'Negotiate':
+                engine = torque.Engine(url.replace('://', '://me:p%40ss@'), 9)
+                self.assertEqual(engine.ask([('system.pid', '')]), [1 << 30])
             for login in ('me:wr0ng@', 'me@', ''):
                 engine = torque.Engine(url.replace('://', f'://{login}'), 9)
-                error = self.assert_trouble('HTTP 401', engine)
+                error = self.assert_trouble('', engine)
+                self.assertRegex(str(error), 'HTTP 401|Negotiate|digest auth failed')
                 self.assertNotIn('wr0ng', f'{error!r} {engine!r} {self.lines}')
-
-    def test_refused_logins_leave_nothing_open(self):
-        for challenge in ('Negotiate', 'Basic realm="rt"', 'Digest realm="rt", nonce="1"'):
-            url = self.web(lambda connection, head, body, challenge=challenge: connection.sendall(
-                page(HTML, '401 No', f'WWW-Authenticate: {challenge}')))
-            with self.subTest(challenge), warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter('always')
-                gc.collect()
-                told.clear()
-                self.assert_trouble('HTTP 401', torque.Engine(
-                    url.replace('://', '://me:p@'), 9))
-                gc.collect()
-                self.assertEqual([each for each in told if '[closed]' in str(each.message)], [])
 
     def test_missing_servers_are_named(self):
         for url, word in ((f'scgi://127.0.0.1:{free_port()}', 'nobody listens'),
@@ -1743,10 +1643,10 @@ class TransportTest(RpcCase):
             self.assert_trouble(word, torque.Engine(url, 9), torque.Unreachable)
 
     def test_oversized_requests_are_named(self):
-        answers = iter([Commands().scgi] * 2 + [lambda connection: connection.recv(1)])
+        answers = iter([Commands().scgi, lambda connection: connection.recv(1)])
         server = self.serve(lambda connection: next(answers)(connection))
         engine = torque.Engine(server.url, 9)
-        self.assert_error('load.raw: |request of|too large', engine.tell,
+        self.assert_error('load.raw: |request|too large', engine.tell,
                           [('load.raw', '', bytes(8 << 20))])
 
 
@@ -1764,7 +1664,6 @@ WIKI ~/rpc.sock >> HOME/rpc.sock
 WIKI \ |   /x/rpc.sock >> /x/rpc.sock
 WIKI (cat,(session.path),rpc.sock) >> /x/s/rpc.sock
 WIKI (cat, (session.path), "../rpc.sock") >> /x/s/../rpc.sock
-WIKI "$cat=$session.path=,rpc.sock" >> /x/s/rpc.sock
 WIKI (cat, \ | (cfg.basedir), \ | rpc.sock) >> /x/rpc.sock
 WIKI (cat,(system.env,HOME),/rpc.sock) >> HOME/rpc.sock
 WIKI /x/rpc.sock ; print = "x ; y" >> /x/rpc.sock
@@ -1797,33 +1696,28 @@ class EngineTest(RpcCase):
     def looks(self):
         return len(self.double.asked('system.listMethods'))
 
-    def test_looks_once(self):
+    def test_looks_again_when_that_may_tell_more(self):
         engine = self.start()
         for _ in range(3):
             engine.ask([('session.name', '')])
-            self.assertEqual((engine.has('view.size'), engine.has('schedule2')), (True, False))
-        self.assertEqual((self.looks(), len(self.double.seen)), (1, 5))
-        self.assertEqual((engine.engine_id, engine.versions), ('double:1', ('0.9.8', '0.13.8')))
+        self.assertEqual((self.looks(), len(self.double.seen)), (1, 4))
+        self.assertEqual((engine.engine_id, engine.version), ('double:1', '0.9.8/0.13.8'))
         self.assertIn('view.size', engine.methods)
-
-    def test_looks_again_after_a_restart(self):
-        engine = self.start()
+        self.assertEqual((engine.ask([('nosuch', '')])[0].code, self.looks()), (-506, 1))
         engine.reach()
+        self.assertEqual(self.looks(), 2)
         self.stop()
-        self.start(**{'session.name': 'double:2', 'new.one': 1})
-        self.assertEqual((engine.has('new.one'), self.looks()), (True, 1))
-        self.double.commands.update({'system.pid': (1 << 30) + 1, 'session.name': 'double:3'})
-        self.assertEqual([engine.engine_id, engine.stats().engine_id], ['double:2', 'double:3'])
-        self.assertEqual((engine.stats().engine_id, self.looks()), ('double:3', 2))
+        self.start(**{'session.name': 'double:2'})
+        self.assertEqual(engine.stats().engine_id, 'double:2')
 
-    def test_looks_again_at_a_missing_command(self):
-        for speaks_json in (False, True):
-            with self.subTest(speaks_json=speaks_json):
-                engine = self.start(None, speaks_json)
-                error = engine.ask([('nosuch', '')])[0]
-                self.assertEqual((error.code, self.looks()), (MISSING[speaks_json], 1))
-                engine.ask([('session.name', '')])
-                self.assertEqual((engine.has('nosuch'), self.looks()), (False, 2))
+    def test_looks_at_a_port_each_minute(self):
+        engine = self.start(None)
+        engine.reach()
+        self.double.commands['session.name'] = 'double:2'
+        for minutes, name in (0, 'double:1'), (1, 'double:2'):
+            now = torque.elapsed_time() + minutes * 60
+            with mock.patch('torque.elapsed_time', lambda now=now: now):
+                self.assertEqual(engine.stats().engine_id, name)
 
     def test_stats_are_one_question(self):
         no = xmlrpc.client.Fault(-503, 'No')
@@ -1836,14 +1730,11 @@ class EngineTest(RpcCase):
         del self.double.seen[:]
         stats = engine.stats()
         self.assertEqual(len(self.double.seen), 1)
-        self.assertEqual((stats.up_rate, stats.up_limit, stats.up_total, stats.down_rate,
-                          stats.down_limit, stats.down_total), (0, 1, 2, 3, 4, 5))
-        self.assertEqual((stats.max_open_files, stats.open_files, stats.open_sockets,
-                          stats.views['main'], stats.views['messages']), (128, None, None, 4, None))
-        self.assertEqual((stats.engine_id, stats.version, stats.uptime),
-                         ('double:1', '0.9.8/0.13.8', None))
+        self.assertEqual(stats[3:13], (0, 1, 2, 3, 4, 5, None, None, None, 128))
+        self.assertEqual((stats.views['main'], stats.views['messages']), (4, None))
+        self.assertEqual(stats[:3], ('double:1', '0.9.8/0.13.8', None))
         engine = self.start(None, startup_time=int(time.time()) - 5000)
-        self.assertEqual((engine.stats().uptime // 100, engine.uptime // 100), (50, 50))
+        self.assertEqual(engine.stats().uptime // 100, 50)
 
     def test_says_once_that_it_is_gone_and_back(self):
         engine = self.start()
@@ -1858,42 +1749,30 @@ class EngineTest(RpcCase):
                 self.assertTrue(error.told)
             self.assertEqual(len(self.logged('WARNING engine', where, 'not running?')), times + 1)
             self.start()
+        engine.reach()
         self.assertFalse(self.assert_error('nosuch', engine.open().nosuch, '').told)
         self.assertEqual(len(self.lines), 6, self.lines)
 
-    def test_odd_batches_give_one_line(self):
-        for odd in (0, [], [0] * 11, [[]] * 11, ['x'] * 11, [{}] * 11, [None] * 11):
-            engine = self.start(None)
-            engine.reach()
-            self.server.answer = plays(scgi_answer(xml_answer(odd)))
-            self.value_or_error(engine.stats)
-
-    def test_odd_types_give_one_line(self):
+    def test_odd_answers_give_one_line(self):
         rng, names = random.Random(4), (*torque.ABOUT, *torque.GAUGES.values(), 'view.size')
         for number in range(200):
             odd = {name: as_text(some_value(rng)) for name in names if rng.random() < 0.5}
-            if number % 10 == 0:
-                odd['system.listMethods'] = some_value(rng)
+            if number % 10:
+                odd.pop('system.listMethods', None)
             engine = self.start(None, **odd)
-            self.value_or_error(lambda engine=engine: (engine.stats(), engine.uptime))
+            self.value_or_error(engine.stats)
             self.assertIsInstance(engine.session_path, str)
-            self.assertIsInstance(engine.pid, int)
-
-    def test_deep_nesting_is_one_line(self):
-        engine = self.start(None, use=1)
-        engine.reach()
-        for depth in (10, 900, 1000, 50000):
-            text, inner = '[' * depth + ']' * depth, '<value><array><data>' * depth
-            inner += '</data></array></value>' * depth
-            xml = xml_answer('x', '').replace(b'<value><string>x</string></value>', inner.encode())
-            for by_json, body in (True, f'{{"result":{text}}}'.encode()), (False, xml):
-                engine.speaks_json = by_json
-                self.server.answer = plays(scgi_answer(body))
-                self.value_or_error(lambda: repr(engine.ask([('d.name', 'A')])))
+        deep = '<value><array><data>', '</data></array></value>'
+        bodies = [xml_answer(odd) for odd in (0, [], [0], [[]], ['x'], [{}], [None])]
+        bodies += [xml_answer(1, '').replace(b'<value><int>1</int></value>', (
+            deep[0] * depth + deep[1] * depth).encode()) for depth in (10, 900, 1000, 50000)]
+        for body in bodies:
+            self.server.answer = plays(scgi_answer(body))
+            self.value_or_error(lambda: repr(engine.tell([('d.name', 'A')])))
 
     def test_answers_are_read_in_little_memory(self):
         row, text = ['A' * 40, 'name', 300, 2 ** 33, 1, '/srv/data/name', ''], 'x' * 2000000
-        engine = self.start(None)
+        engine = self.start()
         engine.reach()
         for by_json, value in (
                 (False, [row] * 9000), (True, [row] * 9000), (False, [['A' * 40]] * 30000),
@@ -1903,17 +1782,15 @@ class EngineTest(RpcCase):
             if by_json:
                 content = json.dumps([{'result': value}]).encode()
             engine.speaks_json = by_json
-            with self.subTest(by_json=by_json, value=str(value)[:60]), mock.patch.object(
-                    engine, 'send', lambda *_, content=content: bytearray(content)):
+            engine.send = lambda *_, content=content: bytearray(content)
+            with self.subTest(by_json=by_json, value=str(value)[:60]):
                 tracemalloc.start()
-                try:
-                    found = engine.ask([('x', '')])[0]
-                    self.assertLess(tracemalloc.get_traced_memory()[1] / len(content), 6)
-                finally:
-                    tracemalloc.stop()
-                self.assertEqual(found, value)
+                self.addCleanup(tracemalloc.stop)
+                self.assertEqual(engine.ask([('x', '')]), [value])
+                self.assertLess(tracemalloc.get_traced_memory()[1] / len(content), 6)
+                tracemalloc.stop()
         for content in b'[%s]' % b','.join([b'[]'] * 99999), b'["%s"]' % (b'\xc3' * 99999):
-            self.assert_error('memory|rpc_limit', torque.json_text, content, 6 * len(content))
+            self.assert_error('memory|rpc_limit', torque.json_text, content, len(content))
 
     def test_rc_spellings(self):
         self.write('more/common.rc', 'scgi_local = /x/common.sock\nimport = deeper.rc\n')
@@ -1934,7 +1811,7 @@ class EngineTest(RpcCase):
                 (f'{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'execute.capture'),
                 (f'{local} = (cat,(session.path),rpc.sock)', 'session.path'),
                 ('import = /x\0y', 'null'), ('import = /', 'directory'),
-                (f'{local} = (a)\nmethod.insert = a, string, (a)', 'refers to itself')):
+                (f'{local} = (a)\nmethod.insert = a, string, (a)', "work out '(a)'")):
             self.assert_error(f'{words}|set scgi_url', torque.find_url, self.write('rt.rc', text),
                               kind=torque.UserError)
         with mock.patch.dict(os.environ, HOME=self.folder):
@@ -1942,18 +1819,9 @@ class EngineTest(RpcCase):
             for name, words in (None, '|'.join(names[:2])), (names[2], names[2]):
                 self.assert_error(f'scgi_url|{words}', torque.find_url, name, kind=torque.UserError)
             self.write(names[1][2:], 'scgi_local = /x/second.sock')
-            self.assertEqual(torque.find_url(None), '/x/second.sock')
+            self.assertEqual(torque.find_url(None), 'scgi:///x/second.sock')
             self.write(names[0][2:], 'scgi_port = 127.0.0.1:5000')
             self.assertEqual(torque.find_url(None), 'scgi://127.0.0.1:5000')
-
-
-def spellings(raw):
-    """Return how rTorrents may give a name: as it is, or its odd bytes as ? or as %XX."""
-    found = {raw.decode('utf-8', 'replace')}
-    for odd in (rb'[\x80-\xff]', rb'[\x00-\x1f\x80-\xff]'):
-        found.add(re.sub(odd, b'?', raw).decode())
-        found.add(re.sub(odd, lambda byte: b'%%%02X' % byte[0][0], raw).decode())
-    return found | {re.sub('\r\n?', '\n', text) for text in found}
 
 
 def on_each(test):
@@ -1976,9 +1844,9 @@ class LiveRpcTest(RpcCase):
                 cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
                 cls.servers.append(RTorrent(folder, command, tcp))
                 cls.addClassCleanup(cls.servers[-1].stop, signal.SIGKILL)
-                if tcp and cls.servers[-1].engine.has('network.rpc.use_jsonrpc.set'):   # XML here
-                    cls.servers[-1].engine.open().network.rpc.use_jsonrpc.set('', 0)
-                    cls.servers[-1].engine = torque.Engine(cls.servers[-1].url, 10)
+                engine = cls.servers[-1].engine
+                engine.reach()
+                engine.speaks_json &= not tcp                   # XML here
 
     def own(self, command):
         """Start an rTorrent that a test may break."""
@@ -1991,29 +1859,15 @@ class LiveRpcTest(RpcCase):
         emoji = server.load(*metafile(b'\xf0\x9f\x98\x80 \xc3\xa9'))
         if server.engine.speaks_json:
             self.assertEqual(server.engine.ask([('d.name', emoji)]), ['\U0001f600 \xe9'])
-        hashes = [server.load(*metafile(b'a-%s-z' % raw, size))
-                  for size, raw in enumerate(HOSTILE, 1)]
-        rows = {row[0]: row[1:] for row in proxy.d.multicall2(
-            '', 'main', 'd.hash=', 'd.size_bytes=', 'd.name=', 'd.left_bytes=')}
+        hashes = [server.load(*metafile(b'a-%s-z' % raw)) for raw in HOSTILE]
+        rows = dict(proxy.d.multicall2('', 'main', 'd.hash=', 'd.name='))
         self.assertEqual(len(rows), proxy.view.size('', 'main'))
         batched = server.engine.ask([('d.name', info_hash) for info_hash in hashes])
-        for size, (raw, info_hash, name) in enumerate(zip(HOSTILE, hashes, batched), 1):
-            with self.subTest(raw=raw):
-                self.assertEqual(rows[info_hash][::2], [size, size])
-                allowed = {raw.decode()} if raw in PLAIN else spellings(raw)
-                for found in (name, rows[info_hash][1], proxy.d.name(info_hash)):
-                    self.assertIn(found, {f'a-{text}-z' for text in allowed})
-
-    @on_each
-    def test_missing_commands_cost_themselves(self, server, proxy):
-        for place in range(3):
-            calls = [('system.pid', ''), ('view.list', '')]
-            calls.insert(place, ('no.such', ''))
-            answers = server.engine.ask(calls)
-            self.assertIn(answers.pop(place).code, MISSING)
-            self.assertEqual((answers[0], answers[1][0]), (server.process.pid, 'main'))
-        error = self.assert_error(f'{server.engine.address.where}: no.such: ', proxy.no.such, '')
-        self.assertIn(error.code, MISSING)
+        for raw, info_hash, name in zip(HOSTILE, hashes, batched):
+            for found in (name, rows[info_hash], proxy.d.name(info_hash)):
+                self.assertRegex(found, '(?s)a-.+-z')
+                if raw in PLAIN:
+                    self.assertEqual(found, f'a-{raw.decode()}-z')
 
     @on_each
     def test_large_numbers_go_both_ways(self, server, proxy):
@@ -2021,24 +1875,23 @@ class LiveRpcTest(RpcCase):
             'piece length': 1 << 24, 'pieces': bytes(20 * 384)}))
         self.assertEqual(proxy.d.size_bytes(info_hash), 6 << 30)
         for number in (2 ** 31, -2 ** 40, 2 ** 62):
-            self.assertEqual(server.engine.ask([('value', '', number), ('cat', '', number)]),
-                             [number, str(number)])
+            for door in (server.engine.ask, server.engine.tell):
+                self.assertEqual(door([('value', '', number), ('cat', '', number)]),
+                                 [number, str(number)])
             self.assertEqual(proxy.value('', number), number)
-            self.assertEqual(proxy.cat('', number), str(number))
-        self.assertLess(abs(proxy.system.time_usec('') - time.time() * 1e6), 1e9)
-        proxy.d.custom.set(info_hash, 'k', str(2 ** 60))
-        self.assertEqual(server.engine.tell([('d.custom', info_hash, 'k'), ('value', '', 2 ** 40)]),
-                         [str(2 ** 60), 2 ** 40])
 
     @on_each
-    def test_multicall_has_one_shape(self, server, proxy):
-        pid, *failed, views = proxy.system.multicall([
-            {'methodName': name, 'params': [param]} for name, param in (
-                ('system.pid', ''), ('no.such', ''), ('d.name', 'F' * 40), ('view.list', ''))])
-        self.assertEqual((pid, views[0][0], len(failed)), ([server.process.pid], 'main', 2))
-        for fault, word in zip(failed, ('no.such', 'info-hash')):
+    def test_faults_cost_themselves(self, server, proxy):
+        calls = [('no.such', ''), ('system.pid', ''), ('d.name', 'F' * 40), ('view.list', '')]
+        for door in (server.engine.ask, server.engine.tell):
+            missing, pid, lost, views = door(calls)
+            self.assertIn(missing.code, MISSING)
+            self.assertIsInstance(lost, torque.HashNotFound)
+            self.assertEqual((pid, views[0]), (server.process.pid, 'main'))
+        for fault, word in zip(proxy.system.multicall([
+                {'methodName': name, 'params': [param]} for name, param in calls])[::2],
+                               ('no.such', 'info-hash')):
             self.assertEqual(sorted(fault), ['faultCode', 'faultString'])
-            self.assertIsInstance(fault['faultCode'], int)
             self.assertIn(word, fault['faultString'])
         self.assert_error('d.name: |info-hash', proxy.d.name, 'F' * 40, kind=torque.HashNotFound)
 
@@ -2048,57 +1901,41 @@ class LiveRpcTest(RpcCase):
         stats, views = server.engine.stats(), proxy.view.list('')
         self.assertEqual(stats.views, {
             view: proxy.view.size('', view) if view in views else None for view in torque.VIEWS})
-        self.assertEqual(stats.views['main'], len(proxy.d.multicall2('', 'main', 'd.hash=')))
         self.assertEqual((stats.engine_id, stats.max_open_files, stats.version), (
             proxy.session.name(''), proxy.network.max_open_files(''),
             f"{proxy.system.client_version('')}/{proxy.system.library_version('')}"))
-        self.assertEqual(stats.open_files is None, not server.engine.has('network.open_files'))
-        now = time.time()
-        self.assertTrue(self.began - 2 <= server.engine.startup <= now + 2)
-        self.assertTrue(0 <= stats.uptime <= now - self.began + 2)
+        self.assertTrue(0 <= stats.uptime <= time.time() - self.began + 2)
         url = torque.find_url(os.path.join(server.folder, 'rtorrent.rc'))
         self.assertEqual(torque.Engine(url).stats().engine_id, stats.engine_id)
 
-    @on_each
-    def test_hung_server_is_named(self, server, proxy):
-        engine = torque.Engine(server.url, 1)
-        server.process.send_signal(signal.SIGSTOP)
-        os.waitpid(server.process.pid, os.WUNTRACED)
-        try:
-            self.assert_trouble('connected, but no answer in 1 s', engine, torque.Unreachable)
-        finally:
-            server.process.send_signal(signal.SIGCONT)
-        self.assertEqual(engine.open().system.pid(''), server.process.pid)
-        self.assertEqual(len(self.logged('INFO', engine.address.where, 'answers again')), 1)
-
     def test_deadly_calls_are_refused(self):
         for command in RTORRENTS:
-            with self.subTest(command=command):
-                server = self.own(command)
-                proxy, info_hash = server.engine.open(), server.load(*metafile('deadly'))
-                for target in (info_hash, info_hash.lower(), info_hash + ':t0', ''):
-                    self.assert_error('f.path|HASH:f', proxy.f.path, target)
-                for call in (('f.size_bytes', info_hash), ('f.path',),
-                             ('t.multicall', info_hash, '', 'f.path='),
-                             ('branch', info_hash, 'd.hash=', 'f.path='),
-                             ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
-                    self.value_or_error(server.engine.tell, [('system.pid', ''), call])
-                    self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly', call)
-                self.assertEqual(proxy.d.multicall2('', 'main', 'f.multicall=,f.path='),
-                                 [[[['deadly']]]])
+            server = self.own(command)
+            proxy, info_hash = server.engine.open(), server.load(*metafile('deadly'))
+            inner = [{'methodName': 'f.path', 'params': [info_hash]}]
+            for call in (('f.path', info_hash), ('f.path', info_hash.lower()), ('f.path',),
+                         ('f.path', info_hash + ':t0'), ('f.size_bytes', ''),
+                         ('t.multicall', info_hash, '', 'f.path='), ('system.multicall', inner),
+                         ('branch', info_hash, 'd.hash=', 'f.path='),
+                         ('load.start', '', '/x', 'f.path='),
+                         ('d.multicall2', '', 'main', 'd.hash=', 'cat=$f.path=')):
+                for door in (server.engine.ask, server.engine.tell):
+                    self.assert_error('HASH:fINDEX', door, [('system.pid', ''), call])
+                self.assert_error('HASH:fINDEX', getattr(proxy, call[0]), *call[1:])
+            self.assertEqual(proxy.f.path(info_hash + ':f0'), 'deadly')
+            self.assertEqual(proxy.d.multicall2('', 'main', 'f.multicall=,f.path='),
+                             [[[['deadly']]]])
 
     def test_restarts_are_noticed(self):
         for command in RTORRENTS:
-            with self.subTest(command=command):
-                server = self.own(command)
-                engine, before = server.engine, server.engine.stats()
-                server.stop(signal.SIGKILL)
-                error = self.assert_error(f'{engine.address.where}: |not running?', engine.stats,
-                                          kind=torque.Unreachable)
-                self.assertTrue(error.told)
-                server = self.own(command)
-                self.assertNotEqual(engine.stats().engine_id, before.engine_id)
-                self.assertEqual(engine.open().system.pid(''), server.process.pid)
+            server = self.own(command)
+            engine, before = server.engine, server.engine.stats()
+            server.stop(signal.SIGKILL)
+            error = self.assert_error(f'{engine.address.where}: |not running?', engine.stats,
+                                      kind=torque.Unreachable)
+            self.assertTrue(error.told)
+            server = self.own(command)
+            self.assertNotEqual(engine.stats().engine_id, before.engine_id)
 
 
 # --- Torrents and the queue --------------------------------------------------------------------
@@ -3627,10 +3464,10 @@ class LiveInfluxDBTest(Folder):
             stamp = int(sent[0].rsplit(' ', 1)[1])
             row, = self.server.query(f'SELECT * FROM rtorrent WHERE time = {stamp}ms')
             self.assertEqual((row['version'], row['x'], row['odd tag']),
-                             ('/'.join(daemon.engine.versions), 'y', 'a b'))
+                             (daemon.engine.version, 'y', 'a b'))
             for name, command in torque.GAUGES.items():
                 expected = (daemon.engine.ask([(command, '')])[0]
-                            if daemon.engine.has(command) else None)
+                            if command in daemon.engine.methods else None)
                 if name not in ('open_sockets', 'open_files'):
                     self.assertEqual(row.get(name), expected, name)
             self.assertIn(row['engine_id'], daemon.engine.engine_id)
@@ -6460,7 +6297,7 @@ class HandlerTest(ConfigCase):
     def test_absent_rtorrent_is_no_mistake(self):
         with self.assertRaisesRegex(torque.Unreachable, 'no such socket'):
             self.load(f'{GOOD_INI}job.a.handler = good:Starts\n'
-                      'job.a.code = torque.config_ini.engine.has("d.name")\n')
+                      'job.a.code = torque.config_ini.engine.reach()\n')
 
     def test_mistakes_found_late_name_their_line(self):
         for handler, settings, line, *words in (
@@ -7033,11 +6870,10 @@ class DaemonControlTest(DaemonFolder):
     def test_nothing_from_others_reaches_the_terminal_raw(self):
         def answer(connection):
             body = Server.request(connection)
-            result = ['system.listMethods']
-            if b'listMethods' not in body:
-                result = [['0.9\x1b[2J']] * body.count(b'methodName</name>')
-            text = torque.xml_request('x', [result]).replace(b'methodCall', b'methodResponse')
-            connection.sendall(scgi_answer(text.replace(b'<methodName>x</methodName>', b'')))
+            result = [['0.9\x1b[2J']] * body.count(b'methodName</name>')
+            if b'listMethods' in body:
+                result[0] = [['system.listMethods']]
+            connection.sendall(scgi_answer(xml_answer(result)))
         self.addCleanup(Server(answer, f'{self.folder}/rpc.sock').stop)
         self.ini('job.e.handler = torque:EngineStats\njob.e.schedule = every 0.1s\n'
                  + self.job('bad', fail='a\x1b[2Jb'))
@@ -7989,10 +7825,10 @@ def bench_decode():
         rows = [REPLY_ROW] * count
         content = reply_xml(rows)
         text = json.dumps({'jsonrpc': '2.0', 'id': 0, 'result': rows}).encode()
-        assert torque.xml_reply(content) == rows == torque.json_reply(text, 1)[0]
+        assert torque.xml_reply(content) == rows
         loads = fastest(lambda: xmlrpc.client.loads(content))
         ours, by_json = (fastest(lambda: torque.xml_reply(content)),
-                         fastest(lambda: torque.json_reply(text, 1)))
+                         fastest(lambda: json.loads(torque.json_text(text, 1 << 30))))
         print(f'decode {count:6} rows: xmlrpc.client {loads:6.1f} ms, torque XML {ours:6.1f} ms '
               f'({loads / ours:.1f} x), JSON {by_json:5.1f} ms ({loads / by_json:.1f} x)')
 
@@ -8061,12 +7897,10 @@ def bench_double():
     """Return a double of rTorrent that answers what EngineStats asks."""
     def answer(connection):
         body = Server.request(connection)
+        result = [[0]] * body.count(b'methodName</name>')
         if b'listMethods' in body:
-            result = ['system.listMethods', *torque.GAUGES.values()]
-        else:
-            result = [[0]] * body.count(b'methodName</name>')
-        text = torque.xml_request('x', [result]).replace(b'methodCall', b'methodResponse')
-        connection.sendall(scgi_answer(re.sub(b'<methodName>x</methodName>', b'', text)))
+            result[0] = [['system.listMethods', *torque.GAUGES.values()]]
+        connection.sendall(scgi_answer(xml_answer(result)))
     return Server(answer)
 
 
@@ -8184,9 +8018,9 @@ def bench_torrents():
                 assert len(run_list[1]()) == count
             rules = ', '.join(f'{fastest(run, clock=time.process_time):.2f}' for run in run_rule)
             lists = ', '.join(f'{fastest(run):.1f}' for run in run_list)
-            question = torque.xml_request('d.multicall2', ['', 'main', *(
+            question = torque.xml_batch([('d.multicall2', '', 'main', *(
                 need + '=' * ('=' not in need) for name in BENCH_FIELDS
-                for need in torque.TORRENT_FIELDS[name].needs)])
+                for need in torque.TORRENT_FIELDS[name].needs))])
             answer = fastest(lambda: engine.send(question, 'text/xml'))
             print(f'{count:5} torrents, torque{" and pyrosimple" * bool(peer)}: the rule `{RULE}` '
                   f'{rules} ms CPU; a list of 15 fields {lists} ms, of which rTorrent {answer:.1f}')

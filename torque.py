@@ -1135,14 +1135,12 @@ class Scheduler:
 RPC_TIMEOUT = 30.0
 # Bytes of one answer
 RPC_LIMIT = 64 << 20
-# Most times its limit that a value may take in memory
-WEIGHT = 6
+# Most times the limit that a value may take in memory, beside its answer
+WEIGHT = 5
 # Codes of faults: there is no such command
 MISSING = (-506, -32601)
 # Calls in one request; rTorrent takes 512 KiB at most
 BATCH = 500
-# Bytes before the body of an SCGI answer
-HEAD_LIMIT = 8192
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
@@ -1153,8 +1151,7 @@ class Address(NamedTuple):
     path: str = ''
     host: str = ''
     port: int = 0
-    user: str = ''
-    password: str = ''
+    login: tuple = ()                   # user, password
     exposed: bool = False               # rTorrent's port is open to the network
 
     def __repr__(self) -> str:
@@ -1180,65 +1177,79 @@ def parse_address(text: str) -> Address:
     >>> parse_address('scgi://:5000').host, parse_address('scgi:///x.sock').path
     ('127.0.0.1', '/x.sock')
     """
-    from urllib.parse import unquote, urlsplit
     refused = UserError(f'{redacted(text)!r} is no address; allowed are scgi://host:port, '
                         'scgi:///path, a socket path, http(s)://[user:password@]host/RPC2')
-    spelt = os.path.expandvars(text.strip())
-    if '://' not in spelt:
-        spelt = 'scgi://' + spelt
+    scheme, mark, rest = os.path.expandvars(text.strip()).partition('://')
+    if not mark:
+        scheme, rest = 'scgi', scheme
+    if scheme == 'scgi' and rest.startswith(('/', '~')) and '\0' not in rest:
+        path = os.path.expanduser(rest)
+        return Address('unix', f'scgi://{path}', path)
+    from urllib.parse import unquote, urlsplit
     try:
-        url = urlsplit(spelt)
+        url = urlsplit(f'{scheme}://{rest}')
         host, port = url.hostname or '', url.port or 0
     # What it says may hold a password
     except ValueError:
         raise refused from None
+    netloc = url.netloc.rpartition('@')[2]
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        netloc = url.netloc.rpartition('@')[2]
-        clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
-        return Address('http', clean, clean, host, port, unquote(url.username or ''),
-                       unquote(url.password or ''))
-    path = spelt.partition('://')[2]
-    if url.scheme == 'scgi' and path.startswith(('/', '~')) and '\0' not in path:
-        path = os.path.expanduser(path)
-        return Address('unix', f'scgi://{path}', path)
+        clean = f"{scheme}://{netloc}{url.path or '/RPC2'}"
+        login = unquote(url.username or ''), unquote(url.password or '')
+        return Address('http', clean, clean, host, port, login)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
         raise refused
     exposed = not LOOPBACK.match(host)
     if host in ('', '0.0.0.0', '::'):
         host = '127.0.0.1'
-    shown = host
-    if ':' in host:
-        shown = f'[{host}]'
-    return Address('tcp', f'scgi://{shown}:{port}', '', host, port, exposed=exposed)
-
-
-def set_deadline(sock: Any, end: float) -> None:
-    """Give a socket what time is left until `end`; raises socket.timeout when there is none."""
-    left = end - time.monotonic()
-    if left <= 0:
-        raise socket.timeout('timed out')
-    sock.settimeout(left)
+    return Address('tcp', f'scgi://{netloc}', '', host, port, exposed=exposed)
 
 
 def beginning(content: bytes | bytearray) -> str:
-    """Return the first bytes of an answer as text."""
-    return bytes(content[:80]).decode('utf-8', 'replace')
+    """Return the first bytes of an answer, quoted."""
+    return quoted(bytes(content[:80]).decode('utf-8', 'replace'))
 
 
-def describe(error: OSError) -> str:
-    """Return what to say of an error of the system on the way to a server."""
-    if isinstance(error, FileNotFoundError):
-        return 'there is no such socket: not running?'
-    if isinstance(error, ConnectionRefusedError):
-        return 'nobody listens there: not running?'
-    if isinstance(error, socket.gaierror):
-        return f'the host name cannot be resolved: {error.strerror}'
-    return f'the connection failed: {error.strerror or error}'
+TROUBLE = (
+    (FileNotFoundError, 'there is no such socket: not running?'),
+    (ConnectionRefusedError, 'nobody listens there: not running?'),
+    (ConnectionError, 'the connection was closed during the request: too large for it?'),
+    (socket.gaierror, 'the host name cannot be resolved'),
+    (socket.timeout, 'no connection in time'))
 
 
-def too_large(limit: int) -> RpcError:
-    """Return the error for an answer above the limit."""
-    return RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+def describe(error: Any) -> str:
+    """Return what to say of an error on the way to a server."""
+    # urllib wraps what happened
+    error = getattr(error, 'reason', error)
+    for kind, text in TROUBLE:
+        if isinstance(error, kind):
+            return text
+    return f'no usable answer: {quoted(error)}'
+
+
+def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
+    """Return what comes over a connection until the other side closes it: an answer."""
+    received, chunk = bytearray(), b'?'
+    end = time.monotonic() + seconds
+    while chunk:
+        sock.settimeout(max(end - time.monotonic(), 0.001))
+        try:
+            chunk = sock.recv(1 << 18)
+        except socket.timeout:
+            if received:
+                raise Unreachable(f'only {len(received)} bytes came in {seconds:g} s') from None
+            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
+                              'or hung') from None
+        # It refused what it had not read yet
+        except ConnectionError:
+            chunk = b''
+        received += chunk
+        if len(received) > limit:
+            raise RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
+    if not received:
+        raise Unreachable('the connection was closed without an answer')
+    return received
 
 
 def connect(address: Address, seconds: float) -> socket.socket:
@@ -1246,51 +1257,13 @@ def connect(address: Address, seconds: float) -> socket.socket:
     if address.kind == 'tcp':
         return socket.create_connection((address.host, address.port), seconds)
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(seconds)
     try:
-        sock.settimeout(seconds)
         sock.connect(address.path)
-    except BaseException:
+    except OSError:
         sock.close()
         raise
     return sock
-
-
-def answer_end(received: bytearray, limit: int) -> int:
-    """Return how long an answer will be with its head, 0 while the head is not complete."""
-    stop = received.find(b'\r\n\r\n', 0, HEAD_LIMIT)
-    if stop < 0 and len(received) < HEAD_LIMIT and b'Status:'.startswith(received[:7]):
-        return 0
-    size = re.search(rb'\r\ncontent-length: {0,9}(\d{1,15}) {0,9}\r\n', received[:stop + 2], re.I)
-    if not size or not received.startswith(b'Status:'):
-        raise Unreachable(f'the answer is not one of rTorrent: {quoted(beginning(received))}')
-    if int(size[1]) > limit:
-        raise too_large(limit)
-    return stop + 4 + int(size[1])
-
-
-def scgi_receive(sock: socket.socket, seconds: float, end: float, limit: int) -> bytearray:
-    """Return the body of an SCGI answer."""
-    received, size = bytearray(), 0
-    try:
-        while not size or len(received) < size:
-            set_deadline(sock, end)
-            chunk = sock.recv(1 << 18)
-            if not chunk and not received:
-                raise Unreachable('the connection was closed without an answer')
-            if not chunk:
-                raise Unreachable(f'the answer broke off after {len(received)} bytes')
-            received += chunk
-            size = size or answer_end(received, limit)
-    except socket.timeout:
-        if not received:
-            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
-                              'or hung') from None
-        raise Unreachable(f'only {len(received)} of {size or "?"} bytes came in '
-                          f'{seconds:g} s') from None
-    if len(received) > size:
-        raise Unreachable('the answer is longer than its Content-Length says')
-    del received[:received.index(b'\r\n\r\n') + 4]
-    return received
 
 
 def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
@@ -1300,27 +1273,19 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
     Raises RpcError; the text says what happened, the caller adds where and which method.
     """
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
-    end = time.monotonic() + seconds
     try:
-        sock = connect(address, seconds)
-    except socket.timeout:
-        raise Unreachable(f'no connection within {seconds:g} s') from None
+        with connect(address, seconds) as sock:
+            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
+            received = receive(sock, seconds, limit)
     except OSError as error:
         raise Unreachable(describe(error)) from None
-    with sock:
-        try:
-            set_deadline(sock, end)
-            sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
-        except socket.timeout:
-            # It may be slow to read: what it answers tells
-            pass
-        except OSError:
-            raise Unreachable(f'the connection was closed during a request of {len(body)} '
-                              'bytes: too large for it?') from None
-        try:
-            return scgi_receive(sock, seconds, end, limit)
-        except OSError as error:
-            raise Unreachable(describe(error)) from None
+    start, _, content = received.partition(b'\r\n\r\n')
+    size = re.search(rb'\ncontent-length: {0,9}(\d{1,15})', start, re.I)
+    if not size or not start.startswith(b'Status:'):
+        raise Unreachable(f'the answer is not one of rTorrent: {beginning(received)}')
+    if len(content) < int(size[1]):
+        raise Unreachable(f'the answer broke off after {len(received)} bytes')
+    return content
 
 
 class HttpAnswer(NamedTuple):
@@ -1328,152 +1293,101 @@ class HttpAnswer(NamedTuple):
     status: int
     reason: str
     headers: Any
-    body: bytearray
+    body: bytes
 
 
-class TimedReader(io.RawIOBase):
-    """A socket to read from until a moment; what http.client takes for the socket itself."""
+class Received(io.BytesIO):
+    """A whole answer, which http.client reads as from a socket."""
 
-    def __init__(self, sock: Any, end: float):
-        super().__init__()
-        self.sock, self.end = sock, end
-        self.raw = sock.makefile('rb', buffering=0)
+    def makefile(self, mode):
+        return self
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        set_deadline(self.sock, self.end)
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
+    # An HTTPResponse that nobody closed is closed after this, and complains
+    def close(self):
+        pass
 
 
-def http_opener(url: str, user: str, password: str, end: float,
-                close: contextlib.ExitStack) -> Any:
-    """Return urllib's opener: with proxies and both kinds of login, but no redirections.
-
-    No read outlasts `end`. close: closes all answers, for urllib forgets those before a login.
-    """
+def http_opener(url: str, login: tuple, seconds: float, limit: int) -> Any:
+    """Return urllib's opener: with proxies and both kinds of login, but no redirections."""
     import http.client
     import urllib.request as lib
 
-    def response(sock: Any, **options: Any) -> Any:
-        reader: Any = TimedReader(sock, end)
-        return close.enter_context(http.client.HTTPResponse(reader, **options))
-
     class Handler(lib.HTTPHandler, lib.HTTPSHandler):
-        def do_open(self, http_class: Any, *args: Any, **options: Any) -> Any:
-            def connection(*args: Any, **options: Any) -> Any:
-                made = http_class(*args, **options)
-                made.response_class = response
-                return made
-            return super().do_open(connection, *args, **options)
+        def do_open(self, http_class: Any, *args, **options):
+            class Connection(http_class):
+                def getresponse(self):
+                    received: Any = Received(receive(self.sock, seconds, limit))
+                    answer = http.client.HTTPResponse(received)
+                    answer.begin()
+                    return answer
 
-    passwords = lib.HTTPPasswordMgrWithDefaultRealm()
-    if user:
-        passwords.add_password(None, url, user, password)
-    digest: Any = lib.HTTPDigestAuthHandler(passwords)
-    # One try; urllib would make six
-    digest.retried = 5
-    proxies: dict | None = None                 # those of the environment
-    if re.match(r'https?://(localhost|127\.|\[::1\])', url):
-        proxies = {}
+            return super().do_open(Connection, *args, **options)
+
+        # Any status is an answer
+        def http_error_default(self, request, answer, *args):
+            return answer
+
+    handlers: list[Any] = [Handler(), lib.HTTPErrorProcessor()]
+    if any(login):
+        passwords = lib.HTTPPasswordMgrWithDefaultRealm()
+        passwords.add_password(None, url, *login)
+        digest: Any = lib.HTTPDigestAuthHandler(passwords)
+        # One try; urllib would make six
+        digest.retried = 5
+        handlers += [digest, lib.HTTPBasicAuthHandler(passwords)]
+    if not re.match(r'https?://(localhost|127\.|\[::1\])', url):
+        handlers.append(lib.ProxyHandler())
     opener = lib.OpenerDirector()
     opener.addheaders = [('User-Agent', f'torque/{VERSION}')]
-    for handler in (lib.ProxyHandler(proxies), Handler(), lib.HTTPErrorProcessor(), digest,
-                    lib.HTTPBasicAuthHandler(passwords), lib.HTTPDefaultErrorHandler()):
+    for handler in handlers:
         opener.add_handler(handler)
     return opener
 
 
-def http_body(answer: Any, limit: int) -> bytearray:
-    """Return the whole body of a web server's answer."""
-    content = bytearray()
-    # urllib itself refused, as a second login
-    if not answer.fp:
-        return content
-    while len(content) <= limit:
-        chunk = answer.read(1 << 16)
-        content += chunk
-        if not chunk:
-            break
-    if len(content) > limit:
-        raise too_large(limit)
-    # What is still to come by its Content-Length
-    if getattr(answer, 'length', 0):
-        raise Unreachable(f'the answer broke off after {len(content)} bytes')
-    return content
-
-
-def http_trouble(error: Exception, seconds: float) -> str:
-    """Return what to say of an error on the way to a web server."""
-    reason = getattr(error, 'reason', error)
-    if isinstance(reason, socket.timeout):
-        return f'no whole answer in {seconds:g} s'
-    if isinstance(reason, OSError):
-        return describe(reason)
-    if 'IncompleteRead' in str(reason):
-        return 'the answer broke off'
-    if 'scheme' in str(reason):
-        return 'HTTP 401: it asks for a login neither basic nor digest'
-    return f'not an answer of a web server: {quoted(reason)}'
-
-
 def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
-              user: str = '', password: str = '') -> HttpAnswer:
+              login: tuple = ()) -> HttpAnswer:
     """POST to a web server; it may ask for a login by basic or digest authentication.
 
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
     """
     import http.client
-    import urllib.error
     import urllib.request
-    with contextlib.ExitStack() as close:
-        opener = http_opener(url, user, password, time.monotonic() + seconds, close)
-        try:
-            request = urllib.request.Request(url, body, headers)
-            try:
-                answer = opener.open(request, timeout=seconds)
-            # Any status but 2xx
-            except urllib.error.HTTPError as error:
-                answer = error
-            return HttpAnswer(answer.code, str(answer.reason), answer.headers,
-                              http_body(answer, limit))
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Unreachable(http_trouble(error, seconds)) from None
+    opener = http_opener(url, login, seconds, limit)
+    try:
+        answer = opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
+        return HttpAnswer(answer.status, answer.reason, answer.headers, answer.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Unreachable(describe(error)) from None
 
 
 def http_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytearray:
+                 limit: int) -> bytes:
     """Send a request to an HTTP mount of rTorrent and return the body of its answer.
 
     What rTorrent says comes through with any status and content type.
     """
     answer = http_post(address.path, body, {'Content-Type': content_type}, seconds, limit,
-                       address.user, address.password)
+                       address.login)
     start = answer.body[:1000]
     if b'<methodResponse' in start or b'"jsonrpc"' in start:
         return answer.body
-    if answer.status == 401:
-        raise Unreachable('HTTP 401: user or password is wrong or missing')
     raise Unreachable(f'HTTP {answer.status} {answer.reason} instead of an answer of '
-                      f'rTorrent: {quoted(beginning(answer.body))}')
+                      f'rTorrent: {beginning(answer.body)}')
+
+
+def typed(answer: Any, unknown: Any) -> Any:
+    """Return an answer if it is of the same type as `unknown`, else that."""
+    if isinstance(answer, type(unknown)):
+        return answer
+    return unknown
 
 
 def rpc_fault(fault: Any) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
-    if not isinstance(fault, dict):
-        return RpcError(f'a fault without a code: {quoted(fault)}')
-    code = fault.get('faultCode', fault.get('code'))
-    message = str(fault.get('faultString', fault.get('message')))
-    if not isinstance(code, int):
-        code = None
+    found = typed(fault, {})
+    found = typed(found.get('error', found), {})
+    code = found.get('faultCode', found.get('code'))
+    message = str(found.get('faultString', found.get('message', fault)))
     said = f'fault {code}: {quoted(message)}'
     if 'info-hash' in message:
         return HashNotFound(said, code)
@@ -1483,17 +1397,17 @@ def rpc_fault(fault: Any) -> RpcError:
     return RpcError(said, code)
 
 
-def json_text(content: bytes | bytearray, room: int) -> str:
-    """Return JSON text; RpcError if it and its value may take more than `room` bytes of memory."""
-    # In CPython one emoji makes all characters of a text take 4 bytes; a number or a short text
-    # takes 40 bytes and more, a list or a dict 90
-    width = 1
+def json_text(content: bytes | bytearray, limit: int) -> str:
+    """Return JSON text; RpcError where its value would take too much memory."""
+    # In CPython one emoji makes all characters of a text take 4 bytes; a value takes 90 bytes at
+    # most, beside its text
+    width = 2
     if not content.isascii():
-        width = 4
-    weight = 2 * width * len(content)
-    for mark, size in ((b',', 40), (b'[', 90), (b'{', 90)):
-        weight += size * content.count(mark)
-    if weight > room:
+        width = 8
+    weight = width * len(content)
+    for mark in (b',', b'[', b'{'):
+        weight += 90 * content.count(mark)
+    if weight > WEIGHT * limit:
         raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
                        'times the limit (rpc_limit)')
     return content.decode('utf-8', 'replace')
@@ -1517,14 +1431,11 @@ def sendable(value: Any) -> Any:
     # Older ones refuse <boolean>
     if isinstance(value, bool):
         return int(value)
+    # rTorrent takes text for numbers
     if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
-        # rTorrent takes text for numbers
         return str(value)
     if isinstance(value, str) and not PLAIN_TEXT.fullmatch(value):
-        try:
-            return value.encode('utf-8', 'surrogateescape')
-        except UnicodeEncodeError:
-            raise RpcError(f'{quoted(value)} cannot be sent to rTorrent') from None
+        return value.encode('utf-8', 'surrogateescape')
     return value
 
 
@@ -1536,32 +1447,28 @@ def xml_escape(text: Any) -> str:
 def xml_value(value: Any) -> str:
     """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
-        return f'<value><string>{xml_escape(value)}</string></value>'
-    if isinstance(value, int):
-        return f'<value><i8>{value}</i8></value>'
-    if isinstance(value, bytes):
-        return f'<value><base64>{binascii.b2a_base64(value).decode()}</base64></value>'
-    if isinstance(value, list):
-        return f"<value><array><data>{''.join(map(xml_value, value))}</data></array></value>"
-    if isinstance(value, dict):
-        members = ''.join(f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
-                          for name, item in value.items())
-        return f'<value><struct>{members}</struct></value>'
-    raise RpcError(f'{type(value).__name__} {quoted(value)} cannot be sent to rTorrent; '
-                   'allowed are text, whole numbers, bytes, lists and dicts')
-
-
-def xml_request(method: str, params: Iterable) -> bytes:
-    """Return a methodCall."""
-    values = ''.join(f'<param>{xml_value(value)}</param>' for value in sendable(list(params)))
-    return (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
-            f'<params>{values}</params></methodCall>').encode()
+        inner = f'<string>{xml_escape(value)}</string>'
+    elif isinstance(value, int):
+        inner = f'<i8>{value}</i8>'
+    elif isinstance(value, bytes):
+        inner = f'<base64>{binascii.b2a_base64(value).decode()}</base64>'
+    elif isinstance(value, list):
+        inner = f"<array><data>{''.join(map(xml_value, value))}</data></array>"
+    elif isinstance(value, dict):
+        members = [f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
+                   for name, item in value.items()]
+        inner = f"<struct>{''.join(members)}</struct>"
+    else:
+        raise TypeError(f'{quoted(value)} cannot be sent to rTorrent; allowed are text, whole '
+                         'numbers, bytes, lists and dicts')
+    return f'<value>{inner}</value>'
 
 
 def xml_batch(calls: list[tuple]) -> bytes:
     """Return one methodCall for many calls."""
     entries = [{'methodName': method, 'params': params} for method, *params in calls]
-    return xml_request('system.multicall', [entries])
+    return ('<?xml version="1.0"?><methodCall><methodName>system.multicall</methodName><params>'
+            f'<param>{xml_value(sendable(entries))}</param></params></methodCall>').encode()
 
 
 # An answer becomes JSON text by replacing its tags, in this order, so that the C code of `bytes`
@@ -1570,9 +1477,8 @@ def xml_batch(calls: list[tuple]) -> bytes:
 #     <value><array><data>\r\n<value><i8>7</i8></value>\r\n</data></array></value>
 #     [\r\n7\0\r\n]\0                         tags replaced; \0, which no XML holds, ends a value
 #     [\n7],                                  \0 is a comma, but for the last value of a list
-#
-# A tag that stands in no pair (<double>, <ex:i8>) is left, and xmlrpc.client reads that answer.
 XML_AS_JSON = (
+    (b'\0', b'?'),
     (b'\\', b'\\\\'),
     (b'"', b'\\"'),
     (b'<value><string>', b'"'),
@@ -1584,6 +1490,8 @@ XML_AS_JSON = (
     (b'</i4></value>', b'\0'),
     (b'<value><int>', b''),
     (b'</int></value>', b'\0'),
+    (b'<value><ex:i8>', b''),
+    (b'</ex:i8></value>', b'\0'),
     (b'<value><boolean>0</boolean></value>', b'false\0'),
     (b'<value><boolean>1</boolean></value>', b'true\0'),
     (b'<value><array><data>', b'['),
@@ -1596,6 +1504,8 @@ XML_AS_JSON = (
     (b'</member>', b''),
     (b'<name>', b'"'),
     (b'</name>', b'":'),
+    (b'<param>', b''),
+    (b'</param>', b''),
     # Line ends are as XML has them
     (b'\r\n', b'\n'),
     (b'\r', b'\n'),
@@ -1604,161 +1514,90 @@ XML_AS_JSON = (
     (b'\0}', b'}'),
     (b'\0\n}', b'}'),
     (b'\0\n\n}', b'}'),
-    (b'\0', b','))
-XML_HEAD = re.compile(rb'\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
-                      rb'(?:<params>\s{0,9}<param>|(<fault>))')
-XML_TAIL = re.compile(rb'(?:</param>\s{0,9}</params>|</fault>)\s{0,9}</methodResponse>\s{0,9}\Z')
-XML_ENTITIES = (
+    (b'\0', b','),
     (b'&lt;', b'<'),
     (b'&gt;', b'>'),
     (b'&quot;', b'\\"'),
     (b'&apos;', b"'"),
-    (b'&#13;', b'\\r'),
     (b'&amp;', b'&'))
-
-
-def xml_loads(content: bytes | bytearray, limit: int) -> Any:
-    """Return the value in an unusual answer, read by xmlrpc.client, which takes more memory."""
-    if b'<!' in content:
-        raise Unreachable('the answer has a DTD or the like, which is refused')
-    if len(content) > limit // 2:
-        raise Unreachable('the answer is not XML-RPC as rTorrent writes it, and too large for it')
-    import xmlrpc.client
-    try:
-        value = xmlrpc.client.loads(content.decode('utf-8', 'replace'), use_builtin_types=True)
-        # It reads what is nested too deep for anybody else
-        repr(value)
-        return value[0][0]
-    except xmlrpc.client.Fault as fault:
-        raise rpc_fault(vars(fault)) from None
-    # Of many kinds, as the damage has it
-    except Exception:
-        raise Unreachable(f'the answer is not XML-RPC: {quoted(beginning(content))}') from None
+XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
+                        rb'<(params|fault)>(.*)</\1>\s{0,9}</methodResponse>\s{0,9}')
 
 
 def xml_from_base64(found: re.Match) -> bytes:
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
-    text = xml_escape(binascii.a2b_base64(found[1]).decode('utf-8', 'replace'))
-    return b'<string>%s</string>' % text.replace('\r', '&#13;').encode()
+    text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
+    return b'<string>%s</string>' % xml_escape(text).encode()
 
 
 def xml_as_json(inner: bytes) -> bytes:
-    """Return JSON text for what stands in the <param> of an answer; ValueError where it cannot."""
-    # NUL is a mark below
-    inner = inner.replace(b'\0', b'?')
+    """Return JSON text for what stands in an answer."""
     if b'<base64>' in inner:
         inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
     for tag, mark in XML_AS_JSON:
         inner = inner.replace(tag, mark)
-    if b'<' in inner:
-        raise ValueError('a tag that rTorrent does not send')
-    if b'&' in inner:
-        if inner.count(b'&') > sum(inner.count(entity) for entity, _ in XML_ENTITIES):
-            raise ValueError('an entity that rTorrent does not send')
-        for entity, character in XML_ENTITIES:
-            inner = inner.replace(entity, character)
-    return inner.rstrip(b'\n,')
+    return inner.strip(b'\n,')
 
 
 def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
-    head = XML_HEAD.match(content)
-    tail = XML_TAIL.search(content, max(len(content) - 100, 0))
-    if not head or not tail:
-        return xml_loads(content, limit)
-    # Text and value take enough memory
-    with memoryview(content) as view:
-        inner = bytes(view[head.end():tail.start()])
+    answer = XML_ANSWER.fullmatch(content)
     try:
-        inner = xml_as_json(inner)
-        text = json_text(inner, WEIGHT * limit - len(content))
-        del inner
-        value = json.loads(text, strict=False)
-    except ValueError:
-        return xml_loads(content, limit)
-    if head[1]:
+        if not answer:
+            raise ValueError
+        value = json.loads(json_text(xml_as_json(answer[2]), limit), strict=False)
+    except (ValueError, RecursionError):
+        raise Unreachable('the answer is not XML-RPC as rTorrent writes it: '
+                          + beginning(content)) from None
+    if answer[1] == b'fault':
         raise rpc_fault(value)
     return value
 
 
-def xml_answers(content: bytes | bytearray, count: int, limit: int = RPC_LIMIT) -> list:
-    """Return the answers to `count` calls, an RpcError in the place of each that failed."""
-    entries = xml_reply(content, limit)
+# JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
+# character, but a single name that is not UTF-8 turns a whole answer into an error.
+
+def json_batch(calls: list[tuple]) -> bytes:
+    """Return one request for many calls; their ids count from 0."""
+    return json.dumps([{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
+                       for number, (method, *params) in enumerate(calls)]).encode()
+
+
+def batch_answers(entries: Any, count: int) -> list:
+    """Return the answers to `count` calls, an RpcError in the place of each that failed.
+
+    By XML an entry is [answer] or a fault, by JSON {'result': answer} or {'error': fault}.
+    """
     if not isinstance(entries, list) or len(entries) != count:
-        raise RpcError('system.multicall did not answer every call')
+        raise RpcError('not every call was answered')
     answers = []
     for entry in entries:
         if isinstance(entry, list) and entry:
             answers.append(entry[0])
+        elif isinstance(entry, dict) and 'result' in entry:
+            answers.append(entry['result'])
         else:
             answers.append(rpc_fault(entry))
-    return answers
-
-
-# JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
-# character, but a single name that is not UTF-8 turns a whole answer into an error.
-JSON_NOT_UTF8 = 'type_error.316'
-
-
-def json_batch(calls: list[tuple]) -> bytes:
-    """Return one request for many calls; their ids count from 0."""
-    items = [{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
-             for number, (method, *params) in enumerate(calls)]
-    try:
-        return json.dumps(items).encode()
-    except (TypeError, ValueError) as error:
-        raise RpcError(f'this cannot be sent to rTorrent: {error}') from None
-
-
-def json_answers(text: str, count: int) -> list:
-    """Return the answers to `count` calls, an RpcError in the place of each that failed.
-
-    Raises it where there is no answer to all, as when one text in it is not UTF-8.
-    """
-    items = None
-    with contextlib.suppress(ValueError):
-        items = json.loads(text)
-    if not isinstance(items, list):
-        items = [items]
-    answers = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise Unreachable(f'the answer is not JSON-RPC: {quoted(text[:80])}')
-        if 'result' in item:
-            answers.append(item['result'])
-            continue
-        fault = rpc_fault(item.get('error'))
-        if len(items) < count or JSON_NOT_UTF8 in str(fault):
-            # One for all
-            raise fault
-        answers.append(fault)
-    if len(answers) != count:
-        raise RpcError('the batch did not answer every call')
     return answers
 
 
 # rTorrent 0.9.8 aborts over a command on files without the file's index, be it called, among the
 # fields of a list, or one of the commands that others run. The latter may hold names of torrents:
 # they are no commands unless they begin so.
-FILE_COMMAND = re.compile(r'(?<![\w.])f\.(?!multicall)[a-z]')
-RUNS_COMMANDS = re.compile(r'load\.|branch$')
+FILE_COMMAND = re.compile(r'(?:^|\$) {0,9}f\.(?!multicall)[a-z]')
+RUNS_COMMANDS = re.compile(r'load\.|branch$|[dtp]\.multicall')
 
 
-def refuse_deadly(method: str, params: Iterable) -> None:
+def refuse_deadly(method: str, params: list) -> None:
     """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
-    params, deadly = list(params), False
-    # What f.multicall runs has an index
-    words = [param.partition('f.multicall')[0].lstrip('$ ')
-             for param in params if isinstance(param, str)]
     if method == 'system.multicall':
         for entry in params[0]:
             refuse_deadly(entry['methodName'], entry['params'])
-    elif FILE_COMMAND.match(method):
+    deadly = False
+    if FILE_COMMAND.match(method):
         deadly = ':f' not in str(params[:1])
-    elif '.multicall' in method and not method.startswith('f.'):
-        deadly = any(FILE_COMMAND.search(word) for word in words)
     elif RUNS_COMMANDS.match(method):
-        deadly = any(FILE_COMMAND.match(word) for word in words[1:])
+        deadly = any(FILE_COMMAND.search(param) for param in params if isinstance(param, str))
     if deadly:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
@@ -1769,27 +1608,12 @@ class Transport:
     def __init__(self, carry: Callable[[bytes], Any]):
         self.carry = carry
 
-    def request(self, host: str, handler: str, body: bytes, verbose: bool = False) -> tuple:
+    def request(self, host, handler, body, verbose=False):
         """Return what a call answers, alone in a tuple; host and handler are placeholders."""
         return (self.carry(body),)
 
     def close(self) -> None:
         """Do nothing: there is a connection for each call."""
-
-
-@functools.lru_cache(None)
-def proxy_class() -> Any:
-    """Return the class of what Engine.open() gives, a ServerProxy that takes more values."""
-    import xmlrpc.client
-
-    class Proxy(xmlrpc.client.ServerProxy):
-        # What every call of a ServerProxy goes through is its private __request.
-        def _ServerProxy__request(self, method: str, params: tuple) -> Any:
-            refuse_deadly(method, params)
-            request = super()._ServerProxy__request         # type: ignore[misc]
-            return request(method, tuple(sendable(params)))
-
-    return Proxy
 
 
 # --- Engine ----------------------------------------------------------------------------------
@@ -1812,11 +1636,30 @@ GAUGES = {
     'max_open_sockets': 'network.max_open_sockets',
     'open_files': 'network.open_files',
     'max_open_files': 'network.max_open_files'}
-ABOUT = ('view.list session.name session.path system.cwd system.client_version '
-         'system.library_version system.pid startup_time network.rpc.use_jsonrpc').split()
+# What is asked of an rTorrent first -> what to take where it does not tell
+ABOUT = {
+    'system.listMethods': [],
+    'view.list': [],
+    'session.name': '',
+    'session.path': '',
+    'system.cwd': '',
+    'system.client_version': '?',
+    'system.library_version': '?',
+    'system.pid': 0,
+    'startup_time': 0,
+    'network.rpc.use_jsonrpc': 0}
 RC_FILES = ['$XDG_CONFIG_HOME/rtorrent/rtorrent.rc', '~/.config/rtorrent/rtorrent.rc',
             '~/.rtorrent.rc']
-RC_ADDRESS = ('network.scgi.open_local', 'scgi_local', 'network.scgi.open_port', 'scgi_port')
+# Other names of commands of an rc
+RC_NAMES = {
+    'scgi_local': 'network.scgi.open_local',
+    'scgi_port': 'network.scgi.open_port',
+    'session': 'session.path',
+    'session.path.set': 'session.path'}
+RC_COMMENT = re.compile(r'(?m)^[ \t]{0,99}#.*')
+# A semicolon ends a command, but in quotes
+RC_COMMAND = re.compile(r'(?:[^";\n]|"[^"\n]*"?)+')
+RC_CALL = re.compile(r'\(\s{0,99}([\w.]{1,99})\s{0,99}(?:,([^()]*))?\)')
 # Characters of an rc that are read
 RC_LIMIT = 1 << 20
 
@@ -1840,22 +1683,16 @@ class Stats(NamedTuple):
     rpc_time: float                     # seconds that rTorrent took to tell all this
 
 
-def process_start(pid: int, address: Address) -> float | None:
-    """Return when a local rTorrent process was started, in Unix seconds; None if not known."""
-    if not address.is_local():
-        return None
-    try:
-        with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as stat:
-            name, _, fields = stat.read().partition('(')[2].rpartition(')')
-        # The pid belongs to a container
-        if not name.startswith('rtorrent'):
-            return None
-        # Ticks after boot at which it began: proc(5)
-        ticks = int(fields.split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-    booted = time.time() - elapsed_time()
-    return booted + ticks / os.sysconf('SC_CLK_TCK')
+def process_start(pid: int) -> float:
+    """Return when a process of rTorrent was started here, in Unix seconds; 0 if not known."""
+    with contextlib.suppress(OSError), open(f'/proc/{pid}/stat', 'rb') as stream:
+        name, _, fields = stream.read().rpartition(b')')
+        # Else the pid belongs to a container
+        if b'(rtorrent' in name:
+            # Ticks after boot at which it began: proc(5)
+            ticks = int(fields.split()[19])
+            return time.time() - elapsed_time() + ticks / os.sysconf('SC_CLK_TCK')
+    return 0
 
 
 def without_errors(answers: list) -> list:
@@ -1866,27 +1703,15 @@ def without_errors(answers: list) -> list:
     return answers
 
 
-def typed(answer: Any, unknown: Any) -> Any:
-    """Return an answer if it is of the same type as `unknown`, else that."""
-    if isinstance(answer, type(unknown)):
-        return answer
-    return unknown
-
-
-def texts(answer: Any) -> frozenset[str]:
-    """Return the texts in an answer that is a list."""
-    return frozenset(item for item in typed(answer, []) if isinstance(item, str))
-
-
 class Engine:
     """One rTorrent; every method raises RpcError when it does not answer as it should.
 
-    What it is and offers is in the attributes once ask(), tell(), has() or reach() was called.
+    What it is and offers is in the attributes once ask(), tell() or reach() was called.
     aliases: of trackers, name -> beginnings of their URLs.
     """
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
-                 aliases: dict[str, list[str]] | None = None, same_files: bool = False):
+                 aliases: dict | None = None, same_files: bool = False):
         self.address = parse_address(url)
         # Its paths mean our files, whatever can be proven of that
         self.same_files = same_files
@@ -1894,37 +1719,37 @@ class Engine:
         self.limit = limit
         self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
-        # Guards gone_since
-        self.lock = threading.Lock()
         # In elapsed time
         self.gone_since: float | None = None
-        # What reach() knows is of this socket file
-        self.stamp: tuple | None = None
-        self.methods = texts([])
-        self.views = texts([])
+        # For which socket file, or minute, the following was asked
+        self.stamp: Any = None
+        self.methods: frozenset = frozenset()
+        self.views: frozenset = frozenset()
         self.engine_id = ''
         self.session_path = ''
         self.cwd = ''
+        self.version = ''
+        # Unix seconds, 0 where that is not known
+        self.startup = 0.0
+        self.speaks_json = False
         # What is worth a line of the log only once
         self.said: set[str] = set()
-        self.versions = ('', '')
-        self.pid = 0
-        # Unix seconds
-        self.startup: float | None = None
-        self.speaks_json = False
-        # Questions whose answer JSON could not carry
-        self.xml_only: set[str] = set()
 
     def open(self) -> Any:
         """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
-        transport = Transport(self.carry)
-        return proxy_class()('http://rtorrent/RPC2', transport=transport)
+        import xmlrpc.client
+        engine = self
 
-    def carry(self, body: bytes) -> Any:
-        """Return the answer to one methodCall."""
-        method = body.partition(b'<methodName>')[2].partition(b'<')[0].decode()
-        with self.exchange(method):
-            return xml_reply(self.send(body, 'text/xml'), self.limit)
+        class Proxy(xmlrpc.client.ServerProxy):
+            # What every call of a ServerProxy goes through is its private __request.
+            def _ServerProxy__request(self, method, params):
+                request = super()._ServerProxy__request     # type: ignore[misc]
+                engine.reach()
+                with engine.exchange([(method, *params)]):
+                    return request(method, tuple(sendable(params)))
+
+        transport: Any = Transport(self.carry)
+        return Proxy('http://rtorrent/RPC2', transport)
 
     def ask(self, calls: Iterable[tuple]) -> list:
         """Return the answers to many questions, (method, *params) each, in one round trip.
@@ -1932,120 +1757,108 @@ class Engine:
         In the place of one that failed is its RpcError. Questions only: they may be sent twice.
         """
         self.reach()
-        return self.in_parts(calls, self.best_answers)
+        if self.speaks_json:
+            return self.in_parts(calls, self.by_json)
+        return self.in_parts(calls, self.by_xml)
 
     def tell(self, calls: Iterable[tuple]) -> list:
         """Return the answers to commands, as ask() does; these are never sent twice."""
         self.reach()
-        return self.in_parts(calls, self.answers_by_xml)
+        return self.in_parts(calls, self.by_xml)
 
     def in_parts(self, calls: Iterable[tuple], get: Callable[[list[tuple]], list]) -> list:
         """Return the answers to calls, of which each request takes BATCH."""
-        left, answers = list(calls), []
-        for start in range(0, len(left), BATCH):
-            part = left[start:start + BATCH]
-            name = part[0][0]
-            if len(part) > 1:
-                name = f'a batch from {name} on'
-            with self.exchange(name):
-                for method, *params in part:
-                    refuse_deadly(method, params)
-                found = get(part)
-            for (method, *_), answer in zip(part, found):
-                if isinstance(answer, RpcError):
-                    answer = self.failed(answer, method)
-                answers.append(answer)
+        calls = list(calls)
+        answers: list = []
+        for start in range(0, len(calls), BATCH):
+            part = calls[start:start + BATCH]
+            with self.exchange(part):
+                answers += get(part)
+        for number, answer in enumerate(answers):
+            if isinstance(answer, RpcError):
+                answers[number] = self.failed(answer, calls[number][0])
         return answers
 
-    def best_answers(self, calls: list[tuple]) -> list:
-        """Return the answers to questions that go out together, by JSON where it serves."""
-        question = repr([(method, *params[1:]) for method, *params in calls])
-        if not self.speaks_json or question in self.xml_only:
-            return self.answers_by_xml(calls)
-        text = json_text(self.send(json_batch(calls), 'application/json'), WEIGHT * self.limit)
+    def by_json(self, calls: list[tuple]) -> list:
+        """Return the answers to questions, asked by XML where JSON cannot carry them."""
         try:
-            return json_answers(text, len(calls))
-        except RpcError as error:
-            if JSON_NOT_UTF8 not in str(error):
-                raise
-        if len(self.xml_only) >= 1000:
-            self.xml_only.clear()
-        self.xml_only.add(question)
-        return self.answers_by_xml(calls)
+            text = json_text(self.send(json_batch(calls), 'application/json'), self.limit)
+            return batch_answers(json.loads(text), len(calls))
+        except Unreachable:
+            raise
+        except (RpcError, TypeError, ValueError, RecursionError):
+            return self.by_xml(calls)
 
-    def answers_by_xml(self, calls: list[tuple]) -> list:
+    def by_xml(self, calls: list[tuple]) -> list:
         """Return the answers to calls that go out together, by XML."""
-        content = self.send(xml_batch(calls), 'text/xml')
-        return xml_answers(content, len(calls), self.limit)
+        return batch_answers(self.carry(xml_batch(calls)), len(calls))
 
-    def send(self, body: bytes, content_type: str) -> bytearray:
+    def carry(self, body: bytes) -> Any:
+        """Return the answer to one methodCall."""
+        return xml_reply(self.send(body, 'text/xml'), self.limit)
+
+    def send(self, body: bytes, content_type: str) -> bytes | bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        request = scgi_request
+        request: Callable = scgi_request
         if self.address.kind == 'http':
             request = http_request
-        self.log.log(TRACE, 'to %s: %s', self.address.where, quoted(beginning(body), 400))
         return request(self.address, body, content_type, self.timeout, self.limit)
 
     @contextlib.contextmanager
-    def exchange(self, name: str) -> Iterator[None]:
-        """Let what fails in here say where and in which call, and notice whether it does."""
+    def exchange(self, calls: list[tuple]) -> Iterator[None]:
+        """Let what fails in here say where and in which call; log that rTorrent goes or is back.
+
+        An error that says so counts as told. Deadly calls are refused.
+        """
+        method = calls[0][0]
         try:
-            try:
-                yield
-            except RecursionError:
-                raise RpcError('the answer is nested too deep') from None
-        except RpcError as error:
-            named = self.failed(error, name)
-            self.notice(named)
+            for name, *params in calls:
+                refuse_deadly(name, params)
+            yield
+        except Unreachable as error:
+            named = self.failed(error, method)
+            named.told = True
+            if self.gone_since is None:
+                self.gone_since = elapsed_time()
+                self.log.warning('%s', named)
             raise named from None
-        self.notice(None)
+        except RpcError as error:
+            raise self.failed(error, method) from None
+        since, self.gone_since = self.gone_since, None
+        if since is not None:
+            self.log.info('%s answers again, after %s', self.address.where,
+                          show_duration(elapsed_time() - since))
 
     def failed(self, error: RpcError, method: str) -> RpcError:
-        """Return the error that says where and which call failed; look again if need be."""
+        """Return the error that says where and which call failed."""
         if isinstance(error, Unreachable) or error.code in MISSING:
             # It may have been restarted or upgraded
             self.stamp = None
         return type(error)(f'{self.address.where}: {method}: {error}', error.code)
 
-    def notice(self, error: RpcError | None) -> None:
-        """Log that rTorrent has gone, or is back; an error that says so counts as told."""
-        with self.lock:
-            if isinstance(error, Unreachable):
-                error.told = True
-                if self.gone_since is None:
-                    self.gone_since = elapsed_time()
-                    self.log.warning('%s', error)
-            elif self.gone_since is not None:
-                self.log.info('%s answers again, after %s', self.address.where,
-                              show_duration(elapsed_time() - self.gone_since))
-                self.gone_since = None
-
     def reach(self) -> None:
-        """Look what rTorrent is and offers, unless that is known; RpcError if it is away."""
-        stamp = None
-        # A restarted rTorrent makes a new socket file
+        """Ask what rTorrent is and offers, unless that is known; RpcError if it is away."""
+        # A restarted rTorrent makes a new socket file; a port is looked at once a minute
+        stamp: Any = elapsed_time() // 60
         with contextlib.suppress(OSError):
             found = os.stat(self.address.path)
             stamp = found.st_ino, found.st_ctime_ns
-        if self.stamp is None or stamp != self.stamp[0]:
+        if stamp != self.stamp:
             self.look()
-            self.stamp = (stamp,)
+            self.stamp = stamp
 
     def look(self) -> None:
         """Ask rTorrent who it is and what it offers."""
-        self.methods = texts(self.carry(xml_request('system.listMethods', [])))
-        if not self.methods:
-            raise RpcError(f'{self.address.where}: system.listMethods: this is no list of commands')
-        calls = [(command, '') for command in ABOUT]
-        answers = self.in_parts(calls, self.answers_by_xml)
-        views, name, path, cwd, client, library, pid, startup, by_json = answers
-        self.views = texts(views)
-        self.engine_id = typed(name, self.address.where)
-        self.session_path = typed(path, '')
-        self.cwd = typed(cwd, '')
-        self.versions = (typed(client, '?'), typed(library, '?'))
-        self.pid = typed(pid, 0)
-        self.startup = typed(startup, 0) or process_start(self.pid, self.address)
+        answers = self.in_parts([(command,) for command in ABOUT], self.by_xml)
+        without_errors(answers[:1])
+        found = [typed(answer, default) for answer, default in zip(answers, ABOUT.values())]
+        (methods, views, self.engine_id, self.session_path, self.cwd, client, library, pid,
+         self.startup, by_json) = found
+        self.methods = frozenset(map(str, methods))
+        self.views = frozenset(map(str, views))
+        self.version = f'{client}/{library}'
+        if not self.startup and self.address.is_local():
+            self.startup = process_start(pid)
         self.speaks_json = by_json == 1
 
     def say_once(self, text: str) -> None:
@@ -2054,27 +1867,15 @@ class Engine:
             self.said.add(text)
             self.log.warning('%s: %s', self.address.where, text)
 
-    def has(self, method: str) -> bool:
-        """Tell whether this rTorrent offers a command."""
-        self.reach()
-        return method in self.methods
-
     def has_view(self, view: str) -> bool:
         """Tell whether this rTorrent had a view when it was looked at."""
         self.reach()
         return view in self.views
 
-    @property
-    def uptime(self) -> float | None:
-        """Seconds since rTorrent was started, None where that cannot be known."""
-        if self.startup is None:
-            return None
-        return max(time.time() - self.startup, 0)
-
     def stats(self) -> Stats:
         """Return rTorrent's figures, asked in one round trip."""
         self.reach()
-        calls: dict[str, tuple] = {'pid': ('system.pid', '')}
+        calls: dict[str, tuple] = {}
         for name, command in GAUGES.items():
             if command in self.methods:
                 calls[name] = (command, '')
@@ -2084,107 +1885,73 @@ class Engine:
         answers = self.ask(calls.values())
         rpc_time = time.perf_counter() - began
         told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
-        # It was restarted
-        if told.get('pid', self.pid) != self.pid:
-            self.stamp = None
-            self.reach()
+        uptime = None
+        if self.startup:
+            uptime = time.time() - self.startup
         return Stats(
             engine_id=self.engine_id,
-            version='/'.join(self.versions),
-            uptime=self.uptime,
+            version=self.version,
+            uptime=uptime,
             views={view: told.get(view) for view in VIEWS},
             rpc_time=rpc_time,
             **{name: told.get(name) for name in GAUGES})
 
 
-def split_outside(text: str, mark: str) -> list[str]:
-    """Return text split at marks that are outside of quotes and parentheses."""
-    parts: list[list[str]] = [[]]
-    depth = 0
-    for piece in re.findall(r'"[^"]*"?|[^"]', text):
-        if piece in '({':
-            depth += 1
-        elif piece in ')}':
-            depth -= 1
-        if piece == mark and depth <= 0:
-            parts.append([])
+def rc_value(value: str, settings: dict) -> str:
+    """Return what an rc's value comes to: (command,args) are worked out from the inside."""
+    # A name may stand for itself
+    for _ in range(100):
+        call = RC_CALL.search(value)
+        if not call or not value.startswith('('):
+            return value
+        name, rest = call.groups('')
+        args = [arg.strip() for arg in rest.split(',')]
+        if name == 'cat':
+            found = ''.join(args)
+        elif name == 'system.env':
+            found = os.environ.get(args[0], '')
+        elif name in settings:
+            found = settings[name]
+            # rTorrent's own ends so
+            if name == 'session.path':
+                found += '/'
         else:
-            parts[-1].append(piece)
-    return [''.join(part) for part in parts]
+            break
+        value = value[:call.start()] + found + value[call.end():]
+    raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {value!r}; '
+                    'set scgi_url in [TORQUE]')
 
 
-def rc_value(text: str, settings: dict, depth: int = 0) -> str:
-    """Return what an rc's value comes to: text, (command,args) or $command=args."""
-    text = text.strip()
-    if depth > 20:
-        raise UserError(f'rtorrent.rc: {text!r} refers to itself; set scgi_url in [TORQUE]')
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1]
-    if text.startswith('$'):
-        inner = text[1:].replace('=', ',', 1)
-    elif text.startswith('(') and text.endswith(')'):
-        inner = text[1:-1]
-    else:
-        return text
-    name, *args = split_outside(inner, ',')
-    name = name.strip()
-    values = [rc_value(arg, settings, depth + 1) for arg in args]
-    if name == 'cat':
-        return ''.join(values)
-    if name == 'system.env':
-        return os.environ.get(''.join(values), '')
-    if name not in settings:
-        raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {name!r}; '
-                        'set scgi_url in [TORQUE]')
-    value = rc_value(settings[name], settings, depth + 1)
-    if name == 'session.path':
-        value = os.path.join(os.path.expanduser(value), '')
-    return value
-
-
-def read_rc(path: str, settings: dict, seen: set[str]) -> None:
+def read_rc(path: str, settings: dict, seen: set) -> None:
     """Add the commands of an rc and of the files it imports to settings; later ones win.
 
     seen: the files that are read, none of which is read again: one may import itself.
     """
+    path = os.path.normpath(os.path.expanduser(path))
+    if path in seen:
+        return
+    seen.add(path)
     try:
-        path = os.path.realpath(path)
-        if path in seen:
-            return
-        seen.add(path)
         with open(path, encoding='utf-8', errors='replace') as stream:
             text = stream.read(RC_LIMIT).replace('\\\n', ' ')
     # Its name may hold a NUL
     except (OSError, ValueError) as error:
         raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
-    for line in text.splitlines():
-        if not line.lstrip().startswith('#'):
-            for command in split_outside(line, ';'):
-                read_command(path, command, settings, seen)
-
-
-def import_rc(path: str, value: str, settings: dict, seen: set[str]) -> None:
-    """Read what an rc imports; its name may be worked out from settings."""
-    target = os.path.expanduser(rc_value(value, settings))
-    read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
-
-
-def read_command(path: str, command: str, settings: dict, seen: set[str]) -> None:
-    """Add a command of an rc to settings, if it is one that tells something."""
-    key, equals, value = (part.strip() for part in command.partition('='))
-    if key == 'import':
-        import_rc(path, value, settings, seen)
-    elif key == 'try_import':
-        with contextlib.suppress(UserError):
-            import_rc(path, value, settings, seen)
-    elif key == 'method.insert':
-        name, *rest = split_outside(value, ',')
-        if len(rest) > 1:
-            settings[name.strip()] = rest[-1].strip()
-    elif key == 'session':
-        settings['session.path'] = value
-    elif equals:
-        settings[re.sub(r'\.set$', '', key)] = value
+    for command in RC_COMMAND.findall(RC_COMMENT.sub('', text)):
+        key, _, value = command.replace('"', '').partition('=')
+        key, value = key.strip(), value.strip()
+        if key in ('import', 'try_import'):
+            try:
+                target = os.path.expanduser(rc_value(value, settings))
+                read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
+            except UserError:
+                if key == 'import':
+                    raise
+        elif key == 'method.insert':
+            key, _, rest = value.partition(',')
+            settings[key.strip()] = rest.partition(',')[2].strip()
+        else:
+            settings[RC_NAMES.get(key, key)] = value
 
 
 def find_url(rc_file: str | None) -> str:
@@ -2201,13 +1968,9 @@ def find_url(rc_file: str | None) -> str:
             continue
         settings: dict = {}
         read_rc(path, settings, set())
-        for key in RC_ADDRESS:
-            if key not in settings:
-                continue
-            url = rc_value(settings[key], settings)
-            if key.endswith('local'):
-                return os.path.expanduser(url)
-            return 'scgi://' + url
+        for key in ('network.scgi.open_local', 'network.scgi.open_port'):
+            if key in settings:
+                return 'scgi://' + rc_value(settings[key], settings).replace('//', '/')
         raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
                         'set scgi_url in [TORQUE]')
     raise UserError('is not set in [TORQUE], and there is no '
@@ -5231,7 +4994,7 @@ class InfluxDB(Job):
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
             return []
-        said = one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(beginning(answer.body))
+        said = one_line(f'HTTP {answer.status} {answer.reason} ') + beginning(answer.body)
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
             parts = [lines[:half], lines[half:]]
@@ -8392,13 +8155,11 @@ class Daemon:
 
 def engine_status(engine: Engine) -> dict:
     """Return the state of an rTorrent, for --status."""
-    version = None
-    if any(engine.versions):
-        version = '/'.join(engine.versions)
     away_for = None
     if engine.gone_since is not None:
         away_for = elapsed_time() - engine.gone_since
-    return {'address': engine.address.where, 'version': version, 'away_for': away_for}
+    return {'address': engine.address.where, 'version': engine.version or None,
+            'away_for': away_for}
 
 
 def task_status(task: Task) -> dict:
@@ -8642,8 +8403,7 @@ def check(config: Config) -> int:
     for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
         try:
             engine.reach()
-            versions = one_line('/'.join(engine.versions))
-            print(f'{engine.address.where}: rTorrent {versions} answers')
+            print(f'{engine.address.where}: rTorrent {one_line(engine.version)} answers')
         except RpcError as error:
             if not error.told:
                 logging.getLogger('torque.engine').warning('%s', error)
