@@ -5098,6 +5098,9 @@ class LiveActionTest(Live):
         items['single'] = self.item('single', 20000)
         shutil.rmtree(self.data + '/linked')
         shutil.copytree(self.data + '/a b', self.data + '/linked', copy_function=os.link)
+        self.item('hard', 20000, self.path('elsewhere'))
+        os.remove(self.path('elsewhere/hard'))
+        os.link(self.data + '/single', self.path('elsewhere/hard'))
         self.write('rt/data/a b/mine', 'm')
         new = 'new, "place"/$d.name=/'
         for name, item in items.items():
