@@ -48,7 +48,6 @@ if __name__ == '__main__':              # nothing beside this file may shadow a 
 
 import ast
 import binascii
-import bisect
 import collections
 import configparser
 import contextlib
@@ -72,7 +71,8 @@ import stat
 import struct
 import threading
 import time
-from datetime import date, datetime, timedelta
+import traceback
+from datetime import datetime, timedelta
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
@@ -130,29 +130,21 @@ class HashNotFound(RpcError):
 TRUE = frozenset('yes true on y t 1 +'.split())
 FALSE = frozenset('no false off n f 0 -'.split())
 NUMBER = r'[0-9]{1,15}(?:\.[0-9]{1,15})?'
-DURATION = re.compile(rf'{NUMBER}|(?:{NUMBER}\s*[wdhms]\s*){{1,5}}')
-DURATION_PART = re.compile(rf'({NUMBER})\s*([wdhms]?)')
 DURATION_UNITS = {
     'w': 604800,
     'd': 86400,
     'h': 3600,
     'm': 60,
     's': 1}
+DURATION = re.compile(''.join(rf'(?:({NUMBER})\s*{unit}\s*)?' for unit in DURATION_UNITS))
 # In seconds: dates and timeouts of the system hold no more than some centuries.
 LONGEST = 10000 * DURATION_UNITS['w']
 SIZE = re.compile(rf'({NUMBER})\s*([bkmgt]?)(?:i?b)?')
-SIZE_UNITS = {
-    '': 1,
-    'b': 1,
-    'k': 1 << 10,
-    'm': 1 << 20,
-    'g': 1 << 30,
-    't': 1 << 40}
-SHOWN_UNITS = (                         # and the digits behind the point
-    ('B', 0),
-    ('KiB', 0),
-    ('MiB', 1),
-    ('GiB', 1))
+SHOWN_UNITS = {                         # and the digits behind the point
+    'B': 0,
+    'KiB': 0,
+    'MiB': 1,
+    'GiB': 1}
 
 
 def parse_bool(text: Any) -> bool:
@@ -165,6 +157,15 @@ def parse_bool(text: Any) -> bool:
     raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
+def added_up(text: str, pattern: re.Pattern, units: dict[str, int]) -> float | None:
+    """Return the seconds in numbers with units; None for what is written as something else."""
+    match = pattern.fullmatch(text)
+    if not match or not text:
+        return None
+    numbers = map(float, match.groups('0'))
+    return sum(map(operator.mul, numbers, units.values()))
+
+
 def parse_duration(text: Any) -> float:
     """Return the seconds in a length of time; a bare number is seconds.
 
@@ -172,12 +173,10 @@ def parse_duration(text: Any) -> float:
     (5400.0, 0.25, 15.0)
     """
     spelt = str(text).strip().lower()
-    seconds, units = 0.0, []
-    if DURATION.fullmatch(spelt):
-        for number, unit in DURATION_PART.findall(spelt):
-            seconds += float(number) * DURATION_UNITS[unit or 's']
-            units.append(unit)
-    if not units or len(set(units)) < len(units) or seconds > LONGEST:
+    if re.fullmatch(NUMBER, spelt):
+        spelt += 's'
+    seconds = added_up(spelt, DURATION, DURATION_UNITS)
+    if seconds is None or seconds > LONGEST:
         raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
                         'up to 10000w')
     return seconds
@@ -192,7 +191,7 @@ def parse_size(text: Any) -> int:
     match = SIZE.fullmatch(str(text).strip().lower())
     if not match:
         raise UserError(f'{text!r} is not a size; allowed are e.g. 100m 4g 1.5t')
-    return int(float(match[1]) * SIZE_UNITS[match[2]])
+    return int(float(match[1]) * 1024 ** 'bkmgt'.index(match[2]))
 
 
 def parse_count(text: Any) -> int:
@@ -226,7 +225,7 @@ def show_size(number: float) -> str:
     >>> show_size(1258291), show_size(512)
     ('1.2 MiB', '512 B')
     """
-    for unit, digits in SHOWN_UNITS:
+    for unit, digits in SHOWN_UNITS.items():
         if abs(number) < 1024:
             return f'{number:.{digits}f} {unit}'
         number /= 1024
@@ -272,7 +271,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 WEEKDAYS = tuple('mon tue wed thu fri sat sun'.split())
 MONTHS = tuple('jan feb mar apr may jun jul aug sep oct nov dec'.split())
 POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
-SECOND, DAY = timedelta(seconds=1), timedelta(1)
+SECOND, MINUTE, HOUR, DAY = (timedelta(seconds=number) for number in (1, 60, 3600, 86400))
 # A field's part: *, a, a-b, each perhaps with /step.
 PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
 
@@ -318,22 +317,18 @@ def field_value(word: str, field: Field) -> int:
     raise UserError(f'{field.name} {word!r} is not in {allowed}')
 
 
-def parse_position(part: str) -> tuple | None:
-    """Return (index, weekday) for `3rd sun`, `last fri`, (-1, None) for `last`; else None."""
-    if part == 'last':
-        return -1, None
-    position, _, weekday = part.partition(' ')
-    if weekday and position in POSITIONS:
-        return POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week'])
-    return None
-
-
-def parse_part(part: str, field: Field) -> Iterable[int]:
-    """Return the numbers of one part of a field.
+def parse_part(part: str, field: Field) -> Iterable:
+    """Return the numbers of one part of a field; for a position, its (index, weekday).
 
     part ::= ('*' | value | value '-' value) ['/' step]
+    position ::= 'last' | ('1st' ... '5th' | 'last') weekday      (of the field `day` alone)
     """
-    match = PART.fullmatch(part.strip())
+    position, _, weekday = part.partition(' ')
+    if field.name == 'day' and part == 'last':
+        return [(-1, None)]
+    if field.name == 'day' and weekday and position in POSITIONS:
+        return [(POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week']))]
+    match = PART.fullmatch(part)
     if not match:
         raise UserError(f'{field.name} {part!r} is not understood; '
                         'allowed are * */n a a-b a-b/n and lists of these')
@@ -358,7 +353,7 @@ def parse_part(part: str, field: Field) -> Iterable[int]:
     return range(low, high + 1, int(step or 1))
 
 
-def parse_field(text: str, field: Field) -> frozenset:
+def parse_field(text: str, field: Field) -> set:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
     field ::= (part | position) (',' (part | position))*
@@ -368,14 +363,8 @@ def parse_field(text: str, field: Field) -> frozenset:
     """
     allowed: set = set()
     for part in text.lower().split(','):
-        position = None
-        if field.name == 'day':
-            position = parse_position(part.strip())
-        if position:
-            allowed.add(position)
-        else:
-            allowed.update(parse_part(part, field))
-    return frozenset(allowed)
+        allowed.update(parse_part(part.strip(), field))
+    return allowed
 
 
 class Schedule:
@@ -403,36 +392,22 @@ class Interval(Schedule):
 
     def next(self, after: float) -> float:
         # By multiplication, so that rounding does not add up; it may still give `after` itself.
-        count = (after - self.start) // self.seconds + 1
-        due = self.start + count * self.seconds
+        due = self.start + ((after - self.start) // self.seconds + 1) * self.seconds
         if due <= after:
-            due = self.start + (count + 1) * self.seconds
+            due += self.seconds
         return due
 
 
-def first_from(numbers: list[int], low: int) -> int | None:
-    """Return the first of sorted numbers that is `low` or more, None where there is none."""
-    index = bisect.bisect_left(numbers, low)
-    if index == len(numbers):
-        return None
-    return numbers[index]
-
-
-def allowed_numbers(texts: dict[str, str], cron: bool) -> dict[str, Any]:
-    """Return the numbers that each field allows; cron: the days of its week begin on Sunday."""
-    names = list(FIELDS)
-    finest = max(names.index(name) for name in texts)
-    allowed: dict[str, Any] = {}
-    for index, (name, field) in enumerate(FIELDS.items()):
-        if cron and name == 'day_of_week':
-            numbers = parse_field(texts[name], CRON_WEEKDAY)
-            allowed[name] = {(number + 6) % 7 for number in numbers}
-        elif name in texts:
-            allowed[name] = parse_field(texts[name], field)
-        elif index < finest or name in ('week', 'day_of_week'):
-            allowed[name] = range(field.low, field.high + 1)
-        else:
-            allowed[name] = [field.low]
+def allowed_numbers(texts: dict[str, str], fields: dict[str, Field]) -> dict[str, Any]:
+    """Return the numbers that each field allows, of those that are left out as well."""
+    names = list(fields)
+    finest = max(map(names.index, texts))
+    allowed = {}
+    for index, (name, field) in enumerate(fields.items()):
+        text = '*'
+        if index > finest and name not in ('week', 'day_of_week'):
+            text = str(field.low)
+        allowed[name] = parse_field(texts.get(name, text), field)
     return allowed
 
 
@@ -445,139 +420,99 @@ class Calendar(Schedule):
     follow real time through clock changes. Else they keep to the wall: what a change skips
     is one run right after the gap, what comes twice runs the first time.
     """
+    # More than the days of 400 years, after which the calendar repeats.
+    MOST_STEPS = 160000
 
     def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
-        allowed = allowed_numbers(texts, cron)
-        # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
-        self.either = cron and '*' not in (texts['day'][0], texts['day_of_week'][0])
-        self.allowed = allowed
-        self.first_year = min(allowed['year'])
-        self.months = sorted(allowed['month'])
-        self.hours = sorted(allowed['hour'])
-        self.minutes = sorted(allowed['minute'])
-        self.seconds = sorted(allowed['second'])
-        # The first time of a day, on any day.
-        self.first_time = datetime(
-            2000, 1, 1, self.hours[0], self.minutes[0], self.seconds[0])
-        self.days = functools.lru_cache(64)(self.matching_days)
         self.zone = zone
-        self.every_hour = len(self.hours) == 24
+        self.either = False
+        if cron:
+            self.allowed = allowed_numbers(texts, {**FIELDS, 'day_of_week': CRON_WEEKDAY})
+            self.allowed['day_of_week'] = {(day + 6) % 7 for day in self.allowed['day_of_week']}
+            # As cron(5) has it: a field that begins with *, even */2, restricts nothing.
+            self.either = '*' not in (texts['day'][0], texts['day_of_week'][0])
+        else:
+            self.allowed = allowed_numbers(texts, FIELDS)
+        self.every_hour = len(self.allowed['hour']) == 24
 
-    def marked_days(self, days: list[date]) -> set[date]:
-        """Return the days of a month that the field `day` allows."""
-        marked = set()
-        for number in self.allowed['day']:
-            if isinstance(number, tuple):
-                index, weekday = number
-                among = [day for day in days if weekday in (None, day.weekday())]
-                if index < len(among):          # -1 is the last one; some have no 5th
-                    marked.add(among[index])
-            elif number <= len(days):
-                marked.add(days[number - 1])
-        return marked
-
-    def matching_days(self, year: int, month: int) -> list[date]:
-        """Return the days of one month that are allowed, in order."""
-        allowed = self.allowed
-        if year not in allowed['year'] or month not in allowed['month']:
-            return []
-        days = [date(year, month, 1) + DAY * number for number in range(31)]
-        days = [day for day in days if day.month == month]
-        marked, chosen = self.marked_days(days), []
-        for day in days:
-            fits = day in marked and day.weekday() in allowed['day_of_week']
-            if self.either:
-                fits = day in marked or day.weekday() in allowed['day_of_week']
-            if fits and day.isocalendar()[1] in allowed['week']:
-                chosen.append(day)
-        return chosen
-
-    def day_after(self, day: date) -> date:
-        """Return the first allowed day after one; ValueError: there is none."""
-        first = max(day.year, self.first_year)
-        for year in range(first, first + 401):      # the calendar repeats by then
-            for month in self.months:
-                for candidate in self.days(year, month):
-                    if candidate > day:
-                        return candidate
-        raise ValueError('there is no such date')
+    def fits_day(self, wall: datetime) -> bool:
+        """Tell whether a day is allowed, in a month that is."""
+        weekday = wall.weekday()
+        marks = {wall.day, ((wall.day - 1) // 7, weekday)}
+        if (wall + 7 * DAY).month != wall.month:
+            marks.add((-1, weekday))
+        if (wall + DAY).month != wall.month:
+            marks.add((-1, None))
+        marked = not marks.isdisjoint(self.allowed['day'])
+        on_weekday = weekday in self.allowed['day_of_week']
+        fits = marked and on_weekday
+        if self.either:
+            fits = marked or on_weekday
+        return fits and wall.isocalendar()[1] in self.allowed['week']
 
     def wall_from(self, wall: datetime) -> datetime:
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
-        if wall.date() in self.days(wall.year, wall.month):
-            if wall.hour in self.hours:
-                second = first_from(self.seconds, wall.second)
-                if second is not None and wall.minute in self.minutes:
-                    return wall.replace(second=second)
-                minute = first_from(self.minutes, wall.minute + 1)
-                if minute is not None:
-                    return wall.replace(minute=minute, second=self.seconds[0])
-            hour = first_from(self.hours, wall.hour + 1)
-            if hour is not None:
-                return self.first_time.replace(wall.year, wall.month, wall.day, hour)
-        day = self.day_after(wall.date())
-        return self.first_time.replace(day.year, day.month, day.day)
+        allowed = self.allowed
+        for _ in range(self.MOST_STEPS):
+            if wall.year not in allowed['year'] or wall.month not in allowed['month']:
+                wall = (datetime(wall.year, wall.month, 28) + 4 * DAY).replace(day=1)
+            elif not self.fits_day(wall):
+                wall = datetime(wall.year, wall.month, wall.day) + DAY
+            elif wall.hour not in allowed['hour']:
+                wall = wall.replace(minute=0, second=0) + HOUR
+            elif wall.minute not in allowed['minute']:
+                wall = wall.replace(second=0) + MINUTE
+            elif wall.second not in allowed['second']:
+                wall += SECOND
+            else:
+                return wall
+        raise ValueError('there is no such date')
 
-    def wall(self, seconds: float) -> datetime:
-        """Return the naive wall time at Unix seconds; its `fold` is 1 when it comes again."""
+    def wall(self, seconds: int) -> datetime:
+        """Return the naive wall time at Unix seconds."""
         return datetime.fromtimestamp(seconds, self.zone).replace(tzinfo=None)
 
     def unix(self, wall: datetime) -> int:
-        """Return the Unix seconds of a naive wall time; `fold` 1 means its second coming."""
-        return int(wall.replace(tzinfo=self.zone).timestamp())
-
-    def wall_at_zero(self, seconds: int) -> datetime:
-        """Return what the wall would show at Unix second 0 by the offset of `seconds`."""
-        return self.wall(seconds) - timedelta(0, seconds)
-
-    def change(self, low: int, high: int) -> int:
-        """Return the first second after `low` that has the offset of `high`."""
-        offset = self.wall_at_zero(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.wall_at_zero(middle) == offset:
-                high = middle
-            else:
-                low = middle
-        return high
+        """Return when the wall shows a time first, or one after it where a change skips it."""
+        # Of a time that is skipped, one is before the change, of one that comes twice, the first.
+        seconds = min(wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
+        first = int(seconds)
+        while self.wall(first) < wall:
+            first += 1
+        return first
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
-        start = int(after // 1) + 1
         try:
             if self.every_hour:
-                return self.by_real_time(start)
-            return self.by_wall(start)
+                return self.by_real_time(int(after // 1))
+            return self.by_wall(int(after // 1))
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
-    def by_real_time(self, start: int) -> int:
-        """Return the first second from `start` on whose wall time is allowed."""
+    def by_real_time(self, after: int) -> int:
+        """Return the first second after `after` whose wall time is allowed."""
+        second = after + 1
         while True:
-            wall = self.wall(start)
+            wall = self.wall(second)
             due = self.wall_from(wall)
-            ahead = min(due - wall, DAY)            # no two changes lie within a day
-            end = start + ahead // SECOND
-            shown = self.wall(end)
-            if shown - wall != ahead:
-                start = self.change(start, end)
-            elif shown == due:
-                return end
-            else:
-                start = max(end, self.unix(due - DAY))
+            if due == wall:
+                return second
+            end = self.unix(due - DAY)              # no two changes lie within a day
+            ahead = min(due - wall, DAY) // SECOND
+            while self.wall(second + ahead) != wall + ahead * SECOND:
+                end = second + 1
+                ahead //= 2                         # go near the change that is on the way
+            second = max(second + ahead, end)
 
-    def by_wall(self, start: int) -> int:
-        """Return the first second from `start` on that is allowed and not a repetition."""
-        wall = self.wall(start - 1)                 # `start` may be right after a gap
-        if wall.fold:                               # go to where the repetition ends
-            first = self.unix(wall.replace(fold=0))
-            change = self.change(first, start - 1)
-            wall = self.wall(change - 1)
-        due = self.wall_from(wall + SECOND)
-        seconds = self.unix(due)
-        if self.wall(seconds) == due:
-            return seconds
-        return self.change(self.unix(due.replace(fold=1)), seconds)         # skipped
+    def by_wall(self, after: int) -> int:
+        """Return the first second after `after` that is allowed and not a repetition."""
+        wall = self.wall(after)
+        while True:
+            wall = self.wall_from(wall + SECOND)
+            due = self.unix(wall)
+            if due > after:
+                return due
 
 
 class Croniter(Calendar):
@@ -627,8 +562,7 @@ def parse_cron(text: str, zone: Any) -> Schedule:
     """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
-    beyond = re.search('[lw#?]', unnamed)
-    if len(words) in (6, 7) or len(words) == 5 and beyond:
+    if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
         return Croniter(text, zone)
     if len(words) != 5:
         raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
@@ -666,22 +600,22 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule('every 1h30m').next(0), parse_schedule('*/5 * * * *').next(60)
     (5400.0, 300)
     """
-    text = str(text)
     fields, plain = parse_words(text)
     jitter = parse_duration(fields.pop('jitter', 0))
-    zone, named = None, CRON_NAMES.get(plain.lower())
+    zone = None
     if 'timezone' in fields:
         zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
                         '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
+    cron = CRON_NAMES.get(plain.lower(), plain)
     schedule: Schedule
     if fields:
         schedule = Calendar(fields, zone)
-    elif not named and (plain.lower().startswith('every ') or ' ' not in plain):
-        schedule = parse_interval(plain)
+    elif ' ' not in cron or cron.lower().startswith('every '):
+        schedule = parse_interval(cron)
     else:
-        schedule = parse_cron(named or plain, zone)
+        schedule = parse_cron(cron, zone)
     schedule.jitter = jitter
     if schedule.next(0) is None:
         raise UserError(f'schedule {text!r} can never fire: there is no such date')
@@ -1289,10 +1223,10 @@ def scgi_request(address: Address, body: bytes, content_type: str, seconds: floa
 
 
 class HttpAnswer(NamedTuple):
-    """What a web server said; headers.get() takes a name in any case."""
+    """What a web server said."""
     status: int
     reason: str
-    headers: Any
+    headers: Any                        # .get() takes a name in any case
     body: bytes
 
 
@@ -1668,7 +1602,7 @@ class Stats(NamedTuple):
     """The figures of an rTorrent; rates in bytes a second; None is what it does not tell."""
     engine_id: str
     version: str
-    uptime: float | None                # seconds
+    uptime: int | None                  # seconds
     up_rate: int | None
     up_limit: int | None                # 0 is none
     up_total: int | None
@@ -1887,7 +1821,7 @@ class Engine:
         told = {name: answer for name, answer in zip(calls, answers) if isinstance(answer, int)}
         uptime = None
         if self.startup:
-            uptime = time.time() - self.startup
+            uptime = int(time.time() - self.startup)
         return Stats(
             engine_id=self.engine_id,
             version=self.version,
@@ -2259,7 +2193,9 @@ TRAITS = {
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
 TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
-SECOND_LEVEL = 'co com net org ac gov edu'.split()
+# co and the like are part of a country's domain, as in example.co.uk
+DOMAIN = re.compile(
+    r'[^.]{1,63}\.(?:(?:co|com|net|org|ac|gov|edu)\.[a-z]{2}|[^.]{0,62}[a-z])\Z')
 
 
 class TorrentField(NamedTuple):
@@ -2267,11 +2203,6 @@ class TorrentField(NamedTuple):
     kind: str                           # text bool number size time duration tags files any
     needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
-
-    @property
-    def slow(self) -> bool:
-        """Does it cost more than a column of the list?"""
-        return not {*SOURCES, 'seen'}.isdisjoint(self.needs)
 
 
 def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
@@ -2287,7 +2218,9 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
     return os.path.join(cwd, place)
 
 
-def first_number(*values: Any) -> int:
+# The functions of fields take raw values as rTorrent gives them.
+
+def first_number(*values):
     """Return the first value that is a number above 0; 0 for a time that is not known."""
     for value in values:
         text = str(value)
@@ -2296,7 +2229,7 @@ def first_number(*values: Any) -> int:
     return 0
 
 
-def time_started(marks: str, start: float, end: float) -> float | None:
+def time_started(marks, start, end):
     """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
     None where pyrocore has left no marks.
@@ -2311,8 +2244,7 @@ def time_started(marks: str, start: float, end: float) -> float | None:
     return seconds
 
 
-def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, active: int,
-              now: float) -> float | None:
+def seed_time(marks, tm_completed, finished, complete, active, now):
     """Return for how long a complete item was seeded; None where that is not known."""
     completed = first_number(tm_completed, finished)
     if not complete or not completed:
@@ -2323,8 +2255,7 @@ def seed_time(marks: str, tm_completed: Any, finished: Any, complete: int, activ
     return seconds
 
 
-def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finished: Any,
-               now: float) -> float | None:
+def leech_time(marks, tm_started, began, tm_completed, finished, now):
     """Return for how long an item was downloaded; None where that is not known."""
     started = first_number(tm_started, began)
     end = first_number(tm_completed, finished) or now
@@ -2334,7 +2265,7 @@ def leech_time(marks: str, tm_started: Any, began: Any, tm_completed: Any, finis
     return seconds
 
 
-def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: Any) -> int:
+def time_stopped(marks, state, changed, tm_started, began):
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
     _, _, last = marks.rpartition('P')
     paused = first_number(last.partition('R')[0])
@@ -2343,43 +2274,35 @@ def time_stopped(marks: str, state: int, changed: int, tm_started: Any, began: A
     return first_number(changed)
 
 
-def time_active(last: Any, peers: int, now: float) -> int:
-    """Return when an item last had peers."""
-    if peers:
+def last_time(now, noted, *signs):
+    """Return when there last were signs of life, such as peers or a rate."""
+    if any(signs):
         return int(now)
-    return first_number(last)
+    return first_number(noted)
 
 
-def time_moved(last: Any, up: int, down: int, now: float) -> int:
-    """Return when data of an item was last transferred."""
-    return time_active(last, up + down, now)
-
-
-def session_file(folder: str, info_hash: str) -> str:
+def session_file(folder, info_hash):
     """Return the path of the metafile in rTorrent's session folder; nothing without one."""
     if not folder:
         return ''
     return f'{folder}{info_hash}.torrent'
 
 
-def percent_done(completed: int, size: int) -> float:
+def percent_done(completed, size):
     """Return how much of an item is there."""
     if not size:
         return 0.0
     return 100.0 * completed / size
 
 
-def domain_of(url: str) -> str:
-    """Return the registered domain of a tracker's host, or its number."""
-    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
-    labels = host.split('.')
-    if labels[-1].isdigit() or ':' in host:
-        return host
-    parts = 2
-    country = len(labels) > 2 and len(labels[-1]) == 2
-    if country and labels[-2] in SECOND_LEVEL:
-        parts = 3                       # as in example.co.uk
-    return '.'.join(labels[-parts:])
+def true_ratio(thousandths):
+    """Return uploaded by size."""
+    return thousandths / 1000
+
+
+def tags_of(text):
+    """Return the tags that an item has."""
+    return text.lower().split()
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -2396,10 +2319,14 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     for alias, beginnings in aliases.items():
         if any((part + '/').startswith(server) for part in beginnings):
             return alias
-    return domain_of(url)
+    host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
+    domain = DOMAIN.search(host)
+    if domain:
+        return domain[0]
+    return host
 
 
-def first_tracker(rows: list) -> str:
+def first_tracker(rows):
     """Return the first enabled announce URL."""
     for url, enabled, *_ in rows:
         if enabled and url != 'dht://':
@@ -2407,45 +2334,37 @@ def first_tracker(rows: list) -> str:
     return ''
 
 
-def alias_of(rows: list, aliases: dict[str, list[str]]) -> str:
+def alias_of(rows, aliases):
     """Return the name of the first enabled tracker."""
     return tracker_alias(first_tracker(rows), aliases)
 
 
-def most_seeders(rows: list) -> int:
-    """Return the seeders that the best tracker knows."""
-    return max([row[2] for row in rows], default=0)
+def most(column, rows):
+    """Return what the tracker says that knows of most peers."""
+    return max([row[column] for row in rows], default=0)
 
 
-def most_leechers(rows: list) -> int:
-    """Return the leechers that the best tracker knows."""
-    return max([row[3] for row in rows], default=0)
-
-
-def trackers_failed(rows: list) -> int:
+def trackers_failed(rows):
     """Return how many enabled trackers have failed since they last answered."""
-    number = 0
-    for _, enabled, _, _, failed, answered in rows:
-        if enabled and failed > answered:
-            number += 1
-    return number
+    return len([url for url, enabled, _, _, failed, answered in rows
+                if enabled and failed > answered])
 
 
-def file_names(rows: list) -> list[str]:
+def file_names(rows):
     """Return the paths of an item's files."""
     return [path for path, _ in rows]
 
 
-def file_kinds(rows: list, percent: int = 0) -> list[str]:
+def file_kinds(rows, percent=0):
     """Return the extensions of files that make up at least so many percent of the data.
 
-    The parts .r00, .r01 ... of an archive count as rar.
+    jpeg is jpg, mpeg is mpg; the parts r00, r01 ... of an archive count as rar.
     """
-    sizes: dict[str, int] = collections.Counter()
+    sizes: collections.Counter = collections.Counter()
     for path, size in rows:
         _, ending = os.path.splitext(path)
-        kind = ending.lstrip('.').lower()
-        if re.fullmatch('r[0-9][0-9]', kind):
+        kind = ending.lstrip('.').lower().replace('peg', 'pg')
+        if re.fullmatch('r[0-9]{2,3}', kind):
             kind = 'rar'
         sizes[kind] += size
     least = percent * sum(sizes.values())
@@ -2457,16 +2376,19 @@ def name_traits(name: str, kind: str) -> dict[str, str]:
     name = name[:255]                   # the patterns are quadratic
     if kind and name.endswith(kind):
         name = os.path.splitext(name)[0]
-    sorts = [trait for trait, kinds in TRAITS.items() if kind in kinds.split()]
-    if not sorts or sorts[0] in ('video', 'misc'):
+    sort = ''
+    for trait, kinds in TRAITS.items():
+        if kind in kinds.split():
+            sort = trait
+    if sort in ('', 'video', 'misc'):
         for trait, regex in (('tv', TV), ('movie', MOVIE)):
             match = regex.match(name)
             if match:
                 return {'kind': trait, **match.groupdict('')}
-    return {'kind': ''.join(sorts)}
+    return {'kind': sort}
 
 
-def guess_traits(name: str, rows: list) -> list[str]:
+def guess_traits(name, rows):
     """Return a classification such as ['tv', 'mkv'], empty where nothing is recognised."""
     kind = ''.join(file_kinds(rows, 51))
     sort = name_traits(name, kind)['kind']
@@ -2523,8 +2445,8 @@ COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
 MARKS = 'd.custom=activations'
 # name: kind, raw values in the order that the function takes them, the function
 MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
-    'ratio': ('number', 'd.ratio', lambda ratio: ratio / 1000),
-    'tagged': ('tags', 'd.custom=tags', lambda tags: tags.lower().split()),
+    'ratio': ('number', 'd.ratio', true_ratio),
+    'tagged': ('tags', 'd.custom=tags', tags_of),
     'path': ('text', PATH, data_path),
     'realpath': ('text', 'seen ' + PATH, seen_path),
     'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
@@ -2536,14 +2458,14 @@ MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
     'started': ('time', STARTED, first_number),
     'completed': ('time', COMPLETED, first_number),
     'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
-    'active': ('time', 'd.custom=last_active d.peers_connected now', time_active),
-    'last_xfer': ('time', 'd.custom=last_xfer d.up.rate d.down.rate now', time_moved),
+    'active': ('time', 'now d.custom=last_active d.peers_connected', last_time),
+    'last_xfer': ('time', 'now d.custom=last_xfer d.up.rate d.down.rate', last_time),
     'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
     'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
     'tracker': ('text', 'trackers', first_tracker),
     'alias': ('text', 'trackers aliases', alias_of),
-    'seeders': ('number', 'trackers', most_seeders),
-    'leechers': ('number', 'trackers', most_leechers),
+    'seeders': ('number', 'trackers', functools.partial(most, 2)),
+    'leechers': ('number', 'trackers', functools.partial(most, 3)),
     'trackers_failed': ('number', 'trackers', trackers_failed),
     'files': ('files', 'files', file_names),
     'kind': ('tags', 'files', file_kinds),
@@ -2554,9 +2476,8 @@ def all_fields() -> dict[str, TorrentField]:
     """Return the table of fields by name."""
     fields = {}
     for kind, words in PLAIN_FIELDS.items():
-        for word in words.split():
-            name, _, command = word.partition('=')
-            fields[name] = TorrentField(kind, ('d.' + (command or name),))
+        for name, command in re.findall(r'(\w+)=?(\S*)', words):
+            fields[name] = TorrentField(kind, (f'd.{command or name}',))
     for name, (kind, needs, value) in MADE_FIELDS.items():
         fields[name] = TorrentField(kind, tuple(needs.split()), value)
     return fields
@@ -2566,10 +2487,16 @@ TORRENT_FIELDS = all_fields()
 
 
 # Parts of the names of d. commands that change something, or the beginnings of parts
-CHANGING = frozenset(
-    'add check clear close create delete disable disconnect enable erase initialize insert open '
-    'pause push remove resume save set start stop tracker_announce tracker_send_scrape try unset '
-    'update'.split())
+CHANGING = re.compile(
+    r'(?<![^.])(?:add|check|clear|close|create|delete|disable|disconnect|enable|erase|initialize|'
+    r'insert|open|pause|push|remove|resume|save|set|start|stop|tracker_announce|'
+    r'tracker_send_scrape|try|unset|update)(?![^._])')
+
+
+def in_quotes(text: str) -> str:
+    """Return a text as an argument of a command of rTorrent."""
+    text = text.replace('\\', '\\\\').replace('"', '\\"')
+    return f'"{text}"'
 
 
 def torrent_field(name: str) -> TorrentField:
@@ -2577,30 +2504,30 @@ def torrent_field(name: str) -> TorrentField:
     if name in TORRENT_FIELDS:
         return TORRENT_FIELDS[name]
     stem, _, rest = name.partition('_')
-    if stem == 'custom' and rest in ('1', '2', '3', '4', '5'):
-        return TorrentField('text', (f'd.custom{rest}',))
     if stem == 'custom' and rest:
-        key = rest.replace('\\', '\\\\').replace('"', '\\"')
-        return TorrentField('text', (f'd.custom="{key}"',))
+        command = f'd.custom{rest}'
+        if not re.fullmatch('[1-5]', rest):
+            command = f'd.custom={in_quotes(rest)}'
+        return TorrentField('text', (command,))
     if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
         # as a column, what changes something would be done to every torrent
-        if any(CHANGING.intersection((part, part.partition('_')[0])) for part in rest.split('.')):
+        if CHANGING.search(rest):
             raise UserError(f'{name}: d.{rest} changes something: it is no field')
         return TorrentField('any', (f'd.{rest}',))
     raise UserError(f'{name!r} is no field of a torrent{nearest(name, TORRENT_FIELDS)}')
 
 
 AGE_UNITS = {
-    'y': 31536000,
+    '[yY]': 31536000,
     'M': 2592000,
-    'w': 604800,
-    'd': 86400,
-    'h': 3600,
-    'i': 60,
-    's': 1}
-AGE = re.compile('(?:[0-9]{1,6}[A-Za-z]){1,40}')
+    '[wW]': 604800,
+    '[dD]': 86400,
+    '[hH]': 3600,
+    '[iI]': 60,
+    '[sS]': 1}
+AGE = re.compile(''.join(f'(?:([0-9]{{1,6}}){unit})?' for unit in AGE_UNITS))
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
 ORDER = {                               # of limit and value, since the limit is known first
@@ -2609,34 +2536,41 @@ ORDER = {                               # of limit and value, since the limit is
     '<=': operator.ge,
     '>': operator.lt,
     '>=': operator.le}
+SIGNS = {
+    '+': '>',
+    '-': '<'}
+AGES = '8w 1d12h 1y6M, with M for months and i for minutes'
+ALLOWED = {
+    'number': '2 1.5',
+    'duration': AGES,
+    'time': f'2024-03-15 03/15/2024 15.03.2024T14:50, Unix seconds, {AGES}'}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
-MOST_CHARACTERS, MOST_IN_PATTERN, MOST_STARS, MOST_DEPTH = 4000, 500, 6, 50
+MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
 # held meanwhile, and a regex of the user may take quadratic time.
 MOST_MATCHED = 1000
-# A word is a keyword or pieces, some of them quoted. Only where a value begins, /.../ is a
-# regex: it may hold quotes and (without < = >) spaces, and keeps its backslashes.
+# A word is a keyword, nothing at the end, or pieces, some of them quoted. Only where a value
+# begins, /.../ is a regex: it may hold quotes and (without < = >) spaces; its backslashes stay.
 QUOTED = (
     r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
     r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
 PIECE = re.compile(QUOTED, re.S)
-WORD = re.compile(r'\s*(?:(\[|\]|OR|NOT)(?!\S)|(!)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
+WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
 CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
-GLOB_PIECE = re.compile(r'\*+|\[!?\]?[^]]{0,99}\]|.', re.S)
-JOINING_WORDS = ('and', 'or', 'not', '&', '&&', '|', '||', '')
+STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
+# Words that cannot be meant as the name of a torrent
+NO_NAME = re.compile(
+    r'[][]{0,9}(?:and|or|not|&&?|\|\|?|#)?[][]{0,9}|(?!/)[^=<>]*[=<>].*', re.I | re.S)
+POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
-def mistake(what: str, text: str, at: int, why: Any) -> UserError:
+def mistake(what: str, text: str, at: int, why) -> UserError:
     """Return the error that shows a text of the user with a mark at the place."""
-    before = ' '.join(text[:at].split())
-    after = ' '.join(text[at:].split())
-    if len(before) > 90:
-        before = '...' + before[-87:]
-    if len(after) > 40:
-        after = after[:37] + '...'
+    before = ' '.join(text[:at].split())[-90:]
+    after = ' '.join(text[at:].split())[:40]
     shown = f'{before} <-- here {after}'.strip()
     return UserError(f'{what} {quoted(shown, 600)}: {why}')
 
@@ -2646,12 +2580,9 @@ def glob_regex(glob: str) -> str:
 
     fnmatch has done so from Python 3.9 on.
     """
-    parts = ['']
-    for piece in GLOB_PIECE.findall(glob):
-        if piece.startswith('*'):
-            parts.append('')
-        else:
-            parts[-1] += fnmatch.translate(piece)[4:-3]         # without (?s: and )\Z
+    parts = []
+    for part in STARS.split(glob):
+        parts.append(fnmatch.translate(part)[4:-3])             # without (?s: and )\Z
     regex = parts[0]
     for number, part in enumerate(parts[1:-1]):
         regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
@@ -2663,11 +2594,9 @@ def glob_regex(glob: str) -> str:
 def text_pattern(text: str) -> Callable[[str], Any]:
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
-    stars = 0
-    if not regex:
-        stars = len(re.findall(r'\*+', text))
-    if len(text) > MOST_IN_PATTERN or stars > MOST_STARS or '{{' in text and not regex:
-        raise UserError(f'allowed are a /regex/, or a glob of {MOST_STARS} stars, no template')
+    if len(text) > MOST_IN_PATTERN or '{{' in text and not regex:
+        raise UserError(f'allowed are a /regex/ or a glob, up to {MOST_IN_PATTERN} characters, '
+                        'no template')
     if regex and REPEATED_REPEAT.search(CLASS_OR_ESCAPE.sub('x', regex[1])):
         # only the usual slip is caught
         raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
@@ -2675,187 +2604,140 @@ def text_pattern(text: str) -> Callable[[str], Any]:
     try:
         if regex:
             return re.compile(regex[1], re.I).search
-        return re.compile(glob_regex(text), re.I | re.S).fullmatch
+        # [x] as it stands is meant, too
+        return re.compile(f'{re.escape(text)}|{glob_regex(text)}', re.I | re.S).fullmatch
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
 
 
-def has_class(text: str) -> bool:
-    """Tell whether a value is a glob with a class of characters, as [TGx]* is."""
-    if text.lstrip('!:').startswith('/'):
-        return False
-    _, _, inside = text.partition('[')
-    return ']' in inside[1:]
-
-
-def parse_age(text: str) -> int | None:
+def parse_age(text: str) -> float | None:
     """Return the seconds in an age, None for what is written as something else.
 
-    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2024-03-15')
-    (129600, 5400, None)
+    >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2m')
+    (129600.0, 5400.0, None)
     """
-    if not AGE.fullmatch(text):
-        return None
-    seconds, units = 0, ['']
-    for number, unit in re.findall('([0-9]{1,6})([A-Za-z])', text):
-        if unit == 'm' and units[-1] in ('w', 'd', 'h'):
-            unit = 'i'                  # after these it is no month
-        elif unit == 'm':
-            raise UserError('m is months to pyrocore and minutes to pyrosimple; '
-                            'allowed are M for months and i for minutes')
-        elif unit != 'M':
-            unit = unit.lower()
-        if unit not in AGE_UNITS or unit in units:
-            raise UserError(f'{quoted(text)} is not an age; allowed are y M w d h i s, each once')
-        seconds += int(number) * AGE_UNITS[unit]
-        units.append(unit)
-    return seconds
+    # m is months to pyrocore and minutes to pyrosimple; after these it can only be minutes.
+    spelt = re.sub('([wdhWDH][0-9]{1,6})m', r'\1i', text)
+    return added_up(spelt, AGE, AGE_UNITS)
 
 
-def parse_time(text: str) -> float:
-    """Return the Unix seconds of a local date, or of Unix seconds.
+def parse_time(text: str) -> float | None:
+    """Return the Unix seconds of a local date, or of Unix seconds; None for anything else.
 
     A number below 10^8 (1973) is an age that lost its unit.
     """
-    if re.fullmatch('0|[1-9][0-9]{8,11}', text):
+    if re.fullmatch('[1-9][0-9]{8,11}', text):
         return int(text)
     spelt = text.upper().replace(' ', 'T')
     for day in DATE_FORMS:
         for clock in CLOCK_FORMS:
             with contextlib.suppress(ValueError, OverflowError):
                 return time.mktime(time.strptime(spelt, day + clock))
-    raise UserError(f'{quoted(text)} is not a time; allowed are e.g. 2w 1d12h 2024-03-15 '
-                    '03/15/2024 15.03.2024T14:50, Unix seconds')
+    return None
 
 
-# What a condition does with a value of a row, which comes last.
-
-def number_fits(order: Callable, limit: float, value: Any) -> bool:
-    """Compare what may be a number."""
-    if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
-        return False
-    return order(limit, float(value))
-
-
-def is_truth(wanted: bool, value: Any) -> bool:
-    """Tell whether a value is as true as it should be."""
-    return bool(value) is wanted
-
-
-def is_like(matches: Callable, text: str, value: Any) -> bool:
-    """Tell whether a text matches; [x] as it stands is meant, too."""
-    shown = str(value)[:MOST_MATCHED]
-    return matches(shown) is not None or shown.lower() == text
-
-
-def has_like(matches: Callable, text: str, value: list) -> bool:
-    """Tell whether one of several texts matches."""
-    return any(is_like(matches, text, part) for part in value)
-
-
-def has_only_like(matches: Callable, text: str, value: list) -> bool:
-    """Tell whether there are texts, and all of them match."""
-    if not value:
-        return False
-    return all(is_like(matches, text, part) for part in value)
+def parse_limit(kind: str, text: str) -> float:
+    """Return what a number, size, duration or time is compared with; of an age, its seconds."""
+    if kind == 'size':
+        return parse_size(text)
+    limit = None
+    if text == '0' or kind == 'number' and PLAIN_NUMBER.fullmatch(text):
+        limit = float(text)
+    elif kind != 'number':
+        limit = parse_age(text)
+    if limit is None and kind == 'time':
+        limit = parse_time(text)
+    if limit is None:
+        raise UserError(f'{quoted(text)} is not a {kind}; allowed are e.g. {ALLOWED[kind]}')
+    return limit
 
 
 def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
     """Return the test of a number, size, duration, time or, where the text is one, age."""
-    if op == '=' and text.startswith('+'):
-        op, text = '>', text[1:]
-    elif op == '=' and text.startswith('-'):
-        op, text = '<', text[1:]
-    order = ORDER[op]
-    plain = PLAIN_NUMBER.fullmatch(text)
-    if len(text) > 40 or kind in ('number', 'any') and not plain:
-        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. 2 and 1.5')
-    if kind == 'any':
-        return functools.partial(number_fits, order, float(text))
-    if kind == 'number':
-        return functools.partial(order, float(text))
-    if kind == 'size':
-        return functools.partial(order, parse_size(text))
-    limit: float | None = parse_age(text)
-    if op == '=' and not text.isdigit():
+    if op == '=' and text[:1] in SIGNS:
+        op, text = SIGNS[text[0]], text[1:]
+    if op == '=' and kind in ('time', 'duration') and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    if limit is None and kind == 'time':
-        limit = parse_time(text)
-    elif limit is None and text != '0':
-        raise UserError(f'{quoted(text)} is not a length of time; allowed are e.g. 8w 1d12h')
-    return functools.partial(order, limit or 0)
+    return functools.partial(ORDER[op], parse_limit(kind, text))
 
 
-def is_ordered(kind: str, op: str, text: str) -> bool:
-    """Tell whether a condition compares numbers; what d_NAME answers may be one, or text."""
-    if kind == 'any':
-        signed = text.startswith(('+', '-'))
-        return op != '=' or signed and PLAIN_NUMBER.fullmatch(text[1:]) is not None
-    return kind in ('number', 'size', 'time', 'duration')
+def text_test(kind: str, text: str) -> Callable[[Any], bool]:
+    """Return the test of a text, or of several; of tags, `:` is none and `:x` only x."""
+    several = kind in ('tags', 'files')
+    if several and text in ('', ':'):
+        return operator.not_
+    only = kind == 'tags' and text.startswith(':')
+    if only:
+        text = text[1:]
+    matches = text_pattern(text)
+
+    def test(value) -> bool:
+        if not several:
+            value = [value]
+        matching = [part for part in value if matches(str(part)[:MOST_MATCHED])]
+        if only and matching != value:
+            return False
+        return bool(matching)
+    return test
 
 
 def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
-    """Return the test of one value of a condition."""
-    if is_ordered(kind, op, text):
+    """Return the test of one value of a condition; what d_NAME answers may be a number."""
+    if kind == 'any' and (op != '=' or PLAIN_NUMBER.fullmatch(text.lstrip('+'))):
+        test = order_test('number', op, text)
+
+        def is_number(value) -> bool:
+            if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
+                return False
+            return test(float(value))
+        return is_number
+    if kind == 'size' or kind in ALLOWED:
         return order_test(kind, op, text)
     if op != '=':
         raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'bool':
-        return functools.partial(is_truth, parse_bool(text))
     if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
         raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
-    test = is_like
-    if kind in ('tags', 'files') and text in ('', ':'):
-        return operator.not_
-    if kind == 'tags' and text.startswith(':'):
-        test, text = has_only_like, text[1:]
-    elif kind in ('tags', 'files'):
-        test = has_like
-    return functools.partial(test, text_pattern(text), text.lower())
+    if kind != 'bool':
+        return text_test(kind, text)
+    if parse_bool(text):
+        return operator.truth
+    return operator.not_
 
 
-class Node(NamedTuple):
-    """Conditions joined, and how many of them need a second question.
-
-    test(row, now, possible): with `possible`, what the row lacks is taken to hold.
-    """
-    test: Callable
-    cost: int
-
-
-def leaf(name: str, field: TorrentField, op: str, text: str, negated: bool) -> Node:
+def leaf(name: str, kind: str, op: str, text: str, negated: bool) -> Callable:
     """Return one condition: False for an unknown value, also when it is negated."""
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
-    test = value_test(field.kind, op, text)
-    counts_back = field.kind == 'time' and parse_age(text.lstrip('+-')) is not None
+    test = value_test(kind, op, text)
+    when = text.lstrip('+-')
+    counts_back = kind == 'time' and parse_age(when) is not None
     unknown: tuple = (None,)
-    if field.kind == 'time' and text.lstrip('+-') != '0':
+    if kind == 'time' and when != '0':
         unknown = (None, 0)
 
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
+    def holds(row: Mapping, now: float) -> bool:
         value: Any = row.get(name)
+        if value is POSSIBLE:
+            return True
         if value in unknown:
-            return possible and name not in row
+            return False
         if counts_back:
             value = now - value
         return test(value) is not negated
-    return Node(holds, int(field.slow))
+    return holds
 
 
-def joined(nodes: list[Node], every: bool) -> Node:
-    """Return the Node of all or any of some, the cheap ones first."""
-    if len(nodes) == 1:
-        return nodes[0]
-    nodes = sorted(nodes, key=operator.attrgetter('cost'))
-    tests = [node.test for node in nodes]
+def joined(tests: list[Callable], every: bool) -> Callable:
+    """Return the test that all or any of some hold."""
+    if len(tests) == 1:
+        return tests[0]
 
-    def holds(row: Mapping, now: float, possible: bool) -> bool:
+    def holds(row: Mapping, now: float) -> bool:
         for test in tests:
-            if test(row, now, possible) is not every:
+            if test(row, now) is not every:
                 return not every
         return every
-    return Node(holds, sum(node.cost for node in nodes))
+    return holds
 
 
 def unquoted(piece: re.Match) -> str:
@@ -2863,15 +2745,6 @@ def unquoted(piece: re.Match) -> str:
     regex, double, single, escaped = piece.groups()
     text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
     return text.replace(',', COMMA)
-
-
-def is_no_name(text: str) -> bool:
-    """Tell whether a word alone cannot be meant as the name of a torrent."""
-    if text in TORRENT_FIELDS or text.lower().strip('[]') in JOINING_WORDS:
-        return True
-    if text.startswith('/'):
-        return False
-    return re.search('[=<>]', text) is not None
 
 
 class Filter:
@@ -2887,107 +2760,98 @@ class Filter:
     def __init__(self, text: str):
         self.text = text
         self.at = 0                     # end of the word in hand
-        self.key, self.word = '', ''    # the word in hand: a keyword, or a condition
-        self.needs: dict[str, TorrentField] = {}
+        self.key, self.word = '', ''    # the word in hand: a keyword, '' at the end, or None
+        self.fields: tuple = ()
         self.classes: list[str] = []
         try:
+            # Each bracket takes some of Python's stack.
+            if len(text) > MOST_CHARACTERS or text.split().count('[') > MOST_DEPTH:
+                raise UserError(f'too long; allowed are {MOST_CHARACTERS} characters and '
+                                f'{MOST_DEPTH} brackets')
             self.read_word()
-            self.root = self.expression(False, 0)
+            self.test = self.expression(False, '')
         except UserError as error:
             raise mistake('condition', text, self.at, error) from None
-        self.fields = tuple(self.needs)
 
     def match(self, row: Mapping, now: float | None = None) -> bool:
         """Tell whether a row meets the condition; ages count back from `now`."""
         if now is None:
             now = time.time()
-        return self.root.test(row, now, False)
-
-    def cheap(self, row: Mapping, now: float) -> bool:
-        """Tell whether a row may meet the condition once it has the fields that it lacks."""
-        return self.root.test(row, now, True)
+        return self.test(row, now)
 
     def read_word(self) -> None:
         """Take the next word in hand."""
-        if len(self.text) > MOST_CHARACTERS or COMMA in self.text:
-            raise UserError(f'this is too long, or holds a NUL; allowed are {MOST_CHARACTERS} '
-                            'characters')
-        self.key, self.word = 'END', ''
-        if not self.text[self.at:].strip():
-            return
         word = WORD.match(self.text, self.at)
         if not word:
             raise UserError('after this, a quote has no other half')
         self.at = word.end()
-        self.key = word[1] or ''
-        if word[2]:
-            self.key = 'NOT'
-        self.word = PIECE.sub(unquoted, word[3] or '')
+        self.key = word[1]
+        self.word = PIECE.sub(unquoted, word[2] or '')
 
-    def expression(self, negated: bool, depth: int) -> Node:
-        """expr ::= term ( 'OR' term )*"""
-        if depth > MOST_DEPTH:
-            raise UserError(f'brackets are nested too deep; allowed are {MOST_DEPTH}')
-        terms = [self.term(negated, depth)]
+    def expression(self, negated: bool, end: str) -> Callable:
+        """expr ::= term ( 'OR' term )*;  then comes ']', or the end"""
+        terms = [self.term(negated)]
         while self.key == 'OR':
             self.read_word()
-            terms.append(self.term(negated, depth))
-        if (self.key == ']') is not (depth > 0):
+            terms.append(self.term(negated))
+        if self.key != end:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
         return joined(terms, negated)                   # neither a nor b: not a, and not b
 
-    def term(self, negated: bool, depth: int) -> Node:
+    def term(self, negated: bool) -> Callable:
         """term ::= factor+"""
-        factors = [self.factor(negated, depth)]
-        while self.key not in ('OR', ']', 'END'):
-            factors.append(self.factor(negated, depth))
+        factors = [self.factor(negated)]
+        while self.key not in ('OR', ']', ''):
+            factors.append(self.factor(negated))
         return joined(factors, not negated)
 
-    def factor(self, negated: bool, depth: int) -> Node:
+    def factor(self, negated: bool) -> Callable:
         """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
-        while self.key == 'NOT':
+        while self.key in ('NOT', '!'):
             negated = not negated
             self.read_word()
-        if self.key == '[':
+        if self.key is None:
+            test = self.condition(negated)
+        elif self.key == '[':
             self.read_word()
-            node = self.expression(negated, depth + 1)
-        elif self.key:
-            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
+            test = self.expression(negated, ']')
         else:
-            node = self.condition(negated)
+            raise UserError('a condition is missing; allowed are e.g. ratio>2 *name* [ ... ]')
         self.read_word()
-        return node
+        return test
 
-    def condition(self, negated: bool) -> Node:
+    def condition(self, negated: bool) -> Callable:
         """condition ::= field op value | value;  value may be several, with commas"""
         name, op, value = 'name', '=', self.word
         match = CONDITION.fullmatch(self.word)
         if match:
             name, op, value = match.groups()
-        elif is_no_name(self.word):
+        elif self.word in TORRENT_FIELDS or NO_NAME.fullmatch(self.word):
             raise UserError('this is no condition; allowed are field=value without spaces, a glob, '
                             'NOT, OR, [ ... ] between spaces; side by side means and')
-        field = self.needs[name] = torrent_field(name)
+        kind = torrent_field(name).kind
+        if name not in self.fields:
+            self.fields += (name,)
         if op in ('!=', '<>'):
             negated = not negated
-        if op == '~':                                   # as in pyrocore
+        elif op == '~':                                 # as in pyrocore
             value = f'/{value}/'.replace(',', COMMA)
-        elif op == '==' and field.kind == 'tags':       # this one and no other
+        elif op == '==' and kind == 'tags':             # this one and no other
             value = ':' + value
-        if op in ('==', '!=', '<>', '~'):
-            op = '='
         values = [value]
-        if op == '=':
+        if op not in ORDER or op == '=':
+            op = '='
             values = value.split(',')
         if '' in values and len(values) > 1:
             raise UserError('a value is missing beside a comma')
-        nodes = []
+        tests = []
         for part in values:
             part = part.replace(COMMA, ',')
-            if has_class(part):
+            _, _, inside = part.partition('[')
+            if ']' in inside[1:] and not part.lstrip('!:').startswith('/'):
                 self.classes.append(f'{name}{op}{part}')
-            nodes.append(leaf(name, field, op, part, negated))
-        return joined(nodes, negated)
+            tests.append(leaf(name, kind, op, part, negated))
+        return joined(tests, negated)
 
 
 # --- Torrents --------------------------------------------------------------------------------
@@ -2999,7 +2863,7 @@ class Filter:
 class Torrent(dict):
     """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         try:
             return self[name]
         except KeyError:
@@ -3009,73 +2873,47 @@ class Torrent(dict):
         return f"{quoted(self['name'])} {self['hash']}"
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, list]:
+def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, Any]:
     """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
     commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
-    columns = []
-    for command in commands:
-        if '=' not in command:
-            command += '='
-        columns.append(command)
-    listing = ('d.multicall2', '', view, *columns)
-    rows, size = engine.ask([listing, ('view.size', '', view)])
-    for answer in (rows, size):
-        if isinstance(answer, RpcError):
-            raise RpcError(f'{engine.address.where}: view {view!r}: {answer}', answer.code)
+    cells = [re.sub('^([^=]*)$', r'\1=', command) for command in commands]
+    rows, size = without_errors(engine.ask([
+        ('d.multicall2', '', view, *cells),
+        ('view.size', '', view)]))
     # Half a list must not pass for the whole: what is not listed would count as gone.
-    if not isinstance(rows, list) or any(
-            not isinstance(row, list) or len(row) != len(columns) for row in rows):
-        rows = []
-    if len(rows) != size:
-        raise RpcError(f'{engine.address.where}: only {len(rows)} of the {size!r} items '
+    try:
+        listed = len([row for row in rows if len(row) == len(cells)])
+    except TypeError:                   # it is no list at all
+        listed = 0
+    if listed != size:
+        raise RpcError(f'{engine.address.where}: only {listed} of the {size!r} items '
                        f'of view {view!r} were listed')
     return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-class Listing:
-    """Torrents in the making: rows, and the raw values of each, which are dropped together."""
+def keep(columns: dict[str, Any], wanted: list[bool]) -> None:
+    """Drop the other torrents."""
+    for need, values in columns.items():
+        columns[need] = list(itertools.compress(values, wanted))
 
-    def __init__(self, engine: Engine, columns: dict[str, list], now: float):
-        self.engine, self.raw = engine, columns
-        self.rows = [Torrent() for _ in columns['d.hash']]
-        self.constants = {
-            'now': now,
-            'aliases': engine.aliases,
-            'session': engine.session_path,
-            'cwd': engine.cwd}
 
-    def keep(self, wanted: list[bool]) -> None:
-        """Drop the others."""
-        self.rows = list(itertools.compress(self.rows, wanted))
-        for need, values in self.raw.items():
-            self.raw[need] = list(itertools.compress(values, wanted))
+def ask_second(engine: Engine, columns: dict[str, Any], source: str) -> None:
+    """Add the answers to a second question; torrents that have gone meanwhile are dropped."""
+    method, cells = SOURCES[source]
+    answers = engine.ask([(method, item, '', *cells) for item in columns['d.hash']])
+    columns[source] = answers
+    # An item that was erased since the list was made is no error; anything else is.
+    keep(columns, [not isinstance(answer, HashNotFound) for answer in answers])
+    without_errors(columns[source])
 
-    def ask(self, source: str) -> None:
-        """Ask the second question; torrents that have gone meanwhile are dropped."""
-        method, cells = SOURCES[source]
-        calls = [(method, item, '', *cells) for item in self.raw['d.hash']]
-        answers = self.engine.ask(calls)
-        # An item that was erased since the list was made is no error; anything else is.
-        self.raw[source] = answers
-        self.keep([not isinstance(rows, HashNotFound) for rows in answers])
-        without_errors(self.raw[source])
 
-    def add(self, name: str, field: TorrentField) -> None:
-        """Work out a field of all rows."""
-        columns: list = []
-        for need in field.needs:
-            # Whether torque sees rTorrent's files costs a question: only who needs it asks.
-            if need == 'seen' and need not in self.constants:
-                self.constants[need] = sees_same_files(self.engine)
-            if need in self.constants:
-                columns.append(itertools.repeat(self.constants[need]))
-            else:
-                columns.append(self.raw[need])
-        values = columns[0]
-        if field.value:
-            values = map(field.value, *columns)
-        for row, value in zip(self.rows, values):
-            row[name] = value
+def add_field(columns: dict[str, Any], name: str, field: TorrentField) -> None:
+    """Work out a field of all rows."""
+    values = columns[field.needs[0]]
+    if field.value:
+        values = map(field.value, *[columns[need] for need in field.needs])
+    for row, value in zip(columns['row'], values):
+        row[name] = value
 
 
 def list_torrents(engine: Engine, view: str, names: Iterable[str],
@@ -3089,65 +2927,68 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     tested: tuple = ()
     if condition:
         tested = condition.fields
-    fields = {}
-    commands: list[str] = []
-    for name in ('hash', 'name', *tested, *names):
-        fields[name] = torrent_field(name)
-        commands += fields[name].needs
-    columns = fetch_columns(engine, view, commands)
-    listing = Listing(engine, columns, now)
+    fields = {name: torrent_field(name) for name in ('hash', 'name', *tested, *names)}
+    needs = [*itertools.chain.from_iterable(field.needs for field in fields.values())]
+    # Columns of raw values, and the rows in the making: they are dropped together.
+    columns: dict[str, Any] = fetch_columns(engine, view, needs)
+    columns['row'] = [Torrent(dict.fromkeys(tested, POSSIBLE)) for _ in columns['d.hash']]
+    constants = {
+        'now': now,
+        'aliases': engine.aliases,
+        'session': engine.session_path,
+        'cwd': engine.cwd}
+    # Whether torque sees rTorrent's files costs a question: only who needs it asks.
+    if 'seen' in needs:
+        constants['seen'] = sees_same_files(engine)
+    for need, value in constants.items():
+        columns[need] = itertools.repeat(value)
+    slow = {*SOURCES, 'seen'}
     for name in tested:
-        if not fields[name].slow:
-            listing.add(name, fields.pop(name))
+        if slow.isdisjoint(fields[name].needs):
+            add_field(columns, name, fields.pop(name))
     if condition:
-        listing.keep([condition.cheap(row, now) for row in listing.rows])
+        keep(columns, [condition.match(row, now) for row in columns['row']])
     # The second questions cost a call for each torrent, so only those that are left are asked.
     for source in SOURCES:
-        if any(source in field.needs for field in fields.values()):
-            listing.ask(source)
+        if source in needs:
+            ask_second(engine, columns, source)
     for name, field in fields.items():
-        listing.add(name, field)
-    if condition and not fields.keys().isdisjoint(tested):
-        return [row for row in listing.rows if condition.match(row, now)]
-    return listing.rows
+        add_field(columns, name, field)
+    if condition:
+        keep(columns, [condition.match(row, now) for row in columns['row']])
+    return columns['row']
 
 
 # A hostile metafile of 57 MB, all empty lists, took 2.2 GiB as Python's objects. So values are
 # skipped where they lie, and only those that somebody needs are built.
-BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):')
-AFTER_HEAD = {b'l': 'l', b'd': 'k'}
-AFTER_VALUE = {'l': 'l', 'k': 'v', 'v': 'k'}
+BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):|[ld]')
 UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
 METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
 
-def bencoded_end(content: bytes, at: int) -> int:
+def bencoded_text(content: bytes, at: int = 0) -> bytes | None:
+    """Return the text that begins there; None for anything else."""
+    head = BENCODED.match(content, at)
+    if not head or not head[2]:
+        return None
+    return content[head.end():head.end() + int(head[2])]
+
+
+def bencoded_end(content: bytes, at: int, depth: int = 0) -> int:
     """Return where the bencoded value that begins there ends; ValueError if it does not.
 
-    Nothing is built. What follows the value is ignored, as rTorrent ignores it.
+    Nothing is built. Only for a text at the very end, that may be where nothing is any more.
     """
-    inside = ['']                       # l in a list, k before a key of a dictionary, v after it
-    while True:
-        token = BENCODED.match(content, at)
-        head = content[at:at + 1]
-        state = inside[-1]
-        if token and (token[2] or state != 'k'):
-            at = token.end() + int(token[2] or 0)
-        elif head == b'e' and state in ('l', 'k'):
-            inside.pop()
-            at += 1
-        elif head in AFTER_HEAD and state != 'k' and len(inside) <= MOST_DEPTH:
-            inside.append(AFTER_HEAD[head])
-            at += 1
-            continue
-        else:
-            raise ValueError(f'not bencoded at byte {at}')
-        if at > len(content):
-            raise ValueError(f'not bencoded: it ends before byte {at}')
-        if len(inside) == 1:
-            return at
-        inside[-1] = AFTER_VALUE[inside[-1]]
+    head = BENCODED.match(content, at)
+    if not head or depth > MOST_DEPTH:
+        raise ValueError(f'not bencoded at byte {at}')
+    at = head.end() + int(head[2] or 0)
+    if head[0] in (b'l', b'd'):
+        while content[at:at + 1] != b'e':
+            at = bencoded_end(content, at, depth + 1)
+        at += 1
+    return at
 
 
 def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
@@ -3161,28 +3002,18 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
     """Give (key, start, end) of each value of a dictionary."""
+    if content[at:at + 1] != b'd':
+        raise ValueError(f'not bencoded: no dictionary at byte {at}')
     at += 1
     while content[at:at + 1] != b'e':
-        key = BENCODED.match(content, at)
-        if not key or not key[2]:
-            raise ValueError(f'not bencoded at byte {at}')
-        start = key.end() + int(key[2])
+        key, start = bencoded_text(content, at), bencoded_end(content, at)
+        if key is None:
+            raise ValueError(f'not bencoded: no key at byte {at}')
         at = bencoded_end(content, start)
-        yield content[key.end():start], start, at
+        yield key, start, at
 
 
-def scalar_at(content: bytes, at: int) -> Any:
-    """Return a text or a number, None for a list or a dictionary."""
-    token = BENCODED.match(content, at)
-    if not token:
-        return None
-    if token[1]:
-        return int(token[1])
-    start = token.end()
-    return content[start:start + int(token[2])]
-
-
-def bdecode(content: bytes, at: int = 0) -> Any:
+def bdecode(content: bytes, at: int = 0):
     """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
@@ -3194,7 +3025,9 @@ def bdecode(content: bytes, at: int = 0) -> Any:
     if head == b'd':
         members = bencoded_members(content, at)
         return {key: bdecode(content, start) for key, start, _ in members}
-    return scalar_at(content, at)
+    if head == b'i':
+        return int(content[at + 1:content.index(b'e', at)])
+    return bencoded_text(content, at)
 
 
 class Metafile(NamedTuple):
@@ -3203,71 +3036,64 @@ class Metafile(NamedTuple):
     info_hash: str
     name: str                           # bytes that are no UTF-8 are surrogates in it
     tracker: str
-    files_at: int | None                # where the list of files begins; None: a single file
+    sizes: bytes                        # list of files, or length of one, as it stands there
 
     def files(self) -> Iterator[Any]:
         """Give what it says of each file of several: b'path' and b'length', if it is in order."""
-        if self.files_at is not None:
-            for start, end in bencoded_items(self.content, self.files_at):
+        if self.sizes.startswith(b'l'):
+            for start, end in bencoded_items(self.sizes, 0):
                 if end - start > MOST_IN_ENTRY:
                     raise ValueError(f'a file that takes {end - start} bytes to describe')
-                yield bdecode(self.content, start)
+                yield bdecode(self.sizes, start)
 
     @property
     def main_file(self) -> str:
         """Return the name of the largest file."""
         largest, most = self.name, -1
         for entry in self.files():
-            with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+            with contextlib.suppress(KeyError, TypeError, IndexError, AttributeError):
                 length = entry[b'length']
                 if length > most:
-                    largest, most = text_of(entry[b'path'][-1]), length
+                    largest = entry[b'path'][-1].decode('utf-8', 'surrogateescape')
+                    most = length
         return largest
-
-
-def text_of(content: Any) -> str:
-    """Return bytes as text; nothing for anything else."""
-    if not isinstance(content, bytes):
-        return ''
-    return content.decode('utf-8', 'surrogateescape')
 
 
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    info_at, info_end, tracker = 0, 0, None
-    if not content.startswith(b'd'):
-        bencoded_end(content, 0)
-        raise ValueError('no `info` in it')
+    info_at, info_end, last = 0, 0, b''
+    facts = {}
     for key, start, end in bencoded_members(content, 0):
         if key == b'announce':
-            tracker = scalar_at(content, start)
-        elif key == b'info' and content[start:start + 1] == b'd':
+            facts[key] = content[start:end]
+        elif key == b'info':
             info_at, info_end = start, end
     if not info_at:
         raise ValueError('no `info` in it')
-    files_at, last = None, b''
-    facts = {}
-    for key, start, _ in bencoded_members(content, info_at):
+    for key, start, end in bencoded_members(content, info_at):
         # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
         last = key
-        if key in (b'name', b'length', b'pieces'):
-            facts[key] = scalar_at(content, start)
-        elif key == b'files' and content[start:start + 1] == b'l':
-            files_at = start
+        if key in (b'name', b'length', b'pieces', b'files'):
+            facts[key] = content[start:end]
     # The name becomes a file or folder, so it has to be one name.
-    name, pieces = facts.get(b'name'), facts.get(b'pieces')
-    if not isinstance(name, bytes) or UNUSABLE_NAME.fullmatch(name):
+    name = bencoded_text(facts.get(b'name', b''))
+    if name is None or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
-    if not isinstance(pieces, bytes) or not pieces or len(pieces) % 20:
+    pieces = bencoded_text(facts.get(b'pieces', b''))
+    sizes = facts.get(b'files') or facts.get(b'length', b'')
+    if not pieces or len(pieces) % 20 or not sizes.startswith((b'l', b'i')):
         raise ValueError('no pieces, or no length in it')
-    if files_at is None and not isinstance(facts.get(b'length'), int):
-        raise ValueError('no pieces, or no length in it')
+    tracker = bencoded_text(facts.get(b'announce', b'')) or b''
     info = memoryview(content)[info_at:info_end]
-    info_hash = hashlib.sha1(info).hexdigest().upper()
-    return Metafile(content, info_hash, text_of(name), text_of(tracker), files_at)
+    return Metafile(
+        content,
+        hashlib.sha1(info).hexdigest().upper(),
+        name.decode('utf-8', 'surrogateescape'),
+        tracker.decode('utf-8', 'surrogateescape'),
+        sizes)
 
 
 def read_metafile(path: str) -> Metafile:
@@ -3275,10 +3101,8 @@ def read_metafile(path: str) -> Metafile:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
         raise ValueError('no regular file')
-    if not status.st_size:
-        raise ValueError('empty')
-    if status.st_size > METAFILE_LIMIT:
-        raise ValueError(f'larger than {show_size(METAFILE_LIMIT)}')
+    if not 0 < status.st_size <= METAFILE_LIMIT:
+        raise ValueError(f'empty, or larger than {show_size(METAFILE_LIMIT)}')
     with open(path, 'rb') as stream:
         return parse_metafile(stream.read(status.st_size))
 
@@ -3989,11 +3813,12 @@ class PromisedSpace:
 
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
-CLOSING = {'{': '}}', '%': '%}', '#': '#}'}
-BRANCH = re.compile(r'(if|elif|else|endif)\b(.*)', re.S)
+BRANCH = re.compile(r'(if|elif)\b(.*)|(else|endif)', re.S)
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
-MARK = '\0'                             # stands for a value while the text around it is split
+# Stand for a value while the text around it is split: MARK, and a character for each value, of
+# those that Unicode leaves to private use
+MARK, FIRST_VALUE = '\0', 0xF0000
 COMPARE = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -4001,29 +3826,28 @@ COMPARE = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge}
+# What an expression may raise over what it does not fit
+MISFITS = (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError)
 
 
-def show(value: Any) -> str:
+def show(value) -> str:
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
     if value is None:
         return ''
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, (set, frozenset)):
-        value = sorted(value, key=str)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, set):
+        value = sorted(value)
+    if isinstance(value, list):
         return ' '.join(map(show, value))
     return str(value)
 
 
-def part_of(value: Any, name: str, other: Any = None) -> Any:
-    """Return a named part of a mapping; whatever else it is has none."""
-    part = None
-    if isinstance(value, Mapping):
-        part = value.get(name)
-    if part is None:
+def part_of(value, name: str, other: Any = None):
+    """Return a named part of a mapping."""
+    if value is None:
         return other
-    return part
+    return value.get(name, other)
 
 
 def stem_of(path: str) -> str:
@@ -4031,14 +3855,14 @@ def stem_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def show_time(when: Any) -> str:
+def show_time(when) -> str:
     """Return local date and time of Unix seconds, nothing for an unknown time."""
     if not when:
         return ''
     return time.strftime('%F %T', time.localtime(when))
 
 
-def value_or(value: Any, other: Any = '') -> Any:
+def value_or(value, other: Any = ''):
     """Return a value, or another where it is empty; 0 is not."""
     if value or value == 0:
         return value
@@ -4051,28 +3875,27 @@ TEXT_FILTERS: dict[str, Callable] = {
     'title': str.title,
     'replace': str.replace,
     'basename': os.path.basename,
+    'pathbase': os.path.basename,       # as pyrocore calls it
     'dirname': os.path.dirname,
-    'stem': stem_of}
-VALUE_FILTERS: dict[str, Callable] = {  # they take values as they are
+    'pathdir': os.path.dirname,
+    'stem': stem_of,
+    'pathname': stem_of}
+FILTERS: dict[str, Callable] = {
+    **TEXT_FILTERS,                     # the others take values as they are
     'size': show_size,
+    'sz': show_size,
     'duration': show_duration,
     'date': show_time,
+    'iso': show_time,
     'default': value_or,
     'get': part_of}
-FILTERS = (*TEXT_FILTERS, *VALUE_FILTERS)
 FILTER_ARGUMENTS = {                    # how many they take; the others none
     'replace': (2,),
     'get': (1, 2),
     'default': (0, 1)}
-OLD_FILTERS = {                         # pyrocore's names
-    'pathbase': 'basename',
-    'pathdir': 'dirname',
-    'pathname': 'stem',
-    'sz': 'size',
-    'iso': 'date'}
 
 
-def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
+def compares(op: ast.cmpop, one, other) -> bool:
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -4082,78 +3905,89 @@ def compares(op: ast.cmpop, one: Any, other: Any) -> bool:
         return isinstance(op, ast.NotIn)
 
 
-def apply_filter(node: Any, values: Mapping) -> Any:
+def apply_filter(node, values: Mapping):
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
-    value, args, name = None, [], ''
-    call: Any = node
+    operands: list = []
+    call, name = node, ''
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        value, call = node.left, node.right
+        operands, call = [node.left], node.right
     if isinstance(call, ast.Call) and not call.keywords:
-        call, args = call.func, call.args
-        if isinstance(call, ast.Attribute) and value is None:
-            value = call.value
+        operands += call.args
+        call = call.func
     if isinstance(call, ast.Name):
         name = call.id
     elif isinstance(call, ast.Attribute):
         name = call.attr
-    name = OLD_FILTERS.get(name, name)
-    if value is None or name not in FILTERS:
+    if isinstance(node, ast.Call) and isinstance(call, ast.Attribute):
+        operands.insert(0, call.value)
+    if not operands or name not in FILTERS:
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
-    if len(args) not in FILTER_ARGUMENTS.get(name, (0,)):
-        raise UserError(f'{name} does not take {len(args)} arguments')
-    operands = [evaluate(part, values) for part in [value, *args]]
+    if len(operands) - 1 not in FILTER_ARGUMENTS.get(name, (0,)):
+        raise UserError(f'{name} does not take {len(operands) - 1} arguments')
+    operands = [evaluate(operand, values) for operand in operands]
     # What is not known stays so, till default gives something in its place.
     if operands[0] is None and name not in ('default', 'get'):
         return None
     if name in TEXT_FILTERS:
-        return TEXT_FILTERS[name](*map(show, operands))
-    return VALUE_FILTERS[name](*operands)
+        operands = [show(operand) for operand in operands]
+    return FILTERS[name](*operands)
 
 
-def attribute_of(node: ast.Attribute, values: Mapping) -> Any:
-    """Return a.b: a named part of a mapping, or a value of the item, d or i."""
-    owner = ''
-    if isinstance(node.value, ast.Name):
-        owner = node.value.id
-    # pyrocore's templates call the torrent so; its fields are the names of the values.
-    if owner in ('item', 'd', 'i'):
-        return values[node.attr]
-    if node.attr in (*FILTERS, *OLD_FILTERS) and owner != 'traits':
-        raise UserError(f'{node.attr} is a filter; write |{node.attr}')
-    return part_of(evaluate(node.value, values), node.attr)
-
-
-def evaluate(node: Any, values: Mapping) -> Any:
+def evaluate(node, values: Mapping):
     """Return what an expression gives; a name without a value is a KeyError.
 
     Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
     filters as methods, a.replace('.', ' '). Nothing reaches an object of Python. All parts are
     evaluated, so that one call with an empty defaultdict meets all mistakes and all names.
     """
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return ast.literal_eval(node)
     if isinstance(node, ast.Name):
         return values[node.id]
     if isinstance(node, ast.Attribute) and not node.attr.startswith('_'):
-        return attribute_of(node, values)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return [evaluate(part, values) for part in node.elts]
+        # pyrocore's templates call the torrent so; its fields are the names of the values.
+        if isinstance(node.value, ast.Name) and node.value.id in ('item', 'd', 'i'):
+            return values[node.attr]
+        return part_of(evaluate(node.value, values), node.attr)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return not evaluate(node.operand, values)
+    if isinstance(node, (ast.Constant, ast.UnaryOp, ast.Tuple, ast.List)):
+        return ast.literal_eval(node)
     if isinstance(node, ast.BoolOp):
         parts = [evaluate(part, values) for part in node.values]
-        for part in parts[:-1]:
+        for part in parts:
             if bool(part) is isinstance(node.op, ast.Or):
-                return part
-        return parts[-1]
-    if isinstance(node, ast.Compare) and not any(
-            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+                break
+        return part
+    if isinstance(node, ast.Compare):
         parts = [evaluate(part, values) for part in [node.left, *node.comparators]]
         return all(map(compares, node.ops, parts, parts[1:]))
     return apply_filter(node, values)
+
+
+def true_branch(values: Mapping, branches: list) -> list:
+    """Return the nodes of the first branch whose condition holds."""
+    for test, nodes in branches:
+        if evaluate(test, values):
+            return nodes
+    return []
+
+
+def nth_branch(number: int, branches: list) -> list:
+    """Return the nodes of the branch of a number, none where there is no such branch."""
+    for _, nodes in branches[number:]:
+        return nodes
+    return []
+
+
+def flat(nodes: list, choose: Callable[[list], list]) -> str:
+    """Return the text of nodes, and of those of the branches that are chosen."""
+    text = ''
+    for node in nodes:
+        if isinstance(node, list):
+            text += flat(choose(node), choose)
+        else:
+            text += node
+    return text
 
 
 class Template:
@@ -4168,156 +4002,102 @@ class Template:
 
     def __init__(self, text: str, known: Any = None):
         self.text, self.known = text, known
-        self.pieces = TAG.split(text)
-        self.next = 0                   # of the pieces
+        # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
+        self.nodes: list = []
+        self.expressions: dict[int, ast.AST] = {}       # by the character that stands for it
+        self.open_ifs: list = []        # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
         self.seen: dict = collections.defaultdict(lambda: None)
         try:
-            if MARK in text:
-                raise UserError('a NUL is not possible')
-            self.nodes, word, _ = self.block(0)
-            if word:
-                raise UserError(f'{word} without if')
+            self.parse(text)
             # Each branch is divided once, and the text without any: a mistake in a branch that is
             # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
-                self.divide(self.branch_text(self.nodes, number))
+                self.divide(flat(self.nodes, functools.partial(nth_branch, number)))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
-    def block(self, depth: int) -> tuple[list, str, str]:
-        """Return the nodes up to elif, else, endif or the end; that word; its condition.
-
-        A node is text, the ast of an expression, or of an if [(ast, nodes), ...].
-        """
-        nodes: list = []
-        while self.next < len(self.pieces):
-            piece = self.pieces[self.next]
-            self.next += 1
+    def parse(self, text: str) -> None:
+        """Make nodes of a text."""
+        if MARK in text:
+            raise UserError('a NUL is not possible')
+        nodes = self.nodes
+        for piece in TAG.split(text):
             self.at += len(piece)
             if not TAG.fullmatch(piece):
                 nodes.append(piece)
-                continue
-            if not piece.endswith(CLOSING[piece[1]]):
+            elif piece[-2:] not in ('}}', '%}', '#}'):
                 raise UserError('a {{, {% or {# in this is not closed')
-            if '#' in piece[1:3]:
-                continue
-            code = piece[2:-2].strip()
-            if piece[1] == '%':
-                code = code.strip('- \t\r\n')
-            branch = BRANCH.fullmatch(code)
-            if branch and branch[1] == 'if':
-                nodes.append(self.branches(branch[2], depth + 1))
-            elif branch:
-                return nodes, branch[1], branch[2]
-            elif piece[1] == '%':
-                raise UserError(f'{quoted(piece, 60)} is no expression; allowed are if elif else '
-                                'endif')
-            else:
-                nodes.append(self.expression(code))
-        return nodes, '', ''
+            elif '#' not in piece[1:3]:
+                nodes = self.add_tag(nodes, piece[2:-2].strip())
+        if self.open_ifs:
+            raise UserError('an if has no endif')
 
-    def branches(self, code: str, depth: int) -> list:
-        """Return [(ast, nodes), ...] of an if."""
-        if depth > MOST_DEPTH:
-            raise UserError(f'ifs are nested too deep; allowed are {MOST_DEPTH}')
-        branches, word = [], 'if'
-        while word != 'endif':
-            test: ast.AST = ELSE
-            if word != 'else':
-                test = self.expression(code.strip().rstrip(':'))
-            before = word
-            nodes, word, code = self.block(depth)
-            branches.append((test, nodes))
-            if not word:
-                raise UserError('an if has no endif')
-            if before == 'else' and word != 'endif':
-                raise UserError(f'{word} after else')
-            if word in ('else', 'endif') and code.strip(' \t\r\n:'):
-                raise UserError(f'{word} takes no condition; write elif')
+    def add_tag(self, nodes: list, code: str) -> list:
+        """Add what a tag says; return the nodes that what follows is to be among."""
+        branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
+        if not branch:
+            number = FIRST_VALUE + len(self.expressions)
+            self.expressions[number] = self.expression(code)
+            nodes.append(MARK + chr(number))
+            return nodes
+        word = branch[1] or branch[3]
+        if word == 'if':
+            nodes.append([])
+            self.open_ifs.append((nodes[-1], nodes))
+        if not 0 < len(self.open_ifs) <= MOST_DEPTH:
+            raise UserError(f'{word} without if, or too deep; allowed are {MOST_DEPTH} in another')
+        branches, around = self.open_ifs[-1]
+        if word == 'endif':
+            self.open_ifs.pop()
+            return around
+        if branches and branches[-1][0] is ELSE:
+            raise UserError(f'{word} after else')
+        test: ast.AST = ELSE
+        if word != 'else':
+            test = self.expression(branch[2].strip())
+        branches.append((test, []))
         self.most_branches = max(self.most_branches, len(branches))
-        return branches
+        return branches[-1][1]
 
     def expression(self, code: str) -> ast.AST:
         """Return the ast of an expression whose parts and names are allowed."""
         try:
             if len(code) > MOST_EXPRESSION:
                 raise ValueError('too long')
-            tree = ast.parse(code.strip(), mode='eval').body
+            tree = ast.parse(code, mode='eval').body
             evaluate(tree, self.seen)
         # The parser itself fails over deep nesting and NULs, each Python in its own way.
-        except (SyntaxError, TypeError, ValueError, OverflowError, OSError, MemoryError,
-                RecursionError, Warning):
+        except (*MISFITS, SyntaxError, MemoryError, Warning):
             raise UserError(f'{quoted(code, 60)} is no expression; allowed are e.g. label, '
                             "label|default('x'), 'TV' in flags and not is_private") from None
-        if self.known is not None:
-            for name in self.seen:
-                self.check_name(name)
+        for name in self.seen:
+            if self.known and name not in self.known:
+                raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
-
-    def check_name(self, name: str) -> None:
-        """Refuse a name that there will not be; of torrents, some fields are made as needed."""
-        made = self.known is TORRENT_FIELDS and re.match('item$|(custom|kind|d)_', name)
-        if name not in self.known and not made:
-            raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
-
-    def branch_text(self, nodes: list, number: int) -> str:
-        """Return the text, a mark for each value, where each if takes the branch of a number."""
-        text = ''
-        for node in nodes:
-            if isinstance(node, str):
-                text += node
-            elif isinstance(node, ast.AST):
-                text += MARK
-            elif number < len(node):
-                text += self.branch_text(node[number][1], number)
-        return text
-
-    def marked(self, nodes: list, values: Mapping, shown: list[str]) -> str:
-        """Return the text with a numbered mark for each value, which is added to `shown`."""
-        text = ''
-        for node in nodes:
-            if isinstance(node, str):
-                text += node
-            elif isinstance(node, ast.AST):
-                text += f'{MARK}{len(shown)}{MARK}'
-                shown.append(show(evaluate(node, values)))
-            else:
-                for test, body in node:
-                    if evaluate(test, values):
-                        text += self.marked(body, values, shown)
-                        break
-        return text
-
-    def parts(self, values: Mapping) -> tuple[list, list[str]]:
-        """Return what the text is divided into, with marks, and the values for them."""
-        shown: list[str] = []
-        try:
-            text = self.marked(self.nodes, values, shown)
-        except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
-            why = str(error)
-            if isinstance(error, KeyError):
-                why = f'there is no {error}'
-            raise LoggableError(f'template {quoted(self.text, 80)}: {why}') from None
-        return self.divide(text), shown
 
     def divide(self, text: str) -> list:
         """Return what the text is split into before the values are put in."""
         return [text]
 
-    def render(self, values: Mapping) -> Any:
+    def divided(self, values: Mapping) -> tuple[list, dict[int, str]]:
+        """Return what the text is divided into, and the values, for str.translate()."""
+        shown = {ord(MARK): ''}
+        try:
+            text = flat(self.nodes, functools.partial(true_branch, values))
+            for number, tree in self.expressions.items():
+                if chr(number) in text:
+                    shown[number] = show(evaluate(tree, values))
+        except MISFITS as error:
+            raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
+        return self.divide(text), shown
+
+    def render(self, values: Mapping):
         """Return the text, values put in; LoggableError where one is missing."""
-        (text,), shown = self.parts(values)
-        return filled(text, shown)
-
-
-def filled(text: str, shown: list[str]) -> str:
-    """Return a part of a template with values in the place of the marks."""
-    def value(mark: re.Match) -> str:
-        return shown[int(mark[1])]
-    return re.sub(f'{MARK}([0-9]{{1,9}}){MARK}', value, text)
+        (text,), shown = self.divided(values)
+        return text.translate(shown)
 
 
 # What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
@@ -4340,11 +4120,6 @@ INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua 
 FLAG_WITH_ARGUMENT = re.compile('[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file')
 SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
-
-
-def program_name(word: str) -> str:
-    """Return what a word is as the name of a program: no folder, no version."""
-    return os.path.basename(word).rstrip('0123456789.-')
 
 
 def check_program(name: str, words: list[str]) -> None:
@@ -4377,7 +4152,8 @@ def check_words(words: list[str]) -> None:
     """
     if MARK in words[0]:
         raise UserError('the program is missing, or depends on a value')
-    names = [program_name(word) for word in words]
+    # without folder and version
+    names = [os.path.basename(word).rstrip('0123456789.-') for word in words]
     for flag, word in zip(['', *words], words):
         if MARK not in word:
             continue
@@ -4403,16 +4179,16 @@ def argument_text(word: str) -> str:
     """Return what an argument of a command says, without its quotes."""
     word = word.strip()
     whole = QUOTED_ARGUMENT.fullmatch(word)
+    runs = '"' in word or word.startswith(('(', '{', '\\'))
     if whole:
-        word = whole[1]
-    elif '"' in word or word.startswith(('(', '{', '\\')):
-        raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
+        word, runs = whole[1], False
     text = re.sub(r'\\(.)', r'\1', word)
-    if MARK in text and text.startswith('$'):
+    if runs or MARK in text and text.startswith('$'):
         raise UserError('a value beside ( { $ or an open quote; allowed are words and "..."')
     return text
 
 
+COMMAND = re.compile(r'([A-Za-z_][\w.]*)\s*=(.*)', re.S)
 # Commands that take arguments as data; others (multicall, branch ...) run them.
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
                           r'execute[\w.]{0,99}')
@@ -4449,17 +4225,17 @@ class CommandTemplate(Template):
     def command(self, text: str) -> tuple[str, list[str]]:
         """Return one command, divided."""
         text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
-        name, equals, rest = text.partition('=')
-        if not equals or not re.fullmatch(r'[A-Za-z_][\w.]*\s*', name):
+        command = COMMAND.fullmatch(text)
+        if not command:
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
+        name, rest = command.groups()
         if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
         # Without a value it is the user's own, and goes to rTorrent as it is written.
         if MARK not in rest:
             return text, []
-        name = name.strip()
         if not DATA_COMMAND.fullmatch(name):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
         words = [argument_text(word) for word in split_commands(rest, ',')]
@@ -4469,10 +4245,10 @@ class CommandTemplate(Template):
 
     def commands(self, values: Mapping) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
-        divided, shown = self.parts(values)
+        divided, shown = self.divided(values)
         commands = []
         for name, words in divided:
-            arguments = [self.argument(word, filled(word, shown)) for word in words]
+            arguments = [self.argument(word, word.translate(shown)) for word in words]
             commands.append(name + ','.join(arguments))
         return commands
 
@@ -4487,7 +4263,7 @@ class CommandTemplate(Template):
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
         on 0.9.8 and 0.16.17).
         """
-        plain = '"' + text.replace('\\', '\\\\').replace('"', '\\"') + '"'
+        plain = in_quotes(text)
         if MARK in word and text.startswith('$'):
             return f'(cat,{{{plain}}})'
         return plain
@@ -4511,10 +4287,10 @@ class ArgsTemplate(Template):
 
     def render(self, values: Mapping) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
-        words, shown = self.parts(values)
+        words, shown = self.divided(values)
         args: list[str] = []
         for word in words:
-            args.append(filled(word, shown))
+            args.append(word.translate(shown))
             # A torrent may be called -rf.
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
@@ -4538,7 +4314,17 @@ SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names
 
 
 class Settings(dict):
-    """Settings by name: config.path or config['path']; as an attribute, None when missing."""
+    """Settings by name: config.path or config['path']; as an attribute, None when missing.
+
+    Those of a job are job.NAME.* without that prefix, job_name, dry_run, active ..., and they
+    have as attributes alone: `engine` is the job's rTorrent, `engines` are those of all jobs;
+    `state_dir` is where it may keep files; `alone`: this is a single run, perhaps beside the
+    daemon.
+    """
+
+    def __init__(self, settings: Any = (), **attributes: Any):
+        super().__init__(settings)
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
@@ -4556,20 +4342,11 @@ class Settings(dict):
         return repr(shown)
 
 
-class JobConfig(Settings):
-    """The settings of one job: job.NAME.* without that prefix, job_name, dry_run, active ...
-
-    engine is the job's rTorrent, engines are those of all jobs. state_dir is where it may keep
-    files. alone: this is a single run, perhaps beside the daemon.
-    """
-
-    def __init__(self, settings: Any = (), engine: Any = None, engines: Any = (),
-                 state_dir: str = '', alone: bool = False):
-        super().__init__(settings)
-        self.engine = engine
-        self.engines = engines
-        self.state_dir = state_dir
-        self.alone = alone
+KINDS: dict[Any, str] = {
+    parse_bool: 'yes/no',
+    parse_count: 'number',
+    parse_duration: 'time',
+    parse_size: 'size'}
 
 
 class Option(NamedTuple):
@@ -4583,17 +4360,20 @@ class Option(NamedTuple):
     @property
     def kind(self) -> str:
         """What the option takes, for the help."""
-        kinds: dict = {parse_bool: 'yes/no', parse_count: 'number', parse_duration: 'time',
-                       parse_size: 'size'}
-        return kinds.get(self.parse, 'text')
+        return KINDS.get(self.parse, 'text')
+
+
+def parse_condition(text: str) -> Filter | None:
+    """Return the Filter of a condition, None for an empty one."""
+    if not text.strip():
+        return None
+    return Filter(text)
 
 
 def get_class_logger(job: Any) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
-    name = type(job).__name__
     config = getattr(job, 'config', None)
-    if config is not None:
-        name = getattr(config, 'job_name', None) or name
+    name = getattr(config, 'job_name', None) or type(job).__name__
     return logging.getLogger('torque.' + name)
 
 
@@ -4604,19 +4384,11 @@ class Job:
     families: tuple[str, ...] = ()      # beginnings of options that may have any name
     at_start = False                    # run at the start, too
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         self.config = config
         self.LOG = get_class_logger(self)
         self.engine: Engine = config.engine
         self.dry_run = bool(config.dry_run)
-
-    @classmethod
-    def takes(cls, setting: str) -> bool:
-        """Tell whether a setting is one of the options."""
-        for option in cls.options or ():
-            if setting in (option.name, option.alias):
-                return True
-        return setting.startswith(cls.families)
 
     def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
         """Return the torrents of a view that meet a condition, with the fields it names.
@@ -4626,10 +4398,7 @@ class Job:
         """
         if isinstance(fields, str):
             fields = fields.replace(',', ' ').split()
-        matcher = None
-        if condition.strip():
-            matcher = Filter(condition)
-        return list_torrents(self.engine, view, fields, matcher)
+        return list_torrents(self.engine, view, fields, parse_condition(condition))
 
     def state_file(self, ending: str) -> str:
         """Return the path of a file that the job may keep."""
@@ -4689,12 +4458,11 @@ class EngineStats(Job):
     def run(self) -> None:
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
-        started = ''
+        name = f'{stats.engine_id} rTorrent {stats.version}'
         if stats.uptime is not None:
-            started = f' up {show_duration(stats.uptime)}'
+            name += f' up {show_duration(stats.uptime)}'
         self.LOG.info(
-            '%s rTorrent %s%s; %s torrents, %s active; %s, %s; rpc %.1f ms',
-            stats.engine_id, stats.version, started,
+            '%s; %s torrents, %s active; %s, %s; rpc %.1f ms', name,
             count_text(stats.views['main']), count_text(stats.views['active']),
             rate_text('up', stats.up_rate, stats.up_limit),
             rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
@@ -4703,37 +4471,32 @@ class EngineStats(Job):
 def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
     pairs = {}
-    for number, part in enumerate(text.split(','), 1):
+    for part in filter(str.strip, text.split(',')):
         name, _, value = part.partition('=')
-        name, value = name.strip(), value.strip()
-        if name and value:
-            pairs[name] = value
-        elif part.strip():              # not shown: it may be the end of a password
-            raise UserError(f'part {number} is not understood; allowed is name=value, name=value')
+        if not name.strip() or not value.strip():       # not shown: it may be of a password
+            raise UserError('is not understood; allowed is name=value, name=value')
+        pairs[name.strip()] = value.strip()
     return pairs
 
 
 def parse_web_url(text: str) -> str:
-    """Return the base URL of a web server, without the slash at its end."""
-    if not re.fullmatch(r'https?://[^/@\s]+(?:/\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port, '
-                        'with user and password as settings')
+    """Return the URL of a web server, without the slash at its end."""
+    if not re.fullmatch(r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
+        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/, '
+                        'without user and password')
     return text.rstrip('/')
 
 
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
-    if text and not re.fullmatch(
-            r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
-        raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host/..., '
-                        'without user and password')
-    return text
+    return text and parse_web_url(text)
 
 
-def parse_api(text: str) -> str:
-    """Return a version of InfluxDB's interface, or nothing."""
-    if text not in ('', '1', '2', '3'):
-        raise UserError(f'{text!r} is no version of the interface; allowed are 1, 2, 3')
+def parse_word(known: Iterable[str], text: str) -> str:
+    """Return a word that has to be one of those known."""
+    if text not in known:
+        raise UserError(f"{text!r} is not known; allowed are {' '.join(filter(None, known))}"
+                        f'{nearest(text, known)}')
     return text
 
 
@@ -4773,17 +4536,13 @@ def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
     return f'{head} {values} {int(when * 1000)}'
 
 
-def series_of(line: str) -> str:
-    """Return the series of a line in line protocol, escaped as it is there."""
-    return re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
-
-
-def by_series(lines: list[str]) -> list[list[str]]:
-    """Return lines in groups of the same series."""
-    groups = collections.defaultdict(list)
+def by_series(lines: list[str]) -> dict[str, list[str]]:
+    """Return the lines of each series."""
+    groups: dict[str, list[str]] = {}
     for line in lines:
-        groups[series_of(line)].append(line)
-    return list(groups.values())
+        series = re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
+        groups.setdefault(series, []).append(line)
+    return groups
 
 
 def proc_rows(name: str) -> dict[str, list[str]]:
@@ -4798,7 +4557,7 @@ def proc_rows(name: str) -> dict[str, list[str]]:
 
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
-    figures: dict = {}
+    figures: Any = collections.Counter()
     with contextlib.suppress(OSError):
         figures['load1'], figures['load5'], figures['load15'] = os.getloadavg()
     memory = proc_rows('meminfo')
@@ -4807,9 +4566,19 @@ def host_figures() -> dict:
             figures[name] = int(memory[key][0]) * 1024
     for device, words in proc_rows('net/dev').items():
         if device != 'lo' and len(words) > 8:   # the heads of the table have none
-            figures['net_received'] = figures.get('net_received', 0) + int(words[0])
-            figures['net_sent'] = figures.get('net_sent', 0) + int(words[8])
+            figures['net_received'] += int(words[0])
+            figures['net_sent'] += int(words[8])
     return figures
+
+
+def disk_figures(path: str) -> dict:
+    """Return the size and the free bytes of the disk of a path."""
+    import shutil
+    try:
+        disk = shutil.disk_usage(os.path.expanduser(path))
+    except OSError as error:
+        raise LoggableError(f'disk_path {path!r}: {error.strerror}') from None
+    return {'disk_total': disk.total, 'disk_free': disk.free}
 
 
 def read_secret(path: str) -> str:
@@ -4817,20 +4586,17 @@ def read_secret(path: str) -> str:
     if not path:
         return ''
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as stream:
+        with open(os.path.expanduser(path), encoding='utf-8', errors='replace') as stream:
             return stream.readline().strip()
     except OSError as error:
         raise LoggableError(f'{path}: {error.strerror}') from None
-    except ValueError:
-        raise LoggableError(f'{path}: not UTF-8 text') from None
 
 
-def retry_after(answer: HttpAnswer) -> float:
-    """Return the seconds that a server wants to be left alone, 0 where it does not say."""
-    said = answer.headers.get('retry-after', '')
-    if not re.fullmatch('[0-9]{1,9}', said):    # it may be a date as well
-        return 0
-    return min(int(said), 3600)
+# By version of the interface: where points are written to, and how a token is called.
+WRITE = {
+    '1': ('/write?db={db}&precision=ms', 'Token'),
+    '2': ('/api/v2/write?org={org}&bucket={bucket}&precision=ms', 'Token'),
+    '3': ('/api/v3/write_lp?db={db}&precision=millisecond', 'Bearer')}
 
 
 class InfluxDB(Job):
@@ -4845,7 +4611,8 @@ class InfluxDB(Job):
         Option('token_file', str, '', 'file that holds the token'),
         Option('org', str, '', 'organization (2.x)'),
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
-        Option('api', parse_api, '', '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
+        Option('api', functools.partial(parse_word, ('', *WRITE)), '',
+               '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
         Option('timeout', parse_duration, '10s', 'most time for one request'),
         Option('gzip', parse_bool, 'no', 'compress what is sent'),
         Option('dbname', str, 'torque', 'database (1.x, 3.x)'),
@@ -4855,51 +4622,31 @@ class InfluxDB(Job):
         Option('tags', parse_pairs, '', 'tags for every point: name=value, name=value'),
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
     BATCH = 5000                        # lines in one request
-    LONGEST_PAUSE = 300                 # seconds between tries
     SAVE_EVERY = 60                     # seconds
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.series and not config.series_host:
-            raise UserError('series and series_host are both empty: nothing to push')
-        self.pause = 0.0                # before the next try
-        self.asked_pause = 0.0          # the same, as the server wants it
-        self.retry_at = self.saved_at = 0.0
-        self.problem = ''
+            raise UserError('series_host is empty as well: nothing to push', option='series')
+        self.points: list[str] = []     # not delivered yet
+        self.retry_at = 0.0             # elapsed seconds: the server has asked to wait until then
         self.file = ''
+        self.buffer = 0
+        self.saved_at = 0.0
         if not config.alone and not self.dry_run:
+            self.buffer = config.buffer
             self.file = self.state_file('points')
-        self.points = self.load()
-
-    def load(self) -> list[str]:
-        """Return the points that an earlier process could not deliver."""
-        if not self.file:
-            return []
-        try:
-            with open(self.file, encoding='utf-8', errors='replace') as stream:
-                lines = stream.read().split('\n')
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f'{self.file}: {error.strerror}') from None
-        return [line for line in lines if re.fullmatch(r'\S.* [0-9]{1,20}', line)]
-
-    def save(self) -> None:
-        """Keep undelivered points for the next process, or remove what was kept."""
-        self.saved_at = elapsed_time()
-        if not self.file:
-            return
-        try:
-            if self.points:
-                replace_file(self.file, '\n'.join(self.points) + '\n')
-            elif os.path.exists(self.file):
-                os.remove(self.file)
-        except (LoggableError, OSError) as error:
-            self.LOG.warning('%d points cannot be saved: %s', len(self.points), error)
+            with contextlib.suppress(FileNotFoundError):
+                with open(self.file, encoding='utf-8', errors='replace') as stream:
+                    self.points = [line.rstrip('\n') for line in stream]
 
     def cleanup(self) -> None:
-        """Save what is not delivered."""
-        self.save()
+        """Keep undelivered points for the next process, or remove what was kept."""
+        self.saved_at = elapsed_time()
+        if self.file and self.points:
+            replace_file(self.file, '\n'.join(self.points) + '\n')
+        elif os.path.exists(self.file):
+            os.remove(self.file)
 
     def run(self) -> None:
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
@@ -4908,17 +4655,14 @@ class InfluxDB(Job):
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
             self.points += lines
-            try:
-                self.deliver(self.points)
-            finally:
-                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
-                    self.save()
+            problems = self.deliver() + problems
+            if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
+                self.cleanup()
         if problems:
             raise problems[0]
 
     def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
-        import shutil
         config, host = self.config, socket.gethostname()
         rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
@@ -4930,12 +4674,11 @@ class InfluxDB(Job):
         if config.series_host:
             rows.append((config.series_host, {'host': host}, host_figures()))
             for path in filter(None, config.disk_path.split(os.pathsep)):
+                tags = {'disk': path, 'host': host}
                 try:
-                    disk = shutil.disk_usage(os.path.expanduser(path))
-                    figures = {'disk_total': disk.total, 'disk_free': disk.free}
-                    rows.append((config.series_host, {'disk': path, 'host': host}, figures))
-                except OSError as error:
-                    problems.append(LoggableError(f'disk_path {path!r}: {error.strerror}'))
+                    rows.append((config.series_host, tags, disk_figures(path)))
+                except LoggableError as error:
+                    problems.append(error)
         lines = []
         for series, tags, figures in rows:
             if set(figures.values()) != {None}:
@@ -4946,97 +4689,76 @@ class InfluxDB(Job):
         """Return (series, tags, figures) of rTorrent and of its views."""
         figures = self.engine.stats()._asdict()
         views = figures.pop('views')
-        uptime = figures.pop('uptime')
-        if uptime is not None:
-            figures['uptime'] = int(uptime)
         tags = {'host': figures['engine_id'].partition(':')[0]}
         series = self.config.series
         return [(series, tags, figures), (series + '_views', tags, views)]
 
-    def deliver(self, points: list[str]) -> None:
-        """Send points, oldest first, and take them out of the list.
-
-        Raises LoggableError when some have to wait, or were refused for good.
-        """
-        refused: list[str] = []
-        while points and elapsed_time() >= self.retry_at:
-            batch = points[:self.BATCH]
-            try:
-                refused += self.post(batch)
-                del points[:len(batch)]
-                self.pause = 0.0
-            except LoggableError as error:
-                self.problem = f'{self.config.url}: {error}'
-                self.pause = min(max(self.pause * 2, 5), self.LONGEST_PAUSE)
-                self.retry_at = elapsed_time() + (self.asked_pause or self.pause)
-        if points:
-            refused.append(f'{self.problem}; {self.keep(points)}')
-        if refused:
-            raise LoggableError('; '.join(refused))
-
-    def keep(self, points: list[str]) -> str:
-        """Drop the oldest points that are too many, and return what becomes of the others."""
-        lost = len(points) - self.config.buffer
-        text = f'{min(len(points), self.config.buffer)} points are kept'
-        if not self.file:
-            text = 'nothing is kept'
-        if lost > 0:
-            del points[:lost]
-            text += f', the oldest {lost} dropped'
-        return text
+    def deliver(self) -> list[LoggableError]:
+        """Send points, oldest first; return why some have to wait, or were refused for good."""
+        problems = []
+        try:
+            if elapsed_time() < self.retry_at:
+                raise LoggableError('the server has asked to wait')
+            while self.points:
+                problems += self.post(self.points[:self.BATCH])
+                del self.points[:self.BATCH]
+        except LoggableError as error:
+            lost = max(len(self.points) - self.buffer, 0)
+            del self.points[:lost]
+            problems.append(f'{error}; {len(self.points)} points are kept, {lost} older dropped')
+        if not problems:
+            return []
+        return [LoggableError(f"{self.config.url}: {', '.join(problems)}")]
 
     def post(self, lines: list[str]) -> list[str]:
         """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
         """
-        self.asked_pause = 0.0
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
             return []
         said = one_line(f'HTTP {answer.status} {answer.reason} ') + beginning(answer.body)
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
-            parts = [lines[:half], lines[half:]]
-        elif answer.status in (400, 422):
-            parts = by_series(lines)    # one bad series must not cost the others
-        else:                           # 413 for one point: it would refuse all of them
-            self.asked_pause = retry_after(answer)
+            return self.post(lines[:half]) + self.post(lines[half:])
+        if answer.status not in (400, 422):
+            # 413 for a single point, too: it would refuse all of them.
+            after = answer.headers.get('Retry-After', '')
+            if re.fullmatch('[0-9]{1,9}', after):
+                self.retry_at = elapsed_time() + min(int(after), 3600)
             raise LoggableError(said)
-        if len(parts) == 1:
-            return [f'{self.config.url}: {len(lines)} points of {series_of(lines[0])} were '
-                    f'refused and dropped: {said}']
+        groups = by_series(lines)
+        if len(groups) == 1:
+            return [f'{len(lines)} points of {min(groups)} were refused and dropped: {said}']
         refused = []
-        for part in parts:
-            refused += self.post(part)
+        for group in groups.values():   # one bad series must not cost the others
+            refused += self.post(group)
         return refused
 
     def request(self, body: bytes) -> HttpAnswer:
         """Return the server's answer to points in line protocol."""
-        from urllib.parse import urlencode
-        config, headers = self.config, self.login()
-        if config.api == '3':
-            path, query = '/api/v3/write_lp', {'db': config.dbname, 'precision': 'millisecond'}
-        elif config.api == '2' or not config.api and (config.org or config.bucket):
-            path, query = '/api/v2/write', {
-                'org': config.org, 'bucket': config.bucket or config.dbname, 'precision': 'ms'}
-        else:
-            path, query = '/write', {'db': config.dbname, 'precision': 'ms'}
-        headers['Content-Type'] = 'text/plain; charset=utf-8'
+        from urllib.parse import quote_plus
+        config = self.config
+        api = config.api or '1'
+        if not config.api and (config.org or config.bucket):
+            api = '2'
+        path, scheme = WRITE[api]
+        path = path.format(db=quote_plus(config.dbname), org=quote_plus(config.org),
+                           bucket=quote_plus(config.bucket or config.dbname))
+        headers = {'Content-Type': 'text/plain; charset=utf-8', **self.login(scheme)}
         if config.gzip:
             import gzip
             body = gzip.compress(body)
             headers['Content-Encoding'] = 'gzip'
-        return http_post(f'{config.url}{path}?{urlencode(query)}', body, headers, config.timeout)
+        return http_post(config.url + path, body, headers, config.timeout)
 
-    def login(self) -> dict[str, str]:
+    def login(self, scheme: str) -> dict[str, str]:
         """Return the header that says who writes: a token, else user and password, else none."""
         config = self.config
         token = config.token or parse_token(read_secret(config.token_file))
-        if token and config.api == '3':
-            return {'Authorization': f'Bearer {token}'}
         if token:
-            return {'Authorization': f'Token {token}'}
+            return {'Authorization': f'{scheme} {token}'}
         if not config.user:
             return {}
         password = config.password or read_secret(config.password_file)
@@ -5048,11 +4770,6 @@ class InfluxDB(Job):
 # What a user wants done with torrents enters as options; what leaves are commands to rTorrent,
 # files that come, move or go, and programs that run, each announced in the log and only
 # announced in a dry run. A Choice handles the torrents of a view that meet a condition.
-
-def parse_condition(text: str) -> Filter | None:
-    """Return the Filter of a condition, None for an empty one."""
-    return Filter(text) if str(text).strip() else None
-
 
 def parse_sort(text: str) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
@@ -5093,7 +4810,7 @@ class Choice(Job):
     FRESH = 1.0                         # seconds that a list may be old
     PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
@@ -5104,7 +4821,7 @@ class Choice(Job):
     def use(self, option: str, make: Callable, text: str) -> Any:
         """Return the template that is made of an option, and have known what it needs."""
         with reading(option):
-            template = make(text, TORRENT_FIELDS)
+            template = make(text)
             for name in template.names:
                 torrent_field(name)
         self.fields += template.names
@@ -5184,7 +4901,6 @@ class Choice(Job):
 
 class QueueManager(Choice):
     """Start waiting torrents, a few per run, while there is room."""
-    section = 'TORQUE'
     options = (
         Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
                'condition that any startable item must meet, too'),
@@ -5202,13 +4918,11 @@ class QueueManager(Choice):
         Option('viewname', str, '', 'view that is looked at; left out, pyrotorque or main'),
         Option('quiet', parse_bool, 'no', 'do not tell rTorrent either'),
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
-    fields = ('left', 'path')
-    RUNNING = Filter('is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes '
-                     'OR d_state=1 ]')
+    RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
     RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         texts = ['*']
         for condition in (config.queue_startable_base, config.startable):
             if condition:
@@ -5217,6 +4931,9 @@ class QueueManager(Choice):
         super().__init__(config)
         where = self.engine.address.where
         self.turn = self.turns.setdefault(where, threading.Lock())
+        if config.room:
+            self.fields = ('left', 'path')
+        self.running = Filter(self.RUNNING)
         self.counted = Filter('*')              # which of the running items take a place
         if config.downloading:
             self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
@@ -5243,9 +4960,9 @@ class QueueManager(Choice):
             # All that is started and not complete: hashing, paused or failing, too. It is listed
             # after what may be started, so that nothing that has begun meanwhile is missed.
             fields = [*self.RUNNING_FIELDS, *self.fields, *self.counted.fields]
-            running = list_torrents(self.engine, 'default', fields, self.RUNNING)
-            hashes = {torrent['hash'] for torrent in running}
-            waiting = [torrent for torrent in startable if torrent['hash'] not in hashes]
+            running = list_torrents(self.engine, 'default', fields, self.running)
+            hashes = {torrent.hash for torrent in running}
+            waiting = [torrent for torrent in startable if torrent.hash not in hashes]
             if self.config.room:
                 waiting = self.fitting(waiting, running)
             self.each(waiting, self.start, self.places(running))
@@ -5257,14 +4974,17 @@ class QueueManager(Choice):
         if not config.viewname and self.engine.has_view('pyrotorque'):
             config['view'] = 'pyrotorque'
         torrents = super().chosen()
-        return sorted(torrents, key=lambda torrent: torrent['hash'] in self.not_started)
+        return sorted(torrents, key=lambda torrent: torrent.hash in self.not_started)
+
+    def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
+        """Say nothing of all that wait for their turn."""
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
         config, now = self.config, time.time()
         downloading = [torrent for torrent in running if self.counted.match(torrent, now)]
         count = len(downloading)
-        traffic = sum(torrent['down'] for torrent in downloading)
+        traffic = sum(torrent.down for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
             self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
             return 0
@@ -5280,9 +5000,9 @@ class QueueManager(Choice):
         """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
-            waits = torrent['is_hashing'] and not torrent['d_hashing_failed']
-            if not torrent['is_open'] and not waits:
-                why = quoted(torrent['message'] or 'rTorrent does not say why')
+            waits = torrent.is_hashing and not torrent.d_hashing_failed
+            if not torrent.is_open and not waits:
+                why = quoted(torrent.message or 'rTorrent does not say why')
                 self.failed(torrent, LoggableError(
                     f'could not be opened, and takes a place of the queue: {why}'))
 
@@ -5290,16 +5010,16 @@ class QueueManager(Choice):
         """Return the items that their disk has room for, beside what is still coming to it."""
         coming: dict = collections.Counter()
         for torrent in running:
-            device, _ = disk_of(torrent['path'])
-            coming[device] += torrent['left']
+            device, _ = disk_of(torrent.path)
+            coming[device] += torrent.left
         fitting = []
         for torrent in torrents:
-            device, free = disk_of(torrent['path'])
-            rest = (free or 0) - coming[device] - torrent['left']
+            device, free = disk_of(torrent.path)
+            rest = (free or 0) - coming[device] - torrent.left
             if rest < self.config.room:
                 self.LOG.debug('no room for %s', torrent)
                 continue
-            coming[device] += torrent['left']
+            coming[device] += torrent.left
             fitting.append(torrent)
         return fitting
 
@@ -5308,16 +5028,16 @@ class QueueManager(Choice):
         if not self.announce('starting', torrent):
             return True
         config = self.config
-        self.not_started.add(torrent['hash'])
-        without_errors(self.engine.tell([('d.start', torrent['hash'])]))
-        self.not_started.discard(torrent['hash'])
+        self.not_started.add(torrent.hash)
+        self.act('d.start', torrent.hash)
+        self.not_started.discard(torrent.hash)
         self.last_start = time.time()
         if config.intermission:
             replace_file(self.file, f'{self.last_start}\n')
         if config.log_to_client and not config.quiet:
             # Older ones take no emoji, for example.
             with contextlib.suppress(RpcError):
-                text = f"torque: started {quoted(torrent['name'])}"
+                text = f'torque: started {quoted(torrent.name)}'
                 self.engine.tell([('print', '', text)])
         return True
 
@@ -5431,16 +5151,6 @@ ACTION_COMMANDS: dict[str, tuple[str, Callable | None]] = {
 WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
 
 
-def parse_word(known: Iterable[str], text: str) -> str:
-    """Return a word that has to be one of those known."""
-    if text not in known:
-        what = 'is not set'
-        if text:
-            what = f'{text!r} is not known'
-        raise UserError(f"{what}; allowed are {' '.join(known)}{nearest(text, known)}")
-    return text
-
-
 class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
@@ -5454,7 +5164,7 @@ class Action(Choice):
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item has, too: keep or delete'))
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
@@ -5706,7 +5416,7 @@ class Command(Job):
         Option('timeout', parse_duration, '', 'when the program and its children are ended'),
         Option('check', parse_bool, 'yes', 'no: a status other than 0 is no failure'))
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         self.process: Any = None                # the program that runs, or was the last to run
         if not config.args:
@@ -5798,7 +5508,7 @@ class ItemCommand(Choice, Command):
     fields = ENVIRONMENT = (
         'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.shell:
             self.template = self.use('args', ArgsTemplate, config.args)
@@ -5817,17 +5527,12 @@ class ItemCommand(Choice, Command):
         words = self.words
         if not self.config.shell:
             words = self.template.render(torrent)
-        environment = {}
-        for name in self.ENVIRONMENT:
-            value = show(torrent[name])
-            environment[f'TORRENT_{name.upper()}'] = value.replace('\0', ' ')
-        self.execute(words, environment)
-        if self.config.once and not self.dry_run:
-            item = torrent['hash']
-            answers = self.engine.tell([
-                ('d.custom.set', item, self.mark, '1'),
-                ('d.save_full_session', item)])
-            without_errors(answers)
+        values = {f'TORRENT_{name.upper()}': show(torrent[name]).replace('\0', ' ')
+                  for name in self.ENVIRONMENT}
+        self.execute(words, values)
+        if self.config.once:
+            self.act('d.custom.set', torrent.hash, self.mark, '1')
+            self.act('d.save_full_session', torrent.hash)
         return True
 
 
@@ -5845,7 +5550,7 @@ class Move(Choice):
     removes = True
     LONGEST_PAUSE = 3600                # seconds
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
@@ -6104,13 +5809,6 @@ class Inotify:
         self.mounts.close()
 
 
-def as_sent(text: str) -> str | bytes:
-    """Return text as a parameter; bytes where older rTorrents take it in no other form."""
-    if re.fullmatch('[ -\ud7ff]*', text):
-        return text
-    return text.encode('utf-8', 'surrogateescape')
-
-
 class FileState(NamedTuple):
     """What tells a file from another, and from itself before it was changed."""
     device: int
@@ -6124,19 +5822,6 @@ def file_state(status: os.stat_result) -> FileState:
     """Return the state of a file."""
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
-
-
-# What rTorrents tell of characters they cannot send: `?`, or the bytes as %XX.
-NOT_TOLD = re.compile('(?:%[0-9A-F]{2}|[^ -~]|[?])+')
-
-
-def is_tied(tied: str, path: str) -> bool:
-    """Tell whether the file that an item is tied to, as rTorrent tells it, is this one."""
-    if NOT_TOLD.sub('?', tied) == NOT_TOLD.sub('?', path):
-        return True
-    with contextlib.suppress(OSError):
-        return identity(tied) == identity(path)
-    return False
 
 
 def parse_mode(text: str) -> str:
@@ -6190,20 +5875,17 @@ class TreeWatch(Job):
     NAMES = tuple('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                   'filetype label traits flags'.split())
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: Settings):
         super().__init__(config)
-        self.roots = []
-        for path in config.path.split(os.pathsep):
-            if path.strip():
-                path = os.path.expanduser(path.strip())
-                self.roots.append(os.path.abspath(path))
+        paths = [os.path.expanduser(path.strip()) for path in config.path.split(os.pathsep)]
+        self.roots = [os.path.abspath(path) for path in paths if path]
         if not self.roots:
             raise UserError('is not set', option='path')
         self.commands = []
         for key in sorted(config):
             if key.startswith(self.families):
                 with reading(key):
-                    self.commands.append(CommandTemplate(config[key], self.NAMES))
+                    self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
         self.file = self.state_file('untied')
@@ -6300,14 +5982,12 @@ class TreeWatch(Job):
             # On another device the disk of the file is not mounted now.
             if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
                 del self.handled[path]
-        try:
-            for path in sorted(files):
-                before = self.handled.get(path, Handled())
-                is_new = before.error or before.state != files[path]
-                if is_new and not self.ended.is_set():
-                    self.handled[path] = self.handle(path, files[path], before)
-        finally:
-            self.keep_untied()
+        for path in sorted(files):
+            before = self.handled.get(path, Handled())
+            is_new = before.error or before.state != files[path]
+            if is_new and not self.ended.is_set():
+                self.handled[path] = self.handle(path, files[path], before)
+        self.keep_untied()
         if self.trouble:
             raise LoggableError('; '.join(self.trouble.values()))
 
@@ -6343,19 +6023,16 @@ class TreeWatch(Job):
                 self.inotify.add(folder)
             except OSError as error:
                 self.failed(folder, error)
-        with os.scandir(folder) as listing:
-            entries = list(listing)
-        if any(entry.name == self.SESSION_LOCK for entry in entries):
+        if os.path.lexists(os.path.join(folder, self.SESSION_LOCK)):
             return
-        for entry in entries:
-            is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
-            if is_skipped and not entry.is_file(follow_symlinks=False):
-                continue
-            # Links last, so that a folder goes by its own name where it has one in the trees.
-            if entry.is_symlink():
-                left.append(entry.path)
-            else:
-                left.appendleft(entry.path)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
+                # Links last, so that a folder goes by its own name where it has one in the trees.
+                if entry.is_symlink() and not is_skipped:
+                    left.append(entry.path)
+                elif not is_skipped or entry.is_file(follow_symlinks=False):
+                    left.appendleft(entry.path)
 
     def failed(self, path: str, error: OSError) -> None:
         """Note what cannot be watched or read; one for each reason is enough."""
@@ -6480,8 +6157,10 @@ class TreeWatch(Job):
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
             tied = os.path.expanduser(tied)
-            if is_tied(tied, path):
-                return ''
+            # One that rTorrent shows with other characters is not there, and nothing is removed.
+            with contextlib.suppress(OSError):
+                if identity(tied) == identity(path):
+                    return ''
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
                 self.remove(path, state, tied)
@@ -6527,15 +6206,13 @@ class TreeWatch(Job):
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
             by_path, by_content = 'load.start', 'load.raw_start'
-        file = as_sent(path)
-        texts = [as_sent(text) for text in commands]
         # The path of load.normal is a pattern: rTorrent would look for other files.
         is_pattern = re.search(r'[*?[]', path)
         if self.by_path and not is_pattern:
-            without_errors(self.engine.tell([(by_path, '', file, *texts)]))
+            self.act(by_path, '', path, *commands)
             if self.appears(meta):
                 return True
-        self.send_content((by_content, '', meta.content, *texts))
+        self.send_content(by_content, meta.content, commands)
         if not self.appears(meta):
             why = 'rTorrent did not take it, and does not say why'
             if not meta.tracker:
@@ -6544,33 +6221,34 @@ class TreeWatch(Job):
         if why_unseen(self.engine):
             self.by_path = False
         elif is_pattern:
-            self.engine.tell([
-                ('d.tied_to_file.set', meta.info_hash, file),
-                ('d.save_full_session', meta.info_hash)])
+            self.act('d.tied_to_file.set', meta.info_hash, path)
+            self.act('d.save_full_session', meta.info_hash)
             return True
         return False
 
-    def send_content(self, call: tuple) -> None:
+    def send_content(self, method: str, content: bytes, commands: list[str]) -> None:
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
         try:
-            without_errors(self.engine.tell([call]))
+            self.act(method, '', content, *commands)
         except Unreachable:
-            size = len(call[2])
-            if size <= 100000:
+            if len(content) <= 100000:
                 raise
             self.ask('system.pid', '')
-            raise Refused(f'{show_size(size)} are more than rTorrent takes in one request'
-                          ) from None
+            size = show_size(len(content))
+            raise Refused(f'{size} are more than rTorrent takes in one request') from None
 
     def appears(self, meta: Metafile) -> bool:
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
         end = time.monotonic() + 1 + len(meta.content) / 5e6
+        pause = 0.0002
         while time.monotonic() < end:
             answer = self.ask('d.hash', meta.info_hash)
             if not isinstance(answer, HashNotFound):
                 without_errors([answer])
                 return True
-            time.sleep(0.0005)
+            time.sleep(pause)
+            # Who asks too often keeps rTorrent from loading it.
+            pause = min(1.5 * pause, 0.05)
         return False
 
     def explain(self, path: str) -> list[str]:
@@ -6598,14 +6276,15 @@ class TreeWatch(Job):
 
 
 # --- Config ----------------------------------------------------------------------------------
-# torque.ini becomes entries (a value and its place), entries become settings, settings become
-# planned jobs, and those become the objects that run. Mistakes are collected as (file, line,
-# text), so that all are told at once, each as `file:line: setting: what is wrong; what is
-# allowed`; only where there is none does anything start. What has no effect is a warning.
-# config_ini is the configuration as jobs see it. All of this runs in the main thread.
+# torque.ini becomes values (a text that knows where it stands), values become planned jobs, and
+# those become the objects that run. Mistakes are collected as ((file, line), text), so that all
+# are told at once, each as `file:line: setting: what is wrong; what is allowed`; only where there
+# is none does anything start. What has no effect is a warning. config_ini is the configuration
+# as jobs see it. All of this runs in the main thread.
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+COMMON = ('scgi_url', 'rtorrent_rc')    # what is read of pyrocore's [GLOBAL]
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
 job.connstats.schedule = minute=*
@@ -6621,39 +6300,22 @@ job.treewatch.schedule = hour=*
 job.treewatch.active = no
 """
 BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
-# Handlers of pyrocore and pyrosimple, below pyrocore.torrent, pyrosimple.job and the like.
-OLD_HANDLERS = {
-    'jobs:EngineStats': 'EngineStats',
-    'metrics:EngineStats': 'EngineStats',
-    'jobs:InfluxDBStats': 'InfluxDB',
-    'jobs:InfluxDB': 'InfluxDB',
-    'queue:QueueManager': 'QueueManager',
-    'watch:QueueManager': 'QueueManager',
-    'watch:TreeWatch': 'TreeWatch',
-    'action:Action': 'Action',
-    'action:Command': 'Command',
-    'action:ItemCommand': 'ItemCommand',
-    'move_path:PathMover': 'Move'}
+# Jobs of pyrocore and pyrosimple that have another name here
+OLD_NAMES = {
+    'InfluxDBStats': 'InfluxDB',
+    'PathMover': 'Move'}
 
 
 def origin(error: BaseException) -> str:
     """Return one line that says what was raised and in which line of which file."""
     if isinstance(error, SyntaxError):
         return f'{error.filename}:{error.lineno}: {error.msg}'
-    place, trace = '', error.__traceback__
-    while trace:
-        file = trace.tb_frame.f_code.co_filename
+    place = ''
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
         if not file.startswith('<') and file != __file__:
-            place = f'{file}:{trace.tb_lineno}: '
-        trace = trace.tb_next
+            place = f'{file}:{line}: '
     return f'{place}{type(error).__name__}: {error}'
-
-
-def required(text: str) -> str:
-    """Return the text of what every job needs."""
-    if not text:
-        raise UserError('is missing; a job needs a handler and a schedule')
-    return text
 
 
 def handler_name(text: str) -> str:
@@ -6663,37 +6325,25 @@ def handler_name(text: str) -> str:
     ('torque:InfluxDB', 'my.jobs:Space')
     """
     text = text.replace('::', ':')
-    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.(\S+)', text)
-    if old and old[1] in OLD_HANDLERS:
-        return 'torque:' + OLD_HANDLERS[old[1]]
+    old = re.fullmatch(r'(?:pyrocore|pyrosimple)\.(?:torrent|job)\.\w+:(\w+)', text)
+    if old:
+        text = 'torque:' + OLD_NAMES.get(old[1], old[1])
     return text
-
-
-def import_module(module: str, name: str) -> Any:
-    """Return a module that has the class `name`; raises UserError whatever goes wrong."""
-    import importlib
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if module != missing and not module.startswith(missing + '.'):
-            raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
-        hint = nearest(f'{module}:{name}', [f'torque:{job.__name__}' for job in BUILT_IN])
-        if module.endswith('.py'):
-            hint = f'; write {module[:-3]}:{name}'
-        raise UserError(f'there is no module {missing!r} (looked beside the ini and where '
-                        f'Python does){hint}') from None
-    except (Exception, SystemExit) as error:    # whatever the module does when imported
-        raise UserError(f'module {module!r} cannot be imported: {origin(error)}') from None
 
 
 def import_handler(text: str) -> Any:
     """Return the class that `module.path:ClassName` names."""
-    handler = handler_name(required(text))
+    handler = handler_name(text)
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
-    module = import_module(path, name)
+    try:
+        __import__(path)
+    except (Exception, SystemExit) as error:    # whatever the module does when imported
+        raise UserError(f'module {path!r} cannot be imported: {origin(error)}') from None
+    module = sys.modules[path]
     handler_class = getattr(module, name, None)
     if not callable(handler_class):
         classes = [word for word in dir(module) if isinstance(getattr(module, word), type)]
@@ -6703,7 +6353,9 @@ def import_handler(text: str) -> Any:
 
 def parse_due(text: str) -> Schedule:
     """Return the Schedule of a job: one that is due again."""
-    schedule = parse_schedule(required(text))
+    if not text:
+        raise UserError('is missing; a job needs a handler and a schedule')
+    schedule = parse_schedule(text)
     if schedule.next(time.time()) is None:
         raise UserError(f'{text!r} lies in the past: it would never fire')
     return schedule
@@ -6711,9 +6363,7 @@ def parse_due(text: str) -> Schedule:
 
 def parse_level(text: str) -> str:
     """Return a level of the log, or nothing."""
-    if text.upper() not in ('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'):
-        raise UserError(f'{text!r}; allowed are DEBUG INFO WARNING ERROR')
-    return text
+    return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
 
 
 CORE_OPTIONS = (                        # what any job has
@@ -6744,29 +6394,43 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
            'condition that any startable item of a queue must meet'))
-CORE_NAMES = [option.name for option in CORE_OPTIONS]
-TORQUE_NAMES = [option.name for option in TORQUE_OPTIONS]
 
 
-class Place(NamedTuple):
-    """Where a setting stands: a file or `-D`, and the line, 0 where there is none."""
-    file: str
-    line: int = 0
-
-    def __str__(self) -> str:
-        if self.line:
-            return f'{self.file}:{self.line}'
-        return self.file
+def option_names(options: Iterable[Option]) -> list[str]:
+    """Return the names of options, and their other names."""
+    names: list[str] = []
+    for option in options:
+        names += filter(None, (option.name, option.alias))
+    return names
 
 
-class Entry(NamedTuple):
-    """A value of the configuration, and where it stands."""
-    value: str
-    place: Place
-
-
-Entries = Dict[str, Entry]              # by name
+CORE_NAMES = option_names(CORE_OPTIONS)
+TORQUE_NAMES = option_names(TORQUE_OPTIONS)
+Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 for all of it
 Mistake = Tuple[Place, str]             # where, and what is wrong
+
+
+class Value(str):
+    """A text of the configuration; `place`: where it stands, `key`: the name it has there."""
+    place: Place
+    key: str
+
+    def __new__(cls, text: str, place: Place = ('', 0), key: str = '') -> Value:
+        value = super().__new__(cls, text)
+        value.place = place
+        value.key = key
+        return value
+
+
+Values = Dict[str, Value]               # by name
+
+
+def located(place: Place, text: str) -> str:
+    """Return a line that says what is the matter where."""
+    file, line = place
+    if line and file != '-D':
+        file = f'{file}:{line}'
+    return one_line(f'{file}: {text}')
 
 
 class UnknownJob(UserError):
@@ -6774,14 +6438,10 @@ class UnknownJob(UserError):
 
 
 class Mistakes(UserError):
-    """All that is wrong with a configuration; `lines` has a line for each, in their order."""
+    """All that is wrong with a configuration, a line each, in their order."""
 
-    def __init__(self, mistakes: list[Mistake]):
-        self.mistakes = mistakes
-        self.lines = []
-        for place, text in sorted(dict.fromkeys(mistakes), key=operator.itemgetter(0)):
-            self.lines.append(one_line(f'{place}: {text}'))
-        super().__init__('\n'.join(self.lines))
+    def __init__(self, mistakes: Iterable[Mistake]):
+        super().__init__('\n'.join(located(*mistake) for mistake in sorted(set(mistakes))))
 
 
 class NumberedParser(configparser.RawConfigParser):
@@ -6790,9 +6450,10 @@ class NumberedParser(configparser.RawConfigParser):
     optionxform() is called while the line of the key is in hand. Keys with numbers are all
     different, so none is lost when it is given twice.
     """
-    SECTCRE = re.compile(r'\[(?P<header>[^]]+)\]')
-    # Matches any line, so that none ends the reading; is_key() tells what was no key.
-    OPTCRE = re.compile(r'(?P<option>.[^=:]*[=:]?)(?P<vi>)(?P<value>.*)')
+    SECTCRE = re.compile(r'\[(?P<header>[^][]+)\]')
+    # Matches any line, so that none ends the reading. What follows ` ;` is a comment.
+    OPTCRE = re.compile(
+        r'(?s)(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)\Z')
 
     def __init__(self, lines: list[str], file: str):
         super().__init__(strict=False, default_section='', interpolation=None)
@@ -6808,168 +6469,101 @@ class NumberedParser(configparser.RawConfigParser):
     def optionxform(self, optionstr: str) -> str:
         return f'{self.number} {optionstr}'
 
-    def rows(self) -> list[tuple[int, str, str, str]]:
-        """Return (line, section, key with delimiter, value) of all that was read, in order."""
-        rows = []
-        for section in self.sections():
-            for numbered, value in self.items(section):
-                number, _, key = numbered.partition(' ')
-                rows.append((int(number), section.strip().upper(), key, value))
-        return sorted(rows)
-
-
-def common_section(section: str, key: str) -> str:
-    """Return under which section torque has a setting of pyrocore's config.ini; or nothing."""
-    if section in ('INFLUXDB', 'ANNOUNCE'):
-        return section
-    if section in ('GLOBAL', 'DEFAULT') and key in ('scgi_url', 'rtorrent_rc'):
-        return 'TORQUE'
-    return ''
-
-
-def is_key(text: str) -> bool:
-    """Tell whether a key with its delimiter is one; `foo bar`, `= 5`, `[x` and `a ; b=` are not."""
-    if text[-1] not in '=:' or text[0] in '=:[':
-        return False
-    return not re.search(r'\s;', text)
-
-
-def excerpt(text: str, line: str) -> str:
-    """Return part of a line as a message may show it; line: what tells of secrets in it."""
-    if re.search(SECRET + '|url', line):
-        return '***'
-    return quoted(redacted(text.strip()), 60)
-
 
 class Ini:
-    """The entries of configuration files by section and key; mistakes, warnings, notes."""
+    """The values of configuration files by section and key; mistakes, and remarks for the log."""
 
     def __init__(self) -> None:
-        self.sections: dict[str, Entries] = {'TORQUE': {}}
+        self.sections: dict[str, Values] = {section: {} for section in SECTIONS}
+        self.torque = self.sections['TORQUE']
         self.mistakes: list[Mistake] = []
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
+        self.remarks: list[tuple[int, str]] = []        # level of the log, line
 
-    def refuse(self, place: Place, text: str) -> None:
+    def refuse(self, value: Value, text: Any) -> None:
         """Add a mistake."""
-        self.mistakes.append((place, text))
+        self.mistakes.append((value.place, f'{value.key}: {text}'))
 
-    def warn(self, place: Place, text: str) -> None:
+    def warn(self, value: Value, text: str) -> None:
         """Add a warning of what has no effect, or another one than it seems."""
-        self.warnings.append(one_line(f'{place}: {text}'))
+        self.remarks.append((logging.WARNING, located(value.place, f'{value.key}: {text}')))
 
     def read(self, text: str, file: str, common: bool = False) -> None:
-        """Add the entries of one file; common: it is pyrocore's config.ini."""
-        lines = [line.rstrip() for line in text.split('\n')]
-        rows = NumberedParser(lines, file).rows()
-        self.warn_of_glued(lines, file, {row[0] for row in rows})
-        before = ''
-        for number, section, key, value in rows:
-            name = key[:-1].rstrip()
-            if common:
-                section = common_section(section, name)
-                if not section:
+        """Add the values of one file; common: it is pyrocore's config.ini."""
+        lines = text.split('\n')
+        parser = NumberedParser(lines, file)
+        for header in parser.sections():
+            for numbered, text in parser.items(header):
+                number, _, key = numbered.partition(' ')
+                section = header.strip().upper()
+                value = Value(re.sub('\n+', '\n', text), (file, int(number)), key[:-1].rstrip())
+                if common and section in ('GLOBAL', 'DEFAULT') and value.key in COMMON:
+                    section = 'TORQUE'
+                if common and section not in SECTIONS:
                     continue
-            place = Place(file, number)
-            line = lines[number - 1]
-            shown = excerpt(line, before + line)    # it may go on a secret
-            before = name
-            if not is_key(key):
-                self.refuse(place, f'{shown} is neither KEY = VALUE nor [SECTION]')
-            elif section:
-                value = self.without_comment(place, name, value, line)
-                self.add(section, name, value, place)
-            elif number == rows[0][0]:
-                self.refuse(place, f'{shown} stands before any [SECTION]; settings belong '
-                                   'under [TORQUE]')
+                if re.fullmatch(r'[^[=:].*[=:]', key) and key.isprintable():
+                    self.add(section, value, lines[int(number) - 1])
+                else:
+                    self.mistakes.append((value.place, 'neither KEY = VALUE nor [SECTION]'))
 
-    def warn_of_glued(self, lines: list[str], file: str, keys: set[int]) -> None:
-        """Warn of lines that look like settings, and go on a value because they are indented."""
-        pattern = re.compile(rf"\s+(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]")
-        for number, line in enumerate(lines, 1):
-            setting = pattern.match(line)
-            if setting and number not in keys:
-                self.warn(Place(file, number), f'{setting[1]} is indented, so it belongs to the '
-                                               'value above it')
-
-    def without_comment(self, place: Place, key: str, value: str, line: str) -> str:
-        """Return a value without empty lines, and without the `; note` that ends its first one."""
-        first, *more = value.split('\n')
-        comment = re.search(r'\s;', line)
-        if comment:
-            first = first[:comment.start() - len(line)].rstrip()
-            said = line[comment.end():]
-            if re.search(r'\.(args$|cmd[._])', key):
-                self.warn(place, f'{key}: text after ` ;` is a comment, and cut off from the '
-                                 f'command: {excerpt(said, line)}; a ; without a blank before '
-                                 'it belongs to the value')
-            elif '=' in said:
-                self.warn(place, f'text after `;` is a comment: {excerpt(said, line)}')
-        if first == '""':
-            first = ''
-        return '\n'.join([first, *filter(None, more)])
-
-    def add(self, section: str, key: str, value: str, place: Place) -> None:
-        """Add one entry; a later one replaces an earlier one."""
-        entries = self.sections.setdefault(section, {})
-        if key in entries and entries[key].place.file == place.file:
-            self.warn(place, f'{key} stands here again, and this one counts, not that of '
-                             f'{entries[key].place}')
-        if not key.isprintable():
-            self.refuse(place, f'{quoted(key)}: a name has no control characters')
-        elif re.search(r'%\(\w+\)s', value.replace('%%', '')):
-            self.refuse(place, f'{key}: {excerpt(value, key)}: nothing is interpolated; write '
-                               'the value itself, and %% for %')
-        else:
-            entries[key] = Entry(value.replace('%%', '%'), place)
+    def add(self, section: str, value: Value, line: str) -> None:
+        """Add a value, which replaces an earlier one; tell what is not as it seems."""
+        comment = re.search(r'\s;(.*)', line)
+        if comment and ('=' in comment[1] or re.search(r'\.(args$|cmd[._])', value.key)):
+            self.warn(value, 'what follows ` ;` is a comment, and cut off; a ; without a blank '
+                             'before it belongs to the value')
+        setting = re.search(rf"\n(jobs?\.[\w.-]+|{'|'.join(TORQUE_NAMES)}) *[=:]", value)
+        if setting:
+            self.warn(value, f'{setting[1]} below is indented, so it belongs to this value')
+        if not section:
+            self.refuse(value, 'stands before any [SECTION]; settings belong under [TORQUE]')
+        if re.search(r'%\(\w+\)s', value.replace('%%', '')):
+            self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
+        values = self.sections.setdefault(section, {})
+        before = values.get(value.key, Value(''))
+        if before.place[0] == value.place[0]:
+            self.warn(value, f'stands here again, and counts, not line {before.place[1]}')
+        text = value.replace('%%', '%')
+        if text == '""':
+            text = ''
+        values[value.key] = Value(text, value.place, value.key)
 
     def override(self, text: str) -> None:
         """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
-        place = Place('-D')
-        key, equals, value = text.partition('=')
-        key, value = key.strip(), value.strip()
-        section, _, rest = key.partition('.')
-        section = section.upper()
-        if not equals or not section:
-            self.refuse(place, f'{excerpt(text, text)}: allowed is KEY=VALUE or section.KEY=VALUE')
-        elif rest and section in (*self.sections, *SECTIONS):
-            self.add(section, rest, value, place)
-        else:
-            self.add('TORQUE', key, value, place)
+        section, _, rest = text.partition('.')
+        if section.upper() not in self.sections:
+            section, rest = 'TORQUE', text
+        self.read(f'[{section}]\n{rest}', '-D')
 
 
 def read_text(path: str) -> str:
     """Return the text of a configuration file; raises Mistakes where there is none."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            wrong = 'is no regular file'        # a pipe would block, a device might never end
-        elif os.path.getsize(path) > INI_LIMIT:
-            wrong = f'is larger than {show_size(INI_LIMIT)}: no configuration'
-        else:
+        status = os.stat(path)
+        # A pipe would block, a device might never end.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= INI_LIMIT:
             with open(path, encoding='utf-8-sig') as stream:
                 return stream.read()
-    except UnicodeDecodeError as error:
-        wrong = f'not UTF-8 text: {error.reason} at byte {error.start}'
-    except OSError as error:
-        wrong = str(error.strerror)
-    raise Mistakes([(Place(path), wrong)])
+        wrong = f'is no regular file of up to {show_size(INI_LIMIT)}'
+    except (OSError, UnicodeDecodeError) as error:
+        wrong = getattr(error, 'strerror', f'no text: {error}')
+    raise Mistakes([((path, 0), wrong)])
 
 
 def read_common(ini: Ini, path: str) -> None:
     """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
     file = beside(path, 'config.ini')
-    if not os.path.isfile(file) or os.path.realpath(path) == file:
+    if not os.path.isfile(file):
         return
     try:
         ini.read(read_text(file), file, common=True)
-        ini.notes.append(one_line(f'{file} is read first, for [GLOBAL] scgi_url and rtorrent_rc, '
-                                  '[INFLUXDB], [ANNOUNCE]'))
+        ini.remarks.append((logging.INFO, one_line(
+            f'{file} is read first, for [GLOBAL] scgi_url, rtorrent_rc, [INFLUXDB], [ANNOUNCE]')))
     except Mistakes as error:
-        ini.warnings.append(str(error))
+        ini.remarks.append((logging.WARNING, str(error)))
 
 
 def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the entries of the defaults, of the user's files over them, and of -D over all."""
+    """Return the values of the defaults, of the user's files over them, and of -D over all."""
     ini = Ini()
     ini.read(DEFAULTS, '<defaults>')
     read_common(ini, path)
@@ -6987,13 +6581,13 @@ def beside(path: str, name: str | None) -> str:
     return os.path.join(folder, os.path.expanduser(name))
 
 
-def default_state_dir(path: str) -> str:
-    """Return the folder of state of one configuration file, by its real path."""
+def state_folder(path: str, name: str | None) -> str:
+    """Return the folder of state of a configuration file, which may name it."""
     import hashlib
+    if name:
+        return beside(path, name)
     real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME')
-    if not base:
-        base = os.path.expanduser('~/.local/state')
+    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
     mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
@@ -7011,173 +6605,122 @@ def convert(text: str) -> Any:
     return text
 
 
-def texts_of(entries: Entries) -> Settings:
-    """Return the values of entries as they are."""
-    return Settings((key, entry.value) for key, entry in entries.items())
-
-
-def converted(entries: Entries) -> Settings:
-    """Return the values of entries as pyrocore's jobs expect them; a handler stays text."""
-    values = texts_of(entries)
-    for key, text in values.items():
-        if key not in ('handler', 'schedule'):
-            values[key] = convert(text)
-    return values
-
-
-def first_place(entries: Entries) -> Place:
-    """Return where the user's file begins to speak of something."""
-    for entry in entries.values():
-        if entry.place.file != '<defaults>':
-            return entry.place
-    return Place('<defaults>')
-
-
-def built_in(entries: Entries) -> Any:
-    """Return the class of a job where it is a built-in one, else None."""
-    if 'handler' in entries:
-        for job in BUILT_IN:
-            if handler_name(entries['handler'].value) == f'torque:{job.__name__}':
-                return job
+def built_in(handler: str) -> Any:
+    """Return the class that a handler means where it is a built-in one, else None."""
+    for job in BUILT_IN:
+        if handler_name(handler) == f'torque:{job.__name__}':
+            return job
     return None
 
 
-def is_off(entries: Entries) -> bool:
+def is_off(values: Values) -> bool:
     """Tell whether a job's settings say that it is not active."""
-    if 'active' not in entries:
-        return False
-    return entries['active'].value.lower() in FALSE
+    return values.get('active', '').lower() in FALSE
 
 
-def group_jobs(ini: Ini) -> dict[str, Entries]:
-    """Return the entries of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, Entries] = {}
-    others: Entries = {}
-    for key, entry in ini.sections['TORQUE'].items():
-        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
-        if setting:
-            groups.setdefault(setting[1], {})[setting[2]] = entry
-        elif key.partition('.')[0] == 'job':
-            ini.refuse(entry.place, f'{key}: allowed is job.NAME.PARAM')
-        elif key not in TORQUE_NAMES:
-            others[key] = entry
+def group_jobs(ini: Ini) -> dict[str, Values]:
+    """Return the values of each job by name; tell of those that torque has no use for."""
+    groups: dict[str, Values] = {}
     old = set()
-    for key, entry in others.items():
+    for key, value in ini.torque.items():
+        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
         family = key.partition('.')[0]
-        if family in ('apscheduler', 'httpd'):
+        if setting:
+            groups.setdefault(setting[1], {})[setting[2]] = value
+        elif family == 'job':
+            ini.refuse(value, 'allowed is job.NAME.PARAM')
+        elif family in ('apscheduler', 'httpd'):
             old.add(f'{family}.*')
-        else:
-            hint = where_it_belongs(key, groups)
-            ini.warn(entry.place, f'{key} means nothing to torque{hint}')
+        elif key not in TORQUE_NAMES:
+            ini.warn(value, f'this means nothing to torque{where_it_belongs(key, ini)}')
     if old:
-        ini.notes.append(f"settings of pyrocore without a use here: {' '.join(sorted(old))}")
+        text = f"settings of pyrocore without a use here: {' '.join(sorted(old))}"
+        ini.remarks.append((logging.INFO, text))
     return groups
 
 
-def where_it_belongs(key: str, groups: dict[str, Entries]) -> str:
+def where_it_belongs(key: str, ini: Ini) -> str:
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
-    if rest and stem.lower() in ('job', 'jobs'):
-        return f"; did you mean 'job.{rest}'?"
-    if rest and stem in groups:
-        return f"; did you mean 'job.{key}'?"
-    if key in CORE_NAMES:
-        return f'; write job.NAME.{key}, for each job'
-    for name in ('queue', 'treewatch', 'fluxstats'):
-        job = built_in(groups[name])
-        if job and job.takes(key):
-            hint = f'; write job.{name}.{key}'
-            if job.section == 'INFLUXDB':
-                hint += ', or put it under [INFLUXDB]'
-            return hint
+    right = [known for known in ini.torque if known.endswith(f'.{key}')]
+    if stem.lower() in ('job', 'jobs'):
+        right = [f'job.{rest}']
+    for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
+        if key in option_names(job.options):
+            right.append(f'job.{name}.{key}')
+    if right:
+        return f'; did you mean {right[0]!r}?'
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
 def warn_of_sections(ini: Ini) -> None:
     """Warn of sections, and of settings in them, that have no effect."""
-    for section, entries in ini.sections.items():
-        if section not in SECTIONS:
-            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
-            ini.warn(first_place(entries), f'section [{section}] means nothing to torque{hint}')
-            continue
-        for key, entry in entries.items():
+    for section, values in ini.sections.items():
+        for key, value in values.items():
+            if section and section not in SECTIONS:
+                hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+                ini.warn(value, f'section [{section}] means nothing to torque{hint}')
+                break
             if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
-                ini.warn(entry.place, f'{key} has no effect under [{section}]; it belongs under '
-                                      '[TORQUE]')
+                ini.warn(value, f'no effect under [{section}]; it belongs under [TORQUE]')
 
 
-def checked(options: Iterable[Option], entries: Entries, prefix: str,
-            mistakes: list[Mistake]) -> Settings:
-    """Return the values of options, adding the mistakes in them to `mistakes`."""
-    values = Settings()
+def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '',
+            shared: Any = ()) -> Settings:
+    """Return what the values mean to options; those left out are as in `shared`, or default."""
+    meanings = Settings()
+    given = {**dict(shared), **values}
+    place = ('', 0)
+    for value in values.values():
+        place = value.place
     for option in options:
-        entry = entries.get(option.name) or entries.get(option.alias)
+        default = Value(option.default, place, prefix + option.name)
+        text = given.get(option.name, given.get(option.alias, default))
         typed = option.kind != 'text'           # empty is as if it were left out
-        text = option.default
-        if entry and (entry.value or not typed):
-            text = entry.value
-        values[option.name] = None
-        if typed and text == '':
+        if typed and not text:
+            text = default
+        if option.name in values and option.alias in values:
+            ini.warn(values[option.alias], f'another name of {option.name}, and that counts')
+        meanings[option.name] = None
+        if typed and not text:
             continue
         try:
-            values[option.name] = option.parse(text)
+            meanings[option.name] = option.parse(text)
         except UserError as error:
-            place = entry.place if entry else first_place(entries)
-            mistakes.append((place, f'{prefix}{option.name}: {error}'))
-    return values
+            ini.refuse(text, error)
+    return meanings
 
 
-def unknown_options(job: Any, prefix: str, entries: Entries) -> list[Mistake]:
-    """Return what is among a built-in job's settings and is none of its options."""
-    known = list(CORE_NAMES)
-    for option in job.options:
-        known += filter(None, (option.name, option.alias))
-    unknown = []
-    for key, entry in entries.items():
-        if key not in CORE_NAMES and not job.takes(key) and not key.startswith('job.'):
+def converted(values: Values) -> Settings:
+    """Return values as pyrocore's jobs expect them."""
+    return Settings((key, convert(text)) for key, text in values.items())
+
+
+def check_names(job: Any, values: Values, tell: Callable[[Value, str], None]) -> None:
+    """Tell what is among a built-in job's settings and is none of its options."""
+    known = CORE_NAMES + option_names(job.options)
+    for key, value in values.items():
+        if key not in known and not key.startswith(job.families):
             hint = nearest(key, known) or '; see --list-jobs'
-            unknown.append((entry.place, f'{prefix}{key}: {job.__name__} has no such option{hint}'))
-    return unknown
+            tell(value, f'{job.__name__} has no such option{hint}')
 
 
-def with_shared(job: Any, prefix: str, entries: Entries, ini: Ini) -> Entries:
-    """Return a built-in job's entries with those that its section gives to all of its kind.
-
-    What is none of its options is a mistake.
-    """
-    shared = ini.sections.get(job.section, {})
-    merged = dict(entries)
-    ini.mistakes += unknown_options(job, prefix, entries)
-    if job.section != 'TORQUE':
-        ini.mistakes += unknown_options(job, '', shared)
-    for option in job.options:
-        if option.name in entries and option.alias in entries:
-            ini.warn(entries[option.alias].place, f'{prefix}{option.alias} is another name of '
-                                                  f'{option.name}, and that counts')
-        elif option.name in shared and option.alias not in entries:
-            merged.setdefault(option.name, shared[option.name])
-    return merged
-
-
-def import_modules(path: str, groups: dict[str, Entries]) -> None:
+def import_modules(path: str, groups: dict[str, Values]) -> None:
     """Import the modules of all active jobs: each may add fields that others' conditions name."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if folder not in sys.path:
-        sys.path.append(folder)
-    for entries in groups.values():
-        if 'handler' in entries and not is_off(entries):
+    sys.path.append(os.path.dirname(os.path.realpath(path)))
+    for values in groups.values():
+        if not is_off(values):
             with contextlib.suppress(UserError):    # told of when the job is planned
-                import_handler(entries['handler'].value)
+                import_handler(values.get('handler', ''))
 
 
 class PlannedJob(NamedTuple):
     """A job that can be made."""
     name: str
-    make: Callable[[JobConfig], Any]
-    config: JobConfig
+    make: Callable[[Settings], Any]
+    config: Settings
     schedule: Schedule
-    places: dict[str, Place]            # of its settings, and '' of the first
-    source: Settings                    # all texts it is made of: the same, and so is the job
+    source: Values                      # its settings as they are written
 
 
 class Config(Settings):
@@ -7191,8 +6734,7 @@ class Config(Settings):
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
         self.path = path
-        self.warnings = ini.warnings
-        self.notes = ini.notes
+        self.remarks = ini.remarks
         warn_of_sections(ini)
         groups = group_jobs(ini)
         if only is not None and only not in groups:
@@ -7201,102 +6743,66 @@ class Config(Settings):
         self.fill(ini, dry_run)
         import_modules(path, groups)
         self.jobs: list[PlannedJob] = []
-        for name, entries in groups.items():
-            if name == only or only is None and not is_off(entries):
-                self.jobs.append(self.plan(name, entries, ini, bool(only)))
-            elif entries.get('scgi_url') and entries['scgi_url'].value:
+        for name, values in groups.items():
+            job = built_in(values.get('handler', ''))
+            if name == only or only is None and not is_off(values):
+                self.jobs.append(self.plan(name, values, ini, bool(only)))
+            elif values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
-                self.find_engine(entries['scgi_url'].value, self.torque.same_files,
-                                 f'job.{name}.scgi_url', entries, ini)
-            elif only is None and built_in(entries):    # a slip may be why it is not active
-                for place, text in unknown_options(built_in(entries), f'job.{name}.', entries):
-                    ini.warn(place, f'{text} (of an inactive job)')
+                self.engine_at(values['scgi_url'], self.torque.same_files, ini)
+            elif only is None and job:          # a slip may be why it is not active
+                check_names(job, values, ini.warn)
         if ini.mistakes:
             raise Mistakes(ini.mistakes)
 
     def fill(self, ini: Ini, dry_run: bool) -> None:
         """Replace the sections by those of the files, and find what all jobs share."""
         self.clear()
-        for section, entries in ini.sections.items():
-            self[section.lower()] = texts_of(entries)
-        entries = ini.sections['TORQUE']
-        torque = converted(entries)
-        torque.update(checked(TORQUE_OPTIONS, entries, '', ini.mistakes))
+        for section, values in ini.sections.items():
+            self[section.lower()] = Settings(values)
+        torque = converted(ini.torque)
+        torque.update(checked(TORQUE_OPTIONS, ini.torque, ini))
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self['torque'] = torque
-        self.state_dir = beside(self.path, torque.state_dir)
-        if not self.state_dir:
-            self.state_dir = default_state_dir(self.path)
-        self.aliases = {}
-        for name, text in self.get('announce', {}).items():
-            self.aliases[name] = text.split()
-        self.engines: dict[tuple, Engine] = {}      # by address, timeout and limit
-        self.all_engines: list[Engine] = []         # the same, as jobs have them
-        self.engine = self.find_engine(torque.scgi_url, torque.same_files, 'scgi_url', entries,
-                                       ini)
+        self.state_dir = state_folder(self.path, torque.state_dir)
+        self.aliases = {name: text.split() for name, text in self.announce.items()}
+        self.engines: dict[tuple, Engine] = {}      # by address and same_files
+        nowhere = Value('', (self.path, 0))
+        place = ini.torque.get('scgi_url', ini.torque.get('rtorrent_rc', nowhere)).place
+        self.url = Value(torque.scgi_url, place, 'scgi_url')
+        self.engine = self.engine_at(self.url, torque.same_files, ini)
 
-    def plan(self, name: str, entries: Entries, ini: Ini, alone: bool) -> PlannedJob:
+    def plan(self, name: str, values: Values, ini: Ini, alone: bool) -> PlannedJob:
         """Return a job ready to be made, if there are no mistakes."""
         prefix = f'job.{name}.'
-        core = checked(CORE_OPTIONS, entries, prefix, ini.mistakes)
-        values = converted(entries)
-        make = core.pop('handler')
+        shared = {key: value for key, value in ini.torque.items() if key in TORQUE_NAMES}
+        core = checked(CORE_OPTIONS, values, ini, prefix, shared)
+        make = core.handler
+        settings = converted(values)
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-            entries = with_shared(make, prefix, entries, ini)
-            values = texts_of(entries)
-            values.update(checked(make.options, entries, prefix, ini.mistakes))
-        schedule = core.pop('schedule')
-        values.update(core)
-        values['job_name'] = name
-        values['dry_run'] = bool(core.dry_run or self.torque.dry_run)
-        if core.same_files is None:
-            values['same_files'] = self.torque.same_files
-        engine = self.engine
-        if core.scgi_url:
-            engine = self.find_engine(core.scgi_url, values.same_files, f'{prefix}scgi_url',
-                                      entries, ini)
-        elif values.same_files != self.torque.same_files:
-            engine = self.find_engine(self.torque.scgi_url, values.same_files, 'scgi_url',
-                                      ini.sections['TORQUE'], ini)
-        config = JobConfig(values, engine, self.all_engines, self.state_dir, alone)
-        for key in set(dir(config)).intersection(entries):
-            ini.warn(entries[key].place, f'{prefix}{key}: config.{key} is something else; '
-                                         f'the job finds it as config[{key!r}]')
-        places = {'': first_place(entries)}
-        for key, entry in entries.items():
-            places[key] = entry.place
-        return PlannedJob(name, make, config, schedule, places, texts_of(entries))
+            section = ini.sections.get(make.section, {})
+            check_names(make, values, ini.refuse)
+            check_names(make, section, ini.refuse)
+            settings.update(checked(make.options, values, ini, prefix, {**shared, **section}))
+        settings.update(core, job_name=name, dry_run=bool(core.dry_run or self.torque.dry_run),
+                        handler=values.get('handler'), schedule=values.get('schedule'))
+        engine = self.engine_at(values.get('scgi_url') or self.url, core.same_files, ini)
+        config = Settings(settings, engine=engine, engines=self.engines.values(),
+                          state_dir=self.state_dir, alone=alone)
+        return PlannedJob(name, make, config, core.schedule, values)
 
-    def find_engine(self, url: str, same_files: bool, key: str, entries: Entries,
-                    ini: Ini) -> Any:
-        """Return the Engine at an address; an empty one is what rTorrent's own rc says.
-
-        key, entries: the setting that a mistake is told of, and those that it stands among.
-        """
-        if not url and ini.mistakes:            # it may be among what was not understood
-            return None
-        try:
-            if not url:
-                url = find_url(self.torque.rtorrent_rc)
-                key = 'rtorrent_rc'
-            return self.engine_at(url, same_files)
-        except UserError as error:
-            entry = entries.get('scgi_url') or entries.get('rtorrent_rc')
-            place = entry.place if entry else Place(self.path)
-            ini.refuse(place, f'{key}: {error}')
-            return None
-
-    def engine_at(self, url: str, same_files: bool) -> Engine:
+    def engine_at(self, url: Value, same_files: bool, ini: Ini) -> Any:
         """Return the Engine at an address: one for all jobs that name the same."""
-        torque = self.torque
-        timeout = torque.rpc_timeout or RPC_TIMEOUT     # they are None where they are mistakes
-        limit = torque.rpc_limit or RPC_LIMIT
-        made_of = (url, bool(same_files))
-        if made_of not in self.engines:
-            engine = Engine(url, timeout, limit, self.aliases, bool(same_files))
-            self.engines[made_of] = engine
-            self.all_engines.append(engine)
-        return self.engines[made_of]
+        made_of = (str(url), bool(same_files))
+        # Where there are mistakes, an address may be among what was not understood.
+        if made_of not in self.engines and (url or not ini.mistakes):
+            try:
+                address = url or find_url(self.torque.rtorrent_rc)
+                self.engines[made_of] = Engine(address, self.torque.rpc_timeout,
+                                               self.torque.rpc_limit, self.aliases, made_of[1])
+            except UserError as error:
+                ini.refuse(url, error)
+        return self.engines.get(made_of)
 
 
 def clean_up(name: str, job: Any) -> None:
@@ -7309,41 +6815,34 @@ def clean_up(name: str, job: Any) -> None:
 
 
 def make_job(planned: PlannedJob) -> Any:
-    """Return the object of a job; raises Mistakes."""
-    place, name = planned.places[''], f'job.{planned.name}'
+    """Return the object of a job; raises UserError."""
     try:
         job = planned.make(planned.config)
-        if callable(getattr(job, 'run', None)):
-            return job
-        text = f'{name}: the class has no run()'
-    except Unreachable:                         # no mistake: it may be there the next time
+    except (UserError, Unreachable):            # it may be there the next time
         raise
-    except UserError as error:
-        place = planned.places.get(error.option, place)
-        text = f'{name}: {error}'
-        if error.option:
-            text = f'{name}.{error.option}: {error}'
     except (Exception, SystemExit) as error:
-        text = f'{name} cannot be made: {origin(error)}'
-    raise Mistakes([(place, text)])
+        raise UserError(f'it cannot be made: {origin(error)}') from None
+    if not callable(getattr(job, 'run', None)):
+        raise UserError('the class has no run()')
+    return job
 
 
 def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
     made: dict[str, Any] = {}
-    mistakes: list[Mistake] = []
-    try:
+    ini = Ini()
+    with contextlib.ExitStack() as undo:
         for planned in plans:
+            name, source = planned.name, planned.source
             try:
-                made[planned.name] = make_job(planned)
-            except Mistakes as error:
-                mistakes += error.mistakes
-        if mistakes:
-            raise Mistakes(mistakes)
-    except BaseException:                       # KeyboardInterrupt: torque is to end
-        for name, job in made.items():
-            clean_up(name, job)
-        raise
+                made[name] = make_job(planned)
+                undo.callback(clean_up, name, made[name])
+            except UserError as error:
+                key = f'job.{name}.{error.option}'.rstrip('.')
+                ini.refuse(Value('', source.get(error.option, source['handler']).place, key), error)
+        if ini.mistakes:
+            raise Mistakes(ini.mistakes)
+        undo.pop_all()
     return made
 
 
@@ -7910,7 +7409,7 @@ class Daemon:
         if not config.dry_run:
             run = functools.partial(self.run_job, planned, job)
         task = Task(planned.name, planned.schedule, run, config.max_runtime)
-        task.log.setLevel((config.log_level or 'NOTSET').upper())
+        task.log.setLevel(config.log_level or 'NOTSET')
         task.at_start = getattr(job, 'at_start', False) or (missed and config.catch_up)
         return task
 
@@ -7927,9 +7426,7 @@ class Daemon:
 
     def ping(self, planned: PlannedJob, way: str, text: str = '') -> None:
         """Tell the monitor of a job, if it has one."""
-        url = self.config.torque.ping_url
-        if 'ping_url' in planned.source:
-            url = planned.config.ping_url
+        url = planned.config.ping_url
         if not url or os.getpid() != self.pid:
             return
         base, mark, query = url.partition('?')
@@ -8456,12 +7953,11 @@ def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     options = Settings()
     with contextlib.suppress(UserError):
         # The file may be broken or gone by now.
-        options = checked(TORQUE_OPTIONS, read_files(path, arguments.define).sections['TORQUE'],
-                          '', [])
+        ini = read_files(path, arguments.define)
+        options = checked(TORQUE_OPTIONS, ini.torque, ini)
     name = arguments.pid_file or beside(path, options.pid_file)
     if not name:
-        folder = beside(path, options.state_dir) or default_state_dir(path)
-        name = os.path.join(folder, 'torque.pid')
+        name = os.path.join(state_folder(path, options.state_dir), 'torque.pid')
     return PidFile(os.path.abspath(name)), (options.grace or 10) + 20
 
 
@@ -8519,15 +8015,12 @@ def control(arguments: Any, path: str) -> int:
 def load(config: Config, arguments: Any, path: str) -> None:
     """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config.warnings = []
-    config.notes = []
+    config.remarks = []
     try:
         config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
-        for text in config.warnings:
-            log.warning('%s', text)
-        for text in config.notes:
-            log.info('%s', text)
+        for level, text in config.remarks:
+            log.log(level, '%s', text)
 
 
 def background_log(arguments: Any, path: str) -> str:
