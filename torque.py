@@ -33,7 +33,7 @@ is due until cleanup() is called, once, at the end. A reload ends all of it and 
 Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
 own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
 one more, under the job's lock; pings and the status have theirs, which only read, or hand a
-function to the main thread (call_soon). Engines are used by all; what they know of rTorrent is
+function to the main thread (calls). Engines are used by all; what they know of rTorrent is
 replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
@@ -88,6 +88,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_RUNNING, EXIT_CONFIG = 
 
 class LoggableError(Exception):
     """Something went wrong that one line explains; `told` when the log has that line already."""
+    exit_status = EXIT_FAILED
     told = False
     pause: float | None = None          # seconds that the other side asks to wait
 
@@ -97,7 +98,7 @@ class UserError(LoggableError):
 
     A job that is made may say of which of its options it speaks.
     """
-
+    exit_status = EXIT_CONFIG
     option = ''
 
     def __init__(self, *text: Any, option: str = ''):
@@ -648,48 +649,37 @@ def no_pause(seconds: float) -> None:
     """
 
 
-class Repeat:
-    """Events of one kind: how many there were, and when the log had them last."""
-
-    def __init__(self, now: float):
-        self.count = 1
-        self.since = now
-        self.said = now
-        self.pause = 60.0               # seconds from one summary to the next
-        self.recovered = False
+def in_thread(function: Callable, *args: Any) -> threading.Thread:
+    """Start a function in a thread; RuntimeError where there can be none."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
 
 
 class Repeats:
     """Tells which of many like events deserve a line in the log.
 
-    The first does; later ones are counted, and summed up after pauses that double from one
-    minute to one hour. `now` is elapsed seconds.
+    The first does, and so do later ones after pauses that double from one minute to one hour.
     """
     MOST_KINDS = 100
+    FORGOTTEN = 7200.0                  # seconds without a line, after which all begins anew
 
     def __init__(self) -> None:
-        self.kinds: dict[Any, Repeat] = {}
+        # Kind -> when it was told last, and the pause from then on, in elapsed seconds.
+        self.kinds: dict[Any, tuple[float, float]] = {}
 
-    def seen(self, kind: Any, now: float) -> tuple[int, float] | None:
-        """Return (0, 0) to say it in full, (times, seconds) to sum up, None for silence."""
-        row = self.kinds.get(kind)
-        if row is None or (row.recovered and now - row.said > row.pause):
-            if len(self.kinds) >= self.MOST_KINDS:
-                self.kinds.clear()
-            self.kinds[kind] = Repeat(now)
-            return 0, 0.0
-        row.count += 1
-        row.recovered = False
-        if now - row.said < row.pause:
-            return None
-        row.said = now
-        row.pause = min(row.pause * 2, 3600.0)
-        return row.count, now - row.since
-
-    def recovered(self) -> None:
-        """What comes after its pause now is new again, not one more of the same."""
-        for row in self.kinds.values():
-            row.recovered = True
+    def deserve_line(self, kind: Any) -> bool:
+        """Tell whether an event that happens now is to be told."""
+        now = elapsed_time()
+        told, pause = self.kinds.get(kind, (-self.FORGOTTEN, 0.0))
+        if now < told + pause:
+            return False
+        if now >= told + self.FORGOTTEN:
+            pause = 30.0
+        if len(self.kinds) >= self.MOST_KINDS:
+            self.kinds.clear()
+        self.kinds[kind] = now, min(pause * 2, 3600.0)
+        return True
 
 
 def error_text(error: BaseException) -> str:
@@ -712,41 +702,40 @@ def kind_of_error(error: BaseException) -> Any:
 
 def end_child(error: BaseException | None) -> None:
     """End a process that a job has forked and that comes back here: it is no second torque."""
-    status = int(error is not None)
-    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-        status = error.code or 0
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
+    status: Any = error
+    if isinstance(error, SystemExit):
+        status = error.code
+    if not isinstance(status, int):
+        status = int(status is not None)
     os._exit(status)
 
 
 class Task:
     """One job as the scheduler sees it, and how it has gone so far.
 
-    Its worker writes how runs went; the main thread writes when it is due. `waiting`,
-    `running_since`, `overdue` and `limit` are guarded by the scheduler's lock.
+    Its worker writes how runs went; the main thread writes when it is due. `waiting` is guarded
+    by the scheduler's lock.
     """
-    TOLD = ('name', 'running_since', 'last_start', 'last_duration', 'runs', 'failures', 'missed',
-            'last_error')               # by --status
+    TOLD = ('name', 'state', 'running_since', 'last_start', 'last_duration', 'runs', 'failures',
+            'missed', 'last_error')     # by --status
     at_start = False                    # a calendar task is due at once, too
     due: float | None = None            # in the clock of the schedule
-    last_due: float | None = None
+    last_due = 0.0
     waiting = 0                         # due times without a run so far
     worker: threading.Thread | None = None
     running_since: float | None = None  # Unix seconds
     last_start: float | None = None     # Unix seconds
     last_duration: float | None = None
     last_error: str | None = None
-    limit: Any = None                   # the event at which the run becomes overdue
-    overdue = False
+    overdue_run = -1                    # the run, counted from 0, that took too long
     runs = 0
     failures = 0
     missed = 0                          # due times that were merged into others
-    failing_since: float | None = None  # elapsed seconds
-    failed_times = 0                    # since then
-    failing_told = False
+    failed_times = 0                    # since it failed for the first time, or once more
+    failing_since = 0.0                 # elapsed seconds
+    told: Any = None                    # kind of the failure that the log had last since then
 
-    def __init__(self, name: str, schedule: Schedule, run: Callable[[], Any],
+    def __init__(self, name: str, schedule: Schedule, run: Callable,
                  max_runtime: float | None = None):
         self.name = name
         self.schedule = schedule
@@ -757,8 +746,17 @@ class Task:
         self.wake = threading.Lock()            # released when it is due
         self.wake.acquire()
 
-    def attempt(self) -> bool:
-        """Call the function once, and log how it went; tell whether it went well."""
+    @property
+    def state(self) -> str:
+        """Return a word for --status."""
+        if self.running_since is None:
+            return 'idle'
+        if self.overdue_run == self.runs:
+            return 'overdue'
+        return 'running'
+
+    def attempt(self) -> None:
+        """Call the function once, and log how it went."""
         pid = os.getpid()
         error: BaseException | None = None
         try:
@@ -769,12 +767,11 @@ class Task:
         if os.getpid() != pid:
             end_child(error)
         if error is None:
-            self.worked(elapsed_time())
+            self.worked()
         else:
-            self.failed(error, elapsed_time())
-        return error is None
+            self.failed(error)
 
-    def failed(self, error: BaseException, now: float) -> None:
+    def failed(self, error: BaseException) -> None:
         """Count a failure and log it: in full once, then summed up."""
         known = isinstance(error, LoggableError)
         text = error_text(error)
@@ -782,47 +779,30 @@ class Task:
             text = f'{type(error).__name__}: {text}'
         self.failures += 1
         self.last_error = text
-        if self.failing_since is None:
-            self.failing_since = now
-            self.failing_told = False
-            self.failed_times = 0
+        if not self.failed_times:
+            self.failing_since = elapsed_time()
         self.failed_times += 1
-        times = self.repeats.seen(kind_of_error(error), now)
-        if times is None or getattr(error, 'told', False):
+        kind = kind_of_error(error)
+        if getattr(error, 'told', False) or not self.repeats.deserve_line(kind):
             self.log.debug('failed again: %s', text)
             return
-        self.failing_told = True
         level = logging.WARNING if known else logging.ERROR
         traced = self.log.isEnabledFor(TRACE)
-        if times[0]:
-            text = f'still failing, {times[0]} times in {show_duration(times[1])}: {text}'
+        if kind == self.told:
+            seconds = elapsed_time() - self.failing_since
+            text = f'still failing, {self.failed_times} times in {show_duration(seconds)}: {text}'
         elif not known:
             traced = True
+        self.told = kind
         self.log.log(level, '%s', text, exc_info=error if traced else None)
 
-    def worked(self, now: float) -> None:
+    def worked(self) -> None:
         """Note that a run went well, and say so when the last failure was said."""
-        self.last_error = None
-        if self.failing_since is None:
-            return
-        if self.failing_told:
+        if self.told is not None:
             self.log.info('works again, after %d failures in %s', self.failed_times,
-                          show_duration(now - self.failing_since))
-        self.failing_since = None
-        self.repeats.recovered()
-
-    def merged(self, times: int, when: str, now: float) -> None:
-        """Note that due times became one run, without flooding the log."""
-        if times < 2:
-            return
-        self.missed += times - 1
-        seen = self.repeats.seen(when, now)
-        if seen is None:
-            return
-        again = ''
-        if seen[0]:
-            again = f' ({seen[0]} times in {show_duration(seen[1])})'
-        self.log.info('%d runs came due %s, merged into one%s', times, when, again)
+                          show_duration(elapsed_time() - self.failing_since))
+        self.last_error = self.told = None
+        self.failed_times = 0
 
 
 class Scheduler:
@@ -832,20 +812,19 @@ class Scheduler:
     of their own and call step().
     """
 
-    def __init__(self, wall: Callable[[], float] = time.time,
-                 elapsed: Callable[[], float] = elapsed_time):
+    def __init__(self, wall: Callable = time.time, elapsed: Callable = elapsed_time):
         self.wall = wall
         self.elapsed = elapsed
         self.offset = wall() - elapsed()
         self.calendar = sched.scheduler(wall, no_pause)
         self.intervals = sched.scheduler(elapsed, no_pause)
         # Before Python 3.10 events of the same time and priority are equal, and cancel() takes
-        # the wrong one: each has a priority of its own.
-        self.order = itertools.count()
+        # the wrong one: each that may be cancelled has a priority of its own.
+        self.order = itertools.count(1)
         self.tasks: dict[str, Task] = {}
         self.lock = threading.Lock()
-        # SimpleQueue is the one thing in the library that a signal handler may put to while
-        # the same thread is in it.
+        # Functions that the main thread is to call now, None to wake it. SimpleQueue is the one
+        # thing in the library that a signal handler may put to while the same thread is in it.
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
         self.stopping = False
         self.hurry = False
@@ -878,16 +857,7 @@ class Scheduler:
         if task.schedule.jitter:
             import random
             delay = random.uniform(0, task.schedule.jitter)
-        self.clock_of(task).enterabs(task.due + delay, next(self.order), self.come_due,
-                                     (task, delay))
-
-    def later(self, seconds: float, action: Callable, *args: Any) -> Any:
-        """Have step() call a function after so many elapsed seconds; return the event."""
-        return self.intervals.enter(seconds, next(self.order), action, args)
-
-    def call_soon(self, function: Callable[[], Any]) -> None:
-        """Have the main thread call a function now; any thread or signal handler may use this."""
-        self.calls.put(function)
+        self.clock_of(task).enterabs(task.due + delay, 0, self.come_due, (task, delay))
 
     def next_run(self, task: Task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
@@ -922,7 +892,7 @@ class Scheduler:
             if task.schedule.elapsed:
                 continue
             believed = 60 if task.schedule.every_hour else 3 * 3600
-            if task.last_due is None or task.last_due >= now + believed:
+            if task.last_due >= now + believed:
                 task.last_due = now
             task.due = task.schedule.next(max(now, task.last_due))
             self.enter(task)
@@ -948,59 +918,36 @@ class Scheduler:
     def wake(self, task: Task) -> None:
         """Let the worker of a task begin; start it where there is none yet."""
         if task.worker is None:
-            worker = threading.Thread(target=self.work, args=(task,), daemon=True)
             try:
-                worker.start()
+                task.worker = in_thread(self.work, task)
             except RuntimeError as error:
                 # No more threads: its due times stay counted, and it is tried again.
-                self.later(THREAD_PAUSE, self.wake, task)
-                if self.repeats.seen('threads', self.elapsed()):
+                self.intervals.enter(THREAD_PAUSE, 0, self.wake, (task,))
+                if self.repeats.deserve_line('threads'):
                     self.log.error('no new worker thread: %s', error)
                 return
-            task.worker = worker
         task.wake.release()
-
-    def call_overdue(self, task: Task, started: float) -> None:
-        """Say of a run that it takes longer than it may."""
-        with self.lock:
-            if task.running_since != started:
-                # That run has just ended.
-                return
-            task.overdue = True
-        if task.repeats.seen('overdue', self.elapsed()):
-            task.log.warning('still running after %s, its max_runtime',
-                             show_duration(task.max_runtime or 0))
 
     def work(self, task: Task) -> None:
         """Run a task each time it is woken; the thread of that task."""
         while True:
-            # Woken already: it came due during its last run.
-            waits = task.wake.acquire(blocking=False)
-            if not waits:
-                task.wake.acquire()
+            task.wake.acquire()
             with self.lock:
                 if self.stopping:
                     return
-                times = task.waiting
+                merged = task.waiting - 1
                 task.waiting = 0
                 task.running_since = task.last_start = self.wall()
+            task.missed += merged
             # What is called here may raise anything, the filters of a log, too.
-            reason = 'while the machine or torque was held up'
-            if waits:
-                reason = 'during the last one'
             with contextlib.suppress(BaseException):
-                task.merged(times, reason, self.elapsed())
+                if merged and task.repeats.deserve_line('merged'):
+                    task.log.info('%d runs came due before this one could begin, merged into '
+                                  'one', merged + 1)
             with contextlib.suppress(BaseException):
                 self.run_task(task)
-            with self.lock:
-                task.running_since = None
-                task.overdue = False
-                task.runs += 1
-                if task.limit is not None:
-                    with contextlib.suppress(ValueError):
-                        # The event has happened: the run is overdue.
-                        self.intervals.cancel(task.limit)
-                    task.limit = None
+            task.running_since = None
+            task.runs += 1
             if self.stopping:
                 # The main thread may be in finish(), and wait for the last run.
                 self.calls.put(None)
@@ -1008,28 +955,39 @@ class Scheduler:
     def run_task(self, task: Task) -> None:
         """Run a task once, and measure it."""
         started = self.elapsed()
+        event = None
         if task.max_runtime:
-            task.limit = self.later(task.max_runtime, self.call_overdue, task,
-                                    task.running_since)
+            event = self.intervals.enter(task.max_runtime, next(self.order), self.call_overdue,
+                                         (task, task.runs))
             # The main thread may be asleep for longer than that.
             self.calls.put(None)
         try:
             task.attempt()
         finally:
             task.last_duration = self.elapsed() - started
+            if event:
+                # The caller passes over what it raises when the event has happened.
+                self.intervals.cancel(event)
+
+    def call_overdue(self, task: Task, run: int) -> None:
+        """Say of a run that it takes longer than it may, unless it has just ended."""
+        if task.runs != run:
+            return
+        task.overdue_run = run
+        if task.repeats.deserve_line('overdue'):
+            task.log.warning('still running after %s, its max_runtime',
+                             show_duration(task.max_runtime or 0))
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but not longer than until call_soon() is used; call what was given to it."""
-        try:
+        """Sleep, but not longer than until there is a call to make; make it."""
+        with contextlib.suppress(queue.Empty):
             function = self.calls.get(timeout=seconds)
-        except queue.Empty:
-            return
-        if function is not None:
-            function()
+            if function:
+                function()
 
     def serve(self, chore: Callable[[], None]) -> None:
         """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
@@ -1039,9 +997,7 @@ class Scheduler:
                 chore()
                 seconds = self.step()
             except Exception:
-                # A filter that a job gave to the log may raise anything.
-                with contextlib.suppress(Exception):
-                    self.log.exception('this should not happen')
+                self.log.exception('this should not happen')
             self.wait(seconds)
 
     def stop(self, hurry: bool = False) -> None:
@@ -4332,6 +4288,10 @@ class Settings(dict):
             raise AttributeError(name)
         return self.get(name)
 
+    def state_file(self, ending: str) -> str:
+        """Return the path of a file that is kept for the job."""
+        return os.path.join(self.state_dir, f'{self.job_name}.{ending}'.replace('/', '_'))
+
     def __repr__(self) -> str:
         shown = dict(self)
         for name, value in shown.items():
@@ -4399,11 +4359,6 @@ class Job:
         if isinstance(fields, str):
             fields = fields.replace(',', ' ').split()
         return list_torrents(self.engine, view, fields, parse_condition(condition))
-
-    def state_file(self, ending: str) -> str:
-        """Return the path of a file that the job may keep."""
-        name = f'{self.config.job_name}.{ending}'.replace('/', '_')
-        return os.path.join(self.config.state_dir, name)
 
     def risks(self) -> list[str]:
         """Return what to be warned of before it does harm, a line each."""
@@ -4635,7 +4590,7 @@ class InfluxDB(Job):
         self.saved_at = 0.0
         if not config.alone and not self.dry_run:
             self.buffer = config.buffer
-            self.file = self.state_file('points')
+            self.file = config.state_file('points')
             with contextlib.suppress(FileNotFoundError):
                 with open(self.file, encoding='utf-8', errors='replace') as stream:
                     self.points = [line.rstrip('\n') for line in stream]
@@ -4853,15 +4808,11 @@ class Choice(Job):
             self.held[why] += 1
 
     def failed(self, torrent: Torrent, error: Exception) -> None:
-        """Log why a torrent failed: in full once, then summed up."""
+        """Log why a torrent failed: once, then from time to time."""
         self.failures.append(error)
-        again = self.repeats.seen((torrent.hash, str(error)), elapsed_time())
         if self.dry_run:
             self.hold_back([torrent], str(error))
-        elif again and again[0]:
-            self.LOG.warning('%s: still, %d times in %s: %s', torrent, again[0],
-                             show_duration(again[1]), error)
-        elif again:
+        elif self.repeats.deserve_line((torrent.hash, str(error))):
             self.LOG.warning('%s: %s', torrent, error)
 
     def each(self, torrents: list[Torrent], handle: Callable[[Torrent], bool],
@@ -4938,7 +4889,7 @@ class QueueManager(Choice):
         if config.downloading:
             self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
         self.not_started: set[str] = set()      # hashes of what did not start the last time
-        self.file = self.state_file('last_start')
+        self.file = config.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError):
             with open(self.file, encoding='ascii') as stream:
@@ -5888,7 +5839,7 @@ class TreeWatch(Job):
                     self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.handled: dict[str, Handled] = {}
-        self.file = self.state_file('untied')
+        self.file = config.state_file('untied')
         with contextlib.suppress(OSError, ValueError, TypeError):
             with open(self.file, encoding='ascii') as stream:
                 for path, (state, item, _) in json.load(stream).items():
@@ -6435,6 +6386,7 @@ def located(place: Place, text: str) -> str:
 
 class UnknownJob(UserError):
     """A job is named on the command line that the configuration does not have."""
+    exit_status = EXIT_USAGE
 
 
 class Mistakes(UserError):
@@ -6851,17 +6803,29 @@ config_ini = Config()
 
 # --- Daemon ----------------------------------------------------------------------------------
 # The life of the process, from the lock on its pid file to its end or its start over. Planned
-# jobs enter; runs, a log, the status at a socket and pings of a monitor leave. The scheduler is
+# jobs enter; runs, a log, the status at a socket and pings of monitors leave. The scheduler is
 # the main thread's. The status, each monitor, each cleanup and the check before a reload have
-# threads of their own, which only read what is the main thread's, or use call_soon().
+# threads of their own, which only read what is the main thread's, or put into scheduler.calls.
 
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
+RARE = 600                      # seconds from one due time to the next
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
-PID_FILE_PAUSE = 1              # seconds, at least, from one look after the pid file to the next
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
-SOURCE = 'TORQUE_SOURCE'        # environment: path of torque.py, where its byte code is run
+BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
+
+
+def make_task(planned: PlannedJob, run: Callable) -> Task:
+    """Return the task of a job, which is done by a function."""
+    task = Task(planned.name, planned.schedule, run, planned.config.max_runtime)
+    task.log.setLevel(planned.config.log_level or 'NOTSET')
+    return task
+
+
+class AlreadyRunning(LoggableError):
+    """Another daemon has the lock."""
+    exit_status = EXIT_RUNNING
 
 
 def open_plain(path: str, flags: int) -> int:
@@ -6870,16 +6834,18 @@ def open_plain(path: str, flags: int) -> int:
     Root may read files of others. Raises FileNotFoundError, and UserError for all the rest.
     """
     try:
+        if flags & os.O_CREAT:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}') from None
     status = os.fstat(file)
-    own = status.st_uid == os.geteuid()
-    if os.geteuid() == 0 and flags == os.O_RDONLY:
-        own = True
-    if own and stat.S_ISREG(status.st_mode):
+    users = [os.geteuid()]
+    if flags == os.O_RDONLY and users == [0]:
+        users.append(status.st_uid)
+    if status.st_uid in users and stat.S_ISREG(status.st_mode):
         return file
     os.close(file)
     raise UserError(f'{path}: this is no file of your own; it is left alone')
@@ -6902,11 +6868,10 @@ class PidFile:
 
     def inherit(self) -> bool:
         """Take over the lock from the program that this process was until now, if any."""
-        file = os.environ.pop(LOCK, '')
-        if not file:
+        if LOCK not in os.environ:
             return False
         # flock() belongs to the open file: opened anew, it would be refused even to its holder.
-        self.file = int(file)
+        self.file = int(os.environ.pop(LOCK))
         os.set_inheritable(self.file, False)
         return True
 
@@ -6914,13 +6879,8 @@ class PidFile:
         """Lock the file and write our pid, where that is not done; False where another has it."""
         # A file that was removed or replaced still has our lock, and keeps nobody out.
         with contextlib.suppress(OSError):
-            there = os.lstat(self.path)
-            if os.path.samestat(there, os.fstat(self.file)):
+            if os.path.samestat(os.lstat(self.path), os.fstat(self.file)):
                 return True
-        try:
-            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'pid file {self.path}: {error.strerror}') from None
         file = open_plain(self.path, os.O_RDWR | os.O_CREAT)
         if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
             os.close(file)
@@ -6949,50 +6909,48 @@ class PidFile:
             time.sleep(0.01)
         return False
 
+    def open(self) -> Any:
+        """Return the file, open for reading."""
+        return open(open_plain(self.path, os.O_RDONLY), encoding='ascii', errors='replace')
+
     def is_locked(self) -> bool:
         """Tell whether a daemon runs."""
         import fcntl
         try:
-            file = open_plain(self.path, os.O_RDONLY)
+            with self.open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        finally:
-            os.close(file)
         return False
 
     def read(self) -> tuple[int, str]:
         """Return the owner of the file, and what is written in it."""
-        file = open_plain(self.path, os.O_RDONLY)
-        with open(file, encoding='ascii', errors='replace') as stream:
-            owner = os.fstat(file).st_uid
+        with self.open() as stream:
+            owner = os.fstat(stream.fileno()).st_uid
             return owner, stream.read(20).strip()
 
     def connect(self, seconds: float) -> tuple[socket.socket, int]:
         """Return a connection to the daemon, and its pid."""
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(seconds)
         try:
-            sock.connect(self.socket)
+            sock = connect(Address('unix', self.socket, self.socket), seconds)
         except OSError as error:
-            sock.close()
-            why = error.strerror or error
             raise LoggableError('torque is starting, or cannot be reached at '
-                                f'{self.socket}: {why}') from None
+                                f'{self.socket}: {error}') from None
         # The kernel says who called listen(), as pid, uid, gid: struct ucred, unix(7).
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, user, _ = struct.unpack('3i', peer)
-        # Root may speak with one whose user owns the pid file, and whose pid it holds.
         allowed = user == os.geteuid()
         if os.geteuid() == 0 and not allowed:
-            allowed = self.read() == (user, str(pid))
-        if not allowed:
+            # Root may speak with one whose user owns the pid file, and whose pid it holds.
+            owner, text = self.read()
+            allowed = owner == user and text == str(pid)
+        # One in another pid namespace has no pid here; 0 would be our whole process group.
+        if not allowed or pid <= 0:
             sock.close()
-            raise LoggableError(f'{self.socket}: a process of another user answers; it is left '
-                                'alone')
+            raise LoggableError(f'{self.socket}: a process of another user answers, or one in '
+                                'a container; it is left alone')
         return sock, pid
 
     def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
@@ -7017,31 +6975,18 @@ class PidFile:
         """Send a signal to the running daemon; return its pid."""
         sock, pid = self.connect(STATUS_TIMEOUT)
         sock.close()
-        if pid <= 0:
-            raise LoggableError(f'{self.path}: the daemon is in another pid namespace')
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        os.kill(pid, number)
         return pid
 
-    def stop(self, seconds: float) -> bool:
-        """End a running daemon, and tell whether there was one; returns when it is gone.
-
-        seconds: how long that may take, unless the daemon says more.
-        """
+    def stop(self) -> bool:
+        """End a running daemon, and tell whether there was one; returns when it is gone."""
         if not self.is_locked():
             return False
+        seconds = 30.0
         with contextlib.suppress(LoggableError):
-            seconds = max(seconds, self.ask(2)['grace'] + 20)
+            seconds += self.ask(2)['grace']
+        pid = self.signal(signal.SIGTERM)
         end = time.monotonic() + seconds
-        pid = 0
-        while self.is_locked() and not pid:
-            try:
-                pid = self.signal(signal.SIGTERM)
-            except LoggableError:
-                # It may have just begun to start over.
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.02)
         # A supervisor may have started the next one already, which is not waited for.
         while self.is_locked() and os.path.exists(f'/proc/{pid}'):
             if time.monotonic() > end:
@@ -7050,163 +6995,18 @@ class PidFile:
         return True
 
 
-def in_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:
-    """Start a function in a thread; None where there can be none."""
-    thread = threading.Thread(target=function, args=args, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
+def start_file(planned: PlannedJob) -> str:
+    """Return the file whose time is when a job was last started; '' where none is kept.
 
-
-class Memory:
-    """When jobs were last started, kept over restarts in a small file."""
-    PAUSE = 600.0                       # seconds between savings that nobody waits for
-
-    def __init__(self, folder: str):
-        self.path = os.path.join(folder, 'starts.json')
-        self.lock = threading.Lock()
-        self.saved_at = 0.0
-        self.repeats = Repeats()
-        self.log = logging.getLogger('torque.main')
-        self.starts: dict[str, float] = {}      # Unix seconds
-        self.saved: dict[str, float] = {}       # what of that is on disk
-        try:
-            self.starts = self.read()
-        except FileNotFoundError:
-            pass
-        except Exception as error:
-            # A disk may have made anything of it.
-            self.log.warning('%s is not usable, starting without it: %s', self.path,
-                             quoted(error, 80))
-
-    def read(self) -> dict[str, float]:
-        """Return what the file says."""
-        with open(open_plain(self.path, os.O_RDONLY), encoding='utf-8') as stream:
-            content = json.load(stream)
-        if content['version'] != 1:
-            raise ValueError(f"version {content['version']!r}")
-        now = time.time()
-        starts = {}
-        for name, when in content['starts'].items():
-            if 0 < when < 1 << 33:
-                # A clock that was wrong may have written a time to come.
-                starts[name] = min(float(when), now)
-        return starts
-
-    def started(self, job: PlannedJob) -> None:
-        """Note that a job starts: at once where a crash would have it called missed."""
-        when = time.time()
-        self.starts[job.name] = when
-        if job.config.catch_up:
-            # It is on disk before the job does anything.
-            self.save(-1)
-            return
-        rare = False
-        if not job.schedule.elapsed:
-            due = job.schedule.next(when)
-            rare = due is not None and due - when > self.PAUSE
-        if rare or elapsed_time() - self.saved_at > self.PAUSE:
-            # A disk that hangs holds up no other job.
-            self.save(1)
-
-    def plan(self, jobs: Iterable[PlannedJob]) -> None:
-        """Note when jobs are planned for the first time: what they miss, they miss from then."""
-        now = time.time()
-        for job in jobs:
-            if not job.config.dry_run:
-                self.starts.setdefault(job.name, now)
-        if self.starts.keys() != self.saved.keys():
-            self.save(1)
-
-    def save(self, patience: float) -> None:
-        """Write the file, unless others are at it for so many seconds, -1 for ever.
-
-        A disk that is full must not stop a job.
-        """
-        if not self.lock.acquire(timeout=patience):
-            return
-        try:
-            starts = dict(self.starts)
-            if starts != self.saved:
-                # Of many that start at once the first saves them all.
-                self.saved_at = elapsed_time()
-                replace_file(self.path, json.dumps({'version': 1, 'starts': starts}))
-                self.saved = starts
-        except LoggableError as error:
-            if self.repeats.seen(str(error), self.saved_at):
-                self.log.warning('%s', error)
-        finally:
-            self.lock.release()
-
-    def missed(self, job: PlannedJob, now: float) -> bool:
-        """Tell whether a run came due since the last start, while nobody was there."""
-        if job.name not in self.starts or job.schedule.elapsed:
-            return False
-        start = self.starts[job.name]
-        if not job.config.catch_up:
-            # Of starts that nobody waits for the last may not have been saved.
-            start += self.PAUSE
-        due = job.schedule.next(min(start, now))
-        return due is not None and due <= now
-
-
-class Pinger:
-    """Tells monitors of runs, each in a thread of its own: a deaf one delays nothing."""
-    MOST_WAITING = 100                  # pings to one monitor; more are dropped
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.repeats = Repeats()
-        self.queues: dict[str, queue.Queue] = {}        # by scheme and host
-        self.log = logging.getLogger('torque.ping')
-
-    def send(self, url: str, text: str = '') -> None:
-        """Queue one ping."""
-        host = '/'.join(url.split('/', 3)[:3])
-        with self.lock:
-            waiting = self.queues.get(host)
-            if waiting is None:
-                waiting = queue.Queue(self.MOST_WAITING)
-                if not in_thread(self.work, waiting):
-                    return
-                self.queues[host] = waiting
-        with contextlib.suppress(queue.Full):
-            waiting.put_nowait((url, text))
-
-    def work(self, waiting: queue.Queue) -> None:
-        """Send the pings to one monitor, one after another; a thread."""
-        while True:
-            url, text = waiting.get()
-            trouble = ''
-            try:
-                answer = http_post(url, text.encode('utf-8', 'replace'), {}, 10)
-                if answer.status >= 300:
-                    trouble = f'HTTP {answer.status} {answer.reason}'
-            except Exception as error:
-                trouble = str(error)
-            if trouble and self.repeats.seen((url, trouble), elapsed_time()):
-                self.log.warning('%s: %s', url, trouble)
-            waiting.task_done()
-
-    def busy(self) -> bool:
-        """Tell whether some ping is still on its way."""
-        waiting = list(self.queues.values())
-        return any(one.unfinished_tasks for one in waiting)
-
-
-def systemd_notify(state: str) -> None:
-    """Tell systemd our state, when it wants to know (sd_notify)."""
-    address = os.environ.get('NOTIFY_SOCKET', '')
-    if not address.startswith(('/', '@')):
-        return
-    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
-    if address[0] == '@':
-        address = '\0' + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendto(state.encode(), address)
+    Of what is due more often than RARE nobody needs to hear that it was missed, unless it is to
+    be made up for.
+    """
+    first = planned.schedule.next(time.time()) or 0.0
+    second = planned.schedule.next(first)
+    wanted = planned.config.catch_up or second is None or second - first > RARE
+    if not wanted or planned.schedule.elapsed or planned.config.dry_run:
+        return ''
+    return planned.config.state_file('start')
 
 
 def scrubbed_word(word: re.Match) -> str:
@@ -7228,6 +7028,48 @@ def scrubbed(text: str) -> str:
     return re.sub(r'\S+', scrubbed_word, text)
 
 
+class Monitor:
+    """Tells a server of the runs of a job, in a thread of its own: a deaf one delays nothing."""
+    MOST_WAITING = 100                          # pings; more are dropped
+
+    def __init__(self, url: str):
+        self.base, self.mark, self.query = url.partition('?')
+        self.repeats = Repeats()
+        self.pings: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = in_thread(self.work)
+
+    def send(self, way: str, text: str = '') -> None:
+        """Queue one ping."""
+        body = scrubbed(text[:10000])
+        if self.pings.qsize() < self.MOST_WAITING:
+            url = self.base.rstrip('/') + way + self.mark + self.query
+            self.pings.put((url, body.encode('utf-8', 'replace')))
+
+    def work(self) -> None:
+        """Send pings, one after another, until there comes None; a thread."""
+        for url, body in iter(self.pings.get, None):
+            trouble = ''
+            try:
+                answer = http_post(url, body, {}, 10)
+                if answer.status >= 300:
+                    trouble = f'HTTP {answer.status} {answer.reason}'
+            except Exception as error:
+                trouble = str(error)
+            if trouble and self.repeats.deserve_line((url, trouble)):
+                logging.getLogger('torque.ping').warning('%s: %s', url, trouble)
+
+
+def systemd_notify(state: str) -> None:
+    """Tell systemd our state, when it wants to know (sd_notify)."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
+    if address.startswith('@'):
+        address = '\0' + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendto(state.encode(), address)
+
+
 def end_process(status: int) -> None:
     """End the process at once: Python itself would wait for threads and children of jobs."""
     logging.shutdown()
@@ -7235,9 +7077,6 @@ def end_process(status: int) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(status)
-
-
-AS_ROOT = 'torque runs as root; the user of rTorrent is enough'
 
 
 def others_may(mode: int, path: str) -> bool:
@@ -7256,11 +7095,9 @@ def find_secret(config: Config) -> str:
     return ''
 
 
-def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
-    """Return what lets others read secrets or run commands as this user."""
+def warn_of_risks(config: Config, jobs: Iterable) -> None:
+    """Log what lets others read secrets or run commands as this user."""
     risks = []
-    if os.geteuid() == 0:
-        risks.append(AS_ROOT)
     secret = find_secret(config)
     if secret and others_may(0o044, config.path):
         risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
@@ -7279,44 +7116,20 @@ def list_risks(config: Config, jobs: Iterable[Any]) -> list[str]:
     for job in jobs:
         if hasattr(job, 'risks'):
             risks += job.risks()
-    return list(dict.fromkeys(risks))
-
-
-def warn_of(risks: Iterable[str]) -> None:
-    """Log what is dangerous."""
-    for text in risks:
+    for text in dict.fromkeys(risks):
         logging.getLogger('torque.main').warning('%s', text)
 
 
-def interpreter() -> list[str]:
-    """Return this interpreter and the flags that it was started with."""
-    # Python itself does not keep all of them: -u and -X are nowhere in sys.flags as they stood.
+def own_command(program: str, *more: str) -> list[str]:
+    """Return the words that this process was started with, for another program."""
+    # Python itself does not keep all flags: -u and -X are nowhere in sys.flags as they stood.
     with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
         words = stream.read().split('\0')[:-1]
     flags = words[1:len(words) - len(sys.argv)]
     if flags[-1:] == ['-m']:
         # The name of a module followed; now it is that of a file.
         flags.pop()
-    return [sys.executable, *flags]
-
-
-def byte_code(source: str) -> str:
-    """Return the path of the byte code of a program, made if need be."""
-    import importlib.util
-    import py_compile
-    path = importlib.util.cache_from_source(source)
-    with open(source, 'rb') as stream:
-        content = stream.read()
-    # PEP 552, byte code that names the hash of its source: a time of whole seconds would not
-    # tell two changes in the same second apart.
-    head = importlib.util.MAGIC_NUMBER + struct.pack('<I', 3)
-    head += importlib.util.source_hash(content)
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as stream:
-        if stream.read(len(head)) == head:
-            return path
-    py_compile.compile(source, path, doraise=True,
-                       invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
-    return path
+    return [sys.executable, *flags, program, *sys.argv[1:], *more]
 
 
 def run_from_byte_code() -> None:
@@ -7324,17 +7137,14 @@ def run_from_byte_code() -> None:
 
     Python keeps the syntax tree of a script in memory as long as it runs: 16 MiB.
     """
-    if __name__ != '__main__' or sys.dont_write_bytecode:
+    if BYTE_CODE or __name__ != '__main__' or sys.dont_write_bytecode:
         return
+    # Whatever is in the way, it goes on from source.
     with contextlib.suppress(Exception):
-        # Whatever is in the way, it goes on from source.
-        words = [*interpreter(), byte_code(__file__), *sys.argv[1:]]
-        sys.stdout.flush()
-        os.environ[SOURCE] = __file__
-        try:
-            os.execv(words[0], words)
-        finally:
-            del os.environ[SOURCE]
+        import py_compile
+        # Made anew each time, so that no stale one is ever run.
+        path = str(py_compile.compile(__file__, doraise=True))
+        os.execv(sys.executable, own_command(path))
 
 
 class Daemon:
@@ -7349,11 +7159,9 @@ class Daemon:
         self.pid = os.getpid()
         self.log = logging.getLogger('torque.main')
         self.scheduler = Scheduler()
-        self.pinger = Pinger()
-        self.memory = Memory(config.state_dir)
+        self.monitors: dict[str, Monitor] = {}  # by URL
         self.repeats = Repeats()
         self.began = elapsed_time()
-        self.looked_at = self.began             # after the pid file
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
         self.missed: list[str] = []             # what was due while torque did not run
@@ -7374,15 +7182,8 @@ class Daemon:
         self.jobs = make_jobs(self.config.jobs)
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
-        now = time.time()
         for planned in self.config.jobs:
-            missed = self.memory.missed(planned, now)
-            task = self.scheduler.add(self.task(planned, missed))
-            if missed and planned.config.catch_up:
-                self.missed.append(f'{task.name} (made up for now)')
-            elif missed:
-                self.missed.append(task.name)
-        self.memory.plan(self.config.jobs)
+            self.scheduler.add(self.task(planned))
 
     def leave_child(self) -> None:
         """Let a process that a job forks have none of what is the daemon's."""
@@ -7395,55 +7196,82 @@ class Daemon:
     def on_signal(self, number: int, frame: Any) -> None:
         """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
         if number == signal.SIGHUP:
-            self.scheduler.call_soon(self.reload)
+            self.scheduler.calls.put(self.reload)
             return
         hurry = self.stopping and number == signal.SIGINT
         self.stopping = True
-        self.scheduler.call_soon(functools.partial(self.scheduler.stop, hurry))
+        stop = functools.partial(self.scheduler.stop, hurry)
+        self.scheduler.calls.put(stop)
 
-    def task(self, planned: PlannedJob, missed: bool) -> Task:
-        """Return the task of a job; missed: it was due while torque did not run."""
-        job = self.jobs[planned.name]
+    def task(self, planned: PlannedJob) -> Task:
+        """Return the task of a job."""
         config = planned.config
-        run = job.run
-        if not config.dry_run:
-            run = functools.partial(self.run_job, planned, job)
-        task = Task(planned.name, planned.schedule, run, config.max_runtime)
-        task.log.setLevel(config.log_level or 'NOTSET')
-        task.at_start = getattr(job, 'at_start', False) or (missed and config.catch_up)
+        url = config.ping_url
+        if url and url not in self.monitors:
+            self.monitors[url] = Monitor(url)
+        monitor = self.monitors.get(url)
+        path = start_file(planned)
+        run = functools.partial(self.run_job, planned, path, monitor)
+        task = make_task(planned, run)
+        job = self.jobs[planned.name]
+        task.at_start = getattr(job, 'at_start', False)
+        if path and self.was_missed(planned, path):
+            text = planned.name
+            if config.catch_up:
+                task.at_start = True
+                text += ' (made up for now)'
+            self.missed.append(text)
         return task
 
-    def run_job(self, planned: PlannedJob, job: Any) -> None:
-        """Run a job, and tell monitor and memory of it; in the thread of that job."""
-        self.memory.started(planned)
-        self.ping(planned, '/start')
+    def was_missed(self, planned: PlannedJob, path: str) -> bool:
+        """Tell whether a run came due since the last start, while torque was not running."""
+        try:
+            # A clock that was wrong may have left a time to come.
+            start = min(os.lstat(path).st_mtime, self.started)
+        except OSError:
+            # What is missed of a new job is missed from now on.
+            self.mark_start(path)
+            return False
+        due = planned.schedule.next(start)
+        return due is not None and due <= self.started
+
+    def mark_start(self, path: str) -> None:
+        """Give a file the time of now; a disk that is full must not stop a job."""
+        now = time.time()
+        try:
+            replace_file(path, '')
+            # Left alone, the time of a file may be some milliseconds behind.
+            os.utime(path, (now, now))
+        except (LoggableError, OSError) as error:
+            if self.repeats.deserve_line('start'):
+                self.log.warning('%s', error)
+
+    def run_job(self, planned: PlannedJob, path: str, monitor: Monitor | None) -> None:
+        """Run a job, and tell disk and monitor of it; in the thread of that job."""
+        job = self.jobs[planned.name]
+        if path:
+            # It is on the disk before the job does anything.
+            self.mark_start(path)
+        if planned.config.dry_run or not monitor:
+            job.run()
+            return
+        monitor.send('/start')
         try:
             job.run()
         except BaseException as error:
-            self.ping(planned, '/fail', f'{type(error).__name__}: {error_text(error)}')
+            monitor.send('/fail', f'{type(error).__name__}: {error_text(error)}')
             raise
-        self.ping(planned, '')
-
-    def ping(self, planned: PlannedJob, way: str, text: str = '') -> None:
-        """Tell the monitor of a job, if it has one."""
-        url = planned.config.ping_url
-        if not url or os.getpid() != self.pid:
-            return
-        base, mark, query = url.partition('?')
-        url = base.rstrip('/') + way + mark + query
-        self.pinger.send(url, scrubbed(text[:10000]))
+        monitor.send('')
 
     def serve(self, verb: str) -> None:
-        """Run jobs on schedule until a signal comes, and end the process."""
-        warn_of(list_risks(self.config, self.jobs.values()))
-        noun = 'jobs'
-        if len(self.jobs) == 1:
-            noun = 'job'
-        names = ', '.join(sorted(self.jobs)) or 'none is active'
-        self.log.info('%s with %d %s: %s', verb, len(self.jobs), noun, names)
+        """Run jobs on schedule until a signal comes, and what then has to be done."""
+        if os.geteuid() == 0:
+            self.log.warning('torque runs as root; the user of rTorrent is enough')
+        warn_of_risks(self.config, self.jobs.values())
+        names = ', '.join(sorted(self.jobs))
+        self.log.info('%s with %s', verb, names or 'no active job')
         if self.missed:
-            names = ', '.join(sorted(self.missed))
-            self.log.info('missed while torque was not running: %s', names)
+            self.log.info('missed while torque was not running: %s', ', '.join(self.missed))
         self.starting = False
         systemd_notify('READY=1')
         self.scheduler.serve(self.look_after_pid_file)
@@ -7458,7 +7286,6 @@ class Daemon:
         if hung:
             hung = '; still running: ' + hung
         self.log.info('stopped%s', hung)
-        end_process(self.exit_status)
 
     def finish(self) -> list[str]:
         """Let runs in progress end, clean up; return the names of jobs that still run."""
@@ -7466,21 +7293,21 @@ class Daemon:
         end = elapsed_time() + grace
         if self.checker:
             self.checker.kill()
-        running = self.scheduler.running()
+        running = [task.name for task in self.scheduler.running()]
         if running:
-            names = ', '.join(task.name for task in running)
-            self.log.info('stopping; %s may run for %g s more', names, grace)
+            self.log.info('stopping; %s may run for %g s more', ', '.join(running), grace)
         hung = {task.name for task in self.scheduler.finish(grace)}
         for name in hung:
-            if hasattr(self.jobs[name], 'end_run'):
-                self.jobs[name].end_run()
+            job = self.jobs[name]
+            if hasattr(job, 'end_run'):
+                job.end_run()
         end = max(end, elapsed_time() + 0.8)
         hung |= self.clean_up(self.jobs.keys() - hung, end)
         # A deaf monitor is not waited for longer.
         end = min(end, elapsed_time() + 3)
-        while self.pinger.busy() and elapsed_time() < end:
-            time.sleep(0.01)
-        self.memory.save(0.5)
+        for monitor in self.monitors.values():
+            monitor.pings.put(None)
+            monitor.thread.join(max(end - elapsed_time(), 0))
         return sorted(hung)
 
     def clean_up(self, names: Iterable[str], end: float) -> set[str]:
@@ -7488,24 +7315,20 @@ class Daemon:
         threads = {}
         for name in names:
             # Each has a thread of its own, because it may take for ever.
-            thread = in_thread(clean_up, name, self.jobs[name])
-            if thread is None:
+            try:
+                threads[name] = in_thread(clean_up, name, self.jobs[name])
+            except RuntimeError:
                 clean_up(name, self.jobs[name])
-            else:
-                threads[name] = thread
         for thread in threads.values():
             thread.join(max(end - elapsed_time(), 0))
         return {name for name, thread in threads.items() if thread.is_alive()}
 
     def look_after_pid_file(self) -> None:
         """Make pid file and socket again where somebody removed them; end for another daemon."""
-        if elapsed_time() < self.looked_at + PID_FILE_PAUSE:
-            return
-        self.looked_at = elapsed_time()
         try:
             ours = self.pid_file.keep()
         except UserError as error:
-            if self.repeats.seen(str(error), elapsed_time()):
+            if self.repeats.deserve_line('pid file'):
                 self.log.warning('%s', error)
             return
         if not ours:
@@ -7518,44 +7341,38 @@ class Daemon:
 
     def reload(self) -> None:
         """Have the files checked, by a child, and start over if there are no mistakes in them."""
-        if self.reloading:
-            return
-        self.reloading = True
-        systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
-        if not in_thread(self.check_files):
-            self.refuse(['there can be no thread for it'])
+        if not self.reloading:
+            in_thread(self.check_files)
+            self.reloading = True
+            systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
 
     def check_files(self) -> None:
         """Have the main thread do what the check of the files calls for; a thread."""
         mistakes = self.find_mistakes()
+        action = self.scheduler.stop
         if mistakes:
-            self.scheduler.call_soon(functools.partial(self.refuse, mistakes))
-        else:
-            self.scheduler.call_soon(self.scheduler.stop)
+            action = functools.partial(self.refuse, mistakes)
+        self.scheduler.calls.put(action)
 
     def find_mistakes(self) -> list[str]:
         """Return what a new program has to say against the files as they are now."""
         import subprocess
         # A new process has no module in memory: torque.py and those of jobs are read as they are.
-        words = [*interpreter(), __file__, *sys.argv[1:], '--check-files']
         try:
             self.checker = subprocess.Popen(
-                words, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE)
+                own_command(__file__, '--check-files'), cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             told = self.checker.communicate(timeout=CHECK_TIMEOUT)[1]
         except OSError as error:
             return [f'the files cannot be checked: {error.strerror}']
         except subprocess.TimeoutExpired:
             self.checker.kill()
             return [f'the check of the files took longer than {CHECK_TIMEOUT} s']
-        lines = told.decode('utf-8', 'replace').splitlines()
         status = self.checker.returncode
         if status == EXIT_OK:
             return []
-        if status in (EXIT_CONFIG, EXIT_USAGE):
-            return lines
-        last = ' '.join(lines[-1:])             # of a traceback
-        return [f'torque.py ended with status {status}: {last}']
+        lines = told.decode('utf-8', 'replace').splitlines()
+        return lines or [f'torque.py ended with status {status}']
 
     def refuse(self, mistakes: list[str]) -> None:
         """Go on as before, for there are mistakes in the files."""
@@ -7581,10 +7398,9 @@ class Daemon:
             os.chdir(self.folder)
             os.set_inheritable(self.pid_file.file, True)
             os.environ[LOCK] = str(self.pid_file.file)
-            words = [*interpreter(), __file__, *sys.argv[1:]]
             # All threads end here, and all that is open is closed, but for the lock.
             logging.shutdown()
-            os.execv(words[0], words)
+            os.execv(sys.executable, own_command(__file__))
         except OSError as error:
             self.log.error('cannot start over: %s', error)
             self.exit_status = EXIT_FAILED
@@ -7604,13 +7420,10 @@ class Daemon:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.pid_file.socket)
             self.server.bind(self.pid_file.socket)
-            self.server.listen(5)
-        except OSError as error:
+            self.server.listen()
+            in_thread(self.answer, self.server)
+        except (OSError, RuntimeError) as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
-            return
-        if not in_thread(self.answer, self.server):
-            # It is made again when the pid file is looked after.
-            os.remove(self.pid_file.socket)
 
     def answer(self, server: socket.socket) -> None:
         """Tell the status to whoever connects, one after another; a thread."""
@@ -7624,27 +7437,28 @@ class Daemon:
             with contextlib.suppress(Exception), sock:
                 # Who does not read is not waited for: the next may be a person.
                 sock.settimeout(2)
-                sock.sendall(json.dumps(self.status()).encode())
+                text = json.dumps(self.status())
+                sock.sendall(text.encode())
                 # Closing is no end while a child that a job has just forked has a copy.
                 sock.shutdown(socket.SHUT_RDWR)
 
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
-        log_file = None
-        for handler in logging.getLogger('torque').handlers:
-            log_file = getattr(handler, 'baseFilename', None)
+        handler = logging.getLogger('torque').handlers[0]
         status = {name: getattr(self, name) for name in self.TOLD}
         status['version'] = VERSION
         status['config'] = self.path
-        status['log_file'] = log_file
+        status['log_file'] = getattr(handler, 'baseFilename', None)
         status['uptime'] = elapsed_time() - self.began
         status['grace'] = self.config.torque.grace
-        engines = self.config.engines.values()
-        status['rtorrent'] = [engine_status(engine) for engine in engines]
+        status['rtorrent'] = []
+        for engine in self.config.engines.values():
+            status['rtorrent'].append(engine_status(engine))
         status['jobs'] = []
-        for name in sorted(self.scheduler.tasks):
-            task = self.scheduler.tasks[name]
-            job = task_status(task)
+        for _, task in sorted(self.scheduler.tasks.items()):
+            job = {name: getattr(task, name) for name in task.TOLD}
+            if task.last_error:
+                job['last_error'] = scrubbed(task.last_error)
             job['next_run'] = self.scheduler.next_run(task)
             status['jobs'].append(job)
         return status
@@ -7659,53 +7473,38 @@ def engine_status(engine: Engine) -> dict:
             'away_for': away_for}
 
 
-def task_status(task: Task) -> dict:
-    """Return the state of a job, for --status."""
-    status = {name: getattr(task, name) for name in task.TOLD}
-    status['state'] = 'idle'
-    if task.overdue:
-        status['state'] = 'overdue'
-    elif task.running_since is not None:
-        status['state'] = 'running'
-    if task.last_error:
-        status['last_error'] = scrubbed(task.last_error)
-    return status
-
-
-def print_table(rows: list[tuple]) -> None:
+def print_table(rows: list) -> None:
     """Print rows in columns."""
-    shown = [[one_line(str(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    for row in shown:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        print('  '.join(cells).rstrip())
+    columns = []
+    for column in zip(*rows):
+        cells = [one_line(str(cell)) for cell in column]
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) for cell in cells])
+    for row in zip(*columns):
+        print('  '.join(row).rstrip())
 
 
-def show_moment(moment: float | None) -> str:
-    """Return Unix seconds as month, day and time."""
-    if moment is None:
+COLUMNS = {                     # of the table of jobs
+    'name': 'JOB',
+    'state': 'STATE',
+    'last_start': 'LAST RUN',
+    'last_duration': 'TOOK',
+    'runs': 'RUNS',
+    'failures': 'FAILED',
+    'missed': 'MISSED',
+    'next_run': 'NEXT RUN',
+    'last_error': 'LAST ERROR'}
+
+
+def status_cell(key: str, value: Any) -> str:
+    """Return what the table of jobs shows in a column."""
+    if value is None:
         return '-'
-    return time.strftime('%m-%d %H:%M:%S', time.localtime(moment))
-
-
-def print_status(status: dict) -> None:
-    """Print a daemon's status as a table."""
-    up = show_duration(status['uptime'])
-    parts = [f"torque {status['version']}", f"pid {status['pid']}", f'up {up}']
-    for word in ('reloading', 'stopping'):
-        if status[word]:
-            parts.append(word)
-    parts.append(status['config'])
-    if status['log_file']:
-        parts.append(f"log {status['log_file']}")
-    print(one_line(', '.join(parts)))
-    for engine in status['rtorrent']:
-        print(one_line(engine_line(**engine)))
-    rows: list[tuple] = [('JOB', 'STATE', 'LAST RUN', 'TOOK', 'RUNS', 'FAILED', 'MISSED',
-                          'NEXT RUN', 'LAST ERROR')]
-    for job in status['jobs']:
-        rows.append(job_row(job))
-    print_table(rows)
+    if key == 'last_duration':
+        return show_duration(value)
+    if key in ('last_start', 'next_run'):
+        return time.strftime('%m-%d %H:%M:%S', time.localtime(value))
+    return str(value)[:100]
 
 
 def engine_line(address: str, version: str | None, away_for: float | None) -> str:
@@ -7720,19 +7519,22 @@ def engine_line(address: str, version: str | None, away_for: float | None) -> st
     return f'{name} at {address}: {state}'
 
 
-def job_row(job: dict) -> tuple:
-    """Return the row of a job in the table of --status."""
-    state = job['state']
-    if job['running_since'] is not None:
-        state += f" since {show_moment(job['running_since'])}"
-    took = '-'
-    if job['last_duration'] is not None:
-        took = show_duration(job['last_duration'])
-    last_start = show_moment(job['last_start'])
-    next_run = show_moment(job['next_run'])
-    last_error = one_line(job['last_error'] or '-')[:100]
-    return (job['name'], state, last_start, took, job['runs'], job['failures'], job['missed'],
-            next_run, last_error)
+def print_status(status: dict) -> None:
+    """Print a daemon's status as a table."""
+    up = show_duration(status['uptime'])
+    line = f"torque {status['version']}, pid {status['pid']}, up {up}, {status['config']}"
+    if status['log_file']:
+        line += f", log {status['log_file']}"
+    for word in ('reloading', 'stopping'):
+        if status[word]:
+            line += f', {word}'
+    print(one_line(line))
+    for engine in status['rtorrent']:
+        print(one_line(engine_line(**engine)))
+    rows = [list(COLUMNS.values())]
+    for job in status['jobs']:
+        rows.append([status_cell(key, job[key]) for key in COLUMNS])
+    print_table(rows)
 
 
 def detach() -> int:
@@ -7745,10 +7547,8 @@ def detach() -> int:
     if os.fork():
         os.close(writer)
         # It is not read to its end, because a child of a job may have it open.
-        text = os.read(reader, 16)
-        if not text:
-            os._exit(EXIT_FAILED)
-        os._exit(int(text))
+        status = os.read(reader, 16) or EXIT_FAILED
+        os._exit(int(status))
     os.close(reader)
     os.setsid()
     # Without a second fork, a terminal that is opened later could become that of the daemon.
@@ -7860,16 +7660,16 @@ def run_once(config: Config) -> int:
             job.run()
         except KeyboardInterrupt:
             raise LoggableError('interrupted') from None
-    task = Task(planned.name, planned.schedule, run)
-    task.log.setLevel((planned.config.log_level or 'NOTSET').upper())
+    task = make_task(planned, run)
     try:
-        if task.attempt():
-            return EXIT_OK
-        if not task.failing_told:
-            # The log has another line on it, as where rTorrent is away.
-            task.log.error('failed: %s', task.last_error)
+        task.attempt()
     finally:
         clean_up(planned.name, job)
+    if not task.failures:
+        return EXIT_OK
+    if task.told is None:
+        # The log has another line on it, as where rTorrent is away.
+        task.log.error('failed: %s', task.last_error)
     return EXIT_FAILED
 
 
@@ -7888,6 +7688,16 @@ def next_runs(schedule: Schedule, now: float) -> str:
     return ', '.join(dates)
 
 
+def check_engine(engine: Engine) -> None:
+    """Print whether an rTorrent answers."""
+    try:
+        engine.reach()
+        print(f'{engine.address.where}: rTorrent {one_line(engine.version)} answers')
+    except RpcError as error:
+        if not error.told:
+            logging.getLogger('torque.engine').warning('%s', error)
+
+
 def check(config: Config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     now = time.time()
@@ -7897,20 +7707,17 @@ def check(config: Config) -> int:
         rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
                      next_runs(planned.schedule, now)))
     print_table(rows)
-    for engine in dict.fromkeys([config.engine, *(job.config.engine for job in config.jobs)]):
-        try:
-            engine.reach()
-            print(f'{engine.address.where}: rTorrent {one_line(engine.version)} answers')
-        except RpcError as error:
-            if not error.told:
-                logging.getLogger('torque.engine').warning('%s', error)
+    engines = [config.engine]
+    engines += [planned.config.engine for planned in config.jobs]
+    for engine in dict.fromkeys(engines):
+        check_engine(engine)
     for planned in config.jobs:
         view = planned.config.view or planned.config.viewname
         engine = planned.config.engine
         if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
             logging.getLogger('torque.' + planned.name).warning(
                 'rTorrent has no view %r%s', view, nearest(view, engine.views))
-    warn_of(text for text in list_risks(config, jobs.values()) if text != AS_ROOT)
+    warn_of_risks(config, jobs.values())
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
@@ -7948,8 +7755,8 @@ def list_jobs() -> int:
     return EXIT_OK
 
 
-def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
-    """Return the pid file that goes with a configuration, and the time that an end may take."""
+def find_pid_file(arguments: Any, path: str) -> PidFile:
+    """Return the pid file that goes with a configuration."""
     options = Settings()
     with contextlib.suppress(UserError):
         # The file may be broken or gone by now.
@@ -7958,7 +7765,7 @@ def pid_file(arguments: Any, path: str) -> tuple[PidFile, float]:
     name = arguments.pid_file or beside(path, options.pid_file)
     if not name:
         name = os.path.join(state_folder(path, options.state_dir), 'torque.pid')
-    return PidFile(os.path.abspath(name)), (options.grace or 10) + 20
+    return PidFile(os.path.abspath(name))
 
 
 def reload(daemon: PidFile) -> int:
@@ -7970,24 +7777,22 @@ def reload(daemon: PidFile) -> int:
         time.sleep(0.02)
         if not daemon.is_locked():
             raise LoggableError('the daemon has ended; its log says why')
-        try:
+        with contextlib.suppress(LoggableError):
+            # While it starts over it does not answer.
             now = daemon.ask()
-        except LoggableError:
-            # The daemon is just starting over.
-            continue
-        if now['started'] != before['started']:
-            if not now['starting']:
-                print('reloaded')
-                return EXIT_OK
-        elif now['refusals'] != before['refusals']:
-            print_error('\n'.join(now['mistakes']))
-            return EXIT_CONFIG
+            if now['started'] != before['started']:
+                if not now['starting']:
+                    print('reloaded')
+                    return EXIT_OK
+            elif now['refusals'] != before['refusals']:
+                print_error('\n'.join(now['mistakes']))
+                return EXIT_CONFIG
     raise LoggableError('the daemon has not reloaded in time; its log may say why')
 
 
 def control(arguments: Any, path: str) -> int:
     """Speak with a running daemon; return the exit status."""
-    daemon, patience = pid_file(arguments, path)
+    daemon = find_pid_file(arguments, path)
     if not daemon.is_locked():
         if not arguments.pid_file:
             # This raises where the file cannot be read, and might name another pid file.
@@ -7995,7 +7800,7 @@ def control(arguments: Any, path: str) -> int:
         print('{}' if arguments.json else 'torque is not running')
         return EXIT_NOT_RUNNING
     if arguments.stop:
-        daemon.stop(patience)
+        daemon.stop()
         return EXIT_OK
     if arguments.reload:
         return reload(daemon)
@@ -8009,7 +7814,9 @@ def control(arguments: Any, path: str) -> int:
     for job in status['jobs']:
         if job['last_error'] or job['state'] == 'overdue':
             return EXIT_FAILED
-    return EXIT_FAILED if status['starting'] else EXIT_OK
+    if status['starting']:
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def load(config: Config, arguments: Any, path: str) -> None:
@@ -8037,106 +7844,104 @@ def background_log(arguments: Any, path: str) -> str:
 def check_files(arguments: Any, path: str) -> int:
     """Check what a reload would read, without making jobs; for the daemon."""
     load(config_ini, arguments, path)
-    if goes_to_background(arguments):
+    if arguments.daemon:
         log_file_handler(background_log(arguments, path)).close()
-    pid_file(arguments, path)
+    find_pid_file(arguments, path)
     return EXIT_OK
 
 
-def goes_to_background(arguments: Any) -> bool:
-    """Tell whether a daemon is to leave the terminal."""
-    return not arguments.fg and (arguments.daemon or arguments.restart or arguments.cron)
-
-
-def start_daemon(arguments: Any, path: str, lock: PidFile, patience: float,
-                 reloaded: bool) -> Daemon | None:
-    """Return a daemon whose jobs are made; None where another one has the lock."""
+def start_daemon(arguments: Any, path: str, lock: PidFile, reloaded: bool) -> Daemon:
+    """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(config_ini, arguments, path)
-    if reloaded and goes_to_background(arguments):
-        set_up_log(log_level(arguments), background_log(arguments, path))
     if arguments.restart and not reloaded:
         # The other is ended only now that the configuration is known to be good.
-        lock.stop(patience)
+        lock.stop()
     if not lock.keep():
-        if not arguments.cron:
-            pid = lock.read()[1]
-            print_error(f'torque is running already, with pid {pid} ({lock.path})')
-        return None
+        pid = lock.read()[1]
+        raise AlreadyRunning(f'torque is running already, with pid {pid} ({lock.path})')
+    if arguments.daemon:
+        set_up_log(log_level(arguments), background_log(arguments, path))
     daemon = Daemon(config_ini, lock)
     daemon.begin()
-    if goes_to_background(arguments) and not reloaded:
-        # The risks are told twice, once on the terminal and once in the log.
-        warn_of(list_risks(config_ini, daemon.jobs.values()))
-        set_up_log(log_level(arguments), background_log(arguments, path))
     return daemon
 
 
 def run_daemon(arguments: Any, path: str) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
-    lock, patience = pid_file(arguments, path)
-    reloaded = lock.inherit()
-    if arguments.cron and not reloaded and lock.is_locked():
-        return EXIT_RUNNING
+    lock = find_pid_file(arguments, path)
+    verb = 'started'
     writer = None
-    if goes_to_background(arguments) and not reloaded:
+    if lock.inherit():
+        verb = 'reloaded'
+    elif arguments.cron and lock.is_locked():
+        return EXIT_RUNNING
+    elif arguments.daemon:
         writer = detach()
     status = EXIT_FAILED
-    daemon = None
     try:
-        daemon = start_daemon(arguments, path, lock, patience, reloaded)
-        status = EXIT_OK if daemon else EXIT_RUNNING
-    except UserError as error:
-        status = EXIT_CONFIG
-        print_error(str(error))
-        if reloaded:
+        daemon = start_daemon(arguments, path, lock, verb == 'reloaded')
+        status = EXIT_OK
+    except LoggableError as error:
+        status = error.exit_status
+        if verb == 'reloaded':
             # Nobody may see its stderr any more.
             logging.getLogger('torque.main').error('%s', error)
+        else:
+            print_error(str(error))
     finally:
         if writer is not None:
             report_start(writer, status)
-        if status != EXIT_OK:
-            end_process(status)
-    if daemon:
-        daemon.serve('reloaded' if reloaded else 'started')
+    if status == EXIT_OK:
+        daemon.serve(verb)
+        status = daemon.exit_status
     return status
+
+
+OPTIONS = (                             # and what they take
+    ('-c --config', 'FILE', 'configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
+                            '~/.pyroscope/torque.ini'),
+    ('--log-file', 'FILE', 'log to a file instead of stderr'),
+    ('--pid-file', 'FILE', 'left out, torque.pid in the state folder'),
+    ('-n --dry-run', '', 'change nothing, only say what would be'),
+    ('-v --verbose', '', 'log more of what jobs do'),
+    ('-q --quiet', '', 'log only warnings and errors'),
+    ('--debug', '', 'log everything, with the traceback of any failure'),
+    ('--daemon', '', 'go into the background'),
+    ('--fg --no-fork', '', 'stay in the foreground, as it is without --daemon'),
+    ('--cron', '', 'as --daemon, and silent when it is running already'),
+    ('--stop', '', 'end the running daemon, and wait until it is gone'),
+    ('--restart', '', 'end it, if it runs, and start another in the background'),
+    ('--status', '', 'show the running daemon and its jobs'),
+    ('--json', '', 'with --status: for programs'),
+    ('--reload', '', 'check the files, and have the running daemon start over from them'),
+    ('--check', '', 'check the configuration, show what would run'),
+    ('--list-jobs', '', 'show built-in jobs and their options'),
+    ('--run-once', 'JOB', 'run one job now, active or not, and exit'),
+    ('--explain', 'FILE', 'show what each TreeWatch would do with a metafile'))
 
 
 def parse_arguments(words: list[str] | None) -> Any:
     """Return the command line's options."""
     import argparse
-    parser = argparse.ArgumentParser(prog='torque', epilog=(__doc__ or '').rpartition('\n\n')[2],
+    statuses = (__doc__ or '').rpartition('\n\n')[2]
+    parser = argparse.ArgumentParser(prog='torque', epilog=statuses,
                                      description='Run jobs on a schedule beside rTorrent.')
-    option = parser.add_argument
-    option('-c', '--config', metavar='FILE',
-           help='configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
-                '~/.pyroscope/torque.ini')
-    option('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
-           help='set a key of [TORQUE], or section.KEY, over the file')
-    option('--log-file', metavar='FILE', help='log to a file instead of stderr')
-    option('--pid-file', metavar='FILE', help='left out, torque.pid in the state folder')
-    for words_of_option, text in (
-            (('-n', '--dry-run'), 'change nothing, only say what would be'),
-            (('-v', '--verbose'), 'log more of what jobs do'),
-            (('-q', '--quiet'), 'log only warnings and errors'),
-            (('--debug',), 'log everything, with the traceback of any failure'),
-            (('--daemon',), 'go into the background'),
-            (('--fg', '--no-fork'), 'stay in the foreground, as it is without --daemon'),
-            (('--cron',), 'as --daemon, and silent when it is running already'),
-            (('--stop',), 'end the running daemon, and wait until it is gone'),
-            (('--restart',), 'end it, if it runs, and start another in the background'),
-            (('--status',), 'show the running daemon and its jobs'),
-            (('--json',), 'with --status: for programs'),
-            (('--reload',), 'check the files, and have the running daemon start over from them'),
-            (('--check',), 'check the configuration, show what would run'),
-            (('--list-jobs',), 'show built-in jobs and their options'),
-            (('--check-files',), argparse.SUPPRESS)):
-        option(*words_of_option, action='store_true', help=text)
-    option('--run-once', metavar='JOB', help='run one job now, active or not, and exit')
-    option('--explain', metavar='FILE', help='show what each TreeWatch would do with a metafile')
-    option('--version', action='version', version=f'torque {VERSION}')
+    for names, metavar, text in OPTIONS:
+        kind: dict = {'action': 'store_true'}
+        if metavar:
+            kind = {'metavar': metavar}
+        parser.add_argument(*names.split(), help=text, **kind)
+    parser.add_argument('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
+                        help='set a key of [TORQUE], or section.KEY, over the file')
+    parser.add_argument('--version', action='version', version=f'torque {VERSION}')
+    parser.add_argument('--check-files', action='store_true', help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.json and not arguments.status:
         parser.error('--json goes with --status')
+    if arguments.restart or arguments.cron:
+        arguments.daemon = True
+    if arguments.fg:
+        arguments.daemon = False
     return arguments
 
 
@@ -8154,23 +7959,19 @@ def log_level(arguments: Any) -> int:
     return logging.INFO
 
 
-def obey(arguments: Any, from_source: bool) -> int:
+def obey(arguments: Any) -> int:
     """Do what the command line says; return the exit status."""
-    others = (arguments.list_jobs, arguments.status, arguments.stop, arguments.reload,
-              arguments.explain, arguments.check, arguments.check_files,
-              arguments.run_once is not None)
-    if from_source and not any(others):
-        run_from_byte_code()
     set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
         return list_jobs()
     path = arguments.config or find_ini()
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
-    if not any(others):
-        return run_daemon(arguments, path)
     if arguments.check_files:
         return check_files(arguments, path)
+    if not arguments.explain and not arguments.check and arguments.run_once is None:
+        run_from_byte_code()
+        return run_daemon(arguments, path)
     load(config_ini, arguments, path)
     if arguments.explain:
         return explain(config_ini, arguments.explain)
@@ -8185,23 +7986,23 @@ def print_error(text: str) -> None:
         print(one_line(line), file=sys.stderr)
 
 
-def take_place() -> bool:
-    """Make this the module torque, whatever it was started from; tell whether that is source."""
+def take_place() -> None:
+    """Make this the module torque, whatever it was started from."""
+    global __file__
     # `import torque` in a module of jobs gives this program, not a second copy of it.
     sys.modules['torque'] = sys.modules[__name__]
-    source = os.environ.pop(SOURCE, '')
-    if source:
+    source = os.path.abspath(main.__code__.co_filename)
+    if BYTE_CODE:
         # Python takes the folder of the byte code for that of the program.
         if sys.path[-1:] == [os.path.dirname(__file__)]:
             sys.path[-1] = os.path.dirname(source)
         sys.argv[0] = source
-    globals()['__file__'] = source or os.path.abspath(__file__)
-    return not source
+    __file__ = source
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    from_source = take_place()
+    take_place()
     arguments = parse_arguments(words)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end in a traceback.
@@ -8213,26 +8014,22 @@ def main(words: list[str] | None = None) -> int:
         fd = os.dup(fd)
     os.close(fd)
     try:
-        status = obey(arguments, from_source)
+        status = obey(arguments)
         print(end='', flush=True)
         return status
-    except UserError as error:
-        print_error(str(error))
-        return EXIT_USAGE if isinstance(error, UnknownJob) else EXIT_CONFIG
     except LoggableError as error:
         print_error(str(error))
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_FAILED
+        return error.exit_status
     except BrokenPipeError:
         # The reader of a pipe is gone, as with `--list-jobs | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_OK
     except OSError as error:
         # As on a full disk.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print_error(f'torque: {error}')
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_FAILED
+
 
 if __name__ == '__main__':
-    sys.exit(main())
+    end_process(main())
