@@ -5147,8 +5147,10 @@ class LiveDataOfOthersTest(Live):
         self.torque.update({'same_files': 'yes', 'job.t.same_files': 'no'})
         self.assert_held(item, UNSEEN)
         for key in ('same_files', 'job.t.same_files'):      # a user who knows better
-            self.torque.update({'same_files': 'no', 'job.t.same_files': '', key: 'yes'})
+            del self.torque['job.t.same_files']
+            self.torque.update({'same_files': 'no', key: 'yes'})
             self.assert_culled(self.item('a'), 'away/data/a')
+            self.torque['job.t.same_files'] = 'no'
 
     def test_another_user(self):
         """What proves that the files are the same can be read by anybody."""
