@@ -4663,7 +4663,8 @@ class CullTest(WithDouble):
                  lambda: setattr(self.engine, 'session_path', '/else/')),
                 ('its item is there', {'asked': True}, lambda: None),
                 ('it had not begun', {}, lambda: self.engine.items.pop(HASH(1))),
-                ('rTorrent has no items at all', {'asked': True}, lambda: self.engine.items.clear()),
+                ('rTorrent has no items at all', {'asked': True},
+                 lambda: self.engine.items.clear()),
                 ('another item uses', {'asked': True}, lambda: self.engine.items.pop(HASH(1)))):
             self.reset()
             for _ in range(2):
