@@ -4013,8 +4013,9 @@ class LiveWatchTest(Folder):
                 if name.isascii() or self.rtorrent.engine.speaks_json and '\udcff' not in name:
                     with self.subTest(name):
                         self.assertEqual(
-                            [self.proxy.d.custom1(info_hash), self.proxy.d.custom2(info_hash),
-                             self.proxy.d.custom(info_hash, 'target')],
+                            self.rtorrent.engine.ask([
+                                ('d.custom1', info_hash), ('d.custom2', info_hash),
+                                ('d.custom', info_hash, 'target')]),
                             [name, name, f'/done/_{name}/{name}'])
             self.assertEqual(program.seen('ERROR'), [])
             self.assertEqual((program.stop(), self.rtorrent.stop(signal.SIGKILL)), (0, -9))
