@@ -1968,6 +1968,23 @@ class TorrentsTest(Folder):
         self.assertGreater(free, 0)
         self.assertEqual(torque.disk_of(''), (None, None))
 
+    def test_answers_of_wrong_types_are_one_error(self):
+        class Odd(dict):
+            def get(self, key, default=None):
+                return default if key == 'views' else self['odd']
+        refused = 0
+        for value in ('x', 7, None, [], {}, [[]], -1, 1 << 70, 2.5, '\0'):
+            for name, field in torque.TORRENT_FIELDS.items():
+                condition = Filter(f'{name}=x OR NOT {name}=y') if field.kind == 'text' else None
+                for rows in ([[value] * 9], value):
+                    engine = Double((), {'f.multicall': rows, 't.multicall': rows})
+                    engine.items[HASH(0)] = Odd(odd=value)
+                    try:
+                        torque.list_torrents(engine, 'main', [name], condition)
+                    except torque.RpcError:
+                        refused += 1
+        self.assertGreater(refused, 100)
+
     def test_unknown_fields_are_refused(self):
         for name, words in (('nmae', "did you mean 'name'"), ('custom_', 'no field'),
                             ('kind_101', 'no field'), ('kind_x', 'no field'), ('d_', 'no field'),

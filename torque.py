@@ -2879,8 +2879,18 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
     """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
 
     One round trip, and one more for each second question. Raises RpcError, also when the list is
-    shorter than the view: half a list must not pass for the whole.
+    shorter than the view (half a list must not pass for the whole), or holds what it should not.
     """
+    try:
+        return listed_rows(engine, view, names, condition)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise RpcError(f'{engine.address.where}: what it tells of the items in view {view!r} is '
+                       f'not understood: {error_text(error)}') from error
+
+
+def listed_rows(engine: Engine, view: str, names: Iterable[str],
+                condition: Filter | None) -> list[Torrent]:
+    """Do the work of list_torrents()."""
     now = time.time()
     tested: tuple = ()
     if condition:
