@@ -4389,6 +4389,10 @@ class Job:
         """Return what to be warned of before it does harm, a line each."""
         return []
 
+    def check(self) -> list[str]:
+        """Return what rTorrent does not have that the job needs, a line each; for --check."""
+        return []
+
     def end_run(self) -> None:
         """End what a run has started outside of this process: it has run out of time."""
 
@@ -4812,6 +4816,12 @@ class Choice(Job):
         config = self.config
         return in_order(list_torrents(self.engine, config.view or 'main', [
             *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
+
+    def check(self) -> list[str]:
+        view, views = self.config.viewname or self.config.view, self.engine.views
+        if not view or not views or view in views:
+            return []
+        return [f'rTorrent has no view {view!r}{nearest(view, views)}']
 
     def engines(self) -> list[Engine]:
         """Return all rTorrents of the configuration, that of the job among them."""
@@ -7758,12 +7768,10 @@ def check(config: Config) -> int:
     engines += [planned.config.engine for planned in config.jobs]
     for engine in dict.fromkeys(engines):
         check_engine(engine)
-    for planned in config.jobs:
-        view = planned.config.view or planned.config.viewname
-        engine = planned.config.engine
-        if planned.make in BUILT_IN and view and engine.views and view not in engine.views:
-            logging.getLogger('torque.' + planned.name).warning(
-                'rTorrent has no view %r%s', view, nearest(view, engine.views))
+    for name, job in jobs.items():
+        if hasattr(job, 'check'):
+            for text in job.check():
+                logging.getLogger('torque.' + name).warning('%s', text)
     warn_of_risks(config, jobs.values())
     print(f'{config.path}: no mistakes')
     return EXIT_OK
