@@ -6449,7 +6449,8 @@ class CommandLineTest(ConfigCase):
         daemon = RTorrent(self.folder)
         self.addCleanup(daemon.stop)
         text = f'{DOES}self.LOG.info(config_ini.engine.open().session.name())\n' \
-            'job.queue.active = yes\njob.queue.viewname = strated\n'
+            'job.queue.active = yes\njob.queue.viewname = strated\n' \
+            'job.m.handler = torque:Move\njob.m.schedule = 1h\njob.m.matcher = *\njob.m.target = /x\n'
         self.ini(text.replace('/nowhere', daemon.url))
         self.assertRegex(self.command(*RUN)[2], rf'^{TIME} INFO a: \S+:{daemon.process.pid}\n')
         status, out, err = self.command('-c', 't.ini', '--check')

@@ -2874,20 +2874,6 @@ def add_field(columns: dict[str, Any], name: str, field: TorrentField) -> None:
         row[name] = value
 
 
-def list_torrents(engine: Engine, view: str, names: Iterable[str],
-                  condition: Filter | None = None) -> list[Torrent]:
-    """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
-
-    One round trip, and one more for each second question. Raises RpcError, also when the list is
-    shorter than the view (half a list must not pass for the whole), or holds what it should not.
-    """
-    try:
-        return listed_rows(engine, view, names, condition)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise RpcError(f'{engine.address.where}: what it tells of the items in view {view!r} is '
-                       f'not understood: {error_text(error)}') from error
-
-
 def listed_rows(engine: Engine, view: str, names: Iterable[str],
                 condition: Filter | None) -> list[Torrent]:
     """Do the work of list_torrents()."""
@@ -2925,6 +2911,20 @@ def listed_rows(engine: Engine, view: str, names: Iterable[str],
     if condition:
         keep(columns, [condition.match(row, now) for row in columns['row']])
     return columns['row']
+
+
+def list_torrents(engine: Engine, view: str, names: Iterable[str],
+                  condition: Filter | None = None) -> list[Torrent]:
+    """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
+
+    One round trip, and one more for each second question. Raises RpcError, also when the list is
+    shorter than the view (half a list must not pass for the whole), or holds what it should not.
+    """
+    try:
+        return listed_rows(engine, view, names, condition)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise RpcError(f'{engine.address.where}: what it tells of the items in view {view!r} is '
+                       f'not understood: {error_text(error)}') from error
 
 
 # A hostile metafile of 57 MB, all empty lists, took 2.2 GiB as Python's objects. So values are
@@ -3252,19 +3252,6 @@ def save_session(item: Item) -> None:
     raise LoggableError(f'rTorrent does not write {path}')
 
 
-def erase(item: Item) -> None:
-    """Erase an item from rTorrent; raises RpcError where that has not happened for sure."""
-    commands = [(name, item.hash) for name in ('d.stop', 'd.close', 'd.erase')]
-    try:
-        erased = item.engine.tell(commands)[-1]
-    except Unreachable as error:
-        # An answer that never came is no answer, neither yes nor no.
-        if has_item(item.engine, item.hash, item.session) is False:
-            return
-        raise Unreachable(f'{error}; it may be there still') from None
-    without_errors([erased])
-
-
 def has_item(engine: Engine, info_hash: str, session: str) -> bool | None:
     """Tell whether an rTorrent has an item; None where its session is another."""
     there, path, cwd = engine.ask([
@@ -3276,6 +3263,19 @@ def has_item(engine: Engine, info_hash: str, session: str) -> bool | None:
         return False
     without_errors([there])
     return True
+
+
+def erase(item: Item) -> None:
+    """Erase an item from rTorrent; raises RpcError where that has not happened for sure."""
+    commands = [(name, item.hash) for name in ('d.stop', 'd.close', 'd.erase')]
+    try:
+        erased = item.engine.tell(commands)[-1]
+    except Unreachable as error:
+        # An answer that never came is no answer, neither yes nor no.
+        if has_item(item.engine, item.hash, item.session) is False:
+            return
+        raise Unreachable(f'{error}; it may be there still') from None
+    without_errors([erased])
 
 
 def plain_parts(names: Iterable[str]) -> list[str]:
@@ -5601,7 +5601,7 @@ class Move(Choice):
                 return False
             target = os.path.join(folder, os.path.basename(data.root))
             try:
-                self.check(item, data, target)
+                self.require_movable(item, data, target)
             except LoggableError as error:
                 raise LoggableError(f'not moved: {error}') from None
             if self.announce('moving', torrent, 'from', root, 'to', quoted(folder)):
@@ -5610,7 +5610,7 @@ class Move(Choice):
                 self.carry_out(item, data, target)
         return True
 
-    def check(self, item: Item, data: OwnData, target: str) -> None:
+    def require_movable(self, item: Item, data: OwnData, target: str) -> None:
         """Raise LoggableError where an item is better not moved."""
         if not data.files:
             raise LoggableError(f'there is no data at {quoted(data.root)}')
@@ -6558,6 +6558,14 @@ def read_text(path: str) -> str:
     raise Mistakes([((path, 0), wrong)])
 
 
+def beside(path: str, name: str | None) -> str:
+    """Return where a file named in a configuration is: a relative name is beside it."""
+    if not name:
+        return ''
+    folder = os.path.dirname(os.path.realpath(path))
+    return os.path.join(folder, os.path.expanduser(name))
+
+
 def read_common(ini: Ini, path: str) -> None:
     """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
     file = beside(path, 'config.ini')
@@ -6580,14 +6588,6 @@ def read_files(path: str, overrides: Iterable[str]) -> Ini:
     for text in overrides:
         ini.override(text)
     return ini
-
-
-def beside(path: str, name: str | None) -> str:
-    """Return where a file named in a configuration is: a relative name is beside it."""
-    if not name:
-        return ''
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.join(folder, os.path.expanduser(name))
 
 
 def state_folder(path: str, name: str | None) -> str:
@@ -6627,6 +6627,20 @@ def is_off(values: Values) -> bool:
     return values.get('active', '').lower() in FALSE
 
 
+def where_it_belongs(key: str, ini: Ini) -> str:
+    """Return what to write instead of a key of [TORQUE] that has no effect there."""
+    stem, _, rest = key.partition('.')
+    right = [known for known in ini.torque if known.endswith(f'.{key}')]
+    if stem.lower() in ('job', 'jobs'):
+        right = [f'job.{rest}']
+    for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
+        if key in option_names(job.options):
+            right.append(f'job.{name}.{key}')
+    if right:
+        return f'; did you mean {right[0]!r}?'
+    return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
+
+
 def group_jobs(ini: Ini) -> dict[str, Values]:
     """Return the values of each job by name; tell of those that torque has no use for."""
     groups: dict[str, Values] = {}
@@ -6646,20 +6660,6 @@ def group_jobs(ini: Ini) -> dict[str, Values]:
         text = f"settings of pyrocore without a use here: {' '.join(sorted(old))}"
         ini.remarks.append((logging.INFO, text))
     return groups
-
-
-def where_it_belongs(key: str, ini: Ini) -> str:
-    """Return what to write instead of a key of [TORQUE] that has no effect there."""
-    stem, _, rest = key.partition('.')
-    right = [known for known in ini.torque if known.endswith(f'.{key}')]
-    if stem.lower() in ('job', 'jobs'):
-        right = [f'job.{rest}']
-    for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
-        if key in option_names(job.options):
-            right.append(f'job.{name}.{key}')
-    if right:
-        return f'; did you mean {right[0]!r}?'
-    return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
 def warn_of_sections(ini: Ini) -> None:
@@ -7823,6 +7823,12 @@ def find_pid_file(arguments: Any, path: str) -> PidFile:
     return PidFile(os.path.abspath(name))
 
 
+def print_error(text: str) -> None:
+    """Print what went wrong; names and answers in it may hold anything."""
+    for line in text.split('\n'):
+        print(one_line(line), file=sys.stderr)
+
+
 def reload(daemon: PidFile) -> int:
     """Have the daemon reload; return the exit status, when it has."""
     before = daemon.ask()
@@ -8033,12 +8039,6 @@ def obey(arguments: Any) -> int:
     if arguments.check:
         return check(config_ini)
     return run_once(config_ini)
-
-
-def print_error(text: str) -> None:
-    """Print what went wrong; names and answers in it may hold anything."""
-    for line in text.split('\n'):
-        print(one_line(line), file=sys.stderr)
 
 
 def take_place() -> None:
