@@ -6139,6 +6139,7 @@ class ConfigTest(ConfigCase):
         for text, same_files, dry_run, engines in (
                 ('', (False, False), False, 1), ('same_files = yes\n', (True, True), False, 1),
                 ('job.b.same_files = yes\n', (False, True), False, 2),
+                ('same_files = yes\njob.b.same_files =\n', (True, True), False, 1),
                 ('same_files = yes\njob.b.same_files = no\n', (True, False), False, 2),
                 ('dry_run = yes\n', (False, False), True, 1), (other, (False, False), False, 2)):
             with self.subTest(text=text):
@@ -6450,7 +6451,8 @@ class CommandLineTest(ConfigCase):
         self.addCleanup(daemon.stop)
         text = f'{DOES}self.LOG.info(config_ini.engine.open().session.name())\n' \
             'job.queue.active = yes\njob.queue.viewname = strated\n' \
-            'job.m.handler = torque:Move\njob.m.schedule = 1h\njob.m.matcher = *\njob.m.target = /x\n'
+            'job.m.handler = torque:Move\njob.m.schedule = 1h\njob.m.matcher = *\n' \
+            'job.m.target = /x\n'
         self.ini(text.replace('/nowhere', daemon.url))
         self.assertRegex(self.command(*RUN)[2], rf'^{TIME} INFO a: \S+:{daemon.process.pid}\n')
         status, out, err = self.command('-c', 't.ini', '--check')

@@ -6678,7 +6678,8 @@ def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '
             shared: Any = ()) -> Settings:
     """Return what the values mean to options; those left out are as in `shared`, or default."""
     meanings = Settings()
-    given = {**dict(shared), **values}
+    inherited = dict(shared)
+    given = {**inherited, **values}
     place = ('', 0)
     for value in values.values():
         place = value.place
@@ -6687,7 +6688,7 @@ def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '
         text = given.get(option.name, given.get(option.alias, default))
         typed = option.kind != 'text'           # empty is as if it were left out
         if typed and not text:
-            text = default
+            text = inherited.get(option.name) or default
         if option.name in values and option.alias in values:
             ini.warn(values[option.alias], f'another name of {option.name}, and that counts')
         meanings[option.name] = None
