@@ -7205,6 +7205,15 @@ def run_from_byte_code() -> None:
         os.execv(sys.executable, own_command(path))
 
 
+def engine_status(engine: Engine) -> dict:
+    """Return the state of an rTorrent, for --status."""
+    away_for = None
+    if engine.gone_since is not None:
+        away_for = elapsed_time() - engine.gone_since
+    return {'address': engine.address.where, 'version': engine.version or None,
+            'away_for': away_for}
+
+
 class Daemon:
     """A running torque: its jobs, their tasks, and what it tells of itself."""
     TOLD = ('pid', 'started', 'starting', 'stopping', 'reloading', 'refusals', 'mistakes')
@@ -7520,15 +7529,6 @@ class Daemon:
             job['next_run'] = self.scheduler.next_run(task)
             status['jobs'].append(job)
         return status
-
-
-def engine_status(engine: Engine) -> dict:
-    """Return the state of an rTorrent, for --status."""
-    away_for = None
-    if engine.gone_since is not None:
-        away_for = elapsed_time() - engine.gone_since
-    return {'address': engine.address.where, 'version': engine.version or None,
-            'away_for': away_for}
 
 
 def print_table(rows: list) -> None:
@@ -7912,6 +7912,20 @@ def check_files(arguments: Any, path: str) -> int:
     return EXIT_OK
 
 
+def log_level(arguments: Any) -> int:
+    """Return from which level on the log is shown."""
+    if arguments.check_files:
+        # What is noteworthy the new daemon will say.
+        return logging.CRITICAL
+    if arguments.debug:
+        return TRACE
+    if arguments.verbose:
+        return logging.DEBUG
+    if arguments.quiet:
+        return logging.WARNING
+    return logging.INFO
+
+
 def start_daemon(arguments: Any, path: str, lock: PidFile, reloaded: bool) -> Daemon:
     """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(config_ini, arguments, path)
@@ -8005,20 +8019,6 @@ def parse_arguments(words: list[str] | None) -> Any:
     if arguments.fg:
         arguments.daemon = False
     return arguments
-
-
-def log_level(arguments: Any) -> int:
-    """Return from which level on the log is shown."""
-    if arguments.check_files:
-        # What is noteworthy the new daemon will say.
-        return logging.CRITICAL
-    if arguments.debug:
-        return TRACE
-    if arguments.verbose:
-        return logging.DEBUG
-    if arguments.quiet:
-        return logging.WARNING
-    return logging.INFO
 
 
 def obey(arguments: Any) -> int:
