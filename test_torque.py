@@ -6170,7 +6170,7 @@ class ConfigTest(ConfigCase):
                 shown[value].append(key[:-len('handler')])      # job.NAME.
         wanted = [('TORQUE', '', option) for option in torque.TORQUE_OPTIONS]
         wanted += [('TORQUE', 'job.NAME.', option) for option in torque.CORE_OPTIONS]
-        for job in torque.BUILT_IN:
+        for job in torque.BUILT_IN.values():
             prefix, = shown[f'torque:{job.__name__}']
             wanted += [(job.section, prefix, option) for option in job.options]
         for section, prefix, option in wanted:
@@ -6358,10 +6358,10 @@ class CommandLineTest(ConfigCase):
     def test_every_answer_helps(self):
         self.ini(GOOD_INI)
         options = [*torque.CORE_OPTIONS, *torque.TORQUE_OPTIONS, *(
-            option for job in torque.BUILT_IN for option in job.options)]
+            option for job in torque.BUILT_IN.values() for option in job.options)]
         for words, expected, *texts in (
                 (['--version'], 0, 'torque '), (['--help'], 0, '--run-once JOB', '78 config'),
-                (['--list-jobs'], 0, *(f'torque:{job.__name__}' for job in torque.BUILT_IN), *(
+                (['--list-jobs'], 0, *torque.BUILT_IN, *(
                     str(text) for option in options for text in (option[0], *option[2:]))),
                 (['-x'], 2, 'usage: ', '-x'), (['t.ini'], 2, 't.ini'), (['-D'], 2, '-D'),
                 ([*RUN[:3], 'b'], 2, "no job 'b'", ' a', ' connstats'),

@@ -73,7 +73,7 @@ import threading
 import time
 import traceback
 from datetime import datetime, timedelta
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
@@ -6285,9 +6285,9 @@ class TreeWatch(Job):
 
 # --- Config ----------------------------------------------------------------------------------
 # torque.ini becomes values (a text that knows where it stands), values become planned jobs, and
-# those become the objects that run. Mistakes are collected as ((file, line), text), so that all
-# are told at once, each as `file:line: setting: what is wrong; what is allowed`; only where there
-# is none does anything start. What has no effect is a warning. config_ini is the configuration
+# those become the objects that run. Mistakes are collected, so that all are told at once, each as
+# `file:line: setting: what is wrong; what is allowed`; only where there is none does anything
+# start. What has no effect is a warning. config_ini is the configuration
 # as jobs see it. All of this runs in the main thread.
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
@@ -6307,14 +6307,15 @@ job.treewatch.handler = torque:TreeWatch
 job.treewatch.schedule = hour=*
 job.treewatch.active = no
 """
-BUILT_IN = (EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)
+BUILT_IN = {f'torque:{job.__name__}': job for job in (
+    EngineStats, InfluxDB, QueueManager, TreeWatch, Action, Command, ItemCommand, Move)}
 # Jobs of pyrocore and pyrosimple that have another name here
 OLD_NAMES = {
     'InfluxDBStats': 'InfluxDB',
     'PathMover': 'Move'}
 
 
-def origin(error: BaseException) -> str:
+def origin(error):
     """Return one line that says what was raised and in which line of which file."""
     if isinstance(error, SyntaxError):
         return f'{error.filename}:{error.lineno}: {error.msg}'
@@ -6326,7 +6327,7 @@ def origin(error: BaseException) -> str:
     return f'{place}{type(error).__name__}: {error}'
 
 
-def handler_name(text: str) -> str:
+def handler_name(text):
     """Return the `module:Class` of a handler, of ours for those of pyrocore and pyrosimple.
 
     >>> handler_name('pyrocore.torrent.jobs::InfluxDBStats'), handler_name('my.jobs:Space')
@@ -6339,7 +6340,7 @@ def handler_name(text: str) -> str:
     return text
 
 
-def import_handler(text: str) -> Any:
+def import_handler(text):
     """Return the class that `module.path:ClassName` names."""
     handler = handler_name(text)
     if not text:
@@ -6359,7 +6360,7 @@ def import_handler(text: str) -> Any:
     return handler_class
 
 
-def parse_due(text: str) -> Schedule:
+def parse_due(text):
     """Return the Schedule of a job: one that is due again."""
     if not text:
         raise UserError('is missing; a job needs a handler and a schedule')
@@ -6369,7 +6370,7 @@ def parse_due(text: str) -> Schedule:
     return schedule
 
 
-def parse_level(text: str) -> str:
+def parse_level(text):
     """Return a level of the log, or nothing."""
     return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
 
@@ -6404,9 +6405,9 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
            'condition that any startable item of a queue must meet'))
 
 
-def option_names(options: Iterable[Option]) -> list[str]:
+def option_names(options):
     """Return the names of options, and their other names."""
-    names: list[str] = []
+    names: list = []
     for option in options:
         names += filter(None, (option.name, option.alias))
     return names
@@ -6414,31 +6415,25 @@ def option_names(options: Iterable[Option]) -> list[str]:
 
 CORE_NAMES = option_names(CORE_OPTIONS)
 TORQUE_NAMES = option_names(TORQUE_OPTIONS)
-Place = Tuple[str, int]                 # a file or `-D`, and the line, 0 for all of it
-Mistake = Tuple[Place, str]             # where, and what is wrong
 
 
 class Value(str):
     """A text of the configuration; `place`: where it stands, `key`: the name it has there."""
-    place: Place
+    place: tuple[str, int]              # a file or `-D`, and the line, 0 for all of it
     key: str
 
-    def __new__(cls, text: str, place: Place = ('', 0), key: str = '') -> Value:
+    def __new__(cls, text, place=('', 0), key=''):
         value = super().__new__(cls, text)
         value.place = place
         value.key = key
         return value
 
-
-Values = Dict[str, Value]               # by name
-
-
-def located(place: Place, text: str) -> str:
-    """Return a line that says what is the matter where."""
-    file, line = place
-    if line and file != '-D':
-        file = f'{file}:{line}'
-    return one_line(f'{file}: {text}')
+    def located(self, text):
+        """Return a line that says what is the matter with it, and where."""
+        file, line = self.place
+        if line and file != '-D':
+            file = f'{file}:{line}'
+        return one_line(': '.join(filter(None, (file, self.key, str(text)))))
 
 
 class UnknownJob(UserError):
@@ -6448,9 +6443,6 @@ class UnknownJob(UserError):
 
 class Mistakes(UserError):
     """All that is wrong with a configuration, a line each, in their order."""
-
-    def __init__(self, mistakes: Iterable[Mistake]):
-        super().__init__('\n'.join(located(*mistake) for mistake in sorted(set(mistakes))))
 
 
 class NumberedParser(configparser.RawConfigParser):
@@ -6464,57 +6456,57 @@ class NumberedParser(configparser.RawConfigParser):
     OPTCRE = re.compile(
         r'(?s)(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)\Z')
 
-    def __init__(self, lines: list[str], file: str):
-        super().__init__(strict=False, default_section='', interpolation=None)
-        self.number = 0
-        self.read_file(self.counted(lines), file)
-
-    def counted(self, lines: list[str]) -> Iterator[str]:
-        """Give a header for what stands before the first one, then the lines."""
-        yield '[ ]'
-        for self.number, line in enumerate(lines, 1):
+    def counted(self, lines):
+        """Give the lines."""
+        for self.number, line in enumerate(lines):
             yield line
 
-    def optionxform(self, optionstr: str) -> str:
+    def optionxform(self, optionstr):
         return f'{self.number} {optionstr}'
 
 
 class Ini:
     """The values of configuration files by section and key; mistakes, and remarks for the log."""
 
-    def __init__(self) -> None:
-        self.sections: dict[str, Values] = {section: {} for section in SECTIONS}
+    def __init__(self):
+        self.sections: dict[str, dict[str, Value]] = {section: {} for section in SECTIONS}
         self.torque = self.sections['TORQUE']
-        self.mistakes: list[Mistake] = []
-        self.remarks: list[tuple[int, str]] = []        # level of the log, line
+        self.mistakes: list[tuple] = []                 # place, line
+        self.remarks: list[tuple] = []                  # level of the log, line
 
-    def refuse(self, value: Value, text: Any) -> None:
+    def refuse(self, value, text):
         """Add a mistake."""
-        self.mistakes.append((value.place, f'{value.key}: {text}'))
+        self.mistakes.append((value.place, value.located(text)))
 
-    def warn(self, value: Value, text: str) -> None:
+    def warn(self, value, text):
         """Add a warning of what has no effect, or another one than it seems."""
-        self.remarks.append((logging.WARNING, located(value.place, f'{value.key}: {text}')))
+        self.remarks.append((logging.WARNING, value.located(text)))
 
-    def read(self, text: str, file: str, common: bool = False) -> None:
+    def raise_mistakes(self):
+        """Raise Mistakes if there are any."""
+        if self.mistakes:
+            raise Mistakes('\n'.join(line for _, line in sorted(set(self.mistakes))))
+
+    def read(self, text, file, common=False):
         """Add the values of one file; common: it is pyrocore's config.ini."""
-        lines = text.split('\n')
-        parser = NumberedParser(lines, file)
+        lines = ['[ ]', *text.split('\n')]      # a header for what stands before the first one
+        parser = NumberedParser(strict=False, default_section='')
+        parser.read_file(parser.counted(lines), file)
         for header in parser.sections():
             for numbered, text in parser.items(header):
                 number, _, key = numbered.partition(' ')
-                section = header.strip().upper()
                 value = Value(re.sub('\n+', '\n', text), (file, int(number)), key[:-1].rstrip())
+                section = header.strip().upper()
                 if common and section in ('GLOBAL', 'DEFAULT') and value.key in COMMON:
                     section = 'TORQUE'
                 if common and section not in SECTIONS:
                     continue
                 if re.fullmatch(r'[^[=:].*[=:]', key) and key.isprintable():
-                    self.add(section, value, lines[int(number) - 1])
+                    self.add(section, value, lines[int(number)])
                 else:
-                    self.mistakes.append((value.place, 'neither KEY = VALUE nor [SECTION]'))
+                    self.refuse(Value('', value.place), 'neither KEY = VALUE nor [SECTION]')
 
-    def add(self, section: str, value: Value, line: str) -> None:
+    def add(self, section, value, line):
         """Add a value, which replaces an earlier one; tell what is not as it seems."""
         comment = re.search(r'\s;(.*)', line)
         if comment and ('=' in comment[1] or re.search(r'\.(args$|cmd[._])', value.key)):
@@ -6528,23 +6520,16 @@ class Ini:
         if re.search(r'%\(\w+\)s', value.replace('%%', '')):
             self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
         values = self.sections.setdefault(section, {})
-        before = values.get(value.key, Value(''))
-        if before.place[0] == value.place[0]:
-            self.warn(value, f'stands here again, and counts, not line {before.place[1]}')
+        before, number = values.get(value.key, Value('')).place
+        if before == value.place[0]:
+            self.warn(value, f'stands here again, and counts, not line {number}')
         text = value.replace('%%', '%')
         if text == '""':
             text = ''
         values[value.key] = Value(text, value.place, value.key)
 
-    def override(self, text: str) -> None:
-        """Add what -D says: KEY=VALUE of [TORQUE], or section.KEY=VALUE."""
-        section, _, rest = text.partition('.')
-        if section.upper() not in self.sections:
-            section, rest = 'TORQUE', text
-        self.read(f'[{section}]\n{rest}', '-D')
 
-
-def read_text(path: str) -> str:
+def read_text(path):
     """Return the text of a configuration file; raises Mistakes where there is none."""
     try:
         status = os.stat(path)
@@ -6555,10 +6540,10 @@ def read_text(path: str) -> str:
         wrong = f'is no regular file of up to {show_size(INI_LIMIT)}'
     except (OSError, UnicodeDecodeError) as error:
         wrong = getattr(error, 'strerror', f'no text: {error}')
-    raise Mistakes([((path, 0), wrong)])
+    raise Mistakes(Value('', (path, 0)).located(wrong))
 
 
-def beside(path: str, name: str | None) -> str:
+def beside(path, name):
     """Return where a file named in a configuration is: a relative name is beside it."""
     if not name:
         return ''
@@ -6566,31 +6551,33 @@ def beside(path: str, name: str | None) -> str:
     return os.path.join(folder, os.path.expanduser(name))
 
 
-def read_common(ini: Ini, path: str) -> None:
-    """Add what pyrocore's config.ini, which its programs share, says beside a torque.ini."""
-    file = beside(path, 'config.ini')
-    if not os.path.isfile(file):
-        return
-    try:
-        ini.read(read_text(file), file, common=True)
-        ini.remarks.append((logging.INFO, one_line(
-            f'{file} is read first, for [GLOBAL] scgi_url, rtorrent_rc, [INFLUXDB], [ANNOUNCE]')))
-    except Mistakes as error:
-        ini.remarks.append((logging.WARNING, str(error)))
+def read_files(path, overrides):
+    """Return the values of the defaults, of the user's files over them, and of -D over all.
 
-
-def read_files(path: str, overrides: Iterable[str]) -> Ini:
-    """Return the values of the defaults, of the user's files over them, and of -D over all."""
+    Beside a torque.ini may lie the config.ini that the programs of pyrocore share. -D says
+    KEY=VALUE of [TORQUE], or section.KEY=VALUE.
+    """
     ini = Ini()
     ini.read(DEFAULTS, '<defaults>')
-    read_common(ini, path)
+    common = beside(path, 'config.ini')
+    if os.path.isfile(common):
+        try:
+            ini.read(read_text(common), common, common=True)
+            ini.remarks.append((logging.INFO, one_line(
+                f'{common} is read first, for [GLOBAL] scgi_url, rtorrent_rc, [INFLUXDB], '
+                '[ANNOUNCE]')))
+        except Mistakes as error:
+            ini.remarks.append((logging.WARNING, str(error)))
     ini.read(read_text(path), path)
     for text in overrides:
-        ini.override(text)
+        section, _, rest = text.partition('.')
+        if section.upper() not in ini.sections:
+            section, rest = 'TORQUE', text
+        ini.read(f'[{section}]\n{rest}', '-D')
     return ini
 
 
-def state_folder(path: str, name: str | None) -> str:
+def state_folder(path, name):
     """Return the folder of state of a configuration file, which may name it."""
     import hashlib
     if name:
@@ -6601,33 +6588,7 @@ def state_folder(path: str, name: str | None) -> str:
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
 
-def convert(text: str) -> Any:
-    """Return a value as pyrocore's jobs expect it: digits as int, words of truth as bool.
-
-    >>> convert('12'), convert('No'), convert('text')
-    (12, False, 'text')
-    """
-    if re.fullmatch('[0-9]{1,4000}', text):     # Python refuses to convert more
-        return int(text)
-    if text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
-        return parse_bool(text)
-    return text
-
-
-def built_in(handler: str) -> Any:
-    """Return the class that a handler means where it is a built-in one, else None."""
-    for job in BUILT_IN:
-        if handler_name(handler) == f'torque:{job.__name__}':
-            return job
-    return None
-
-
-def is_off(values: Values) -> bool:
-    """Tell whether a job's settings say that it is not active."""
-    return values.get('active', '').lower() in FALSE
-
-
-def where_it_belongs(key: str, ini: Ini) -> str:
+def where_it_belongs(key, ini):
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
     right = [known for known in ini.torque if known.endswith(f'.{key}')]
@@ -6641,9 +6602,9 @@ def where_it_belongs(key: str, ini: Ini) -> str:
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
-def group_jobs(ini: Ini) -> dict[str, Values]:
+def group_jobs(ini):
     """Return the values of each job by name; tell of those that torque has no use for."""
-    groups: dict[str, Values] = {}
+    groups: dict = {}
     old = set()
     for key, value in ini.torque.items():
         setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
@@ -6662,7 +6623,7 @@ def group_jobs(ini: Ini) -> dict[str, Values]:
     return groups
 
 
-def warn_of_sections(ini: Ini) -> None:
+def warn_of_sections(ini):
     """Warn of sections, and of settings in them, that have no effect."""
     for section, values in ini.sections.items():
         for key, value in values.items():
@@ -6674,26 +6635,32 @@ def warn_of_sections(ini: Ini) -> None:
                 ini.warn(value, f'no effect under [{section}]; it belongs under [TORQUE]')
 
 
-def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '',
-            shared: Any = ()) -> Settings:
-    """Return what the values mean to options; those left out are as in `shared`, or default."""
-    meanings = Settings()
+def checked(options, values, ini, prefix='', shared=()):
+    """Return what the values mean to options; those left out are as in `shared`, or default.
+
+    Other values are as pyrocore's jobs expect them: digits as int, words of truth as bool.
+    """
+    meanings = Settings(values)
+    place = ('', 0)
+    for name, text in values.items():
+        place = text.place
+        if re.fullmatch('[0-9]{1,4000}', text):         # Python refuses to convert more
+            meanings[name] = int(text)
+        elif text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
+            meanings[name] = parse_bool(text)
     inherited = dict(shared)
     given = {**inherited, **values}
-    place = ('', 0)
-    for value in values.values():
-        place = value.place
     for option in options:
         default = Value(option.default, place, prefix + option.name)
         text = given.get(option.name, given.get(option.alias, default))
-        typed = option.kind != 'text'           # empty is as if it were left out
-        if typed and not text:
-            text = inherited.get(option.name) or default
         if option.name in values and option.alias in values:
             ini.warn(values[option.alias], f'another name of {option.name}, and that counts')
         meanings[option.name] = None
-        if typed and not text:
-            continue
+        if option.kind != 'text' and not text:
+            # It is as if it were left out.
+            text = inherited.get(option.name) or default
+            if not text:
+                continue
         try:
             meanings[option.name] = option.parse(text)
         except UserError as error:
@@ -6701,12 +6668,7 @@ def checked(options: Iterable[Option], values: Values, ini: Ini, prefix: str = '
     return meanings
 
 
-def converted(values: Values) -> Settings:
-    """Return values as pyrocore's jobs expect them."""
-    return Settings((key, convert(text)) for key, text in values.items())
-
-
-def check_names(job: Any, values: Values, tell: Callable[[Value, str], None]) -> None:
+def check_names(job, values, tell):
     """Tell what is among a built-in job's settings and is none of its options."""
     known = CORE_NAMES + option_names(job.options)
     for key, value in values.items():
@@ -6715,13 +6677,14 @@ def check_names(job: Any, values: Values, tell: Callable[[Value, str], None]) ->
             tell(value, f'{job.__name__} has no such option{hint}')
 
 
-def import_modules(path: str, groups: dict[str, Values]) -> None:
-    """Import the modules of all active jobs: each may add fields that others' conditions name."""
+def import_handlers(path, groups):
+    """Return the classes of jobs; each module may add fields that others' conditions name."""
+    classes = {}
     sys.path.append(os.path.dirname(os.path.realpath(path)))
-    for values in groups.values():
-        if not is_off(values):
-            with contextlib.suppress(UserError):    # told of when the job is planned
-                import_handler(values.get('handler', ''))
+    for name, values in groups.items():
+        with contextlib.suppress(UserError):    # told of when the job is planned
+            classes[name] = import_handler(values.get('handler', ''))
+    return classes
 
 
 class PlannedJob(NamedTuple):
@@ -6730,7 +6693,7 @@ class PlannedJob(NamedTuple):
     make: Callable[[Settings], Any]
     config: Settings
     schedule: Schedule
-    source: Values                      # its settings as they are written
+    source: dict[str, Value]            # its settings as they are written
 
 
 class Config(Settings):
@@ -6751,71 +6714,70 @@ class Config(Settings):
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
         self.fill(ini, dry_run)
-        import_modules(path, groups)
+        wanted = {name: values for name, values in groups.items()
+                  if name == only or values.get('active', '').lower() not in FALSE}
+        classes = import_handlers(path, wanted)
         self.jobs: list[PlannedJob] = []
         for name, values in groups.items():
-            job = built_in(values.get('handler', ''))
-            if name == only or only is None and not is_off(values):
-                self.jobs.append(self.plan(name, values, ini, bool(only)))
+            job = BUILT_IN.get(handler_name(values.get('handler', '')))
+            if name in wanted and only in (None, name):
+                self.jobs.append(self.plan(name, classes.get(name), values, ini, bool(only)))
             elif values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
                 self.engine_at(values['scgi_url'], self.torque.same_files, ini)
             elif only is None and job:          # a slip may be why it is not active
                 check_names(job, values, ini.warn)
-        if ini.mistakes:
-            raise Mistakes(ini.mistakes)
+        ini.raise_mistakes()
 
-    def fill(self, ini: Ini, dry_run: bool) -> None:
+    def fill(self, ini, dry_run):
         """Replace the sections by those of the files, and find what all jobs share."""
         self.clear()
         for section, values in ini.sections.items():
             self[section.lower()] = Settings(values)
-        torque = converted(ini.torque)
-        torque.update(checked(TORQUE_OPTIONS, ini.torque, ini))
+        torque = checked(TORQUE_OPTIONS, ini.torque, ini)
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self['torque'] = torque
         self.state_dir = state_folder(self.path, torque.state_dir)
-        self.aliases = {name: text.split() for name, text in self.announce.items()}
-        self.engines: dict[tuple, Engine] = {}      # by address and same_files
-        nowhere = Value('', (self.path, 0))
-        place = ini.torque.get('scgi_url', ini.torque.get('rtorrent_rc', nowhere)).place
-        self.url = Value(torque.scgi_url, place, 'scgi_url')
+        self.engines = {}                   # by address and same_files
+        place = ini.torque.get('rtorrent_rc', Value('', (self.path, 0))).place
+        self.url = ini.torque.get('scgi_url', Value('', place, 'scgi_url'))
         self.engine = self.engine_at(self.url, torque.same_files, ini)
 
-    def plan(self, name: str, values: Values, ini: Ini, alone: bool) -> PlannedJob:
+    def plan(self, name, make, values, ini, alone):
         """Return a job ready to be made, if there are no mistakes."""
-        prefix = f'job.{name}.'
+        options = CORE_OPTIONS
         shared = {key: value for key, value in ini.torque.items() if key in TORQUE_NAMES}
-        core = checked(CORE_OPTIONS, values, ini, prefix, shared)
-        make = core.handler
-        settings = converted(values)
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
+            options += make.options
             section = ini.sections.get(make.section, {})
             check_names(make, values, ini.refuse)
             check_names(make, section, ini.refuse)
-            settings.update(checked(make.options, values, ini, prefix, {**shared, **section}))
-        settings.update(core, job_name=name, dry_run=bool(core.dry_run or self.torque.dry_run),
+            shared.update((key, section[key]) for key in section if key not in CORE_NAMES)
+        settings = checked(options, values, ini, f'job.{name}.', shared)
+        schedule = settings.schedule
+        settings.update(job_name=name, dry_run=bool(settings.dry_run or self.torque.dry_run),
                         handler=values.get('handler'), schedule=values.get('schedule'))
-        engine = self.engine_at(values.get('scgi_url') or self.url, core.same_files, ini)
+        engine = self.engine_at(values.get('scgi_url') or self.url, settings.same_files, ini)
         config = Settings(settings, engine=engine, engines=self.engines.values(),
                           state_dir=self.state_dir, alone=alone)
-        return PlannedJob(name, make, config, core.schedule, values)
+        return PlannedJob(name, make, config, schedule, values)
 
-    def engine_at(self, url: Value, same_files: bool, ini: Ini) -> Any:
+    def engine_at(self, url, same_files, ini):
         """Return the Engine at an address: one for all jobs that name the same."""
         made_of = (str(url), bool(same_files))
         # Where there are mistakes, an address may be among what was not understood.
         if made_of not in self.engines and (url or not ini.mistakes):
+            aliases = {name: text.split() for name, text in self.announce.items()}
             try:
                 address = url or find_url(self.torque.rtorrent_rc)
                 self.engines[made_of] = Engine(address, self.torque.rpc_timeout,
-                                               self.torque.rpc_limit, self.aliases, made_of[1])
+                                               self.torque.rpc_limit, aliases, made_of[1])
             except UserError as error:
                 ini.refuse(url, error)
         return self.engines.get(made_of)
 
 
-def clean_up(name: str, job: Any) -> None:
+def clean_up(name, job):
     """Call a job's cleanup(), if it has one, whatever comes of it."""
     try:
         if hasattr(job, 'cleanup'):
@@ -6824,7 +6786,7 @@ def clean_up(name: str, job: Any) -> None:
         logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
 
 
-def make_job(planned: PlannedJob) -> Any:
+def make_job(planned):
     """Return the object of a job; raises UserError."""
     try:
         job = planned.make(planned.config)
@@ -6837,22 +6799,24 @@ def make_job(planned: PlannedJob) -> Any:
     return job
 
 
-def make_jobs(plans: Iterable[PlannedJob]) -> dict[str, Any]:
+def make_jobs(plans):
     """Return job objects by name; raises Mistakes, and cleans up what was made until then."""
-    made: dict[str, Any] = {}
+    made = {}
     ini = Ini()
-    with contextlib.ExitStack() as undo:
+    try:
         for planned in plans:
             name, source = planned.name, planned.source
             try:
                 made[name] = make_job(planned)
-                undo.callback(clean_up, name, made[name])
             except UserError as error:
                 key = f'job.{name}.{error.option}'.rstrip('.')
-                ini.refuse(Value('', source.get(error.option, source['handler']).place, key), error)
-        if ini.mistakes:
-            raise Mistakes(ini.mistakes)
-        undo.pop_all()
+                place = source.get(error.option, source['handler']).place
+                ini.refuse(Value('', place, key), error)
+        ini.raise_mistakes()
+    except BaseException:
+        for name, job in made.items():
+            clean_up(name, job)
+        raise
     return made
 
 
@@ -7793,9 +7757,9 @@ def explain(config: Config, path: str) -> int:
 def list_jobs() -> int:
     """Print the built-in jobs and their options."""
     tables = {}
-    for job in BUILT_IN:
+    for handler, job in BUILT_IN.items():
         summary = (job.__doc__ or '').splitlines()[0]
-        tables[f'torque:{job.__name__}\n    {summary}'] = job.options
+        tables[f'{handler}\n    {summary}'] = job.options
     tables['any job'] = CORE_OPTIONS
     tables['[TORQUE]'] = TORQUE_OPTIONS
     for title, options in tables.items():
