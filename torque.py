@@ -2128,14 +2128,9 @@ def require_same_files(engine: Engine) -> None:
 # any thread, but for the fields that need `seen`: they look at the disk.
 
 SOURCES = {                             # second questions: command, and the columns of its rows
-    'files': ('f.multicall', ('f.path=', 'f.size_bytes=')),
-    'trackers': ('t.multicall', (
-        't.url=',
-        't.is_enabled=',
-        't.scrape_complete=',
-        't.scrape_incomplete=',
-        't.failed_time_last=',
-        't.success_time_last='))}
+    'files': 'f.multicall f.path= f.size_bytes=',
+    'trackers': 't.multicall t.url= t.is_enabled= t.scrape_complete= t.scrape_incomplete= '
+                't.failed_time_last= t.success_time_last='}
 TV = re.compile(
     r'^(?P<show>.+?)[._ -]+'
     r'(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|\d{1,2}x\d{2}|'
@@ -2163,7 +2158,7 @@ class TorrentField(NamedTuple):
     value: Callable | None = None       # a function of them in this order; None: the one itself
 
 
-def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_open: int) -> str:
+def data_path(cwd, base, directory, name, multi, is_open):
     """Return where the data is; the base path of what is not open is old, or empty."""
     if not directory or is_open and base:
         place = base
@@ -2171,9 +2166,7 @@ def data_path(cwd: str, base: str, directory: str, name: str, multi: int, is_ope
         place = directory
     else:
         place = os.path.join(directory, name)
-    if not place:
-        return ''
-    return os.path.join(cwd, place)
+    return place and os.path.join(cwd, place)
 
 
 # The functions of fields take raw values as rTorrent gives them.
@@ -2318,7 +2311,7 @@ def file_kinds(rows, percent=0):
 
     jpeg is jpg, mpeg is mpg; the parts r00, r01 ... of an archive count as rar.
     """
-    sizes: collections.Counter = collections.Counter()
+    sizes: dict = collections.Counter()
     for path, size in rows:
         _, ending = os.path.splitext(path)
         kind = ending.lstrip('.').lower().replace('peg', 'pg')
@@ -2355,7 +2348,7 @@ def guess_traits(name, rows):
     return [sort, kind or 'other']
 
 
-def has_no_data(seen: Any, *raw: Any) -> bool | None:
+def has_no_data(seen, *raw):
     """Tell whether an item has no data where it should be; None where that is not known.
 
     Not known is also what lies in a folder that is missing or empty: its disk may not be mounted.
@@ -2371,7 +2364,7 @@ def has_no_data(seen: Any, *raw: Any) -> bool | None:
     return not os.path.lexists(path)
 
 
-def seen_path(seen: Any, *raw: Any) -> str | None:
+def seen_path(seen, *raw):
     """Return where data is with all links resolved; None where that is not known."""
     path = data_path(*raw)
     if not seen or DOUBTFUL.search(path) or not os.path.isdir(os.path.dirname(path)):
@@ -2379,7 +2372,7 @@ def seen_path(seen: Any, *raw: Any) -> str | None:
     return os.path.realpath(path)
 
 
-def space_at(seen: Any, *raw: Any) -> int | None:
+def space_at(seen, *raw):
     """Return the free bytes on the disk that holds the data; None where that is not known."""
     path = seen_path(seen, *raw)
     if path is None:
@@ -2387,57 +2380,96 @@ def space_at(seen: Any, *raw: Any) -> int | None:
     return disk_of(path)[1]
 
 
-# Fields that are what one d. command answers: field, or field=command where the names differ.
-PLAIN_FIELDS = {
-    'text': 'hash name message directory throttle=throttle_name metafile=tied_to_file '
-            'label=custom1',
-    'size': 'size=size_bytes uploaded=up.total downloaded=down.total left=left_bytes '
-            'up=up.rate down=down.rate',
-    'number': 'fno=size_files prio=priority peers=peers_connected',
-    'bool': 'is_open is_active is_complete=complete is_ignored=ignore_commands is_private '
-            'is_multi_file is_hashing=hashing',
-    'tags': 'views'}
 PATH = 'cwd d.base_path d.directory d.name d.is_multi_file d.is_open'
 STARTED = 'd.custom=tm_started d.timestamp.started'
 COMPLETED = 'd.custom=tm_completed d.timestamp.finished'
-MARKS = 'd.custom=activations'
-# name: kind, raw values in the order that the function takes them, the function
-MADE_FIELDS: dict[str, tuple[str, str, Callable]] = {
-    'ratio': ('number', 'd.ratio', true_ratio),
-    'tagged': ('tags', 'd.custom=tags', tags_of),
-    'path': ('text', PATH, data_path),
-    'realpath': ('text', 'seen ' + PATH, seen_path),
-    'is_ghost': ('bool', 'seen ' + PATH, has_no_data),
-    'free': ('size', 'seen ' + PATH, space_at),
-    'sessionfile': ('text', 'session d.hash', session_file),
-    'done': ('number', 'd.completed_bytes d.size_bytes', percent_done),
-    'xfer': ('size', 'd.up.rate d.down.rate', operator.add),
-    'loaded': ('time', 'd.custom=tm_loaded d.load_date', first_number),
-    'started': ('time', STARTED, first_number),
-    'completed': ('time', COMPLETED, first_number),
-    'stopped': ('time', f'{MARKS} d.state d.state_changed {STARTED}', time_stopped),
-    'active': ('time', 'now d.custom=last_active d.peers_connected', last_time),
-    'last_xfer': ('time', 'now d.custom=last_xfer d.up.rate d.down.rate', last_time),
-    'leechtime': ('duration', f'{MARKS} {STARTED} {COMPLETED} now', leech_time),
-    'seedtime': ('duration', f'{MARKS} {COMPLETED} d.complete d.is_active now', seed_time),
-    'tracker': ('text', 'trackers', first_tracker),
-    'alias': ('text', 'trackers aliases', alias_of),
-    'seeders': ('number', 'trackers', functools.partial(most, 2)),
-    'leechers': ('number', 'trackers', functools.partial(most, 3)),
-    'trackers_failed': ('number', 'trackers', trackers_failed),
-    'files': ('files', 'files', file_names),
-    'kind': ('tags', 'files', file_kinds),
-    'traits': ('tags', 'd.name files', guess_traits)}
+# Name, kind, and raw values, of which there is one where no function makes something of them
+FIELD_TABLE = f"""\
+hash             text      d.hash
+name             text      d.name
+message          text      d.message
+directory        text      d.directory
+path             text      {PATH}
+realpath         text      seen {PATH}
+is_ghost         bool      seen {PATH}
+free             size      seen {PATH}
+metafile         text      d.tied_to_file
+sessionfile      text      session d.hash
+throttle         text      d.throttle_name
+label            text      d.custom1
+tagged           tags      d.custom=tags
+views            tags      d.views
+size             size      d.size_bytes
+uploaded         size      d.up.total
+downloaded       size      d.down.total
+left             size      d.left_bytes
+up               size      d.up.rate
+down             size      d.down.rate
+xfer             size      d.up.rate d.down.rate
+ratio            number    d.ratio
+done             number    d.completed_bytes d.size_bytes
+fno              number    d.size_files
+prio             number    d.priority
+peers            number    d.peers_connected
+is_open          bool      d.is_open
+is_active        bool      d.is_active
+is_complete      bool      d.complete
+is_ignored       bool      d.ignore_commands
+is_private       bool      d.is_private
+is_multi_file    bool      d.is_multi_file
+is_hashing       bool      d.hashing
+loaded           time      d.custom=tm_loaded d.load_date
+started          time      {STARTED}
+completed        time      {COMPLETED}
+stopped          time      d.custom=activations d.state d.state_changed {STARTED}
+active           time      now d.custom=last_active d.peers_connected
+last_xfer        time      now d.custom=last_xfer d.up.rate d.down.rate
+leechtime        duration  d.custom=activations {STARTED} {COMPLETED} now
+seedtime         duration  d.custom=activations {COMPLETED} d.complete d.is_active now
+tracker          text      trackers
+alias            text      trackers aliases
+seeders          number    trackers
+leechers         number    trackers
+trackers_failed  number    trackers
+files            files     files
+kind             tags      files
+traits           tags      d.name files
+"""
+# Functions of the raw values of a field, which they take in the table's order
+MADE_OF: dict[str, Callable] = {
+    'path': data_path,
+    'realpath': seen_path,
+    'is_ghost': has_no_data,
+    'free': space_at,
+    'sessionfile': session_file,
+    'tagged': tags_of,
+    'xfer': operator.add,
+    'ratio': true_ratio,
+    'done': percent_done,
+    'loaded': first_number,
+    'started': first_number,
+    'completed': first_number,
+    'stopped': time_stopped,
+    'active': last_time,
+    'last_xfer': last_time,
+    'leechtime': leech_time,
+    'seedtime': seed_time,
+    'tracker': first_tracker,
+    'alias': alias_of,
+    'seeders': functools.partial(most, 2),
+    'leechers': functools.partial(most, 3),
+    'trackers_failed': trackers_failed,
+    'files': file_names,
+    'kind': file_kinds,
+    'traits': guess_traits}
 
 
-def all_fields() -> dict[str, TorrentField]:
+def all_fields():
     """Return the table of fields by name."""
     fields = {}
-    for kind, words in PLAIN_FIELDS.items():
-        for name, command in re.findall(r'(\w+)=?(\S*)', words):
-            fields[name] = TorrentField(kind, (f'd.{command or name}',))
-    for name, (kind, needs, value) in MADE_FIELDS.items():
-        fields[name] = TorrentField(kind, tuple(needs.split()), value)
+    for line in FIELD_TABLE.splitlines():
+        name, kind, *needs = line.split()
+        fields[name] = TorrentField(kind, tuple(needs), MADE_OF.get(name))
     return fields
 
 
@@ -2515,6 +2547,7 @@ QUOTED = (
 PIECE = re.compile(QUOTED, re.S)
 WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
 CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+CLASS_IN_GLOB = re.compile(r'[!:]*(?![!:/])[^[]*\[.+\]', re.S)
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
@@ -2533,23 +2566,21 @@ def mistake(what: str, text: str, at: int, why) -> UserError:
     return UserError(f'{what} {quoted(shown, 600)}: {why}')
 
 
-def glob_regex(glob: str) -> str:
+def glob_regex(glob):
     """Return the regex of a glob, which takes linear time: the first match after a star counts.
 
     fnmatch has done so from Python 3.9 on.
     """
-    parts = []
-    for part in STARS.split(glob):
-        parts.append(fnmatch.translate(part)[4:-3])             # without (?s: and )\Z
-    regex = parts[0]
-    for number, part in enumerate(parts[1:-1]):
+    # Without (?s: and )\Z
+    regex, *rest = [fnmatch.translate(part)[4:-3] for part in STARS.split(glob)]
+    for number, part in enumerate(rest[:-1]):
         regex += f'(?=(?P<g{number}>.*?{part}))(?P=g{number})'
-    if len(parts) > 1:
-        regex += '.*' + parts[-1]
+    if rest:
+        regex += '.*' + rest[-1]
     return regex
 
 
-def text_pattern(text: str) -> Callable[[str], Any]:
+def text_pattern(text):
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
     regex = re.fullmatch('/(.*)/i?', text, re.S)
     if len(text) > MOST_IN_PATTERN or '{{' in text and not regex:
@@ -2568,7 +2599,7 @@ def text_pattern(text: str) -> Callable[[str], Any]:
         raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
 
 
-def parse_age(text: str) -> float | None:
+def parse_age(text):
     """Return the seconds in an age, None for what is written as something else.
 
     >>> parse_age('1d12h'), parse_age('1h30m'), parse_age('2m')
@@ -2579,7 +2610,7 @@ def parse_age(text: str) -> float | None:
     return added_up(spelt, AGE, AGE_UNITS)
 
 
-def parse_time(text: str) -> float | None:
+def parse_time(text):
     """Return the Unix seconds of a local date, or of Unix seconds; None for anything else.
 
     A number below 10^8 (1973) is an age that lost its unit.
@@ -2594,7 +2625,7 @@ def parse_time(text: str) -> float | None:
     return None
 
 
-def parse_limit(kind: str, text: str) -> float:
+def parse_limit(kind, text):
     """Return what a number, size, duration or time is compared with; of an age, its seconds."""
     if kind == 'size':
         return parse_size(text)
@@ -2610,7 +2641,7 @@ def parse_limit(kind: str, text: str) -> float:
     return limit
 
 
-def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+def order_test(kind, op, text):
     """Return the test of a number, size, duration, time or, where the text is one, age."""
     if op == '=' and text[:1] in SIGNS:
         op, text = SIGNS[text[0]], text[1:]
@@ -2619,7 +2650,7 @@ def order_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
     return functools.partial(ORDER[op], parse_limit(kind, text))
 
 
-def text_test(kind: str, text: str) -> Callable[[Any], bool]:
+def text_test(kind, text):
     """Return the test of a text, or of several; of tags, `:` is none and `:x` only x."""
     several = kind in ('tags', 'files')
     if several and text in ('', ':'):
@@ -2629,7 +2660,7 @@ def text_test(kind: str, text: str) -> Callable[[Any], bool]:
         text = text[1:]
     matches = text_pattern(text)
 
-    def test(value) -> bool:
+    def test(value):
         if not several:
             value = [value]
         matching = [part for part in value if matches(str(part)[:MOST_MATCHED])]
@@ -2639,12 +2670,12 @@ def text_test(kind: str, text: str) -> Callable[[Any], bool]:
     return test
 
 
-def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
+def value_test(kind, op, text):
     """Return the test of one value of a condition; what d_NAME answers may be a number."""
     if kind == 'any' and (op != '=' or PLAIN_NUMBER.fullmatch(text.lstrip('+'))):
         test = order_test('number', op, text)
 
-        def is_number(value) -> bool:
+        def is_number(value):
             if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
                 return False
             return test(float(value))
@@ -2662,7 +2693,7 @@ def value_test(kind: str, op: str, text: str) -> Callable[[Any], bool]:
     return operator.not_
 
 
-def leaf(name: str, kind: str, op: str, text: str, negated: bool) -> Callable:
+def leaf(name, kind, op, text, negated):
     """Return one condition: False for an unknown value, also when it is negated."""
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
@@ -2673,7 +2704,7 @@ def leaf(name: str, kind: str, op: str, text: str, negated: bool) -> Callable:
     if kind == 'time' and when != '0':
         unknown = (None, 0)
 
-    def holds(row: Mapping, now: float) -> bool:
+    def holds(row, now):
         value: Any = row.get(name)
         if value is POSSIBLE:
             return True
@@ -2685,12 +2716,12 @@ def leaf(name: str, kind: str, op: str, text: str, negated: bool) -> Callable:
     return holds
 
 
-def joined(tests: list[Callable], every: bool) -> Callable:
+def joined(tests, every):
     """Return the test that all or any of some hold."""
     if len(tests) == 1:
         return tests[0]
 
-    def holds(row: Mapping, now: float) -> bool:
+    def holds(row, now):
         for test in tests:
             if test(row, now) is not every:
                 return not every
@@ -2698,7 +2729,7 @@ def joined(tests: list[Callable], every: bool) -> Callable:
     return holds
 
 
-def unquoted(piece: re.Match) -> str:
+def unquoted(piece):
     """Return a piece of a word as what it stands for; a comma in it parts no values."""
     regex, double, single, escaped = piece.groups()
     text = regex or single or escaped or re.sub(r'\\(["\\])', r'\1', double or '')
@@ -2737,7 +2768,7 @@ class Filter:
             now = time.time()
         return self.test(row, now)
 
-    def read_word(self) -> None:
+    def read_word(self):
         """Take the next word in hand."""
         word = WORD.match(self.text, self.at)
         if not word:
@@ -2746,7 +2777,7 @@ class Filter:
         self.key = word[1]
         self.word = PIECE.sub(unquoted, word[2] or '')
 
-    def expression(self, negated: bool, end: str) -> Callable:
+    def expression(self, negated, end):
         """expr ::= term ( 'OR' term )*;  then comes ']', or the end"""
         terms = [self.term(negated)]
         while self.key == 'OR':
@@ -2756,14 +2787,14 @@ class Filter:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
         return joined(terms, negated)                   # neither a nor b: not a, and not b
 
-    def term(self, negated: bool) -> Callable:
+    def term(self, negated):
         """term ::= factor+"""
         factors = [self.factor(negated)]
         while self.key not in ('OR', ']', ''):
             factors.append(self.factor(negated))
         return joined(factors, not negated)
 
-    def factor(self, negated: bool) -> Callable:
+    def factor(self, negated):
         """factor ::= ( 'NOT' | '!' ) factor | '[' expr ']' | condition"""
         while self.key in ('NOT', '!'):
             negated = not negated
@@ -2778,7 +2809,7 @@ class Filter:
         self.read_word()
         return test
 
-    def condition(self, negated: bool) -> Callable:
+    def condition(self, negated):
         """condition ::= field op value | value;  value may be several, with commas"""
         name, op, value = 'name', '=', self.word
         match = CONDITION.fullmatch(self.word)
@@ -2805,8 +2836,7 @@ class Filter:
         tests = []
         for part in values:
             part = part.replace(COMMA, ',')
-            _, _, inside = part.partition('[')
-            if ']' in inside[1:] and not part.lstrip('!:').startswith('/'):
+            if CLASS_IN_GLOB.match(part):
                 self.classes.append(f'{name}{op}{part}')
             tests.append(leaf(name, kind, op, part, negated))
         return joined(tests, negated)
@@ -2849,15 +2879,15 @@ def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, 
     return {command: [row[at] for row in rows] for at, command in enumerate(commands)}
 
 
-def keep(columns: dict[str, Any], wanted: list[bool]) -> None:
+def keep(columns, wanted):
     """Drop the other torrents."""
     for need, values in columns.items():
         columns[need] = list(itertools.compress(values, wanted))
 
 
-def ask_second(engine: Engine, columns: dict[str, Any], source: str) -> None:
+def ask_second(engine, columns, source):
     """Add the answers to a second question; torrents that have gone meanwhile are dropped."""
-    method, cells = SOURCES[source]
+    method, *cells = SOURCES[source].split()
     answers = engine.ask([(method, item, '', *cells) for item in columns['d.hash']])
     columns[source] = answers
     # An item that was erased since the list was made is no error; anything else is.
@@ -2865,7 +2895,7 @@ def ask_second(engine: Engine, columns: dict[str, Any], source: str) -> None:
     without_errors(columns[source])
 
 
-def add_field(columns: dict[str, Any], name: str, field: TorrentField) -> None:
+def add_field(columns, name, field):
     """Work out a field of all rows."""
     values = columns[field.needs[0]]
     if field.value:
@@ -2874,13 +2904,10 @@ def add_field(columns: dict[str, Any], name: str, field: TorrentField) -> None:
         row[name] = value
 
 
-def listed_rows(engine: Engine, view: str, names: Iterable[str],
-                condition: Filter | None) -> list[Torrent]:
+def listed_rows(engine, view, names, condition):
     """Do the work of list_torrents()."""
     now = time.time()
-    tested: tuple = ()
-    if condition:
-        tested = condition.fields
+    tested = getattr(condition, 'fields', ())
     fields = {name: torrent_field(name) for name in ('hash', 'name', *tested, *names)}
     needs = [*itertools.chain.from_iterable(field.needs for field in fields.values())]
     # Columns of raw values, and the rows in the making: they are dropped together.
@@ -2935,7 +2962,7 @@ METAFILE_LIMIT = 16 << 20               # bytes
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
 
-def bencoded_text(content: bytes, at: int = 0) -> bytes | None:
+def bencoded_text(content, at=0):
     """Return the text that begins there; None for anything else."""
     head = BENCODED.match(content, at)
     if not head or not head[2]:
@@ -2943,7 +2970,7 @@ def bencoded_text(content: bytes, at: int = 0) -> bytes | None:
     return content[head.end():head.end() + int(head[2])]
 
 
-def bencoded_end(content: bytes, at: int, depth: int = 0) -> int:
+def bencoded_end(content, at, depth=0):
     """Return where the bencoded value that begins there ends; ValueError if it does not.
 
     Nothing is built. Only for a text at the very end, that may be where nothing is any more.
@@ -2959,7 +2986,7 @@ def bencoded_end(content: bytes, at: int, depth: int = 0) -> int:
     return at
 
 
-def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
+def bencoded_items(content, at):
     """Give (start, end) of what is in a list."""
     at += 1
     while content[at:at + 1] != b'e':
@@ -2968,7 +2995,7 @@ def bencoded_items(content: bytes, at: int) -> Iterator[tuple[int, int]]:
         at = end
 
 
-def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]]:
+def bencoded_members(content, at):
     """Give (key, start, end) of each value of a dictionary."""
     if content[at:at + 1] != b'd':
         raise ValueError(f'not bencoded: no dictionary at byte {at}')
@@ -2981,7 +3008,7 @@ def bencoded_members(content: bytes, at: int) -> Iterator[tuple[bytes, int, int]
         yield key, start, at
 
 
-def bdecode(content: bytes, at: int = 0):
+def bdecode(content, at=0):
     """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
@@ -3030,22 +3057,20 @@ class Metafile(NamedTuple):
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    info_at, info_end, last = 0, 0, b''
     facts = {}
     for key, start, end in bencoded_members(content, 0):
-        if key == b'announce':
+        if key in (b'announce', b'info'):
             facts[key] = content[start:end]
-        elif key == b'info':
-            info_at, info_end = start, end
-    if not info_at:
+    info, last = facts.get(b'info'), b''
+    if not info:
         raise ValueError('no `info` in it')
-    for key, start, end in bencoded_members(content, info_at):
+    for key, start, end in bencoded_members(info, 0):
         # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
         last = key
         if key in (b'name', b'length', b'pieces', b'files'):
-            facts[key] = content[start:end]
+            facts[key] = info[start:end]
     # The name becomes a file or folder, so it has to be one name.
     name = bencoded_text(facts.get(b'name', b''))
     if name is None or UNUSABLE_NAME.fullmatch(name):
@@ -3055,7 +3080,6 @@ def parse_metafile(content: bytes) -> Metafile:
     if not pieces or len(pieces) % 20 or not sizes.startswith((b'l', b'i')):
         raise ValueError('no pieces, or no length in it')
     tracker = bencoded_text(facts.get(b'announce', b'')) or b''
-    info = memoryview(content)[info_at:info_end]
     return Metafile(
         content,
         hashlib.sha1(info).hexdigest().upper(),
