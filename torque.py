@@ -2234,9 +2234,7 @@ def last_time(now, noted, *signs):
 
 def session_file(folder, info_hash):
     """Return the path of the metafile in rTorrent's session folder; nothing without one."""
-    if not folder:
-        return ''
-    return f'{folder}{info_hash}.torrent'
+    return folder and f'{folder}{info_hash}.torrent'
 
 
 def percent_done(completed, size):
@@ -2354,22 +2352,18 @@ def has_no_data(seen, *raw):
     Not known is also what lies in a folder that is missing or empty: its disk may not be mounted.
     """
     path = data_path(*raw)
-    if not seen or DOUBTFUL.search(path):
-        return None
-    try:
-        if not os.listdir(os.path.dirname(path)):
-            return None
-    except (OSError, ValueError):
-        return None
-    return not os.path.lexists(path)
+    with contextlib.suppress(OSError, ValueError):
+        if seen and not DOUBTFUL.search(path) and os.listdir(os.path.dirname(path)):
+            return not os.path.lexists(path)
+    return None
 
 
 def seen_path(seen, *raw):
     """Return where data is with all links resolved; None where that is not known."""
     path = data_path(*raw)
-    if not seen or DOUBTFUL.search(path) or not os.path.isdir(os.path.dirname(path)):
-        return None
-    return os.path.realpath(path)
+    if seen and not DOUBTFUL.search(path) and os.path.isdir(os.path.dirname(path)):
+        return os.path.realpath(path)
+    return None
 
 
 def space_at(seen, *raw):
@@ -2521,7 +2515,6 @@ AGE = re.compile(''.join(f'(?:([0-9]{{1,6}}){unit})?' for unit in AGE_UNITS))
 DATE_FORMS = ('%Y-%m-%d', '%m/%d/%Y', '%d.%m.%Y')
 CLOCK_FORMS = ('', 'T%H', 'T%H:%M', 'T%H:%M:%S')
 ORDER = {                               # of limit and value, since the limit is known first
-    '=': operator.eq,
     '<': operator.gt,
     '<=': operator.ge,
     '>': operator.lt,
@@ -2647,7 +2640,7 @@ def order_test(kind, op, text):
         op, text = SIGNS[text[0]], text[1:]
     if op == '=' and kind in ('time', 'duration') and not text.isdigit():
         raise UserError(f'{quoted(text)} does not go with =; allowed are < <= > >= =+ =-')
-    return functools.partial(ORDER[op], parse_limit(kind, text))
+    return functools.partial(ORDER.get(op, operator.eq), parse_limit(kind, text))
 
 
 def text_test(kind, text):
@@ -2828,7 +2821,7 @@ class Filter:
         elif op == '==' and kind == 'tags':             # this one and no other
             value = ':' + value
         values = [value]
-        if op not in ORDER or op == '=':
+        if op not in ORDER:
             op = '='
             values = value.split(',')
         if '' in values and len(values) > 1:
@@ -3057,29 +3050,30 @@ class Metafile(NamedTuple):
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
     import hashlib
-    facts = {}
+    outer = dict.fromkeys((b'announce', b'info'), b'')
     for key, start, end in bencoded_members(content, 0):
-        if key in (b'announce', b'info'):
-            facts[key] = content[start:end]
-    info, last = facts.get(b'info'), b''
+        if key in outer:
+            outer[key] = content[start:end]
+    info, last = outer[b'info'], b''
     if not info:
         raise ValueError('no `info` in it')
+    facts = dict.fromkeys((b'name', b'length', b'pieces', b'files'), b'')
     for key, start, end in bencoded_members(info, 0):
         # rTorrent writes them in order, and the info-hash would be another one.
         if key < last:
             raise ValueError('the keys of `info` are not in order')
         last = key
-        if key in (b'name', b'length', b'pieces', b'files'):
+        if key in facts:
             facts[key] = info[start:end]
     # The name becomes a file or folder, so it has to be one name.
-    name = bencoded_text(facts.get(b'name', b''))
+    name = bencoded_text(facts[b'name'])
     if name is None or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
-    pieces = bencoded_text(facts.get(b'pieces', b''))
-    sizes = facts.get(b'files') or facts.get(b'length', b'')
+    pieces = bencoded_text(facts[b'pieces'])
+    sizes = facts[b'files'] or facts[b'length']
     if not pieces or len(pieces) % 20 or not sizes.startswith((b'l', b'i')):
         raise ValueError('no pieces, or no length in it')
-    tracker = bencoded_text(facts.get(b'announce', b'')) or b''
+    tracker = bencoded_text(outer[b'announce']) or b''
     return Metafile(
         content,
         hashlib.sha1(info).hexdigest().upper(),
