@@ -2540,6 +2540,7 @@ QUOTED = (
 PIECE = re.compile(QUOTED, re.S)
 WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
 CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', re.S)
+# [...] in a glob; in a /regex/ it is meant
 CLASS_IN_GLOB = re.compile(r'[!:]*(?![!:/])[^[]*\[.+\]', re.S)
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
@@ -2902,7 +2903,7 @@ def listed_rows(engine, view, names, condition):
     now = time.time()
     tested = getattr(condition, 'fields', ())
     fields = {name: torrent_field(name) for name in ('hash', 'name', *tested, *names)}
-    needs = [*itertools.chain.from_iterable(field.needs for field in fields.values())]
+    needs = sum([field.needs for field in fields.values()], ())
     # Columns of raw values, and the rows in the making: they are dropped together.
     columns: dict[str, Any] = fetch_columns(engine, view, needs)
     columns['row'] = [Torrent(dict.fromkeys(tested, POSSIBLE)) for _ in columns['d.hash']]
@@ -6695,13 +6696,18 @@ def check_names(job, values, tell):
             tell(value, f'{job.__name__} has no such option{hint}')
 
 
-def import_handlers(path, groups):
-    """Return the classes of jobs; each module may add fields that others' conditions name."""
-    classes = {}
+def import_handlers(path, groups, only):
+    """Return the classes of active jobs, and that of `only`, by name; None: it is not there.
+
+    All are imported at first: each module may add fields that others' conditions name.
+    """
+    classes: dict = {}
     sys.path.append(os.path.dirname(os.path.realpath(path)))
     for name, values in groups.items():
-        with contextlib.suppress(UserError):    # told of when the job is planned
-            classes[name] = import_handler(values.get('handler', ''))
+        if name == only or values.get('active', '').lower() not in FALSE:
+            classes[name] = None
+            with contextlib.suppress(UserError):        # told of when the job is planned
+                classes[name] = import_handler(values.get('handler', ''))
     return classes
 
 
@@ -6732,14 +6738,12 @@ class Config(Settings):
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
         self.fill(ini, dry_run)
-        wanted = {name: values for name, values in groups.items()
-                  if name == only or values.get('active', '').lower() not in FALSE}
-        classes = import_handlers(path, wanted)
+        classes = import_handlers(path, groups, only)
         self.jobs: list[PlannedJob] = []
         for name, values in groups.items():
             job = BUILT_IN.get(handler_name(values.get('handler', '')))
-            if name in wanted and only in (None, name):
-                self.jobs.append(self.plan(name, classes.get(name), values, ini, bool(only)))
+            if name in classes and only in (None, name):
+                self.jobs.append(self.plan(name, classes[name], values, ini, bool(only)))
             elif values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
                 self.engine_at(values['scgi_url'], self.torque.same_files, ini)
@@ -6752,9 +6756,8 @@ class Config(Settings):
         self.clear()
         for section, values in ini.sections.items():
             self[section.lower()] = Settings(values)
-        torque = checked(TORQUE_OPTIONS, ini.torque, ini)
+        self['torque'] = torque = checked(TORQUE_OPTIONS, ini.torque, ini)
         torque['dry_run'] = bool(torque.dry_run or dry_run)
-        self['torque'] = torque
         self.state_dir = state_folder(self.path, torque.state_dir)
         self.engines = {}                   # by address and same_files
         place = ini.torque.get('rtorrent_rc', Value('', (self.path, 0))).place
@@ -6763,10 +6766,11 @@ class Config(Settings):
 
     def plan(self, name, make, values, ini, alone):
         """Return a job ready to be made, if there are no mistakes."""
-        options = CORE_OPTIONS
+        options: tuple = CORE_OPTIONS
         shared = {key: value for key, value in ini.torque.items() if key in TORQUE_NAMES}
         if isinstance(make, type) and issubclass(make, Job) and make.options is not None:
-            options += make.options
+            # The last of a name counts, so that no job gives those of all another meaning.
+            options = (*make.options, *CORE_OPTIONS)
             section = ini.sections.get(make.section, {})
             check_names(make, values, ini.refuse)
             check_names(make, section, ini.refuse)
