@@ -1061,6 +1061,16 @@ def redacted(text: Any) -> str:
     return re.sub(r'(?s)^((?:\w+:?//)?[^:/@]*):.*@', r'\1:***@', str(text))
 
 
+def scrubbed(text: str) -> str:
+    """Return text without the passwords of URLs in it.
+
+    >>> scrubbed('at http://me:secret@host/RPC2: refused')
+    'at http://me:***@host/RPC2: refused'
+    """
+    # The limits let this take time in proportion to the text.
+    return re.sub(r'(\w://[^\s:/@]{0,99}:)\S{0,999}@', r'\1***@', text)
+
+
 def parse_address(text: str) -> Address:
     """Return the Address that a scgi_url spells; variables and ~ in it are expanded.
 
@@ -1916,20 +1926,16 @@ def writing(path: str) -> Iterator[None]:
 
 
 def open_own(path: str, flags: int) -> int:
-    """Open a private file, but no link; an `opener` of open()."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
-
-
-def open_private(path: str) -> Any:
-    """Open a file that only its user may read, for writing; its folder is made if need be."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    return open(path, 'w', encoding='utf-8', opener=open_own)
+    """Open a private file, but no link; its folder is made if need be. An `opener` of open()."""
+    if flags & os.O_CREAT:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 def replace_file(path: str, text: str) -> None:
     """Write a private file whole or not at all, whatever happens meanwhile."""
     with writing(path):
-        with open_private(path + '.new') as stream:
+        with open(path + '.new', 'w', encoding='utf-8', opener=open_own) as stream:
             stream.write(text)
         sync(path + '.new')
         os.replace(path + '.new', path)
@@ -2026,31 +2032,37 @@ def rename_new(path: str, new: str) -> None:
     sync(os.path.dirname(new))
 
 
+def lock(file: Any, patience: float) -> bool:
+    """Lock an open file; tell whether no other thread or process has kept it so long."""
+    import fcntl
+    end = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def locked(path: str, patience: float) -> Iterator[None]:
     """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
-    import fcntl
-    end = time.monotonic() + patience
     with writing(path):
-        stream = open_private(path)
+        stream = open(path, 'w', encoding='utf-8', opener=open_own)
     with stream:
-        while True:
-            with writing(path), contextlib.suppress(BlockingIOError):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            if time.monotonic() > end:
-                raise LoggableError('another run deletes or moves something just now')
-            time.sleep(0.05)
+        with writing(path):
+            free = lock(stream, patience)
+        if not free:
+            raise LoggableError('another run deletes or moves something just now')
         yield
 
 
-def listening_process(path: str) -> int:
-    """Return the pid of who listens on a Unix socket, as the kernel knows it."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
-        sock.connect(path)
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return struct.unpack('3i', credentials)[0]
+def listener(sock: socket.socket) -> tuple[int, int]:
+    """Return pid and user of who called listen() at the other end of a Unix socket."""
+    # The kernel says so, as pid, uid, gid: struct ucred, unix(7).
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return struct.unpack('3i', credentials)[:2]
 
 
 def rtorrent_process(engine: Engine) -> int | None:
@@ -2060,7 +2072,8 @@ def rtorrent_process(engine: Engine) -> int | None:
     """
     try:
         if engine.address.kind == 'unix':
-            pid = listening_process(engine.address.path)
+            with connect(engine.address, 5) as sock:
+                pid, _ = listener(sock)
         elif engine.address.is_local():
             pid, session, cwd = without_errors(engine.ask(
                 [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
@@ -6872,27 +6885,7 @@ class AlreadyRunning(LoggableError):
     exit_status = EXIT_RUNNING
 
 
-def open_plain(path: str, flags: int) -> int:
-    """Open a plain file of this user, in a folder that others may write to: no link, no pipe.
 
-    Root may read files of others. Raises FileNotFoundError, and UserError for all the rest.
-    """
-    try:
-        if flags & os.O_CREAT:
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
-    status = os.fstat(file)
-    users = [os.geteuid()]
-    if flags == os.O_RDONLY and users == [0]:
-        users.append(status.st_uid)
-    if status.st_uid in users and stat.S_ISREG(status.st_mode):
-        return file
-    os.close(file)
-    raise UserError(f'{path}: this is no file of your own; it is left alone')
 
 
 class PidFile:
@@ -6925,11 +6918,12 @@ class PidFile:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.lstat(self.path), os.fstat(self.file)):
                 return True
-        file = open_plain(self.path, os.O_RDWR | os.O_CREAT)
+        file = self.open(os.O_RDWR | os.O_CREAT)
         if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
             os.close(file)
             raise UserError(f'pid file {self.path}: this is something else; it is left alone')
-        if not self.lock(file):
+        # A process that only looks, in is_locked(), has the lock for a moment.
+        if not lock(file, 0.2):
             os.close(file)
             return False
         if self.file >= 0:
@@ -6941,27 +6935,31 @@ class PidFile:
             os.pwrite(file, b'%d\n' % os.getpid(), 0)
         return True
 
-    @staticmethod
-    def lock(file: int) -> bool:
-        """Lock an open file; tell whether nobody else has it."""
-        import fcntl
-        for _ in range(20):
-            # A process that only looks, in is_locked(), has the lock for a moment.
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            time.sleep(0.01)
-        return False
+    def open(self, flags: int) -> int:
+        """Open the file, if it is a plain one of this user; root may read those of others.
 
-    def open(self) -> Any:
-        """Return the file, open for reading."""
-        return open(open_plain(self.path, os.O_RDONLY), encoding='ascii', errors='replace')
+        Raises FileNotFoundError, and UserError for all the rest.
+        """
+        try:
+            file = open_own(self.path, flags)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(f'{self.path}: {error.strerror}') from None
+        status = os.fstat(file)
+        users = [os.geteuid()]
+        if flags == os.O_RDONLY and users == [0]:
+            users.append(status.st_uid)
+        if status.st_uid in users and stat.S_ISREG(status.st_mode):
+            return file
+        os.close(file)
+        raise UserError(f'{self.path}: this is no file of your own; it is left alone')
 
     def is_locked(self) -> bool:
         """Tell whether a daemon runs."""
         import fcntl
         try:
-            with self.open() as stream:
+            with open(self.open(os.O_RDONLY)) as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -6971,7 +6969,7 @@ class PidFile:
 
     def read(self) -> tuple[int, str]:
         """Return the owner of the file, and what is written in it."""
-        with self.open() as stream:
+        with open(self.open(os.O_RDONLY), encoding='ascii', errors='replace') as stream:
             owner = os.fstat(stream.fileno()).st_uid
             return owner, stream.read(20).strip()
 
@@ -6982,9 +6980,7 @@ class PidFile:
         except OSError as error:
             raise LoggableError('torque is starting, or cannot be reached at '
                                 f'{self.socket}: {error}') from None
-        # The kernel says who called listen(), as pid, uid, gid: struct ucred, unix(7).
-        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, user, _ = struct.unpack('3i', peer)
+        pid, user = listener(sock)
         allowed = user == os.geteuid()
         if os.geteuid() == 0 and not allowed:
             # Root may speak with one whose user owns the pid file, and whose pid it holds.
@@ -6999,18 +6995,10 @@ class PidFile:
 
     def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
         """Return what the running daemon says of itself."""
-        end = time.monotonic() + seconds
-        content = bytearray()
         status = None
         sock, pid = self.connect(seconds)
-        with sock, contextlib.suppress(OSError, ValueError, RecursionError):
-            piece = sock.recv(65536)
-            while piece and len(content) < STATUS_LIMIT:
-                content += piece
-                sock.settimeout(max(end - time.monotonic(), 0.001))
-                piece = sock.recv(65536)
-            if not piece:
-                status = json.loads(content)
+        with sock, contextlib.suppress(RpcError, OSError, ValueError, RecursionError):
+            status = json.loads(receive(sock, seconds, STATUS_LIMIT))
         if not isinstance(status, dict) or not status.keys() >= STATUS_KEYS:
             raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
         return status
@@ -7022,10 +7010,10 @@ class PidFile:
         os.kill(pid, number)
         return pid
 
-    def stop(self) -> bool:
-        """End a running daemon, and tell whether there was one; returns when it is gone."""
+    def stop(self) -> None:
+        """End a running daemon, if there is one; returns when it is gone."""
         if not self.is_locked():
-            return False
+            return
         seconds = 30.0
         with contextlib.suppress(LoggableError):
             seconds += self.ask(2)['grace']
@@ -7036,7 +7024,6 @@ class PidFile:
             if time.monotonic() > end:
                 raise LoggableError(f'process {pid} has not ended in {seconds:g} s')
             time.sleep(0.02)
-        return True
 
 
 def start_file(planned: PlannedJob) -> str:
@@ -7053,23 +7040,7 @@ def start_file(planned: PlannedJob) -> str:
     return planned.config.state_file('start')
 
 
-def scrubbed_word(word: re.Match) -> str:
-    """Return a word with *** for what stands between the user of a URL and the last @."""
-    login, _, host = word[0].rpartition('@')
-    start = re.search(r'\w://[^\s:/@]*:', login)
-    if start is None:
-        return word[0]
-    return f'{login[:start.end()]}***@{host}'
 
-
-def scrubbed(text: str) -> str:
-    """Return text without the passwords of URLs in it.
-
-    >>> scrubbed('at http://me:secret@host/RPC2: refused')
-    'at http://me:***@host/RPC2: refused'
-    """
-    # Word by word: one pattern for it all would take time by the square of a text's length.
-    return re.sub(r'\S+', scrubbed_word, text)
 
 
 class Monitor:
