@@ -254,6 +254,16 @@ def quoted(text: Any, limit: int = 200) -> str:
     return shown
 
 
+def scrubbed(text: str) -> str:
+    """Return text without the passwords of URLs in it.
+
+    >>> scrubbed('at http://me:secret@host/RPC2: refused')
+    'at http://me:***@host/RPC2: refused'
+    """
+    # The limits let this take time in proportion to the text.
+    return re.sub(r'(\w://[^\s:/@]{0,99}:)\S{0,999}@', r'\1***@', text)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for a misspelt word, or nothing."""
     import difflib
@@ -774,7 +784,7 @@ class Task:
     def failed(self, error: BaseException) -> None:
         """Count a failure and log it: in full once, then summed up."""
         known = isinstance(error, LoggableError)
-        text = error_text(error)
+        text = scrubbed(error_text(error))
         if not known:
             text = f'{type(error).__name__}: {text}'
         self.failures += 1
@@ -818,16 +828,14 @@ class Scheduler:
         self.offset = wall() - elapsed()
         self.calendar = sched.scheduler(wall, no_pause)
         self.intervals = sched.scheduler(elapsed, no_pause)
-        # Before Python 3.10 events of the same time and priority are equal, and cancel() takes
-        # the wrong one: each that may be cancelled has a priority of its own.
-        self.order = itertools.count(1)
+
         self.tasks: dict[str, Task] = {}
         self.lock = threading.Lock()
         # Functions that the main thread is to call now, None to wake it. SimpleQueue is the one
         # thing in the library that a signal handler may put to while the same thread is in it.
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
         self.stopping = False
-        self.hurry = False
+        self.hurry = False              # runs in progress are not waited for
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.scheduler')
 
@@ -957,7 +965,9 @@ class Scheduler:
         started = self.elapsed()
         event = None
         if task.max_runtime:
-            event = self.intervals.enter(task.max_runtime, next(self.order), self.call_overdue,
+            # Before Python 3.10 events of the same time and priority are equal, and cancel()
+            # takes the wrong one: that of each task has a priority of its own.
+            event = self.intervals.enter(task.max_runtime, id(task), self.call_overdue,
                                          (task, task.runs))
             # The main thread may be asleep for longer than that.
             self.calls.put(None)
@@ -1000,11 +1010,10 @@ class Scheduler:
                 self.log.exception('this should not happen')
             self.wait(seconds)
 
-    def stop(self, hurry: bool = False) -> None:
-        """Let serve() return; no new runs start. hurry: nor are those in progress waited for."""
+    def stop(self) -> None:
+        """Let serve() return; no new runs start."""
         with self.lock:
             self.stopping = True
-            self.hurry = self.hurry or hurry
 
     def finish(self, grace: float) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
@@ -1061,14 +1070,7 @@ def redacted(text: Any) -> str:
     return re.sub(r'(?s)^((?:\w+:?//)?[^:/@]*):.*@', r'\1:***@', str(text))
 
 
-def scrubbed(text: str) -> str:
-    """Return text without the passwords of URLs in it.
 
-    >>> scrubbed('at http://me:secret@host/RPC2: refused')
-    'at http://me:***@host/RPC2: refused'
-    """
-    # The limits let this take time in proportion to the text.
-    return re.sub(r'(\w://[^\s:/@]{0,99}:)\S{0,999}@', r'\1***@', text)
 
 
 def parse_address(text: str) -> Address:
@@ -1609,6 +1611,14 @@ class Engine:
     What it is and offers is in the attributes once ask(), tell() or reach() was called.
     aliases: of trackers, name -> beginnings of their URLs.
     """
+    gone_since: float | None = None     # in elapsed time
+    # For which socket file, or minute, the following was asked
+    stamp: Any = None
+    methods: frozenset = frozenset()
+    views: frozenset = frozenset()
+    engine_id = session_path = cwd = version = ''
+    startup = 0.0                       # Unix seconds, 0 where that is not known
+    speaks_json = False
 
     def __init__(self, url: str, timeout: float = RPC_TIMEOUT, limit: int = RPC_LIMIT,
                  aliases: dict | None = None, same_files: bool = False):
@@ -1619,19 +1629,7 @@ class Engine:
         self.limit = limit
         self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
-        # In elapsed time
-        self.gone_since: float | None = None
-        # For which socket file, or minute, the following was asked
-        self.stamp: Any = None
-        self.methods: frozenset = frozenset()
-        self.views: frozenset = frozenset()
-        self.engine_id = ''
-        self.session_path = ''
-        self.cwd = ''
-        self.version = ''
-        # Unix seconds, 0 where that is not known
-        self.startup = 0.0
-        self.speaks_json = False
+
         # What is worth a line of the log only once
         self.said: set[str] = set()
 
@@ -1778,9 +1776,9 @@ class Engine:
         calls: dict[str, tuple] = {}
         for name, command in GAUGES.items():
             if command in self.methods:
-                calls[name] = (command, '')
+                calls[name] = command, ''
         for view in VIEWS:
-            calls[view] = ('view.size', '', view)
+            calls[view] = 'view.size', '', view
         began = time.perf_counter()
         answers = self.ask(calls.values())
         rpc_time = time.perf_counter() - began
@@ -7222,10 +7220,10 @@ class Daemon:
         if number == signal.SIGHUP:
             self.scheduler.calls.put(self.reload)
             return
-        hurry = self.stopping and number == signal.SIGINT
+        if self.stopping and number == signal.SIGINT:
+            self.scheduler.hurry = True
         self.stopping = True
-        stop = functools.partial(self.scheduler.stop, hurry)
-        self.scheduler.calls.put(stop)
+        self.scheduler.calls.put(self.scheduler.stop)
 
     def task(self, planned: PlannedJob) -> Task:
         """Return the task of a job."""
@@ -7250,8 +7248,9 @@ class Daemon:
     def was_missed(self, planned: PlannedJob, path: str) -> bool:
         """Tell whether a run came due since the last start, while torque was not running."""
         try:
-            # A clock that was wrong may have left a time to come.
-            start = min(os.lstat(path).st_mtime, self.started)
+            # Files are given a time that may be some milliseconds behind. A clock that was wrong
+            # may have left one to come.
+            start = min(os.lstat(path).st_mtime + 0.02, self.started)
         except OSError:
             # What is missed of a new job is missed from now on.
             self.mark_start(path)
@@ -7261,12 +7260,9 @@ class Daemon:
 
     def mark_start(self, path: str) -> None:
         """Give a file the time of now; a disk that is full must not stop a job."""
-        now = time.time()
         try:
             replace_file(path, '')
-            # Left alone, the time of a file may be some milliseconds behind.
-            os.utime(path, (now, now))
-        except (LoggableError, OSError) as error:
+        except LoggableError as error:
             if self.repeats.deserve_line('start'):
                 self.log.warning('%s', error)
 
@@ -7372,10 +7368,10 @@ class Daemon:
 
     def check_files(self) -> None:
         """Have the main thread do what the check of the files calls for; a thread."""
-        mistakes = self.find_mistakes()
+        self.mistakes = self.find_mistakes()
         action = self.scheduler.stop
-        if mistakes:
-            action = functools.partial(self.refuse, mistakes)
+        if self.mistakes:
+            action = self.refuse
         self.scheduler.calls.put(action)
 
     def find_mistakes(self) -> list[str]:
@@ -7398,12 +7394,11 @@ class Daemon:
         lines = told.decode('utf-8', 'replace').splitlines()
         return lines or [f'torque.py ended with status {status}']
 
-    def refuse(self, mistakes: list[str]) -> None:
+    def refuse(self) -> None:
         """Go on as before, for there are mistakes in the files."""
-        self.mistakes = mistakes
         self.refusals += 1
         self.reloading = False
-        for line in mistakes:
+        for line in self.mistakes:
             self.log.error('not reloaded: %s', line)
         systemd_notify('READY=1')
 
@@ -7469,23 +7464,20 @@ class Daemon:
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
         handler = logging.getLogger('torque').handlers[0]
-        status = {name: getattr(self, name) for name in self.TOLD}
-        status['version'] = VERSION
-        status['config'] = self.path
-        status['log_file'] = getattr(handler, 'baseFilename', None)
-        status['uptime'] = elapsed_time() - self.began
-        status['grace'] = self.config.torque.grace
-        status['rtorrent'] = []
-        for engine in self.config.engines.values():
-            status['rtorrent'].append(engine_status(engine))
-        status['jobs'] = []
+        jobs = []
         for _, task in sorted(self.scheduler.tasks.items()):
             job = {name: getattr(task, name) for name in task.TOLD}
-            if task.last_error:
-                job['last_error'] = scrubbed(task.last_error)
             job['next_run'] = self.scheduler.next_run(task)
-            status['jobs'].append(job)
-        return status
+            jobs.append(job)
+        return {
+            **{name: getattr(self, name) for name in self.TOLD},
+            'version': VERSION,
+            'config': self.path,
+            'log_file': getattr(handler, 'baseFilename', None),
+            'uptime': elapsed_time() - self.began,
+            'grace': self.config.torque.grace,
+            'rtorrent': list(map(engine_status, self.config.engines.values())),
+            'jobs': jobs}
 
 
 def print_table(rows: list) -> None:
