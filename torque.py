@@ -652,14 +652,14 @@ def elapsed_time() -> float:
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
 
-def no_pause(seconds: float) -> None:
+def no_pause(seconds) -> None:
     """Take the place of the sleep of 0 s that sched has after each event.
 
     It hands the interpreter to another thread each time, and makes 1,000 events twice as late.
     """
 
 
-def in_thread(function: Callable, *args: Any) -> threading.Thread:
+def in_thread(function, *args) -> threading.Thread:
     """Start a function in a thread; RuntimeError where there can be none."""
     thread = threading.Thread(target=function, args=args, daemon=True)
     thread.start()
@@ -678,7 +678,7 @@ class Repeats:
         # Kind -> when it was told last, and the pause from then on, in elapsed seconds.
         self.kinds: dict[Any, tuple[float, float]] = {}
 
-    def deserve_line(self, kind: Any) -> bool:
+    def deserve_line(self, kind) -> bool:
         """Tell whether an event that happens now is to be told."""
         now = elapsed_time()
         told, pause = self.kinds.get(kind, (-self.FORGOTTEN, 0.0))
@@ -692,14 +692,14 @@ class Repeats:
         return True
 
 
-def error_text(error: BaseException) -> str:
+def error_text(error) -> str:
     """Return the text of an error; its class where there is none, or that is broken, too."""
     with contextlib.suppress(Exception):
         return str(error) or type(error).__name__
     return type(error).__name__
 
 
-def kind_of_error(error: BaseException) -> Any:
+def kind_of_error(error) -> Any:
     """Return what errors have in common that are the same but for names and numbers in them."""
     trace = error.__traceback__
     if isinstance(error, LoggableError) or trace is None:
@@ -745,8 +745,7 @@ class Task:
     failing_since = 0.0                 # elapsed seconds
     told: Any = None                    # kind of the failure that the log had last since then
 
-    def __init__(self, name: str, schedule: Schedule, run: Callable,
-                 max_runtime: float | None = None):
+    def __init__(self, name, schedule, run, max_runtime=None):
         self.name = name
         self.schedule = schedule
         self.run = run
@@ -781,7 +780,7 @@ class Task:
         else:
             self.failed(error)
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error) -> None:
         """Count a failure and log it: in full once, then summed up."""
         known = isinstance(error, LoggableError)
         text = scrubbed(error_text(error))
@@ -796,15 +795,17 @@ class Task:
         if getattr(error, 'told', False) or not self.repeats.deserve_line(kind):
             self.log.debug('failed again: %s', text)
             return
-        level = logging.WARNING if known else logging.ERROR
-        traced = self.log.isEnabledFor(TRACE)
+        level, trace = logging.ERROR, error
+        if known:
+            level, trace = logging.WARNING, None
         if kind == self.told:
             seconds = elapsed_time() - self.failing_since
             text = f'still failing, {self.failed_times} times in {show_duration(seconds)}: {text}'
-        elif not known:
-            traced = True
+            trace = None
+        if self.log.isEnabledFor(TRACE):
+            trace = error
         self.told = kind
-        self.log.log(level, '%s', text, exc_info=error if traced else None)
+        self.log.log(level, '%s', text, exc_info=trace)
 
     def worked(self) -> None:
         """Note that a run went well, and say so when the last failure was said."""
@@ -821,8 +822,10 @@ class Scheduler:
     step() and what it calls belong to the main thread, work() to the workers. Tests pass clocks
     of their own and call step().
     """
+    stopping = False
+    hurry = False                       # runs in progress are not waited for
 
-    def __init__(self, wall: Callable = time.time, elapsed: Callable = elapsed_time):
+    def __init__(self, wall=time.time, elapsed=elapsed_time):
         self.wall = wall
         self.elapsed = elapsed
         self.offset = wall() - elapsed()
@@ -834,12 +837,10 @@ class Scheduler:
         # Functions that the main thread is to call now, None to wake it. SimpleQueue is the one
         # thing in the library that a signal handler may put to while the same thread is in it.
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
-        self.stopping = False
-        self.hurry = False              # runs in progress are not waited for
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.scheduler')
 
-    def add(self, task: Task) -> Task:
+    def add(self, task) -> Task:
         """Register a task; an interval is due now, a calendar at its next date."""
         self.tasks[task.name] = task
         if isinstance(task.schedule, Interval):
@@ -851,13 +852,13 @@ class Scheduler:
         self.enter(task)
         return task
 
-    def clock_of(self, task: Task) -> sched.scheduler:
+    def clock_of(self, task) -> sched.scheduler:
         """Return the queue that the due times of a task go by."""
         if task.schedule.elapsed:
             return self.intervals
         return self.calendar
 
-    def enter(self, task: Task) -> None:
+    def enter(self, task) -> None:
         """Enter the next due time of a task, put off by its jitter."""
         if task.due is None:
             return
@@ -867,7 +868,7 @@ class Scheduler:
             delay = random.uniform(0, task.schedule.jitter)
         self.clock_of(task).enterabs(task.due + delay, 0, self.come_due, (task, delay))
 
-    def next_run(self, task: Task) -> float | None:
+    def next_run(self, task) -> float | None:
         """Return the Unix seconds of a task's next due time."""
         if task.due is None or not task.schedule.elapsed:
             return task.due
@@ -899,13 +900,15 @@ class Scheduler:
         for task in self.tasks.values():
             if task.schedule.elapsed:
                 continue
-            believed = 60 if task.schedule.every_hour else 3 * 3600
+            believed = 3 * 3600
+            if task.schedule.every_hour:
+                believed = 60
             if task.last_due >= now + believed:
                 task.last_due = now
             task.due = task.schedule.next(max(now, task.last_due))
             self.enter(task)
 
-    def come_due(self, task: Task, delay: float) -> None:
+    def come_due(self, task, delay) -> None:
         """Count the due times that have passed, enter the next one, wake the task."""
         now = self.clock_of(task).timefunc()
         times = 0
@@ -923,7 +926,7 @@ class Scheduler:
         if times and asleep:
             self.wake(task)
 
-    def wake(self, task: Task) -> None:
+    def wake(self, task) -> None:
         """Let the worker of a task begin; start it where there is none yet."""
         if task.worker is None:
             try:
@@ -936,7 +939,7 @@ class Scheduler:
                 return
         task.wake.release()
 
-    def work(self, task: Task) -> None:
+    def work(self, task) -> None:
         """Run a task each time it is woken; the thread of that task."""
         while True:
             task.wake.acquire()
@@ -960,7 +963,7 @@ class Scheduler:
                 # The main thread may be in finish(), and wait for the last run.
                 self.calls.put(None)
 
-    def run_task(self, task: Task) -> None:
+    def run_task(self, task) -> None:
         """Run a task once, and measure it."""
         started = self.elapsed()
         event = None
@@ -979,7 +982,7 @@ class Scheduler:
                 # The caller passes over what it raises when the event has happened.
                 self.intervals.cancel(event)
 
-    def call_overdue(self, task: Task, run: int) -> None:
+    def call_overdue(self, task, run) -> None:
         """Say of a run that it takes longer than it may, unless it has just ended."""
         if task.runs != run:
             return
@@ -992,14 +995,14 @@ class Scheduler:
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds) -> None:
         """Sleep, but not longer than until there is a call to make; make it."""
         with contextlib.suppress(queue.Empty):
             function = self.calls.get(timeout=seconds)
             if function:
                 function()
 
-    def serve(self, chore: Callable[[], None]) -> None:
+    def serve(self, chore) -> None:
         """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
         while not self.stopping:
             seconds = THREAD_PAUSE
@@ -1015,7 +1018,7 @@ class Scheduler:
         with self.lock:
             self.stopping = True
 
-    def finish(self, grace: float) -> list[Task]:
+    def finish(self, grace) -> list[Task]:
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
         end = self.elapsed() + grace
         while self.running() and not self.hurry and self.elapsed() < end:
@@ -1306,9 +1309,8 @@ def json_text(content: bytes | bytearray, limit: int) -> str:
     width = 2
     if not content.isascii():
         width = 8
-    weight = width * len(content)
-    for mark in (b',', b'[', b'{'):
-        weight += 90 * content.count(mark)
+    values = sum(map(content.count, (b',', b'[', b'{')))
+    weight = width * len(content) + 90 * values
     if weight > WEIGHT * limit:
         raise RpcError(f'the answer would take {show_size(weight)} of memory: more than {WEIGHT} '
                        'times the limit (rpc_limit)')
@@ -2068,7 +2070,7 @@ def rtorrent_process(engine: Engine) -> int | None:
 
     Behind a port, the lock in its session folder has to name this host and that process.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError):
         if engine.address.kind == 'unix':
             with connect(engine.address, 5) as sock:
                 pid, _ = listener(sock)
@@ -2084,8 +2086,6 @@ def rtorrent_process(engine: Engine) -> int | None:
         with open(f'/proc/{pid}/comm', encoding='utf-8', errors='replace') as stream:
             if stream.read().startswith('rtorrent'):
                 return pid
-    except (OSError, ValueError):
-        pass
     return None
 
 
@@ -6871,7 +6871,7 @@ LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file
 BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
 
 
-def make_task(planned: PlannedJob, run: Callable) -> Task:
+def make_task(planned, run) -> Task:
     """Return the task of a job, which is done by a function."""
     task = Task(planned.name, planned.schedule, run, planned.config.max_runtime)
     task.log.setLevel(planned.config.log_level or 'NOTSET')
@@ -6893,7 +6893,7 @@ class PidFile:
     written in the file never decides whom a signal is sent to.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path):
         self.path = path
         self.socket = path + '.sock'
         self.file = -1                          # descriptor, while we hold the lock
@@ -6933,7 +6933,7 @@ class PidFile:
             os.pwrite(file, b'%d\n' % os.getpid(), 0)
         return True
 
-    def open(self, flags: int) -> int:
+    def open(self, flags) -> int:
         """Open the file, if it is a plain one of this user; root may read those of others.
 
         Raises FileNotFoundError, and UserError for all the rest.
@@ -6971,7 +6971,7 @@ class PidFile:
             owner = os.fstat(stream.fileno()).st_uid
             return owner, stream.read(20).strip()
 
-    def connect(self, seconds: float) -> tuple[socket.socket, int]:
+    def connect(self, seconds) -> tuple[socket.socket, int]:
         """Return a connection to the daemon, and its pid."""
         try:
             sock = connect(Address('unix', self.socket, self.socket), seconds)
@@ -6991,7 +6991,7 @@ class PidFile:
                                 'a container; it is left alone')
         return sock, pid
 
-    def ask(self, seconds: float = STATUS_TIMEOUT) -> dict:
+    def ask(self, seconds=STATUS_TIMEOUT) -> dict:
         """Return what the running daemon says of itself."""
         status = None
         sock, pid = self.connect(seconds)
@@ -7001,7 +7001,7 @@ class PidFile:
             raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
         return status
 
-    def signal(self, number: int) -> int:
+    def signal(self, number) -> int:
         """Send a signal to the running daemon; return its pid."""
         sock, pid = self.connect(STATUS_TIMEOUT)
         sock.close()
@@ -7024,7 +7024,7 @@ class PidFile:
             time.sleep(0.02)
 
 
-def start_file(planned: PlannedJob) -> str:
+def start_file(planned) -> str:
     """Return the file whose time is when a job was last started; '' where none is kept.
 
     Of what is due more often than RARE nobody needs to hear that it was missed, unless it is to
@@ -7045,13 +7045,13 @@ class Monitor:
     """Tells a server of the runs of a job, in a thread of its own: a deaf one delays nothing."""
     MOST_WAITING = 100                          # pings; more are dropped
 
-    def __init__(self, url: str):
+    def __init__(self, url):
         self.base, self.mark, self.query = url.partition('?')
         self.repeats = Repeats()
         self.pings: queue.SimpleQueue = queue.SimpleQueue()
         self.thread = in_thread(self.work)
 
-    def send(self, way: str, text: str = '') -> None:
+    def send(self, way, text='') -> None:
         """Queue one ping."""
         body = scrubbed(text[:10000])
         if self.pings.qsize() < self.MOST_WAITING:
@@ -7072,7 +7072,7 @@ class Monitor:
                 logging.getLogger('torque.ping').warning('%s: %s', url, trouble)
 
 
-def systemd_notify(state: str) -> None:
+def systemd_notify(state) -> None:
     """Tell systemd our state, when it wants to know (sd_notify)."""
     address = os.environ.get('NOTIFY_SOCKET', '')
     # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
@@ -7083,7 +7083,7 @@ def systemd_notify(state: str) -> None:
             sock.sendto(state.encode(), address)
 
 
-def end_process(status: int) -> None:
+def end_process(status) -> None:
     """End the process at once: Python itself would wait for threads and children of jobs."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -7092,14 +7092,14 @@ def end_process(status: int) -> None:
     os._exit(status)
 
 
-def others_may(mode: int, path: str) -> bool:
+def others_may(mode, path) -> bool:
     """Tell whether other users have one of these permissions on a file or folder."""
     with contextlib.suppress(OSError):
         return bool(os.stat(path).st_mode & mode)
     return False
 
 
-def find_secret(config: Config) -> str:
+def find_secret(config) -> str:
     """Return the name of a setting that holds a secret, '' where there is none."""
     for section in config.values():
         for key, value in section.items():
@@ -7108,7 +7108,7 @@ def find_secret(config: Config) -> str:
     return ''
 
 
-def warn_of_risks(config: Config, jobs: Iterable) -> None:
+def warn_of_risks(config, jobs) -> None:
     """Log what lets others read secrets or run commands as this user."""
     risks = []
     secret = find_secret(config)
@@ -7133,7 +7133,7 @@ def warn_of_risks(config: Config, jobs: Iterable) -> None:
         logging.getLogger('torque.main').warning('%s', text)
 
 
-def own_command(program: str, *more: str) -> list[str]:
+def own_command(program, *more) -> list[str]:
     """Return the words that this process was started with, for another program."""
     # Python itself does not keep all flags: -u and -X are nowhere in sys.flags as they stood.
     with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
@@ -7160,7 +7160,7 @@ def run_from_byte_code() -> None:
         os.execv(sys.executable, own_command(path))
 
 
-def engine_status(engine: Engine) -> dict:
+def engine_status(engine) -> dict:
     """Return the state of an rTorrent, for --status."""
     away_for = None
     if engine.gone_since is not None:
@@ -7172,8 +7172,16 @@ def engine_status(engine: Engine) -> dict:
 class Daemon:
     """A running torque: its jobs, their tasks, and what it tells of itself."""
     TOLD = ('pid', 'started', 'starting', 'stopping', 'reloading', 'refusals', 'mistakes')
+    server: socket.socket | None = None
+    checker: Any = None                         # the child that checks the files
+    starting = True
+    stopping = False
+    reloading = False
+    refusals = 0                                # reloads that were refused
+    mistakes: list[str] = []                    # of the last one
+    exit_status = EXIT_OK
 
-    def __init__(self, config: Config, pid_file: PidFile):
+    def __init__(self, config, pid_file):
         self.config = config
         self.pid_file = pid_file
         self.folder = os.getcwd()               # a job may go to another one
@@ -7187,14 +7195,7 @@ class Daemon:
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
         self.missed: list[str] = []             # what was due while torque did not run
-        self.server: socket.socket | None = None
-        self.checker: Any = None                # the child that checks the files
-        self.starting = True
-        self.stopping = False
-        self.reloading = False
-        self.refusals = 0                       # reloads that were refused
-        self.mistakes: list[str] = []           # of the last one
-        self.exit_status = EXIT_OK
+
 
     def begin(self) -> None:
         """Make the jobs and their tasks; from now on signals and questions are answered."""
@@ -7215,7 +7216,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 
-    def on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, number, frame) -> None:
         """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
         if number == signal.SIGHUP:
             self.scheduler.calls.put(self.reload)
@@ -7225,7 +7226,7 @@ class Daemon:
         self.stopping = True
         self.scheduler.calls.put(self.scheduler.stop)
 
-    def task(self, planned: PlannedJob) -> Task:
+    def task(self, planned) -> Task:
         """Return the task of a job."""
         config = planned.config
         url = config.ping_url
@@ -7245,7 +7246,7 @@ class Daemon:
             self.missed.append(text)
         return task
 
-    def was_missed(self, planned: PlannedJob, path: str) -> bool:
+    def was_missed(self, planned, path) -> bool:
         """Tell whether a run came due since the last start, while torque was not running."""
         try:
             # Files are given a time that may be some milliseconds behind. A clock that was wrong
@@ -7258,7 +7259,7 @@ class Daemon:
         due = planned.schedule.next(start)
         return due is not None and due <= self.started
 
-    def mark_start(self, path: str) -> None:
+    def mark_start(self, path) -> None:
         """Give a file the time of now; a disk that is full must not stop a job."""
         try:
             replace_file(path, '')
@@ -7266,7 +7267,7 @@ class Daemon:
             if self.repeats.deserve_line('start'):
                 self.log.warning('%s', error)
 
-    def run_job(self, planned: PlannedJob, path: str, monitor: Monitor | None) -> None:
+    def run_job(self, planned, path, monitor: Monitor | None) -> None:
         """Run a job, and tell disk and monitor of it; in the thread of that job."""
         job = self.jobs[planned.name]
         if path:
@@ -7283,7 +7284,7 @@ class Daemon:
             raise
         monitor.send('')
 
-    def serve(self, verb: str) -> None:
+    def serve(self, verb) -> None:
         """Run jobs on schedule until a signal comes, and what then has to be done."""
         if os.geteuid() == 0:
             self.log.warning('torque runs as root; the user of rTorrent is enough')
@@ -7330,7 +7331,7 @@ class Daemon:
             monitor.thread.join(max(end - elapsed_time(), 0))
         return sorted(hung)
 
-    def clean_up(self, names: Iterable[str], end: float) -> set[str]:
+    def clean_up(self, names, end) -> set[str]:
         """Have jobs clean up, until then; return the names of those that still do."""
         threads = {}
         for name in names:
@@ -7402,7 +7403,7 @@ class Daemon:
             self.log.error('not reloaded: %s', line)
         systemd_notify('READY=1')
 
-    def start_over(self, hung: str) -> None:
+    def start_over(self, hung) -> None:
         """Become a new torque: same process, same lock, everything else from the disk."""
         if hung:
             self.log.warning('cut short by the reload: %s', hung)
@@ -7444,7 +7445,7 @@ class Daemon:
         except (OSError, RuntimeError) as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
 
-    def answer(self, server: socket.socket) -> None:
+    def answer(self, server) -> None:
         """Tell the status to whoever connects, one after another; a thread."""
         while server.fileno() >= 0:
             try:
@@ -7480,7 +7481,7 @@ class Daemon:
             'jobs': jobs}
 
 
-def print_table(rows: list) -> None:
+def print_table(rows) -> None:
     """Print rows in columns."""
     columns = []
     for column in zip(*rows):
@@ -7503,7 +7504,7 @@ COLUMNS = {                     # of the table of jobs
     'last_error': 'LAST ERROR'}
 
 
-def status_cell(key: str, value: Any) -> str:
+def status_cell(key, value) -> str:
     """Return what the table of jobs shows in a column."""
     if value is None:
         return '-'
@@ -7514,7 +7515,7 @@ def status_cell(key: str, value: Any) -> str:
     return str(value)[:100]
 
 
-def engine_line(address: str, version: str | None, away_for: float | None) -> str:
+def engine_line(address, version: str | None, away_for: float | None) -> str:
     """Return a line about an rTorrent."""
     if away_for is not None:
         state = f'has not answered for {show_duration(away_for)}'
@@ -7526,7 +7527,7 @@ def engine_line(address: str, version: str | None, away_for: float | None) -> st
     return f'{name} at {address}: {state}'
 
 
-def print_status(status: dict) -> None:
+def print_status(status) -> None:
     """Print a daemon's status as a table."""
     up = show_duration(status['uptime'])
     line = f"torque {status['version']}, pid {status['pid']}, up {up}, {status['config']}"
@@ -7564,7 +7565,7 @@ def detach() -> int:
     return writer
 
 
-def report_start(writer: int, status: int) -> None:
+def report_start(writer, status) -> None:
     """Let the process that waits end with that status; leave the terminal when all is well."""
     if status == EXIT_OK:
         null = os.open(os.devnull, os.O_RDWR)
@@ -7584,18 +7585,18 @@ def report_start(writer: int, status: int) -> None:
 class LogFormat(logging.Formatter):
     """A line a record: control characters in a message are escaped, tracebacks follow below."""
 
-    def __init__(self, with_time: bool):
+    def __init__(self, with_time):
         form = '%(levelname)s %(job)s: %(text)s'
         if with_time:
             form = '%(asctime)s ' + form
         super().__init__(form, '%Y-%m-%d %H:%M:%S')
 
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, record) -> str:
         record.job = one_line(record.name.partition('.')[2] or record.name)
         record.text = scrubbed(one_line(record.getMessage()))
         return super().format(record)
 
-    def formatException(self, ei: Any) -> str:
+    def formatException(self, ei) -> str:
         lines = super().formatException(ei).split('\n')
         return scrubbed('\n'.join(map(one_line, lines)))
 
@@ -7609,7 +7610,7 @@ def stderr_is_journal() -> bool:
     return os.environ.get('JOURNAL_STREAM') == f'{stream.st_dev}:{stream.st_ino}'
 
 
-def log_file_handler(path: str) -> logging.Handler:
+def log_file_handler(path) -> logging.Handler:
     """Return what writes the log to a private file: 10 MiB, and five older ones."""
     from logging.handlers import RotatingFileHandler
 
@@ -7629,7 +7630,7 @@ def log_file_handler(path: str) -> logging.Handler:
         raise UserError(f'log file {path}: {error.strerror}') from None
 
 
-def set_up_log(level: int, log_file: str | None) -> None:
+def set_up_log(level, log_file: str | None) -> None:
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
     # A closed stderr must not end anything.
     logging.raiseExceptions = False
@@ -7656,7 +7657,7 @@ def find_ini() -> str:
                     'rTorrent answers, and start `python3 torque.py -c torque.ini`')
 
 
-def run_once(config: Config) -> int:
+def run_once(config) -> int:
     """Run the one planned job now, in the foreground."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     planned, = config.jobs
@@ -7680,22 +7681,23 @@ def run_once(config: Config) -> int:
     return EXIT_FAILED
 
 
-def next_runs(schedule: Schedule, now: float) -> str:
+def next_runs(schedule, now) -> str:
     """Return the next three due times of a schedule, as text."""
-    due: float | None = now
+    due = now
     if isinstance(schedule, Interval):
         # Intervals count from the start of torque, which would be now.
         schedule.start = now
         due = now - 0.001
-    dates: list[str] = []
-    while due is not None and len(dates) < 3:
+    dates = []
+    for _ in range(3):
         due = schedule.next(due)
-        if due is not None:
-            dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
+        if due is None:
+            break
+        dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
     return ', '.join(dates)
 
 
-def check_engine(engine: Engine) -> None:
+def check_engine(engine) -> None:
     """Print whether an rTorrent answers."""
     try:
         engine.reach()
@@ -7705,7 +7707,7 @@ def check_engine(engine: Engine) -> None:
             logging.getLogger('torque.engine').warning('%s', error)
 
 
-def check(config: Config) -> int:
+def check(config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     now = time.time()
     rows = [('JOB', 'HANDLER', 'SCHEDULE', 'NEXT RUNS')]
@@ -7714,9 +7716,7 @@ def check(config: Config) -> int:
         rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
                      next_runs(planned.schedule, now)))
     print_table(rows)
-    engines = [config.engine]
-    engines += [planned.config.engine for planned in config.jobs]
-    for engine in dict.fromkeys(engines):
+    for engine in config.engines.values():
         check_engine(engine)
     for name, job in jobs.items():
         if hasattr(job, 'check'):
@@ -7727,7 +7727,7 @@ def check(config: Config) -> int:
     return EXIT_OK
 
 
-def explain(config: Config, path: str) -> int:
+def explain(config, path) -> int:
     """Print what every job that can tell would do with a metafile."""
     lines = []
     for name, job in make_jobs(config.jobs).items():
@@ -7760,7 +7760,7 @@ def list_jobs() -> int:
     return EXIT_OK
 
 
-def find_pid_file(arguments: Any, path: str) -> PidFile:
+def find_pid_file(arguments, path) -> PidFile:
     """Return the pid file that goes with a configuration."""
     options = Settings()
     with contextlib.suppress(UserError):
@@ -7773,13 +7773,13 @@ def find_pid_file(arguments: Any, path: str) -> PidFile:
     return PidFile(os.path.abspath(name))
 
 
-def print_error(text: str) -> None:
+def print_error(text) -> None:
     """Print what went wrong; names and answers in it may hold anything."""
     for line in text.split('\n'):
         print(one_line(line), file=sys.stderr)
 
 
-def reload(daemon: PidFile) -> int:
+def reload(daemon) -> int:
     """Have the daemon reload; return the exit status, when it has."""
     before = daemon.ask()
     daemon.signal(signal.SIGHUP)
@@ -7801,14 +7801,17 @@ def reload(daemon: PidFile) -> int:
     raise LoggableError('the daemon has not reloaded in time; its log may say why')
 
 
-def control(arguments: Any, path: str) -> int:
+def control(arguments, path) -> int:
     """Speak with a running daemon; return the exit status."""
     daemon = find_pid_file(arguments, path)
     if not daemon.is_locked():
         if not arguments.pid_file:
             # This raises where the file cannot be read, and might name another pid file.
             read_files(path, ())
-        print('{}' if arguments.json else 'torque is not running')
+        told = 'torque is not running'
+        if arguments.json:
+            told = '{}'
+        print(told)
         return EXIT_NOT_RUNNING
     if arguments.stop:
         daemon.stop()
@@ -7816,21 +7819,19 @@ def control(arguments: Any, path: str) -> int:
     if arguments.reload:
         return reload(daemon)
     status = daemon.ask()
+    bad = [job for job in status['jobs'] if job['last_error'] or job['state'] == 'overdue']
     if arguments.json:
         print(json.dumps(status, indent=1))
     elif status['starting']:
         print('torque is starting')
     else:
         print_status(status)
-    for job in status['jobs']:
-        if job['last_error'] or job['state'] == 'overdue':
-            return EXIT_FAILED
-    if status['starting']:
+    if bad or status['starting']:
         return EXIT_FAILED
     return EXIT_OK
 
 
-def load(config: Config, arguments: Any, path: str) -> None:
+def load(config, arguments, path) -> None:
     """Load a configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
     config.remarks = []
@@ -7841,7 +7842,7 @@ def load(config: Config, arguments: Any, path: str) -> None:
             log.log(level, '%s', text)
 
 
-def background_log(arguments: Any, path: str) -> str:
+def background_log(arguments, path) -> str:
     """Return the path of the log of a daemon in the background."""
     log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
     if not log_file:
@@ -7852,7 +7853,7 @@ def background_log(arguments: Any, path: str) -> str:
     return log_file
 
 
-def check_files(arguments: Any, path: str) -> int:
+def check_files(arguments, path) -> int:
     """Check what a reload would read, without making jobs; for the daemon."""
     load(config_ini, arguments, path)
     if arguments.daemon:
@@ -7861,7 +7862,7 @@ def check_files(arguments: Any, path: str) -> int:
     return EXIT_OK
 
 
-def log_level(arguments: Any) -> int:
+def log_level(arguments) -> int:
     """Return from which level on the log is shown."""
     if arguments.check_files:
         # What is noteworthy the new daemon will say.
@@ -7875,7 +7876,7 @@ def log_level(arguments: Any) -> int:
     return logging.INFO
 
 
-def start_daemon(arguments: Any, path: str, lock: PidFile, reloaded: bool) -> Daemon:
+def start_daemon(arguments, path, lock, reloaded) -> Daemon:
     """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(config_ini, arguments, path)
     if arguments.restart and not reloaded:
@@ -7891,7 +7892,7 @@ def start_daemon(arguments: Any, path: str, lock: PidFile, reloaded: bool) -> Da
     return daemon
 
 
-def run_daemon(arguments: Any, path: str) -> int:
+def run_daemon(arguments, path) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
     lock = find_pid_file(arguments, path)
     verb = 'started'
@@ -7970,7 +7971,7 @@ def parse_arguments(words: list[str] | None) -> Any:
     return arguments
 
 
-def obey(arguments: Any) -> int:
+def obey(arguments) -> int:
     """Do what the command line says; return the exit status."""
     set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
@@ -8005,7 +8006,7 @@ def take_place() -> None:
     __file__ = source
 
 
-def main(words: list[str] | None = None) -> int:
+def main(words=None) -> int:
     """Run the command line and return the exit status."""
     take_place()
     arguments = parse_arguments(words)
