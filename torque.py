@@ -13,7 +13,7 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
@@ -316,7 +316,7 @@ CRON_NAMES = {
     '@annually': '0 0 1 1 *'}
 
 
-def field_value(word: str, field: Field) -> int:
+def field_value(word: str, field) -> int:
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
     if word in field.names:
         return field.names.index(word) + field.low
@@ -328,7 +328,7 @@ def field_value(word: str, field: Field) -> int:
     raise UserError(f'{field.name} {word!r} is not in {allowed}')
 
 
-def parse_part(part: str, field: Field) -> Iterable:
+def parse_part(part: str, field) -> Iterable:
     """Return the numbers of one part of a field; for a position, its (index, weekday).
 
     part ::= ('*' | value | value '-' value) ['/' step]
@@ -364,7 +364,7 @@ def parse_part(part: str, field: Field) -> Iterable:
     return range(low, high + 1, int(step or 1))
 
 
-def parse_field(text: str, field: Field) -> set:
+def parse_field(text: str, field) -> set:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
     field ::= (part | position) (',' (part | position))*
@@ -434,7 +434,7 @@ class Calendar(Schedule):
     # More than the days of 400 years, after which the calendar repeats.
     MOST_STEPS = 160000
 
-    def __init__(self, texts: dict[str, str], zone: Any = None, cron: bool = False):
+    def __init__(self, texts: dict[str, str], zone=None, cron: bool = False):
         self.zone = zone
         self.either = False
         if cron:
@@ -529,7 +529,7 @@ class Calendar(Schedule):
 class Croniter(Calendar):
     """A cron expression beyond torque's grammar, as the croniter package reads it."""
 
-    def __init__(self, text: str, zone: Any = None):
+    def __init__(self, text: str, zone=None):
         try:
             import croniter                         # type: ignore
             croniter.croniter(text, datetime(2000, 1, 1))
@@ -569,7 +569,7 @@ def parse_interval(text: str) -> Interval:
     return Interval(seconds)
 
 
-def parse_cron(text: str, zone: Any) -> Schedule:
+def parse_cron(text: str, zone) -> Schedule:
     """Return the Schedule of a cron expression; what torque does not know is croniter's."""
     words = text.split()
     unnamed = re.sub('|'.join(WEEKDAYS + MONTHS), '', text.lower())
@@ -1064,7 +1064,7 @@ class Address(NamedTuple):
         return not self.host or bool(LOOPBACK.match(self.host))
 
 
-def redacted(text: Any) -> str:
+def redacted(text) -> str:
     """Return a URL, or what was meant to be one, without the password in it.
 
     >>> redacted('http://me:secret@host/RPC2')
@@ -1084,22 +1084,22 @@ def parse_address(text: str) -> Address:
     """
     refused = UserError(f'{redacted(text)!r} is no address; allowed are scgi://host:port, '
                         'scgi:///path, a socket path, http(s)://[user:password@]host/RPC2')
-    scheme, mark, rest = os.path.expandvars(text.strip()).partition('://')
-    if not mark:
-        scheme, rest = 'scgi', scheme
-    if scheme == 'scgi' and rest.startswith(('/', '~')) and '\0' not in rest:
-        path = os.path.expanduser(rest)
+    meant = os.path.expandvars(text.strip())
+    if '://' not in meant:
+        meant = 'scgi://' + meant
+    if meant.startswith(('scgi:///', 'scgi://~')) and '\0' not in meant:
+        path = os.path.expanduser(meant[7:])
         return Address('unix', f'scgi://{path}', path)
     from urllib.parse import unquote, urlsplit
     try:
-        url = urlsplit(f'{scheme}://{rest}')
+        url = urlsplit(meant)
         host, port = url.hostname or '', url.port or 0
     # What it says may hold a password
     except ValueError:
         raise refused from None
     netloc = url.netloc.rpartition('@')[2]
     if url.scheme in ('http', 'https') and host and not url.query and not url.fragment:
-        clean = f"{scheme}://{netloc}{url.path or '/RPC2'}"
+        clean = f"{url.scheme}://{netloc}{url.path or '/RPC2'}"
         login = unquote(url.username or ''), unquote(url.password or '')
         return Address('http', clean, clean, host, port, login)
     if url.scheme != 'scgi' or not port or url.path.strip('/'):
@@ -1123,7 +1123,7 @@ TROUBLE = (
     (socket.timeout, 'no connection in time'))
 
 
-def describe(error: Any) -> str:
+def describe(error) -> str:
     """Return what to say of an error on the way to a server."""
     # urllib wraps what happened
     error = getattr(error, 'reason', error)
@@ -1157,7 +1157,7 @@ def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
     return received
 
 
-def connect(address: Address, seconds: float) -> socket.socket:
+def connect(address, seconds: float) -> socket.socket:
     """Return a socket that is connected to rTorrent."""
     if address.kind == 'tcp':
         return socket.create_connection((address.host, address.port), seconds)
@@ -1171,8 +1171,7 @@ def connect(address: Address, seconds: float) -> socket.socket:
     return sock
 
 
-def scgi_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytearray:
+def scgi_request(address, body: bytes, content_type: str, seconds: float, limit: int) -> bytearray:
     """Send one SCGI request and return the body of its answer.
 
     Raises RpcError; the text says what happened, the caller adds where and which method.
@@ -1265,8 +1264,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
         raise Unreachable(describe(error)) from None
 
 
-def http_request(address: Address, body: bytes, content_type: str, seconds: float,
-                 limit: int) -> bytes:
+def http_request(address, body: bytes, content_type: str, seconds: float, limit: int) -> bytes:
     """Send a request to an HTTP mount of rTorrent and return the body of its answer.
 
     What rTorrent says comes through with any status and content type.
@@ -1280,14 +1278,14 @@ def http_request(address: Address, body: bytes, content_type: str, seconds: floa
                       f'rTorrent: {beginning(answer.body)}')
 
 
-def typed(answer: Any, unknown: Any) -> Any:
+def typed(answer, unknown) -> Any:
     """Return an answer if it is of the same type as `unknown`, else that."""
     if isinstance(answer, type(unknown)):
         return answer
     return unknown
 
 
-def rpc_fault(fault: Any) -> RpcError:
+def rpc_fault(fault) -> RpcError:
     """Return the exception for a fault; wordings differ, -506 alone is the same everywhere."""
     found = typed(fault, {})
     found = typed(found.get('error', found), {})
@@ -1326,7 +1324,7 @@ def json_text(content: bytes | bytearray, limit: int) -> str:
 PLAIN_TEXT = re.compile('[\t\n -\ud7ff]*')
 
 
-def sendable(value: Any) -> Any:
+def sendable(value) -> Any:
     """Return a value as both xmlrpc.client and rTorrent take it, in what it holds as well."""
     if isinstance(value, (list, tuple)):
         return [sendable(item) for item in value]
@@ -1343,12 +1341,12 @@ def sendable(value: Any) -> Any:
     return value
 
 
-def xml_escape(text: Any) -> str:
+def xml_escape(text) -> str:
     """Return text as character data."""
     return str(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
 
 
-def xml_value(value: Any) -> str:
+def xml_value(value) -> str:
     """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
         inner = f'<string>{xml_escape(value)}</string>'
@@ -1467,7 +1465,7 @@ def json_batch(calls: list[tuple]) -> bytes:
                        for number, (method, *params) in enumerate(calls)]).encode()
 
 
-def batch_answers(entries: Any, count: int) -> list:
+def batch_answers(entries, count: int) -> list:
     """Return the answers to `count` calls, an RpcError in the place of each that failed.
 
     By XML an entry is [answer] or a fault, by JSON {'result': answer} or {'error': fault}.
@@ -1506,18 +1504,7 @@ def refuse_deadly(method: str, params: list) -> None:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
-class Transport:
-    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
 
-    def __init__(self, carry: Callable[[bytes], Any]):
-        self.carry = carry
-
-    def request(self, host, handler, body, verbose=False):
-        """Return what a call answers, alone in a tuple; host and handler are placeholders."""
-        return (self.carry(body),)
-
-    def close(self) -> None:
-        """Do nothing: there is a connection for each call."""
 
 
 # --- Engine ----------------------------------------------------------------------------------
@@ -1641,15 +1628,15 @@ class Engine:
         engine = self
 
         class Proxy(xmlrpc.client.ServerProxy):
-            # What every call of a ServerProxy goes through is its private __request.
+            # What every call of a ServerProxy goes through is its private __request. Its own
+            # transport, which knows HTTP alone, has nothing to do.
             def _ServerProxy__request(self, method, params):
-                request = super()._ServerProxy__request     # type: ignore[misc]
                 engine.reach()
                 with engine.exchange([(method, *params)]):
-                    return request(method, tuple(sendable(params)))
+                    body = xmlrpc.client.dumps(tuple(sendable(params)), method)
+                    return engine.carry(body.encode('utf-8', 'xmlcharrefreplace'))
 
-        transport: Any = Transport(self.carry)
-        return Proxy('http://rtorrent/RPC2', transport)
+        return Proxy('http://rtorrent/RPC2')
 
     def ask(self, calls: Iterable[tuple]) -> list:
         """Return the answers to many questions, (method, *params) each, in one round trip.
@@ -2032,7 +2019,7 @@ def rename_new(path: str, new: str) -> None:
     sync(os.path.dirname(new))
 
 
-def lock(file: Any, patience: float) -> bool:
+def lock(file, patience: float) -> bool:
     """Lock an open file; tell whether no other thread or process has kept it so long."""
     import fcntl
     end = time.monotonic() + patience
@@ -2065,7 +2052,7 @@ def listener(sock: socket.socket) -> tuple[int, int]:
     return struct.unpack('3i', credentials)[:2]
 
 
-def rtorrent_process(engine: Engine) -> int | None:
+def rtorrent_process(engine) -> int | None:
     """Return the pid of an rTorrent that runs on this machine; None where that is not known.
 
     Behind a port, the lock in its session folder has to name this host and that process.
@@ -2099,7 +2086,7 @@ def has_our_mounts(pid: int) -> bool:
         return False
 
 
-def why_unseen(engine: Engine) -> str:
+def why_unseen(engine) -> str:
     """Return why the paths of an rTorrent may not mean our files; '' where they do."""
     if engine.same_files:
         return ''
@@ -2111,7 +2098,7 @@ def why_unseen(engine: Engine) -> str:
     return ''
 
 
-def sees_same_files(engine: Engine) -> bool:
+def sees_same_files(engine) -> bool:
     """Tell whether the paths of an rTorrent mean our files; where not, the log has why, once."""
     why = why_unseen(engine)
     if why:
@@ -2120,7 +2107,7 @@ def sees_same_files(engine: Engine) -> bool:
     return not why
 
 
-def require_same_files(engine: Engine) -> None:
+def require_same_files(engine) -> None:
     """Raise LoggableError where the paths of an rTorrent may not mean our files."""
     why = why_unseen(engine)
     if why:
@@ -7074,10 +7061,8 @@ class Monitor:
 
 def systemd_notify(state) -> None:
     """Tell systemd our state, when it wants to know (sd_notify)."""
-    address = os.environ.get('NOTIFY_SOCKET', '')
     # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
-    if address.startswith('@'):
-        address = '\0' + address[1:]
+    address = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         with contextlib.suppress(OSError):
             sock.sendto(state.encode(), address)
@@ -7791,11 +7776,10 @@ def reload(daemon) -> int:
         with contextlib.suppress(LoggableError):
             # While it starts over it does not answer.
             now = daemon.ask()
-            if now['started'] != before['started']:
-                if not now['starting']:
-                    print('reloaded')
-                    return EXIT_OK
-            elif now['refusals'] != before['refusals']:
+            if now['started'] != before['started'] and not now['starting']:
+                print('reloaded')
+                return EXIT_OK
+            if now['refusals'] > before['refusals']:
                 print_error('\n'.join(now['mistakes']))
                 return EXIT_CONFIG
     raise LoggableError('the daemon has not reloaded in time; its log may say why')
