@@ -1504,9 +1504,6 @@ def refuse_deadly(method: str, params: list) -> None:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
-
-
-
 # --- Engine ----------------------------------------------------------------------------------
 # A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
 # doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
@@ -7718,8 +7715,9 @@ def explain(config, path) -> int:
     for name, job in make_jobs(config.jobs).items():
         if hasattr(job, 'explain'):
             lines += [one_line(f'{name}: {line}') for line in job.explain(path)]
-    print('\n'.join(lines) or 'no TreeWatch job is active')
-    if not lines or any(' is not loaded: ' in line for line in lines):
+    text = '\n'.join(lines)
+    print(text or 'no TreeWatch job is active')
+    if not text or ' is not loaded: ' in text:
         return EXIT_FAILED
     return EXIT_OK
 
@@ -7743,6 +7741,9 @@ def list_jobs() -> int:
             print(line)
         print()
     return EXIT_OK
+
+
+
 
 
 def find_pid_file(arguments, path) -> PidFile:
