@@ -1073,9 +1073,6 @@ def redacted(text) -> str:
     return re.sub(r'(?s)^((?:\w+:?//)?[^:/@]*):.*@', r'\1:***@', str(text))
 
 
-
-
-
 def parse_address(text: str) -> Address:
     """Return the Address that a scgi_url spells; variables and ~ in it are expanded.
 
@@ -1319,9 +1316,9 @@ def json_text(content: bytes | bytearray, limit: int) -> str:
 # expat, below it, fails over control characters and bytes that are not UTF-8, which rTorrent
 # passes on from torrents, and takes three times as long.
 
-# Other text goes as base64, which rTorrent takes for any text: older ones refuse emoji and
+# Text with these goes as base64, which rTorrent takes for any text: older ones refuse emoji and
 # control characters, no XML carries \r or bytes that are not UTF-8.
-PLAIN_TEXT = re.compile('[\t\n -\ud7ff]*')
+ODD_TEXT = re.compile('[\0-\x08\x0b-\x1f\ud800-\U0010ffff]')
 
 
 def sendable(value) -> Any:
@@ -1336,7 +1333,7 @@ def sendable(value) -> Any:
     # rTorrent takes text for numbers
     if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
         return str(value)
-    if isinstance(value, str) and not PLAIN_TEXT.fullmatch(value):
+    if isinstance(value, str) and ODD_TEXT.search(value):
         return value.encode('utf-8', 'surrogateescape')
     return value
 
@@ -6867,9 +6864,6 @@ class AlreadyRunning(LoggableError):
     exit_status = EXIT_RUNNING
 
 
-
-
-
 class PidFile:
     """The file with the daemon's pid, which keeps it locked, and the socket beside it.
 
@@ -7020,9 +7014,6 @@ def start_file(planned) -> str:
     if not wanted or planned.schedule.elapsed or planned.config.dry_run:
         return ''
     return planned.config.state_file('start')
-
-
-
 
 
 class Monitor:
@@ -7178,7 +7169,6 @@ class Daemon:
         self.jobs: dict[str, Any] = {}
         self.missed: list[str] = []             # what was due while torque did not run
 
-
     def begin(self) -> None:
         """Make the jobs and their tasks; from now on signals and questions are answered."""
         os.register_at_fork(after_in_child=self.leave_child)
@@ -7231,9 +7221,8 @@ class Daemon:
     def was_missed(self, planned, path) -> bool:
         """Tell whether a run came due since the last start, while torque was not running."""
         try:
-            # Files are given a time that may be some milliseconds behind. A clock that was wrong
-            # may have left one to come.
-            start = min(os.lstat(path).st_mtime + 0.02, self.started)
+            # A clock that was wrong may have left a time to come.
+            start = min(os.lstat(path).st_mtime, self.started)
         except OSError:
             # What is missed of a new job is missed from now on.
             self.mark_start(path)
@@ -7243,9 +7232,12 @@ class Daemon:
 
     def mark_start(self, path) -> None:
         """Give a file the time of now; a disk that is full must not stop a job."""
+        now = time.time()
         try:
             replace_file(path, '')
-        except LoggableError as error:
+            # Left alone, its time would be that of a file server, or some milliseconds behind.
+            os.utime(path, (now, now))
+        except (LoggableError, OSError) as error:
             if self.repeats.deserve_line('start'):
                 self.log.warning('%s', error)
 
@@ -7741,9 +7733,6 @@ def list_jobs() -> int:
             print(line)
         print()
     return EXIT_OK
-
-
-
 
 
 def find_pid_file(arguments, path) -> PidFile:
