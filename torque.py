@@ -7805,14 +7805,14 @@ def control(arguments, path) -> int:
     return EXIT_OK
 
 
-def load(config, arguments, path) -> None:
-    """Load a configuration, and log what is noteworthy in it even when it is refused."""
+def load(arguments, path) -> None:
+    """Load the configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
-    config.remarks = []
+    config_ini.remarks = []
     try:
-        config.load(path, arguments.define, arguments.dry_run, arguments.run_once)
+        config_ini.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
-        for level, text in config.remarks:
+        for level, text in config_ini.remarks:
             log.log(level, '%s', text)
 
 
@@ -7829,7 +7829,7 @@ def background_log(arguments, path) -> str:
 
 def check_files(arguments, path) -> int:
     """Check what a reload would read, without making jobs; for the daemon."""
-    load(config_ini, arguments, path)
+    load(arguments, path)
     if arguments.daemon:
         log_file_handler(background_log(arguments, path)).close()
     find_pid_file(arguments, path)
@@ -7852,7 +7852,7 @@ def log_level(arguments) -> int:
 
 def start_daemon(arguments, path, lock, reloaded) -> Daemon:
     """Return a daemon whose jobs are made, and that logs where it is to log."""
-    load(config_ini, arguments, path)
+    load(arguments, path)
     if arguments.restart and not reloaded:
         # The other is ended only now that the configuration is known to be good.
         lock.stop()
@@ -7958,7 +7958,7 @@ def obey(arguments) -> int:
     if not arguments.explain and not arguments.check and arguments.run_once is None:
         run_from_byte_code()
         return run_daemon(arguments, path)
-    load(config_ini, arguments, path)
+    load(arguments, path)
     if arguments.explain:
         return explain(config_ini, arguments.explain)
     if arguments.check:
