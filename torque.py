@@ -1112,19 +1112,19 @@ def beginning(content: bytes | bytearray) -> str:
     return quoted(bytes(content[:80]).decode('utf-8', 'replace'))
 
 
-TROUBLE = (
-    (FileNotFoundError, 'there is no such socket: not running?'),
-    (ConnectionRefusedError, 'nobody listens there: not running?'),
-    (ConnectionError, 'the connection was closed during the request: too large for it?'),
-    (socket.gaierror, 'the host name cannot be resolved'),
-    (socket.timeout, 'no connection in time'))
+TROUBLE = {
+    FileNotFoundError: 'there is no such socket: not running?',
+    ConnectionRefusedError: 'nobody listens there: not running?',
+    ConnectionError: 'the connection was closed during the request: too large for it?',
+    socket.gaierror: 'the host name cannot be resolved',
+    socket.timeout: 'no connection in time'}
 
 
 def describe(error) -> str:
     """Return what to say of an error on the way to a server."""
     # urllib wraps what happened
     error = getattr(error, 'reason', error)
-    for kind, text in TROUBLE:
+    for kind, text in TROUBLE.items():
         if isinstance(error, kind):
             return text
     return f'no usable answer: {quoted(error)}'
@@ -1376,49 +1376,48 @@ def xml_batch(calls: list[tuple]) -> bytes:
 #     <value><array><data>\r\n<value><i8>7</i8></value>\r\n</data></array></value>
 #     [\r\n7\0\r\n]\0                         tags replaced; \0, which no XML holds, ends a value
 #     [\n7],                                  \0 is a comma, but for the last value of a list
-XML_AS_JSON = (
-    (b'\0', b'?'),
-    (b'\\', b'\\\\'),
-    (b'"', b'\\"'),
-    (b'<value><string>', b'"'),
-    (b'</string></value>', b'"\0'),
-    (b'<value><string/></value>', b'""\0'),
-    (b'<value><i8>', b''),
-    (b'</i8></value>', b'\0'),
-    (b'<value><i4>', b''),
-    (b'</i4></value>', b'\0'),
-    (b'<value><int>', b''),
-    (b'</int></value>', b'\0'),
-    (b'<value><ex:i8>', b''),
-    (b'</ex:i8></value>', b'\0'),
-    (b'<value><boolean>0</boolean></value>', b'false\0'),
-    (b'<value><boolean>1</boolean></value>', b'true\0'),
-    (b'<value><array><data>', b'['),
-    (b'</data></array></value>', b']\0'),
-    (b'<value><array><data/></array></value>', b'[]\0'),
-    (b'<value><struct>', b'{'),
-    (b'</struct></value>', b'}\0'),
-    (b'<value><struct/></value>', b'{}\0'),
-    (b'<member>', b''),
-    (b'</member>', b''),
-    (b'<name>', b'"'),
-    (b'</name>', b'":'),
-    (b'<param>', b''),
-    (b'</param>', b''),
+XML_AS_JSON = {
+    b'\\': b'\\\\',
+    b'"': b'\\"',
+    b'<value><string>': b'"',
+    b'</string></value>': b'"\0',
+    b'<value><string/></value>': b'""\0',
+    b'<value><i8>': b'',
+    b'</i8></value>': b'\0',
+    b'<value><i4>': b'',
+    b'</i4></value>': b'\0',
+    b'<value><int>': b'',
+    b'</int></value>': b'\0',
+    b'<value><ex:i8>': b'',
+    b'</ex:i8></value>': b'\0',
+    b'<value><boolean>0</boolean></value>': b'false\0',
+    b'<value><boolean>1</boolean></value>': b'true\0',
+    b'<value><array><data>': b'[',
+    b'</data></array></value>': b']\0',
+    b'<value><array><data/></array></value>': b'[]\0',
+    b'<value><struct>': b'{',
+    b'</struct></value>': b'}\0',
+    b'<value><struct/></value>': b'{}\0',
+    b'<member>': b'',
+    b'</member>': b'',
+    b'<name>': b'"',
+    b'</name>': b'":',
+    b'<param>': b'',
+    b'</param>': b'',
     # Line ends are as XML has them
-    (b'\r\n', b'\n'),
-    (b'\r', b'\n'),
-    (b'\0]', b']'),
-    (b'\0\n]', b']'),
-    (b'\0}', b'}'),
-    (b'\0\n}', b'}'),
-    (b'\0\n\n}', b'}'),
-    (b'\0', b','),
-    (b'&lt;', b'<'),
-    (b'&gt;', b'>'),
-    (b'&quot;', b'\\"'),
-    (b'&apos;', b"'"),
-    (b'&amp;', b'&'))
+    b'\r\n': b'\n',
+    b'\r': b'\n',
+    b'\0]': b']',
+    b'\0\n]': b']',
+    b'\0}': b'}',
+    b'\0\n}': b'}',
+    b'\0\n\n}': b'}',
+    b'\0': b',',
+    b'&lt;': b'<',
+    b'&gt;': b'>',
+    b'&quot;': b'\\"',
+    b'&apos;': b"'",
+    b'&amp;': b'&'}
 XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResponse>\s{0,9}'
                         rb'<(params|fault)>(.*)</\1>\s{0,9}</methodResponse>\s{0,9}')
 
@@ -1433,7 +1432,8 @@ def xml_as_json(inner: bytes) -> bytes:
     """Return JSON text for what stands in an answer."""
     if b'<base64>' in inner:
         inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
-    for tag, mark in XML_AS_JSON:
+    inner = inner.replace(b'\0', b'?')
+    for tag, mark in XML_AS_JSON.items():
         inner = inner.replace(tag, mark)
     return inner.strip(b'\n,')
 
@@ -7897,27 +7897,27 @@ def run_daemon(arguments, path) -> int:
     return status
 
 
-OPTIONS = (                             # and what they take
-    ('-c --config', 'FILE', 'configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
-                            '~/.pyroscope/torque.ini'),
-    ('--log-file', 'FILE', 'log to a file instead of stderr'),
-    ('--pid-file', 'FILE', 'left out, torque.pid in the state folder'),
-    ('-n --dry-run', '', 'change nothing, only say what would be'),
-    ('-v --verbose', '', 'log more of what jobs do'),
-    ('-q --quiet', '', 'log only warnings and errors'),
-    ('--debug', '', 'log everything, with the traceback of any failure'),
-    ('--daemon', '', 'go into the background'),
-    ('--fg --no-fork', '', 'stay in the foreground, as it is without --daemon'),
-    ('--cron', '', 'as --daemon, and silent when it is running already'),
-    ('--stop', '', 'end the running daemon, and wait until it is gone'),
-    ('--restart', '', 'end it, if it runs, and start another in the background'),
-    ('--status', '', 'show the running daemon and its jobs'),
-    ('--json', '', 'with --status: for programs'),
-    ('--reload', '', 'check the files, and have the running daemon start over from them'),
-    ('--check', '', 'check the configuration, show what would run'),
-    ('--list-jobs', '', 'show built-in jobs and their options'),
-    ('--run-once', 'JOB', 'run one job now, active or not, and exit'),
-    ('--explain', 'FILE', 'show what each TreeWatch would do with a metafile'))
+OPTIONS = {                             # names=what it takes: help
+    '-c --config=FILE': 'configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
+                        '~/.pyroscope/torque.ini',
+    '--log-file=FILE': 'log to a file instead of stderr',
+    '--pid-file=FILE': 'left out, torque.pid in the state folder',
+    '-n --dry-run': 'change nothing, only say what would be',
+    '-v --verbose': 'log more of what jobs do',
+    '-q --quiet': 'log only warnings and errors',
+    '--debug': 'log everything, with the traceback of any failure',
+    '--daemon': 'go into the background',
+    '--fg --no-fork': 'stay in the foreground, as it is without --daemon',
+    '--cron': 'as --daemon, and silent when it is running already',
+    '--stop': 'end the running daemon, and wait until it is gone',
+    '--restart': 'end it, if it runs, and start another in the background',
+    '--status': 'show the running daemon and its jobs',
+    '--json': 'with --status: for programs',
+    '--reload': 'check the files, and have the running daemon start over from them',
+    '--check': 'check the configuration, show what would run',
+    '--list-jobs': 'show built-in jobs and their options',
+    '--run-once=JOB': 'run one job now, active or not, and exit',
+    '--explain=FILE': 'show what each TreeWatch would do with a metafile'}
 
 
 def parse_arguments(words: list[str] | None) -> Any:
@@ -7926,7 +7926,8 @@ def parse_arguments(words: list[str] | None) -> Any:
     statuses = (__doc__ or '').rpartition('\n\n')[2]
     parser = argparse.ArgumentParser(prog='torque', epilog=statuses,
                                      description='Run jobs on a schedule beside rTorrent.')
-    for names, metavar, text in OPTIONS:
+    for option, text in OPTIONS.items():
+        names, _, metavar = option.partition('=')
         kind: dict = {'action': 'store_true'}
         if metavar:
             kind = {'metavar': metavar}
