@@ -843,12 +843,11 @@ class Scheduler:
     def add(self, task) -> Task:
         """Register a task; an interval is due now, a calendar at its next date."""
         self.tasks[task.name] = task
+        now = task.due = self.clock_of(task).timefunc()
         if isinstance(task.schedule, Interval):
-            task.schedule.start = task.due = self.elapsed()
-        elif task.at_start:
-            task.due = self.wall()
-        else:
-            task.due = task.schedule.next(self.wall())
+            task.schedule.start = now
+        elif not task.at_start:
+            task.due = task.schedule.next(now)
         self.enter(task)
         return task
 
@@ -7655,13 +7654,13 @@ def run_once(config) -> int:
     return EXIT_FAILED
 
 
-def next_runs(schedule, now) -> str:
+def next_runs(schedule) -> str:
     """Return the next three due times of a schedule, as text."""
-    due = now
+    due = time.time()
     if isinstance(schedule, Interval):
         # Intervals count from the start of torque, which would be now.
-        schedule.start = now
-        due = now - 0.001
+        schedule.start = due
+        due -= 0.001
     dates = []
     for _ in range(3):
         due = schedule.next(due)
@@ -7683,12 +7682,11 @@ def check_engine(engine) -> None:
 
 def check(config) -> int:
     """Print what would run and when, and whether rTorrent answers."""
-    now = time.time()
     rows = [('JOB', 'HANDLER', 'SCHEDULE', 'NEXT RUNS')]
     jobs = make_jobs(config.jobs)
     for planned in config.jobs:
-        rows.append((planned.name, planned.config['handler'], planned.config['schedule'],
-                     next_runs(planned.schedule, now)))
+        rows.append((planned.name, planned.config.handler, planned.config.schedule,
+                     next_runs(planned.schedule)))
     print_table(rows)
     for engine in config.engines.values():
         check_engine(engine)
