@@ -13,7 +13,7 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
@@ -1500,6 +1500,20 @@ def refuse_deadly(method: str, params: list) -> None:
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
+class Transport:
+    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
+
+    def __init__(self, carry: Callable[[bytes], Any]):
+        self.carry = carry
+
+    def request(self, host, handler, body, verbose=False):
+        """Return what a call answers, alone in a tuple; host and handler are placeholders."""
+        return (self.carry(body),)
+
+    def close(self):
+        """Do nothing: there is a connection for each call."""
+
+
 # --- Engine ----------------------------------------------------------------------------------
 # A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
 # doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
@@ -1611,7 +1625,6 @@ class Engine:
         self.limit = limit
         self.aliases = aliases or {}
         self.log = logging.getLogger('torque.engine')
-
         # What is worth a line of the log only once
         self.said: set[str] = set()
 
@@ -1621,15 +1634,15 @@ class Engine:
         engine = self
 
         class Proxy(xmlrpc.client.ServerProxy):
-            # What every call of a ServerProxy goes through is its private __request. Its own
-            # transport, which knows HTTP alone, has nothing to do.
+            # What every call of a ServerProxy goes through is its private __request.
             def _ServerProxy__request(self, method, params):
+                request = super()._ServerProxy__request     # type: ignore[misc]
                 engine.reach()
                 with engine.exchange([(method, *params)]):
-                    body = xmlrpc.client.dumps(tuple(sendable(params)), method)
-                    return engine.carry(body.encode('utf-8', 'xmlcharrefreplace'))
+                    return request(method, tuple(sendable(params)))
 
-        return Proxy('http://rtorrent/RPC2')
+        transport: Any = Transport(self.carry)
+        return Proxy('http://rtorrent/RPC2', transport)
 
     def ask(self, calls: Iterable[tuple]) -> list:
         """Return the answers to many questions, (method, *params) each, in one round trip.
