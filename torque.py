@@ -3109,8 +3109,8 @@ def read_metafile(path: str) -> Metafile:
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
 NOTED = 'hash name session engine state is_open is_active'.split()      # and its data
-TEXTS = ('hash', 'name', 'base_path', 'directory', 'directory_base', 'bitfield', 'path',
-         'frozen_path')                 # of what is asked; the rest are numbers
+TEXTS = dict.fromkeys('hash name base_path directory directory_base bitfield path '
+                      'frozen_path'.split(), str)       # of what is asked; the rest are numbers
 
 
 class ItemFile(NamedTuple):
@@ -3160,6 +3160,12 @@ class Item(NamedTuple):
             return '?' * count
         return bin(int('1' + self.bitfield, 16))[3:]
 
+    def paths(self, root: str, names: list[str]) -> list[str]:
+        """Return where its files lie, by name below a root; the root is an only file itself."""
+        if self.is_multi_file:
+            return [f'{root}/{name}' for name in names]
+        return [root]
+
     def tell(self, *commands: tuple) -> None:
         """Have rTorrent do commands, without the hash in them, with the item."""
         without_errors(self.engine.tell(
@@ -3180,8 +3186,7 @@ class OwnFile(NamedTuple):
 
     def is_same(self, status: os.stat_result) -> bool:
         """Tell whether a file is this one, and has not changed."""
-        now = status.st_ino, status.st_size, status.st_mtime_ns
-        return now == (self.inode, self.size, self.changed)
+        return OwnFile.at(self.path, status)._replace(device=self.device) == self
 
 
 class OwnData(NamedTuple):
@@ -3193,12 +3198,7 @@ class OwnData(NamedTuple):
 
 def is_row(row: Any, fields: Iterable[str]) -> bool:
     """Tell whether an answer has a text or a number for each field, as it should be."""
-    kinds = []
-    for name in fields:
-        kind: type = int
-        if name in TEXTS:
-            kind = str
-        kinds.append(kind)
+    kinds = [TEXTS.get(name, int) for name in fields]
     return isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
 
 
@@ -3245,11 +3245,11 @@ def start_again(item: Item) -> None:
         # In one request, for a crash between them would leave it stopped. d.start alone does
         # nothing where d.state is 1 already.
         item.tell(('d.open',), ('d.stop',), ('d.start',))
-    if item.state and item.is_open and not item.is_active:
-        item.tell(('d.pause',))
-    if not item.state and item.is_open:
+        if item.is_open and not item.is_active:
+            item.tell(('d.pause',))
+    elif item.is_open:
         item.tell(('d.open',))
-    if not item.state and not item.is_open:
+    else:
         item.tell(('d.close',))
 
 
@@ -3301,19 +3301,19 @@ def erase(item: Item) -> None:
     without_errors([erased])
 
 
-def plain_parts(names: Iterable[str]) -> list[str]:
-    r"""Return what of names comes through every rTorrent as it is.
+def plain_part(name: str) -> str:
+    r"""Return what of a name comes through every rTorrent as it is.
 
-    >>> plain_parts(['caf\xe9 1.bin']) == plain_parts(['caf? 1.bin'])
+    >>> plain_part('caf\xe9 1.bin') == plain_part('caf? 1.bin')
     True
     """
-    return [NOT_PLAIN.sub('', name) for name in names]
+    return NOT_PLAIN.sub('', name)
 
 
 def stands_for(shown: str, name: str) -> bool:
     """Tell whether what rTorrent shows may be a name."""
     if DOUBTFUL.search(shown):
-        return plain_parts([shown]) == plain_parts([name])
+        return plain_part(shown) == plain_part(name)
     return shown == name
 
 
@@ -3339,15 +3339,13 @@ def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
 
 def true_paths(item: Item) -> tuple[str, list[str]]:
     """Return where the data of an open item is, and the names of its files in there."""
-    for file in item.files:
-        expected = item.base_path
-        if item.is_multi_file:
-            expected += '/' + file.path
+    shown = [file.path for file in item.files]
+    for file, expected in zip(item.files, item.paths(item.base_path, shown)):
         # Padding (BEP 47) is on no disk, and has no path.
         if not item.base_path or file.frozen_path not in ('', expected):
             raise LoggableError(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
                                 f'lies at {quoted(item.base_path)}')
-    root, shown = item.absolute(item.base_path), [file.path for file in item.files]
+    root = item.absolute(item.base_path)
     if not any(map(DOUBTFUL.search, [root, *shown])):
         return root, shown
     name, names = names_of_metafile(f'{item.session}/{item.hash}.torrent', item.hash)
@@ -3412,9 +3410,8 @@ def own_data(item: Item) -> OwnData:
         raise LoggableError('rTorrent cannot open it')
     require_same_files(item.engine)
     root, names = true_paths(item)
-    paths, folders = [root], []
+    paths, folders = item.paths(root, names), []
     if item.is_multi_file:
-        paths = [f'{root}/{name}' for name in names]
         folders = folders_up_to(root, paths)
     for folder in folders:
         if os.path.islink(folder) or os.path.basename(folder) == '..':
@@ -3427,7 +3424,7 @@ def own_data(item: Item) -> OwnData:
     # Other downloads may come to lie in a folder that is not named after this one.
     if folders and not stands_for(item.name, os.path.basename(root)):
         folders.remove(root)
-    return OwnData(root, [file for file in own if file], folders)
+    return OwnData(root, [*filter(None, own)], folders)
 
 
 def freed_by(data: OwnData) -> int:
@@ -3460,7 +3457,7 @@ class Users:
         self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
         self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
         self.places: dict[tuple, str] = {}                  # folder and name -> path
-        self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> names
+        self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> paths
         self.add_engine(engines[0], hashes)
         for engine in engines[1:]:
             try:
@@ -3505,26 +3502,23 @@ class Users:
         """Return the paths on the disk that one may mean which came through badly."""
         if not DOUBTFUL.search(path):
             return [path]
-        paths = ['/']
-        for part in path.split('/'):
-            found = []
-            for folder in paths:
-                names = [part]
-                if DOUBTFUL.search(part):
-                    names = self.like(folder, part)
-                found += [os.path.join(folder, name) for name in names]
-            paths = found
+        above, name = os.path.split(path)
+        paths = []
+        for folder in self.meanings(above):
+            if DOUBTFUL.search(name):
+                paths += self.named_like(folder).get(plain_part(name), [])
+            else:
+                paths.append(os.path.join(folder, name))
         return paths
 
-    def like(self, folder: str, name: str) -> list[str]:
-        """Return the names in a folder that one may mean."""
+    def named_like(self, folder: str) -> dict[str, list[str]]:
+        """Return the paths in a folder by the plain part of their names."""
         if folder not in self.names:
-            self.names[folder] = {}
+            names = self.names[folder] = collections.defaultdict(list)
             if identity(folder):
-                there = os.listdir(folder)
-                for plain, other in zip(plain_parts(there), there):
-                    self.names[folder].setdefault(plain, []).append(other)
-        return self.names[folder].get(plain_parts([name])[0], [])
+                for name in os.listdir(folder):
+                    names[plain_part(name)].append(os.path.join(folder, name))
+        return self.names[folder]
 
     def add(self, owner: tuple[str, str], path: str) -> None:
         """Add a file, or a folder with all that is below it, links followed."""
@@ -3574,9 +3568,8 @@ class Users:
             base = item.base_path
         elif not item.is_multi_file:
             base = os.path.join(item.directory, item.name)
-        known = {identity(item.absolute(base))}
-        if item.is_multi_file:
-            known = {identity(item.absolute(f'{base}/{file.path}')) for file in item.files}
+        paths = item.paths(base, [file.path for file in item.files])
+        known = {identity(item.absolute(path)) for path in paths}
         return bool(item.completed_bytes) and all(
             (file.device, file.inode) in known for file in data.files)
 
@@ -3588,44 +3581,42 @@ def moved(data: OwnData, root: str) -> OwnData:
     return OwnData(root, files, [root + folder[start:] for folder in data.folders])
 
 
-def data_now(data: OwnData) -> OwnData:
-    """Return those files of data that are there, as they are now."""
+def files_now(data: OwnData) -> list[OwnFile] | None:
+    """Return the files of data, whatever has been written to them; None if they are not all there.
+
+    None, too, where another file has taken the place of one.
+    """
     files = []
     for file in data.files:
         with contextlib.suppress(OSError):
             files.append(OwnFile.at(file.path, os.lstat(file.path)))
-    return data._replace(files=files)
-
-
-def same_inodes(data: OwnData, other: OwnData) -> bool:
-    """Tell whether two hold the same files, whatever has been written to them."""
-    return [file.inode for file in data.files] == [file.inode for file in other.files]
+    if [file.inode for file in files] != [file.inode for file in data.files]:
+        return None
+    return files
 
 
 def copy_data(data: OwnData, root: str) -> OwnData:
     """Return a whole copy of data at a new root, of hard links where that is possible."""
     import shutil
-    folders = {}                        # of the copy -> its original
+    copies = []
     for file in data.files:
         copy = root + file.path[len(data.root):]
-        folder, original = os.path.dirname(copy), os.path.dirname(file.path)
-        os.makedirs(folder, exist_ok=True)
-        while len(original) >= len(data.root):
-            folders[folder] = original
-            folder, original = os.path.dirname(folder), os.path.dirname(original)
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
         try:
             os.link(file.path, copy)
         except OSError:                 # another file system, or one without hard links
             copy_file(file.path, copy)
         if not file.is_same(os.lstat(file.path)):
             raise LoggableError(f'{quoted(file.path)} changed while it was copied')
-    for folder, original in folders.items():
+        copies.append(OwnFile.at(copy, os.lstat(copy)))
+    for folder, _, _ in os.walk(root, topdown=False):
+        original = data.root + folder[len(root):]
         give_owner(folder, os.stat(original))
         with contextlib.suppress(OSError):
             shutil.copystat(original, folder)
         sync(folder)
     sync(os.path.dirname(root))
-    return data_now(moved(data, root))
+    return OwnData(root, copies, data.folders)
 
 
 def require_room(data: OwnData, folder: str) -> None:
@@ -3647,7 +3638,7 @@ def delete_data(data: OwnData) -> None:
     """
     above, refused, log = os.path.dirname(data.root), '', logging.getLogger('torque.data')
     there = identity(above)
-    gone = not data_now(data).files and data.files
+    gone = data.files and not any(os.path.lexists(file.path) for file in data.files)
     if there is None or gone and there[0] != data.files[0].device:
         raise LoggableError(f'the disk of {quoted(data.root)} is not mounted')
     for file in data.files:
@@ -3679,8 +3670,8 @@ class Removal:
     It is on the disk before anything changes, and goes last.
     """
 
-    def __init__(self, path: str, facts: dict[str, Any]):
-        self.path, self.facts = path, facts
+    def __init__(self, path: str, engine: Engine, facts: dict[str, Any]):
+        self.path, self.engine, self.facts = path, engine, facts
         self.data = self.noted('files', facts['root'])
 
     def __str__(self) -> str:
@@ -3698,10 +3689,10 @@ class Removal:
         path = os.path.join(folder, NOTE + item.hash)
         if os.path.lexists(path):
             raise LoggableError(f'a removal was cut short; {path} tells of it')
-        facts.update(data._asdict(), name=item.name, hash=item.hash, session=item.session,
-                     engine=item.engine.address.where, state=item.state, is_open=item.is_open,
-                     is_active=item.is_active)
-        removal = cls(path, facts)
+        for name in NOTED:
+            facts[name] = getattr(item, name)
+        facts.update(data._asdict(), engine=item.engine.address.where)
+        removal = cls(path, item.engine, facts)
         removal.mark()
         return removal
 
@@ -3710,10 +3701,18 @@ class Removal:
         self.facts.update(facts)
         replace_file(self.path, json.dumps(self.facts))
 
-    def item(self, engine: Engine) -> Item:
+    def copies(self) -> OwnData:
+        """Return the data of a Move at the new place; without files before they are there."""
+        return self.noted('copies', self.facts['new'])
+
+    def has_item(self) -> bool | None:
+        """Tell whether rTorrent has its item; None where its session is another."""
+        return has_item(self.engine, self.facts['hash'], self.facts['session'])
+
+    def item(self) -> Item:
         """Return its item as it is now, but with the state that it had."""
         state = {name: self.facts[name] for name in ('state', 'is_open', 'is_active')}
-        return ask_item(engine, self.facts['hash'])._replace(**state)
+        return ask_item(self.engine, self.facts['hash'])._replace(**state)
 
     def drop(self) -> None:
         """Remove the note: all is done, or nothing is to be done."""
@@ -3721,12 +3720,12 @@ class Removal:
             os.remove(self.path)
 
 
-def read_removal(path: str) -> Removal:
+def read_removal(path: str, engine: Engine) -> Removal:
     """Return a note that was left; raises ValueError and the like where it is none."""
     with open(path, encoding='utf-8', opener=open_own) as stream:
         if os.fstat(stream.fileno()).st_uid != os.geteuid():
             raise ValueError('it belongs to another user')
-        removal = Removal(path, json.load(stream))
+        removal = Removal(path, engine, json.load(stream))
     missing = {*NOTED} - {*removal.facts}
     if missing:
         raise ValueError(f"it lacks {' '.join(sorted(missing))}")
@@ -3746,7 +3745,7 @@ def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
             os.remove(path)
             continue
         try:
-            removal = read_removal(path)
+            removal = read_removal(path, engine)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logging.getLogger('torque.data').warning('%s is no note of a removal: %s', path,
                                                      error_text(error))
@@ -3755,20 +3754,19 @@ def left_removals(folder: str, engine: Engine) -> Iterator[Removal]:
             yield removal
 
 
-def why_keep(removal: Removal, engine: Engine, engines: list[Engine]) -> str:
+def why_keep(removal: Removal, engines: list[Engine]) -> str:
     """Return why the data of a note that was left is kept, '' where it is to go.
 
     It goes where its item was erased for sure, and nobody uses the data by now.
     """
-    facts = removal.facts
-    there = has_item(engine, facts['hash'], facts['session'])
+    facts, there = removal.facts, removal.has_item()
     if there is None:
         return 'that was another rTorrent'
     if there:
         return 'its item is there'
     if 'asked' not in facts:
         return 'it had not begun'
-    if 'erased' not in facts and engine.ask([('view.size', '', 'default')]) == [0]:
+    if 'erased' not in facts and removal.engine.ask([('view.size', '', 'default')]) == [0]:
         return 'rTorrent has no items at all'
     if not facts['shared']:
         for path in Users(engines).of(removal.data).values():
@@ -3800,9 +3798,18 @@ class PromisedSpace:
         self.disks[str(device)] = left, free, since
         return left
 
-    def add(self, device: int, free: int, freed: int) -> None:
-        """Expect a disk that has so many bytes free to have so many more soon."""
-        self.disks[str(device)] = self.owed(device, free) + freed, free, int(time.time())
+    def free(self, path: str) -> int | None:
+        """Return the free bytes of the disk of a path, with those owed; None: not known."""
+        device, free = disk_of(path)
+        if device is None or free is None:
+            return None
+        return free + self.owed(device, free)
+
+    def add(self, path: str, freed: int) -> None:
+        """Expect the disk of a path to have so many more bytes free soon."""
+        device, free = disk_of(path)
+        if device is not None and free is not None:
+            self.disks[str(device)] = self.owed(device, free) + freed, free, int(time.time())
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
@@ -3912,18 +3919,16 @@ def compares(op: ast.cmpop, one, other) -> bool:
 def apply_filter(node, values: Mapping):
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
     operands: list = []
-    call, name = node, ''
+    call = node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         operands, call = [node.left], node.right
     if isinstance(call, ast.Call) and not call.keywords:
         operands += call.args
         call = call.func
-    if isinstance(call, ast.Name):
-        name = call.id
-    elif isinstance(call, ast.Attribute):
-        name = call.attr
     if isinstance(node, ast.Call) and isinstance(call, ast.Attribute):
         operands.insert(0, call.value)
+    # of an ast.Name, or of an ast.Attribute
+    name = getattr(call, 'id', getattr(call, 'attr', ''))
     if not operands or name not in FILTERS:
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
@@ -3969,28 +3974,22 @@ def evaluate(node, values: Mapping):
 
 
 def true_branch(values: Mapping, branches: list) -> list:
-    """Return the nodes of the first branch whose condition holds."""
-    for test, nodes in branches:
-        if evaluate(test, values):
-            return nodes
-    return []
-
-
-def nth_branch(number: int, branches: list) -> list:
-    """Return the nodes of the branch of a number, none where there is no such branch."""
-    for _, nodes in branches[number:]:
-        return nodes
+    """Return the first branch whose condition holds, in a list."""
+    for branch in branches:
+        if evaluate(branch[0], values):
+            return [branch]
     return []
 
 
 def flat(nodes: list, choose: Callable[[list], list]) -> str:
-    """Return the text of nodes, and of those of the branches that are chosen."""
+    """Return the text of nodes, and of those of the branches that are chosen, one at most."""
     text = ''
     for node in nodes:
-        if isinstance(node, list):
-            text += flat(choose(node), choose)
-        else:
+        if isinstance(node, str):
             text += node
+            continue
+        for _, chosen in choose(node):
+            text += flat(chosen, choose)
     return text
 
 
@@ -4018,7 +4017,8 @@ class Template:
             # Each branch is divided once, and the text without any: a mistake in a branch that is
             # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
-                self.divide(flat(self.nodes, functools.partial(nth_branch, number)))
+                nth = operator.itemgetter(slice(number, number + 1))
+                self.divide(flat(self.nodes, nth))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
@@ -4252,7 +4252,7 @@ class CommandTemplate(Template):
         divided, shown = self.divided(values)
         commands = []
         for name, words in divided:
-            arguments = [self.argument(word, word.translate(shown)) for word in words]
+            arguments = [self.argument(word, shown) for word in words]
             commands.append(name + ','.join(arguments))
         return commands
 
@@ -4261,16 +4261,16 @@ class CommandTemplate(Template):
         return ' ; '.join(self.commands(values))
 
     @staticmethod
-    def argument(word: str, text: str) -> str:
-        """Return an argument quoted as a whole.
+    def argument(word: str, shown: dict[int, str]) -> str:
+        """Return an argument with its values, quoted as a whole.
 
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
         on 0.9.8 and 0.16.17).
         """
-        plain = in_quotes(text)
-        if MARK in word and text.startswith('$'):
-            return f'(cat,{{{plain}}})'
-        return plain
+        text = in_quotes(word.translate(shown))
+        if MARK in word and text.startswith('"$'):
+            return f'(cat,{{{text}}})'
+        return text
 
 
 class ArgsTemplate(Template):
@@ -4436,11 +4436,7 @@ class Job:
         return answer
 
 
-def count_text(number: int | None) -> str:
-    """Return a number, or `?` where it is not known."""
-    if number is None:
-        return '?'
-    return str(number)
+
 
 
 def rate_text(way: str, rate: int | None, limit: int | None) -> str:
@@ -4470,7 +4466,7 @@ class EngineStats(Job):
             name += f' up {show_duration(stats.uptime)}'
         self.LOG.info(
             '%s; %s torrents, %s active; %s, %s; rpc %.1f ms', name,
-            count_text(stats.views['main']), count_text(stats.views['active']),
+            value_or(stats.views['main'], '?'), value_or(stats.views['active'], '?'),
             rate_text('up', stats.up_rate, stats.up_limit),
             rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
 
@@ -4796,12 +4792,19 @@ def reading(option: str) -> Iterator[None]:
         raise
 
 
+def sort_key(name: str, torrent: Torrent) -> tuple:
+    """Return what a torrent is sorted by: what is not known comes first, then numbers."""
+    value = torrent[name]
+    if value is None:
+        return ()
+    return isinstance(value, str), value
+
+
 def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torrent]:
-    """Return torrents sorted by the keys; what is not known comes first."""
+    """Return torrents sorted by the keys."""
     for name, backwards in reversed(keys):
-        torrents = sorted(torrents, key=lambda torrent: (  # noqa: B023
-            torrent[name] is not None, isinstance(torrent[name], str),
-            0 if torrent[name] is None else torrent[name]), reverse=backwards)
+        key = functools.partial(sort_key, name)
+        torrents = sorted(torrents, key=key, reverse=backwards)
     return torrents
 
 
@@ -5051,73 +5054,26 @@ class QueueManager(Choice):
         return True
 
 
-def start_commands(item: Torrent, args: str) -> list[tuple]:
-    """Start, unless it is active."""
-    if item.is_active:
-        return []
-    return [('d.start',)]
+# Action -> when there is something to do, and the commands for that, without the hash
+PLAIN_ACTIONS: dict[str, tuple] = {
+    'start': ('is_active=no', ('d.start',)),
+    # also what is to be started when there is a place
+    'stop': ('is_active=yes OR d_state=1', ('d.stop',)),
+    'close': ('is_open=yes OR d_state=1', ('d.stop',), ('d.close',)),
+    'open': ('is_open=no', ('d.open',)),
+    'hash_check': ('*', ('d.check_hash',)),
+    # by rTorrent's own ratio groups and the like
+    'ignore': ('is_ignored=no', ('d.ignore_commands.set', 1)),
+    'heed': ('is_ignored=yes', ('d.ignore_commands.set', 0)),
+    'delete': ('*', ('d.stop',), ('d.close',), ('d.erase',))}
 
 
-def stop_commands(item: Torrent, args: str) -> list[tuple]:
-    """Stop, also what is to be started when there is a place."""
-    if item.is_active or item.d_state:
-        return [('d.stop',)]
-    return []
-
-
-def close_commands(item: Torrent, args: str) -> list[tuple]:
-    """Stop and close."""
-    if item.is_open or item.d_state:
-        return [('d.stop',), ('d.close',)]
-    return []
-
-
-def open_commands(item: Torrent, args: str) -> list[tuple]:
-    """Open, without starting."""
-    if item.is_open:
-        return []
-    return [('d.open',)]
-
-
-def check_commands(item: Torrent, args: str) -> list[tuple]:
-    """Check the data."""
-    return [('d.check_hash',)]
-
-
-def ignore_commands(item: Torrent, args: str) -> list[tuple]:
-    """Have it ignored by rTorrent's own ratio groups and the like."""
-    if item.is_ignored:
-        return []
-    return [('d.ignore_commands.set', 1)]
-
-
-def heed_commands(item: Torrent, args: str) -> list[tuple]:
-    """Undo ignore."""
-    if not item.is_ignored:
-        return []
-    return [('d.ignore_commands.set', 0)]
-
-
-def delete_commands(item: Torrent, args: str) -> list[tuple]:
-    """Take it out of rTorrent; the data stays."""
-    return [('d.stop',), ('d.close',), ('d.erase',)]
-
-
-def tags_command(item: Torrent, tags: set[str]) -> list[tuple]:
-    """Give it these tags, unless it has them."""
+def tag_commands(change: Callable, item: Torrent, args: str) -> list[tuple]:
+    """Add tags, or take them away."""
+    tags = change({*item.tagged}, args.lower().replace(',', ' ').split())
     if tags == {*item.tagged}:
         return []
     return [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
-
-
-def tag_commands(item: Torrent, args: str) -> list[tuple]:
-    """Add tags."""
-    return tags_command(item, {*item.tagged, *args.lower().replace(',', ' ').split()})
-
-
-def untag_commands(item: Torrent, args: str) -> list[tuple]:
-    """Take tags away."""
-    return tags_command(item, {*item.tagged}.difference(args.lower().replace(',', ' ').split()))
 
 
 def custom_commands(item: Torrent, args: str) -> list[tuple]:
@@ -5145,27 +5101,50 @@ def throttle_commands(item: Torrent, args: str) -> list[tuple]:
     return [change]
 
 
-# Action -> fields that it needs, and the commands for an item, without its hash, that it comes to;
-# none where there is nothing to do. What has no such function is a method of Action.
+def no_commands(item: Torrent, args: str) -> list[tuple]:
+    """Do nothing with it."""
+    return []
+
+
+# Action -> fields that it needs, and what gives the commands for an item and args; cull and exec
+# are methods of Action.
+OTHER_ACTIONS: dict[str, tuple[str, Any]] = {
+    'cull': ('is_open path d_completed_bytes', None),
+    'tag': ('tagged', functools.partial(tag_commands, set.union)),
+    'untag': ('tagged', functools.partial(tag_commands, set.difference)),
+    'custom': ('', custom_commands),
+    'prio': ('prio', prio_commands),
+    'throttle': ('throttle is_active', throttle_commands),
+    'exec': ('', None),
+    'log': ('', no_commands)}
+ACTIONS = (*PLAIN_ACTIONS, *OTHER_ACTIONS)
+WITH_ARGS = ACTIONS[ACTIONS.index('tag'):]      # log may have some
+BAD_ARGS = (                            # action, what args must not have, and why
+    ('prio', re.compile(r'\A(?![0-3]\Z)'), ' is no priority; allowed are 0 1 2 3'),
+    ('custom', re.compile(r'\A(?![\w.-]+=)'), ' is not KEY=VALUE'),
+    ('custom', re.compile(r'\A(label|custom_?[1-5])='),
+     ': the label is called 1, the others 2 to 5; write 1=VALUE'),
+    ('tag untag', re.compile(r'(^|[\s,])[+-]'),
+     ': tags have no sign; the actions are tag and untag'))
 CLOSED = '; it is closed: which files are its own is known once it has been opened for that'
-ACTION_COMMANDS: dict[str, tuple[str, Callable | None]] = {
-    'start': ('is_active', start_commands), 'stop': ('is_active d_state', stop_commands),
-    'close': ('is_open d_state', close_commands), 'open': ('is_open', open_commands),
-    'hash_check': ('', check_commands), 'ignore': ('is_ignored', ignore_commands),
-    'heed': ('is_ignored', heed_commands), 'delete': ('is_hashing', delete_commands),
-    'cull': ('is_hashing is_open path d_completed_bytes', None), 'tag': ('tagged', tag_commands),
-    'untag': ('tagged', untag_commands), 'custom': ('', custom_commands),
-    'prio': ('prio', prio_commands), 'throttle': ('throttle is_active', throttle_commands),
-    'exec': ('', None), 'log': ('', None)}
-WITH_ARGS = ('tag', 'untag', 'custom', 'prio', 'throttle', 'exec', 'log')       # log may have some
+
+
+def check_args(action: str, args: str) -> None:
+    """Raise UserError for args that an action does not take."""
+    if not args and action in WITH_ARGS[:-1]:
+        raise UserError(f'is not set; the action {action} needs it')
+    if args and action not in WITH_ARGS:
+        raise UserError(f'the action {action} takes none')
+    for actions, wrong, why in BAD_ARGS:
+        if action in actions.split() and wrong.search(TAG.sub('{', args)):
+            raise UserError(f'{args!r}{why}')
 
 
 class Action(Choice):
     """Do something with every torrent that meets a condition; deleting has guards."""
     options = (
         *Choice.options,
-        Option('action', functools.partial(parse_word, ACTION_COMMANDS), '',
-               ' '.join(ACTION_COMMANDS)),
+        Option('action', functools.partial(parse_word, ACTIONS), '', ' '.join(ACTIONS)),
         Option('args', str, '', 'template for tag untag throttle log, KEY=VALUE for custom, 0 to '
                                 '3 for prio, commands of rTorrent for exec'),
         Option('limit', parse_count, '', 'most torrents in a run; left out, all, or 10 to delete'),
@@ -5182,25 +5161,19 @@ class Action(Choice):
         if config.until_free and action != 'cull':
             raise UserError('is for the action cull: nothing else frees anything',
                             option='until_free')
-        for wrong, why in (
-                (not args and action in WITH_ARGS[:-1],
-                 f'is not set; the action {action} needs it'),
-                (args and action not in WITH_ARGS, f'the action {action} takes none'),
-                (action == 'prio' and args not in ('0', '1', '2', '3'),
-                 f'{args!r} is no priority; allowed are 0 1 2 3'),
-                (action == 'custom' and not re.match(r'[\w.-]+=', args),
-                 f'{args!r} is not KEY=VALUE'),
-                (action == 'custom' and re.match(r'(label|custom_?[1-5])=', args),
-                 f'{args!r}: the label is called 1, the others 2 to 5; write 1=VALUE'),
-                (action in ('tag', 'untag') and re.search(r'(^|[\s,])[+-]', TAG.sub('x', args)),
-                 f'{args!r}: tags have no sign; the actions are tag and untag')):
-            if wrong:
-                raise UserError(why, option='args')
+        with reading('args'):
+            check_args(action, args)
         if (action, args) == ('throttle', 'none'):
             args = ''
         self.deletes = action in ('delete', 'cull')
         self.removes = action == 'cull'
-        self.fields = tuple(ACTION_COMMANDS[action][0].split())
+        if action in PLAIN_ACTIONS:
+            self.needed = Filter(PLAIN_ACTIONS[action][0])
+            self.fields = self.needed.fields
+        else:
+            self.fields = tuple(OTHER_ACTIONS[action][0].split())
+        if self.deletes:
+            self.fields += ('is_hashing',)
         make = Template
         if action == 'exec':
             make = CommandTemplate
@@ -5256,19 +5229,25 @@ class Action(Choice):
                 ready.append(torrent)
         return ready
 
+    def commands(self, torrent: Torrent, args: str) -> list[tuple]:
+        """Return the commands, without the hash, that the action comes to; none: nothing to do."""
+        action = self.config.action
+        if action == 'exec':
+            return [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
+        if action in OTHER_ACTIONS:
+            return OTHER_ACTIONS[action][1](torrent, args)
+        if not self.needed.match(torrent, time.time()):
+            return []
+        return [*PLAIN_ACTIONS[action][1:]]
+
     def perform(self, torrent: Torrent) -> bool:
         """Do the action on one torrent; tell whether there was anything to do."""
-        action, commands = self.config.action, ACTION_COMMANDS[self.config.action][1]
+        action = self.config.action
         if action == 'cull':
             return self.cull(torrent)
         shown = self.template.render(torrent)
-        calls = []
-        if commands:
-            calls = [(method, torrent.hash, *rest)
-                     for method, *rest in commands(torrent, shown)]
-        elif action == 'exec':
-            calls = [('branch', torrent.hash, 'd.hash=', text)
-                     for text in self.template.commands(torrent)]
+        calls = [(method, torrent.hash, *rest)
+                 for method, *rest in self.commands(torrent, shown)]
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
@@ -5292,7 +5271,7 @@ class Action(Choice):
             return False
         if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
-            self.promise(torrent.path, torrent.d_completed_bytes)
+            self.promised.add(torrent.path, torrent.d_completed_bytes)
             return True
         with opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
@@ -5312,7 +5291,7 @@ class Action(Choice):
                 self.erase_with_data(item, data, freed)
             else:
                 self.gone.append(item.hash)
-                self.promise(data.root, freed)
+                self.promised.add(data.root, freed)
         return True
 
     def without_users(self, item: Item, data: OwnData) -> tuple[OwnData, str]:
@@ -5335,15 +5314,15 @@ class Action(Choice):
 
     def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
         """Write down what is going to be removed, erase the item, and delete the data."""
-        device, free = disk_of(data.root)
         shared = self.config.shared == 'delete'
         removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
         try:
             item.tell(('d.stop',), ('d.close',))        # from now on it does not change
-            data = data_now(data)
-            if not same_inodes(data, removal.data):
+            files = files_now(data)
+            if files is None:
                 raise LoggableError(f'{quoted(data.root)} was changed just now')
-            removal.mark(asked=True, files=data.files)
+            data = data._replace(files=files)
+            removal.mark(asked=True, files=files)
             erase(item)
         except Unreachable:             # the note stays, and the next run asks again
             raise
@@ -5351,6 +5330,7 @@ class Action(Choice):
             removal.drop()
             start_again(item)
             raise
+        self.promised.add(data.root, freed)
         try:
             removal.mark(erased=True)
             delete_data(data)
@@ -5358,8 +5338,6 @@ class Action(Choice):
         except LoggableError as error:          # the item is gone, and counts
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
-        if device is not None and free is not None:
-            self.promised.add(device, free, freed)
         self.is_enough(data.root)               # what has appeared already is owed no more
 
     def finish_removals(self) -> None:
@@ -5368,14 +5346,13 @@ class Action(Choice):
             if 'new' in removal.facts:          # it is of a Move
                 continue
             root = quoted(removal.data.root)
-            why = why_keep(removal, self.engine, self.engines())
+            why = why_keep(removal, self.engines())
             if why:
                 self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
                                  removal, root, why)
                 # One that is there after it was erased is what the user has loaded since.
-                if 'erased' not in removal.facts and has_item(
-                        self.engine, removal.facts['hash'], removal.facts['session']):
-                    start_again(removal.item(self.engine))
+                if 'erased' not in removal.facts and removal.has_item():
+                    start_again(removal.item())
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
@@ -5390,16 +5367,9 @@ class Action(Choice):
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
         if not self.config.until_free:
             return False
-        device, free = disk_of(path)
-        if device is None or free is None:
-            return True                 # what deleting would bring is not known
-        return free + self.promised.owed(device, free) >= self.config.until_free
-
-    def promise(self, path: str, freed: int) -> None:
-        """Count what deleting data at a path would free, in a dry run."""
-        device, free = disk_of(path)
-        if device is not None and free is not None:
-            self.promised.add(device, free, freed)
+        free = self.promised.free(path)
+        # Where that is not known, what deleting would bring is not known either.
+        return free is None or free >= self.config.until_free
 
 
 OUTPUT_KEPT = 50000                     # bytes of what a program says
@@ -5696,7 +5666,7 @@ class Move(Choice):
                                     'at the old place')
             save_session(now)
         except BaseException:
-            if same_inodes(data_now(data), data):
+            if files_now(data):
                 self.undo(item, removal)
             raise
         self.finish(item, removal)
@@ -5721,6 +5691,17 @@ class Move(Choice):
         folder, last = os.path.split(place)
         return folder == os.path.dirname(root) and stands_for(last, os.path.basename(root))
 
+    @staticmethod
+    @contextlib.contextmanager
+    def ending(item: Item, removal: Removal) -> Iterator[None]:
+        """Let an item go on after what is done in here; the note goes if that went well."""
+        try:
+            yield
+            discard(removal.facts['copy'])
+        finally:
+            start_again(item)
+        removal.drop()
+
     def undo(self, item: Item, removal: Removal) -> None:
         """Have an item use its old place again, and remove what was made at the new one.
 
@@ -5728,70 +5709,59 @@ class Move(Choice):
         """
         self.pause(item.hash)
         self.tell_place(item, removal.data.root)
-        try:
+        with self.ending(item, removal):
             if 'copies' in removal.facts:
-                delete_data(removal.noted('copies', removal.facts['new']))
-            discard(removal.facts['copy'])
-        finally:
-            start_again(item)
-        removal.drop()
+                delete_data(removal.copies())
 
     def finish(self, item: Item, removal: Removal) -> None:
         """Remove the files of an item at its old place, which are at the new one, too."""
-        data, copies, why = removal.data, removal.noted('copies', removal.facts['new']), ''
-        try:
-            if not same_inodes(data_now(copies), copies):
-                why = f'{quoted(copies.root)} does not have all of it'
+        data, why = removal.data, ''
+        self.pause(item.hash)
+        with self.ending(item, removal):
+            if not files_now(removal.copies()):
+                why = f"{quoted(removal.facts['new'])} does not have all of it"
             for path in Users(self.engines(), [item.hash]).of(data).values():
                 why = f'another item uses {quoted(path)}'
             if why:
                 self.LOG.warning('%s stays, too: %s', quoted(data.root), why)
             else:
                 delete_data(data)
-            discard(removal.facts['copy'])
-        except BaseException:
-            self.pause(item.hash)
-            raise
-        finally:
-            start_again(item)
-        self.pauses.pop(item.hash, None)
-        removal.drop()
+        self.pauses.pop(item.hash)
 
     def take_up(self, removal: Removal) -> None:
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
-        facts, data = removal.facts, removal.data
-        there = has_item(self.engine, facts['hash'], facts['session'])
+        data, copies, there = removal.data, removal.copies(), removal.has_item()
+        root, target = quoted(data.root), quoted(copies.root)
         if not there:
-            why, places = 'rTorrent does not have it any more', quoted(data.root)
+            why = 'rTorrent does not have it any more'
             if there is None:
                 why = 'that was another rTorrent'
-            if os.path.lexists(facts['new']):
-                places += f" and {quoted(facts['new'])}"
+            if os.path.lexists(copies.root):
+                root += f' and {target}'
             self.LOG.warning('the data of %s stays at %s: its move was cut short, and %s',
-                             removal, places, why)
-            discard(facts['copy'])
+                             removal, root, why)
+            discard(removal.facts['copy'])
             removal.drop()
             return
         require_same_files(self.engine)
-        item, source = removal.item(self.engine), data_now(data)
-        copies = removal.noted('copies', facts['new'])
-        is_whole = copies.files != [] and same_inodes(data_now(copies), copies)
-        if is_whole and not self.is_at(item, facts['new']) and same_inodes(source, data):
+        item, source = removal.item(), files_now(data)
+        is_whole = bool(files_now(copies))
+        if is_whole and source and not self.is_at(item, copies.root):
             # It may have gone on at its old place: then the copies are old.
-            is_whole = source == data and all(
+            is_whole = source == data.files and all(
                 same_content(file.path, copy.path)
-                for file, copy in zip(data.files, copies.files))
+                for file, copy in zip(source, copies.files))
         if is_whole:
-            self.LOG.info('finishing the move of %s to %s', removal, quoted(facts['new']))
+            self.LOG.info('finishing the move of %s to %s', removal, target)
             self.settle(item, removal)
-        elif same_inodes(source, data):
+        elif source:
             self.LOG.info('the move of %s was cut short; it is started again at its old place',
                           removal)
             self.undo(item, removal)
             self.pauses.pop(item.hash, None)
         else:
-            raise LoggableError(f'neither {quoted(data.root)} nor '
-                                f'{quoted(facts["new"])} has all of it; {removal.path} tells more')
+            raise LoggableError(f'neither {root} nor {target} has all of it; {removal.path} '
+                                'tells more')
 
 
 class Inotify:
