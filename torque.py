@@ -3109,7 +3109,7 @@ def read_metafile(path: str) -> Metafile:
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
 NOTED = 'hash name session engine state is_open is_active'.split()      # and its data
-TEXTS = dict.fromkeys('hash name base_path directory directory_base bitfield path '
+TEXTS = dict.fromkeys('hash name base_path directory directory_base bitfield cwd session path '
                       'frozen_path'.split(), str)       # of what is asked; the rest are numbers
 
 
@@ -3126,7 +3126,7 @@ class ItemFile(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An item as rTorrent tells of it at one moment; each field up to `files` is a d. command."""
+    """An item as rTorrent tells of it at one moment; each field up to `cwd` is a d. command."""
     hash: str
     name: str
     is_open: int
@@ -3142,9 +3142,9 @@ class Item(NamedTuple):
     completed_bytes: int
     down_total: int
     timestamp_started: int
-    files: list[ItemFile]
     cwd: str                            # where relative paths start from
     session: str                        # folder of the session, absolute
+    files: list[ItemFile]
     engine: Engine
 
     def absolute(self, path: str) -> str:
@@ -3204,19 +3204,18 @@ def is_row(row: Any, fields: Iterable[str]) -> bool:
 
 def ask_item(engine: Engine, info_hash: str) -> Item:
     """Return an item as it is now; raises HashNotFound where there is none."""
-    fields = Item._fields[:Item._fields.index('files')]
+    *fields, _, _ = Item._fields
     calls: list[tuple] = [
-        ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields]
+        ('d.' + re.sub('^(timestamp|down)_', r'\1.', name), info_hash) for name in fields[:-2]]
     columns = [f'f.{name}=' for name in ItemFile._fields]
-    calls.append(('f.multicall', info_hash, '', *columns))
-    calls += [('system.cwd', ''), ('session.path', '')]
-    *facts, rows, cwd, session = without_errors(engine.ask(calls))
-    if not (is_row(facts, fields) and isinstance(rows, list) and isinstance(cwd, str)
-            and isinstance(session, str) and all(is_row(row, ItemFile._fields) for row in rows)):
+    calls += [('system.cwd', ''), ('session.path', ''), ('f.multicall', info_hash, '', *columns)]
+    *facts, rows = without_errors(engine.ask(calls))
+    if not (is_row(facts, fields) and isinstance(rows, list)
+            and all(is_row(row, ItemFile._fields) for row in rows)):
         raise RpcError(f'{engine.address.where}: what it tells of item {info_hash} is not '
                        'understood')
-    files = [ItemFile(*row) for row in rows]
-    return Item._make([*facts, files, cwd, os.path.join(cwd, session), engine])
+    item = Item._make([*facts, [ItemFile(*row) for row in rows], engine])
+    return item._replace(session=item.absolute(item.session))
 
 
 @contextlib.contextmanager
@@ -3789,27 +3788,22 @@ class PromisedSpace:
             for device, (promised, free, since) in json.load(stream).items():
                 self.disks[device] = int(promised), int(free), int(since)
 
-    def owed(self, device: int, free: int) -> int:
-        """Return what has not appeared yet, now that a disk has so many bytes free."""
-        promised, before, since = self.disks.get(str(device), (0, free, 0))
-        if not 0 <= time.time() - since < self.KEPT:
-            promised = 0
-        left = max(promised - max(free - before, 0), 0)
-        self.disks[str(device)] = left, free, since
-        return left
+    def update(self, path: str, freed: int = 0) -> int | None:
+        """Promise so many more bytes to the disk of a path, and look what has appeared there.
 
-    def free(self, path: str) -> int | None:
-        """Return the free bytes of the disk of a path, with those owed; None: not known."""
+        Returns its free bytes with those that are owed; None where they are not known.
+        """
         device, free = disk_of(path)
         if device is None or free is None:
             return None
-        return free + self.owed(device, free)
-
-    def add(self, path: str, freed: int) -> None:
-        """Expect the disk of a path to have so many more bytes free soon."""
-        device, free = disk_of(path)
-        if device is not None and free is not None:
-            self.disks[str(device)] = self.owed(device, free) + freed, free, int(time.time())
+        promised, before, since = self.disks.get(str(device), (0, free, 0))
+        if not 0 <= time.time() - since < self.KEPT:
+            promised = 0
+        owed = max(promised - max(free - before, 0), 0) + freed
+        if freed:
+            since = int(time.time())
+        self.disks[str(device)] = owed, free, since
+        return free + owed
 
     def save(self) -> None:
         """Keep this for later runs and processes."""
@@ -4653,20 +4647,22 @@ class InfluxDB(Job):
 
     def run(self) -> None:
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
-        lines, problems = self.measure(time.time())
+        lines, problems = self.measure()
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
             self.points += lines
-            problems = self.deliver() + problems
-            if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
-                self.cleanup()
+            try:
+                self.deliver()
+            finally:
+                if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
+                    self.cleanup()
         if problems:
             raise problems[0]
 
-    def measure(self, now: float) -> tuple[list[str], list[LoggableError]]:
+    def measure(self) -> tuple[list[str], list[LoggableError]]:
         """Return the points of this moment, and what kept others from being among them."""
-        config, host = self.config, socket.gethostname()
+        config, host, now = self.config, socket.gethostname(), time.time()
         rows: list[tuple] = []                  # series, tags, figures
         problems: list[LoggableError] = []
         if config.series:
@@ -4696,8 +4692,8 @@ class InfluxDB(Job):
         series = self.config.series
         return [(series, tags, figures), (series + '_views', tags, views)]
 
-    def deliver(self) -> list[LoggableError]:
-        """Send points, oldest first; return why some have to wait, or were refused for good."""
+    def deliver(self) -> None:
+        """Send points, oldest first; LoggableError says why some wait, or were refused for good."""
         problems = []
         try:
             if elapsed_time() < self.retry_at:
@@ -4709,9 +4705,8 @@ class InfluxDB(Job):
             lost = max(len(self.points) - self.buffer, 0)
             del self.points[:lost]
             problems.append(f'{error}; {len(self.points)} points are kept, {lost} older dropped')
-        if not problems:
-            return []
-        return [LoggableError(f"{self.config.url}: {', '.join(problems)}")]
+        if problems:
+            raise LoggableError(f"{self.config.url}: {', '.join(problems)}")
 
     def post(self, lines: list[str]) -> list[str]:
         """Write points, in parts where the server wants that; return what it refused for good.
@@ -5271,7 +5266,7 @@ class Action(Choice):
             return False
         if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
-            self.promised.add(torrent.path, torrent.d_completed_bytes)
+            self.promised.update(torrent.path, torrent.d_completed_bytes)
             return True
         with opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
@@ -5291,7 +5286,7 @@ class Action(Choice):
                 self.erase_with_data(item, data, freed)
             else:
                 self.gone.append(item.hash)
-                self.promised.add(data.root, freed)
+                self.promised.update(data.root, freed)
         return True
 
     def without_users(self, item: Item, data: OwnData) -> tuple[OwnData, str]:
@@ -5330,7 +5325,7 @@ class Action(Choice):
             removal.drop()
             start_again(item)
             raise
-        self.promised.add(data.root, freed)
+        self.promised.update(data.root, freed)
         try:
             removal.mark(erased=True)
             delete_data(data)
@@ -5338,7 +5333,7 @@ class Action(Choice):
         except LoggableError as error:          # the item is gone, and counts
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
-        self.is_enough(data.root)               # what has appeared already is owed no more
+        self.promised.update(data.root)         # what has appeared already is owed no more
 
     def finish_removals(self) -> None:
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5367,7 +5362,7 @@ class Action(Choice):
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
         if not self.config.until_free:
             return False
-        free = self.promised.free(path)
+        free = self.promised.update(path)
         # Where that is not known, what deleting would bring is not known either.
         return free is None or free >= self.config.until_free
 
