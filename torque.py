@@ -3147,7 +3147,7 @@ class Item(NamedTuple):
     files: list[ItemFile]
     engine: Engine
 
-    def absolute(self, path: str) -> str:
+    def absolute(self, path) -> str:
         """Return what a path of rTorrent is from anywhere."""
         return os.path.join(self.cwd, path)
 
@@ -3160,13 +3160,13 @@ class Item(NamedTuple):
             return '?' * count
         return bin(int('1' + self.bitfield, 16))[3:]
 
-    def paths(self, root: str, names: list[str]) -> list[str]:
+    def paths(self, root, names: list[str]) -> list[str]:
         """Return where its files lie, by name below a root; the root is an only file itself."""
         if self.is_multi_file:
             return [f'{root}/{name}' for name in names]
         return [root]
 
-    def tell(self, *commands: tuple) -> None:
+    def tell(self, *commands: tuple):
         """Have rTorrent do commands, without the hash in them, with the item."""
         without_errors(self.engine.tell(
             [(name, self.hash, *params) for name, *params in commands]))
@@ -3181,10 +3181,10 @@ class OwnFile(NamedTuple):
     changed: int                        # nanoseconds
 
     @classmethod
-    def at(cls, path: str, status: os.stat_result) -> OwnFile:
+    def at(cls, path, status: os.stat_result) -> OwnFile:
         return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
-    def is_same(self, status: os.stat_result) -> bool:
+    def is_same(self, status: os.stat_result):
         """Tell whether a file is this one, and has not changed."""
         return OwnFile.at(self.path, status)._replace(device=self.device) == self
 
@@ -3196,7 +3196,7 @@ class OwnData(NamedTuple):
     folders: list[str]                  # they go when they are empty; the deepest first
 
 
-def is_row(row: Any, fields: Iterable[str]) -> bool:
+def is_row(row, fields: Iterable[str]):
     """Tell whether an answer has a text or a number for each field, as it should be."""
     kinds = [TEXTS.get(name, int) for name in fields]
     return isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
@@ -3300,7 +3300,7 @@ def erase(item: Item) -> None:
     without_errors([erased])
 
 
-def plain_part(name: str) -> str:
+def plain_part(name) -> str:
     r"""Return what of a name comes through every rTorrent as it is.
 
     >>> plain_part('caf\xe9 1.bin') == plain_part('caf? 1.bin')
@@ -3316,7 +3316,7 @@ def stands_for(shown: str, name: str) -> bool:
     return shown == name
 
 
-def names_of_metafile(path: str, info_hash: str) -> tuple[str, list[str]]:
+def names_of_metafile(path, info_hash) -> tuple[str, list[str]]:
     """Return the true name of an item and the paths of its files, as its metafile has them.
 
     Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
@@ -3365,7 +3365,7 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     return os.path.join(folder, last), names
 
 
-def check_file(path: str, file: ItemFile, item: Item, pieces: str) -> OwnFile | None:
+def check_file(path, file: ItemFile, item: Item, pieces: str) -> OwnFile | None:
     """Return a file of an item, None where it is not there; LoggableError where in doubt."""
     try:
         status = os.lstat(path)
@@ -3392,7 +3392,7 @@ def check_file(path: str, file: ItemFile, item: Item, pieces: str) -> OwnFile | 
     return OwnFile.at(path, status)
 
 
-def folders_up_to(root: str, paths: Iterable[str]) -> list[str]:
+def folders_up_to(root, paths: Iterable[str]) -> list[str]:
     """Return the folders that files are in, up to `root`; the deepest first."""
     found = {root}
     for path in paths:
@@ -3464,7 +3464,7 @@ class Users:
             except RpcError as error:
                 raise LoggableError(f'what other items use is not known: {error}') from None
 
-    def add_engine(self, engine: Engine, hashes: Iterable[str]) -> None:
+    def add_engine(self, engine: Engine, hashes: Iterable[str]):
         """Add the items of an rTorrent, by directory and by base path: one may be old."""
         pid, where = rtorrent_process(engine), engine.address.where
         key = f'process {pid}'          # it may have several addresses
@@ -3497,7 +3497,7 @@ class Users:
                 raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
                                     f'{quoted(error.filename)}: {error.strerror}') from None
 
-    def meanings(self, path: str) -> list[str]:
+    def meanings(self, path) -> list[str]:
         """Return the paths on the disk that one may mean which came through badly."""
         if not DOUBTFUL.search(path):
             return [path]
@@ -3510,7 +3510,7 @@ class Users:
                 paths.append(os.path.join(folder, name))
         return paths
 
-    def named_like(self, folder: str) -> dict[str, list[str]]:
+    def named_like(self, folder) -> dict[str, list[str]]:
         """Return the paths in a folder by the plain part of their names."""
         if folder not in self.names:
             names = self.names[folder] = collections.defaultdict(list)
@@ -3519,7 +3519,7 @@ class Users:
                     names[plain_part(name)].append(os.path.join(folder, name))
         return self.names[folder]
 
-    def add(self, owner: tuple[str, str], path: str) -> None:
+    def add(self, owner: tuple[str, str], path):
         """Add a file, or a folder with all that is below it, links followed."""
         left, known = [path], set()
         while left:
@@ -3552,11 +3552,11 @@ class Users:
                     users[owner] = path
         return users
 
-    def is_another(self, key: str) -> bool:
+    def is_another(self, key):
         """Tell whether an rTorrent is for sure not that of the job, by another address."""
         return all(name.startswith('process ') for name in (key, next(iter(self.engines))))
 
-    def has_all(self, owner: tuple[str, str], data: OwnData) -> bool:
+    def has_all(self, owner: tuple[str, str], data: OwnData):
         """Tell whether an item has all files of data, too, by its own list and as its own."""
         key, info_hash = owner
         if why_unseen(self.engines[key]) or info_hash in self.hashes and not self.is_another(key):
@@ -3669,21 +3669,21 @@ class Removal:
     It is on the disk before anything changes, and goes last.
     """
 
-    def __init__(self, path: str, engine: Engine, facts: dict[str, Any]):
+    def __init__(self, path, engine: Engine, facts: dict[str, Any]):
         self.path, self.engine, self.facts = path, engine, facts
         self.data = self.noted('files', facts['root'])
 
     def __str__(self) -> str:
         return f"{quoted(self.facts['name'])} {self.facts['hash']}"
 
-    def noted(self, name: str, root: str) -> OwnData:
+    def noted(self, name, root) -> OwnData:
         """Return the data whose files are noted by a name; folders are those of the source."""
         source = OwnData(self.facts['root'], [], self.facts['folders'])
         return moved(source, root)._replace(
             files=[OwnFile(*file) for file in self.facts.get(name, ())])
 
     @classmethod
-    def begin(cls, folder: str, item: Item, data: OwnData, **facts: Any) -> Removal:
+    def begin(cls, folder, item: Item, data: OwnData, **facts) -> Removal:
         """Write a note. Raises LoggableError where there is one for the same item."""
         path = os.path.join(folder, NOTE + item.hash)
         if os.path.lexists(path):
@@ -3695,7 +3695,7 @@ class Removal:
         removal.mark()
         return removal
 
-    def mark(self, **facts: Any) -> None:
+    def mark(self, **facts):
         """Note more, which is on the disk when this returns."""
         self.facts.update(facts)
         replace_file(self.path, json.dumps(self.facts))
@@ -3713,13 +3713,13 @@ class Removal:
         state = {name: self.facts[name] for name in ('state', 'is_open', 'is_active')}
         return ask_item(self.engine, self.facts['hash'])._replace(**state)
 
-    def drop(self) -> None:
+    def drop(self):
         """Remove the note: all is done, or nothing is to be done."""
         with contextlib.suppress(OSError):
             os.remove(self.path)
 
 
-def read_removal(path: str, engine: Engine) -> Removal:
+def read_removal(path, engine: Engine) -> Removal:
     """Return a note that was left; raises ValueError and the like where it is none."""
     with open(path, encoding='utf-8', opener=open_own) as stream:
         if os.fstat(stream.fileno()).st_uid != os.geteuid():
@@ -3780,7 +3780,7 @@ class PromisedSpace:
     """
     KEPT = 7 * 86400                    # seconds
 
-    def __init__(self, path: str):
+    def __init__(self, path):
         self.path = path
         self.disks = {}                 # device -> bytes, free bytes then, Unix seconds
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError), \
@@ -3788,7 +3788,7 @@ class PromisedSpace:
             for device, (promised, free, since) in json.load(stream).items():
                 self.disks[device] = int(promised), int(free), int(since)
 
-    def update(self, path: str, freed: int = 0) -> int | None:
+    def update(self, path, freed: int = 0) -> int | None:
         """Promise so many more bytes to the disk of a path, and look what has appeared there.
 
         Returns its free bytes with those that are owed; None where they are not known.
@@ -3805,7 +3805,7 @@ class PromisedSpace:
         self.disks[str(device)] = owed, free, since
         return free + owed
 
-    def save(self) -> None:
+    def save(self):
         """Keep this for later runs and processes."""
         replace_file(self.path, json.dumps(self.disks))
 
@@ -3848,14 +3848,14 @@ def show(value) -> str:
     return str(value)
 
 
-def part_of(value, name: str, other: Any = None):
+def part_of(value, name, other=None):
     """Return a named part of a mapping."""
     if value is None:
         return other
     return value.get(name, other)
 
 
-def stem_of(path: str) -> str:
+def stem_of(path) -> str:
     """Return the name of a file without folder and extension."""
     return os.path.splitext(os.path.basename(path))[0]
 
@@ -3900,7 +3900,7 @@ FILTER_ARGUMENTS = {                    # how many they take; the others none
     'default': (0, 1)}
 
 
-def compares(op: ast.cmpop, one, other) -> bool:
+def compares(op: ast.cmpop, one, other):
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -3910,7 +3910,7 @@ def compares(op: ast.cmpop, one, other) -> bool:
         return isinstance(op, ast.NotIn)
 
 
-def apply_filter(node, values: Mapping):
+def apply_filter(node, values):
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
     operands: list = []
     call = node
@@ -3937,7 +3937,7 @@ def apply_filter(node, values: Mapping):
     return FILTERS[name](*operands)
 
 
-def evaluate(node, values: Mapping):
+def evaluate(node, values):
     """Return what an expression gives; a name without a value is a KeyError.
 
     Allowed are names, a.b of mappings, literals, and or not, comparisons, a|filter(x), and the
@@ -3967,7 +3967,7 @@ def evaluate(node, values: Mapping):
     return apply_filter(node, values)
 
 
-def true_branch(values: Mapping, branches: list) -> list:
+def true_branch(values, branches: list) -> list:
     """Return the first branch whose condition holds, in a list."""
     for branch in branches:
         if evaluate(branch[0], values):
@@ -3997,7 +3997,7 @@ class Template:
     'A'
     """
 
-    def __init__(self, text: str, known: Any = None):
+    def __init__(self, text, known=None):
         self.text, self.known = text, known
         # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
         self.nodes: list = []
@@ -4017,7 +4017,7 @@ class Template:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
 
-    def parse(self, text: str) -> None:
+    def parse(self, text):
         """Make nodes of a text."""
         if MARK in text:
             raise UserError('a NUL is not possible')
@@ -4033,7 +4033,7 @@ class Template:
         if self.open_ifs:
             raise UserError('an if has no endif')
 
-    def add_tag(self, nodes: list, code: str) -> list:
+    def add_tag(self, nodes: list, code) -> list:
         """Add what a tag says; return the nodes that what follows is to be among."""
         branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
         if not branch:
@@ -4060,7 +4060,7 @@ class Template:
         self.most_branches = max(self.most_branches, len(branches))
         return branches[-1][1]
 
-    def expression(self, code: str) -> ast.AST:
+    def expression(self, code) -> ast.AST:
         """Return the ast of an expression whose parts and names are allowed."""
         try:
             if len(code) > MOST_EXPRESSION:
@@ -4076,11 +4076,11 @@ class Template:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
 
-    def divide(self, text: str) -> list:
+    def divide(self, text) -> list:
         """Return what the text is split into before the values are put in."""
         return [text]
 
-    def divided(self, values: Mapping) -> tuple[list, dict[int, str]]:
+    def divided(self, values) -> tuple[list, dict[int, str]]:
         """Return what the text is divided into, and the values, for str.translate()."""
         shown = {ord(MARK): ''}
         try:
@@ -4092,7 +4092,7 @@ class Template:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
         return self.divide(text), shown
 
-    def render(self, values: Mapping):
+    def render(self, values):
         """Return the text, values put in; LoggableError where one is missing."""
         (text,), shown = self.divided(values)
         return text.translate(shown)
@@ -4120,7 +4120,7 @@ SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
 
-def check_program(name: str, words: list[str]) -> None:
+def check_program(name, words: list[str]):
     """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
     gives_text = SHELL_FLAG
     if name in INTERPRETERS - SHELLS:
@@ -4143,7 +4143,7 @@ def check_program(name: str, words: list[str]) -> None:
         flag = ''
 
 
-def check_words(words: list[str]) -> None:
+def check_words(words: list[str]):
     """Refuse a value inside what a program would run: no quoting is safe there.
 
     A value stands in a word of its own, or beside plain text.
@@ -4173,7 +4173,7 @@ OLD_SET = re.compile(r'\b([dfpt])\.set_(?!(?:create|resize)_queued=)(\w{1,99})='
 QUOTED_ARGUMENT = re.compile(r'"((?:[^"\\]|\\.)*)"', re.S)
 
 
-def argument_text(word: str) -> str:
+def argument_text(word) -> str:
     """Return what an argument of a command says, without its quotes."""
     word = word.strip()
     whole = QUOTED_ARGUMENT.fullmatch(word)
@@ -4197,7 +4197,7 @@ FILELESS = re.compile(r'(?<![\w.:])f\.(?!multicall)[a-z][\w.]{0,99}\s{0,9}=|'
                       r'\(\s{0,9}f\.(?!multicall)')
 
 
-def split_commands(text: str, marks: str) -> list[str]:
+def split_commands(text, marks) -> list[str]:
     """Return text split at marks that are outside of double quotes."""
     parts = ['']
     for piece in COMMAND_PIECE.findall(text):
@@ -4215,12 +4215,12 @@ class CommandTemplate(Template):
     d.custom.set="dir","/done/x \"y\", z"
     """
 
-    def divide(self, text: str) -> list[tuple[str, list[str]]]:
+    def divide(self, text) -> list[tuple[str, list[str]]]:
         """Return (text, nothing) or (`name=`, arguments) of each command, values still marks."""
         commands = [part.strip() for part in split_commands(text, ';\n')]
         return [self.command(part) for part in commands if part]
 
-    def command(self, text: str) -> tuple[str, list[str]]:
+    def command(self, text) -> tuple[str, list[str]]:
         """Return one command, divided."""
         text = OLD_SET.sub(r'\1.\2.set=', OLD_GET.sub(r'\1.\2=', text))
         command = COMMAND.fullmatch(text)
@@ -4241,7 +4241,7 @@ class CommandTemplate(Template):
             check_words(words)
         return name + '=', words
 
-    def commands(self, values: Mapping) -> list[str]:
+    def commands(self, values) -> list[str]:
         """Return the commands, each fit for load.*; none where all is empty."""
         divided, shown = self.divided(values)
         commands = []
@@ -4250,12 +4250,12 @@ class CommandTemplate(Template):
             commands.append(name + ','.join(arguments))
         return commands
 
-    def render(self, values: Mapping) -> str:
+    def render(self, values) -> str:
         """Return the commands as one text, which load.* takes too."""
         return ' ; '.join(self.commands(values))
 
     @staticmethod
-    def argument(word: str, shown: dict[int, str]) -> str:
+    def argument(word, shown: dict[int, str]) -> str:
         """Return an argument with its values, quoted as a whole.
 
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
@@ -4274,7 +4274,7 @@ class ArgsTemplate(Template):
     ['mv', '--', 'a; b', '/old stuff']
     """
 
-    def divide(self, text: str) -> list[str]:
+    def divide(self, text) -> list[str]:
         """Return the arguments, values still marks."""
         try:
             words = shlex.split(text)
@@ -4283,7 +4283,7 @@ class ArgsTemplate(Template):
         check_words(words or [MARK])
         return words
 
-    def render(self, values: Mapping) -> list[str]:
+    def render(self, values) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
         words, shown = self.divided(values)
         args: list[str] = []
@@ -4433,7 +4433,7 @@ class Job:
 
 
 
-def rate_text(way: str, rate: int | None, limit: int | None) -> str:
+def rate_text(way, rate: int | None, limit: int | None) -> str:
     """Return a rate and its limit in bytes a second; a limit of 0 is none.
 
     >>> rate_text('up', 1258291, 2097152), rate_text('down', None, 0)
@@ -4452,7 +4452,7 @@ class EngineStats(Job):
     options = ()
     at_start = True                     # so that a new user sees at once whether it answers
 
-    def run(self) -> None:
+    def run(self):
         """Log the line; raises RpcError where rTorrent does not tell."""
         stats = self.engine.stats()
         name = f'{stats.engine_id} rTorrent {stats.version}'
@@ -4476,7 +4476,7 @@ def parse_pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def parse_web_url(text: str) -> str:
+def parse_web_url(text) -> str:
     """Return the URL of a web server, without the slash at its end."""
     if not re.fullmatch(r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/, '
@@ -4497,19 +4497,19 @@ def parse_word(known: Iterable[str], text: str) -> str:
     return text
 
 
-def parse_token(text: str) -> str:
+def parse_token(text) -> str:
     """Return a token that can stand in a header; what is wrong with it is not shown."""
     if not re.fullmatch('[!-~]*', text):
         raise UserError('holds a blank, a line break or another character that no token has')
     return text
 
 
-def escape_key(text: Any) -> str:
+def escape_key(text) -> str:
     """Return the name of a series or field, or a tag, for line protocol."""
     return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
 
 
-def field_text(value: Any) -> str:
+def field_text(value) -> str:
     """Return the value of a field as its type is written in line protocol."""
     if isinstance(value, (bool, float)):
         return str(value)
@@ -4519,7 +4519,7 @@ def field_text(value: Any) -> str:
     return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
 
 
-def influx_line(series: str, tags: dict, fields: dict, when: float) -> str:
+def influx_line(series, tags: dict, fields: dict, when: float) -> str:
     """Return a point in line protocol, with milliseconds; fields that are None are left out.
 
     >>> influx_line('s', {'a b': 'c,d'}, {'n': 1, 'x': 0.5, 't': 'y"', 'z': None}, 2)
@@ -4542,7 +4542,7 @@ def by_series(lines: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def proc_rows(name: str) -> dict[str, list[str]]:
+def proc_rows(name) -> dict[str, list[str]]:
     """Return the words behind each `name:` of a file of /proc; none where it is not there."""
     rows = {}
     with contextlib.suppress(OSError), open(f'/proc/{name}', encoding='ascii') as stream:
@@ -4568,7 +4568,7 @@ def host_figures() -> dict:
     return figures
 
 
-def disk_figures(path: str) -> dict:
+def disk_figures(path) -> dict:
     """Return the size and the free bytes of the disk of a path."""
     import shutil
     try:
@@ -4578,7 +4578,7 @@ def disk_figures(path: str) -> dict:
     return {'disk_total': disk.total, 'disk_free': disk.free}
 
 
-def read_secret(path: str) -> str:
+def read_secret(path) -> str:
     """Return the first line of a file that holds a password or token; '' for no file."""
     if not path:
         return ''
@@ -4621,7 +4621,7 @@ class InfluxDB(Job):
     BATCH = 5000                        # lines in one request
     SAVE_EVERY = 60                     # seconds
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series_host is empty as well: nothing to push', option='series')
@@ -4637,7 +4637,7 @@ class InfluxDB(Job):
                 with open(self.file, encoding='utf-8', errors='replace') as stream:
                     self.points = [line.rstrip('\n') for line in stream]
 
-    def cleanup(self) -> None:
+    def cleanup(self):
         """Keep undelivered points for the next process, or remove what was kept."""
         self.saved_at = elapsed_time()
         if self.file and self.points:
@@ -4645,7 +4645,7 @@ class InfluxDB(Job):
         elif os.path.exists(self.file):
             os.remove(self.file)
 
-    def run(self) -> None:
+    def run(self):
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
         lines, problems = self.measure()
         if self.dry_run:
@@ -4692,7 +4692,7 @@ class InfluxDB(Job):
         series = self.config.series
         return [(series, tags, figures), (series + '_views', tags, views)]
 
-    def deliver(self) -> None:
+    def deliver(self):
         """Send points, oldest first; LoggableError says why some wait, or were refused for good."""
         problems = []
         try:
@@ -4751,7 +4751,7 @@ class InfluxDB(Job):
             headers['Content-Encoding'] = 'gzip'
         return http_post(config.url + path, body, headers, config.timeout)
 
-    def login(self, scheme: str) -> dict[str, str]:
+    def login(self, scheme) -> dict[str, str]:
         """Return the header that says who writes: a token, else user and password, else none."""
         config = self.config
         token = config.token or parse_token(read_secret(config.token_file))
@@ -4769,7 +4769,7 @@ class InfluxDB(Job):
 # files that come, move or go, and programs that run, each announced in the log and only
 # announced in a dry run. A Choice handles the torrents of a view that meet a condition.
 
-def parse_sort(text: str) -> list[tuple[str, bool]]:
+def parse_sort(text) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
     keys = [(word.lstrip('-'), word[0] == '-') for word in re.split(r'[\s,]+', text) if word]
     for name, _ in keys:
@@ -4778,7 +4778,7 @@ def parse_sort(text: str) -> list[tuple[str, bool]]:
 
 
 @contextlib.contextmanager
-def reading(option: str) -> Iterator[None]:
+def reading(option) -> Iterator[None]:
     """Let a mistake found in here say of which option it is."""
     try:
         yield
@@ -4787,7 +4787,7 @@ def reading(option: str) -> Iterator[None]:
         raise
 
 
-def sort_key(name: str, torrent: Torrent) -> tuple:
+def sort_key(name, torrent) -> tuple:
     """Return what a torrent is sorted by: what is not known comes first, then numbers."""
     value = torrent[name]
     if value is None:
@@ -4815,7 +4815,7 @@ class Choice(Job):
     FRESH = 1.0                         # seconds that a list may be old
     PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
@@ -4823,7 +4823,7 @@ class Choice(Job):
         self.held: collections.Counter = collections.Counter()  # reason -> torrents, in this run
         self.repeats = Repeats()
 
-    def use(self, option: str, make: Callable, text: str) -> Any:
+    def use(self, option, make: Callable, text):
         """Return the template that is made of an option, and have known what it needs."""
         with reading(option):
             template = make(text)
@@ -4848,13 +4848,13 @@ class Choice(Job):
         """Return all rTorrents of the configuration, that of the job among them."""
         return [self.engine, *(self.config.engines or ())]
 
-    def alone(self) -> Any:
+    def alone(self):
         """Hold what lets one run at a time delete or move; others have no need of it."""
         if self.dry_run or not self.removes:
             return contextlib.nullcontext()
         return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
-    def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
+    def hold_back(self, torrents: Iterable[Torrent], why):
         """Log which torrents are left alone for now."""
         level = logging.DEBUG
         if self.dry_run:
@@ -4863,7 +4863,7 @@ class Choice(Job):
             self.LOG.log(level, 'held back: %s: %s', torrent, why)
             self.held[why] += 1
 
-    def failed(self, torrent: Torrent, error: Exception) -> None:
+    def failed(self, torrent, error):
         """Log why a torrent failed: once, then from time to time."""
         self.failures.append(error)
         if self.dry_run:
@@ -4872,7 +4872,7 @@ class Choice(Job):
             self.LOG.warning('%s: %s', torrent, error)
 
     def each(self, torrents: list[Torrent], handle: Callable[[Torrent], bool],
-             most: int | None = None) -> None:
+             most: int | None = None):
         """Handle the torrents, until so many were changed; one that fails costs its turn only.
 
         handle: tells whether it changed the torrent. After a while they are looked at again: the
@@ -4929,7 +4929,7 @@ class QueueManager(Choice):
     RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
     turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         texts = ['*']
         for condition in (config.queue_startable_base, config.startable):
             if condition:
@@ -4951,7 +4951,7 @@ class QueueManager(Choice):
             with open(self.file, encoding='ascii') as stream:
                 self.last_start = float(stream.read())
 
-    def run(self) -> None:
+    def run(self):
         """Start what there is a place for, in order, unless the intermission goes on."""
         now = time.time()
         # The clock may have been set back.
@@ -4983,7 +4983,7 @@ class QueueManager(Choice):
         torrents = super().chosen()
         return sorted(torrents, key=lambda torrent: torrent.hash in self.not_started)
 
-    def hold_back(self, torrents: Iterable[Torrent], why: str) -> None:
+    def hold_back(self, torrents: Iterable[Torrent], why):
         """Say nothing of all that wait for their turn."""
 
     def places(self, running: list[Torrent]) -> int:
@@ -5003,7 +5003,7 @@ class QueueManager(Choice):
         wanted = max(config.start_at_once, config.downloading_min - count)
         return min(wanted, most - count)
 
-    def tell_of_closed(self, torrents: list[Torrent]) -> None:
+    def tell_of_closed(self, torrents: list[Torrent]):
         """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
@@ -5030,7 +5030,7 @@ class QueueManager(Choice):
             fitting.append(torrent)
         return fitting
 
-    def start(self, torrent: Torrent) -> bool:
+    def start(self, torrent) -> bool:
         """Start an item, and note when; raises RpcError when rTorrent does not."""
         if not self.announce('starting', torrent):
             return True
@@ -5063,7 +5063,7 @@ PLAIN_ACTIONS: dict[str, tuple] = {
     'delete': ('*', ('d.stop',), ('d.close',), ('d.erase',))}
 
 
-def tag_commands(change: Callable, item: Torrent, args: str) -> list[tuple]:
+def tag_commands(change: Callable, item, args) -> list[tuple]:
     """Add tags, or take them away."""
     tags = change({*item.tagged}, args.lower().replace(',', ' ').split())
     if tags == {*item.tagged}:
@@ -5071,7 +5071,7 @@ def tag_commands(change: Callable, item: Torrent, args: str) -> list[tuple]:
     return [('d.custom.set', 'tags', ' '.join(sorted(tags)))]
 
 
-def custom_commands(item: Torrent, args: str) -> list[tuple]:
+def custom_commands(item, args) -> list[tuple]:
     """Set a custom value, KEY=VALUE."""
     key, _, value = args.partition('=')
     if key in ('1', '2', '3', '4', '5'):
@@ -5079,14 +5079,14 @@ def custom_commands(item: Torrent, args: str) -> list[tuple]:
     return [('d.custom.set', key, value)]
 
 
-def prio_commands(item: Torrent, args: str) -> list[tuple]:
+def prio_commands(item, args) -> list[tuple]:
     """Set the priority."""
     if item.prio == int(args):
         return []
     return [('d.priority.set', int(args)), ('d.update_priorities',)]
 
 
-def throttle_commands(item: Torrent, args: str) -> list[tuple]:
+def throttle_commands(item, args) -> list[tuple]:
     """Put it into a throttle group, which rTorrent allows only while it is stopped."""
     change = ('d.throttle_name.set', args)
     if item.throttle == args:
@@ -5096,7 +5096,7 @@ def throttle_commands(item: Torrent, args: str) -> list[tuple]:
     return [change]
 
 
-def no_commands(item: Torrent, args: str) -> list[tuple]:
+def no_commands(item, args) -> list[tuple]:
     """Do nothing with it."""
     return []
 
@@ -5124,7 +5124,7 @@ BAD_ARGS = (                            # action, what args must not have, and w
 CLOSED = '; it is closed: which files are its own is known once it has been opened for that'
 
 
-def check_args(action: str, args: str) -> None:
+def check_args(action, args):
     """Raise UserError for args that an action does not take."""
     if not args and action in WITH_ARGS[:-1]:
         raise UserError(f'is not set; the action {action} needs it')
@@ -5148,7 +5148,7 @@ class Action(Choice):
         Option('shared', functools.partial(parse_word, ('keep', 'delete')), 'keep',
                'data that another item has, too: keep or delete'))
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         action, args = config.action, config.args
         if action == 'custom':
@@ -5185,7 +5185,7 @@ class Action(Choice):
         return [f'{name}: {text}: [...] stands for one of the characters in it, as in a shell'
                 for text in self.config.matcher.classes]
 
-    def run(self) -> None:
+    def run(self):
         """Act on what has met the condition often enough, as far as the guards allow."""
         with self.alone():
             if self.removes and not self.dry_run:
@@ -5224,7 +5224,7 @@ class Action(Choice):
                 ready.append(torrent)
         return ready
 
-    def commands(self, torrent: Torrent, args: str) -> list[tuple]:
+    def commands(self, torrent, args) -> list[tuple]:
         """Return the commands, without the hash, that the action comes to; none: nothing to do."""
         action = self.config.action
         if action == 'exec':
@@ -5235,7 +5235,7 @@ class Action(Choice):
             return []
         return [*PLAIN_ACTIONS[action][1:]]
 
-    def perform(self, torrent: Torrent) -> bool:
+    def perform(self, torrent):
         """Do the action on one torrent; tell whether there was anything to do."""
         action = self.config.action
         if action == 'cull':
@@ -5257,7 +5257,7 @@ class Action(Choice):
 
     # What follows is the action cull.
 
-    def cull(self, torrent: Torrent) -> bool:
+    def cull(self, torrent) -> bool:
         """Erase an item and delete its data, unless anything about that is doubtful."""
         require_same_files(self.engine)
         if self.is_enough(torrent.path):
@@ -5289,7 +5289,7 @@ class Action(Choice):
                 self.promised.update(data.root, freed)
         return True
 
-    def without_users(self, item: Item, data: OwnData) -> tuple[OwnData, str]:
+    def without_users(self, item, data) -> tuple[OwnData, str]:
         """Return the data that goes with an item, and why not all of it.
 
         Data that another item has in its own list, too, stays for that one. Where they only
@@ -5307,7 +5307,7 @@ class Action(Choice):
             raise LoggableError(f'another item may use its data: {quoted(path)}')
         return data, ''
 
-    def erase_with_data(self, item: Item, data: OwnData, freed: int) -> None:
+    def erase_with_data(self, item, data, freed: int):
         """Write down what is going to be removed, erase the item, and delete the data."""
         shared = self.config.shared == 'delete'
         removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
@@ -5335,7 +5335,7 @@ class Action(Choice):
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         self.promised.update(data.root)         # what has appeared already is owed no more
 
-    def finish_removals(self) -> None:
+    def finish_removals(self):
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
         for removal in left_removals(self.config.state_dir, self.engine):
             if 'new' in removal.facts:          # it is of a Move
@@ -5358,7 +5358,7 @@ class Action(Choice):
                                         f'{removal.path} is deleted') from None
             removal.drop()
 
-    def is_enough(self, path: str) -> bool:
+    def is_enough(self, path):
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
         if not self.config.until_free:
             return False
@@ -5370,7 +5370,7 @@ class Action(Choice):
 OUTPUT_KEPT = 50000                     # bytes of what a program says
 
 
-def keep_end(stream: Any, kept: bytearray) -> None:
+def keep_end(stream, kept: bytearray):
     """Read all that a program says, and keep the end of it; a thread.
 
     It goes on while any process has the other end, so that none is ended by a closed pipe.
@@ -5394,7 +5394,7 @@ class Command(Job):
         Option('timeout', parse_duration, '', 'when the program and its children are ended'),
         Option('check', parse_bool, 'yes', 'no: a status other than 0 is no failure'))
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         self.process: Any = None                # the program that runs, or was the last to run
         if not config.args:
@@ -5406,10 +5406,10 @@ class Command(Job):
             except ValueError as error:
                 raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
 
-    def run(self) -> None:
+    def run(self):
         self.execute(self.words, {})
 
-    def end_run(self) -> None:
+    def end_run(self):
         """End the program that still runs, and all it has started, gently first."""
         import subprocess
         if not self.process or self.process.returncode is not None:
@@ -5419,7 +5419,7 @@ class Command(Job):
                 os.killpg(self.process.pid, number)
                 self.process.wait(3)
 
-    def execute(self, words: list[str], environment: dict) -> None:
+    def execute(self, words: list[str], environment: dict):
         """Run the program once; its output goes to the log, a failure is raised."""
         import subprocess
         config = self.config
@@ -5450,7 +5450,7 @@ class Command(Job):
         if status:
             self.LOG.info('%s ended with status %d', program, status)
 
-    def wait(self) -> bool:
+    def wait(self):
         """Wait for the program, and log the end of its output; tell whether it was in time."""
         import subprocess
         kept = bytearray()
@@ -5469,7 +5469,7 @@ class Command(Job):
                 self.LOG.info('%s', text[:500])
 
 
-def once_mark(job_name: str) -> str:
+def once_mark(job_name) -> str:
     """Return the custom value that marks an item for a job, another one for each name."""
     plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
     if plain != job_name:
@@ -5486,7 +5486,7 @@ class ItemCommand(Choice, Command):
     fields = ENVIRONMENT = (
         'hash', 'name', 'path', 'directory', 'label', 'size', 'ratio', 'alias', 'message')
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         if not config.shell:
             self.template = self.use('args', ArgsTemplate, config.args)
@@ -5497,10 +5497,10 @@ class ItemCommand(Choice, Command):
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
 
-    def run(self) -> None:
+    def run(self):
         self.each(self.chosen(), self.for_torrent)
 
-    def for_torrent(self, torrent: Torrent) -> bool:
+    def for_torrent(self, torrent) -> bool:
         """Run the program for one torrent, which counts as a change."""
         words = self.words
         if not self.config.shell:
@@ -5528,7 +5528,7 @@ class Move(Choice):
     removes = True
     LONGEST_PAUSE = 3600                # seconds
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
@@ -5537,7 +5537,7 @@ class Move(Choice):
         # some. hash -> failures, and until when it is left alone, in elapsed seconds
         self.pauses: dict[str, tuple[int, float]] = {}
 
-    def run(self) -> None:
+    def run(self):
         """Move what meets the condition, after what an ended run has left."""
         with self.alone():
             stuck = ''
@@ -5558,17 +5558,17 @@ class Move(Choice):
             if stuck:
                 raise LoggableError(f'a move that was cut short cannot be finished: {stuck}')
 
-    def is_paused(self, info_hash: str) -> bool:
+    def is_paused(self, info_hash):
         """Tell whether an item is left alone after a failure."""
         return info_hash in self.pauses and elapsed_time() < self.pauses[info_hash][1]
 
-    def pause(self, info_hash: str) -> None:
+    def pause(self, info_hash):
         """Leave an item alone, after every failure for longer."""
         failures, _ = self.pauses.get(info_hash, (0, 0))
         seconds = min(60 * 2 ** failures, self.LONGEST_PAUSE)
         self.pauses[info_hash] = failures + 1, elapsed_time() + seconds
 
-    def move(self, torrent: Torrent) -> bool:
+    def move(self, torrent) -> bool:
         """Move one item, unless anything about that is doubtful."""
         folder = os.path.expanduser(self.template.render(torrent))
         if not folder or self.is_paused(torrent.hash):
@@ -5598,7 +5598,7 @@ class Move(Choice):
                 self.carry_out(item, data, target)
         return True
 
-    def require_movable(self, item: Item, data: OwnData, target: str) -> None:
+    def require_movable(self, item, data, target):
         """Raise LoggableError where an item is better not moved."""
         if not data.files:
             raise LoggableError(f'there is no data at {quoted(data.root)}')
@@ -5621,7 +5621,7 @@ class Move(Choice):
             raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
 
-    def carry_out(self, item: Item, data: OwnData, target: str) -> None:
+    def carry_out(self, item, data, target):
         """Have the data of an item at the target, and rTorrent use it there."""
         folder = os.path.dirname(target)
         make_folders(folder)
@@ -5634,7 +5634,7 @@ class Move(Choice):
             raise
         self.settle(item, removal)
 
-    def copy(self, item: Item, removal: Removal) -> None:
+    def copy(self, item, removal):
         """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
@@ -5647,7 +5647,7 @@ class Move(Choice):
         removal.mark(copies=moved(copies, target).files)
         rename_new(made, target)
 
-    def settle(self, item: Item, removal: Removal) -> None:
+    def settle(self, item, removal):
         """Have rTorrent use the data at the target, and remove the source."""
         data, target = removal.data, removal.facts['new']
         try:
@@ -5667,7 +5667,7 @@ class Move(Choice):
         self.finish(item, removal)
 
     @staticmethod
-    def tell_place(item: Item, root: str) -> None:
+    def tell_place(item, root):
         """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
         folder, last = os.path.split(root)
         command = ('d.directory_base.set', root)
@@ -5678,7 +5678,7 @@ class Move(Choice):
         item.tell(('d.close',), command)
 
     @staticmethod
-    def is_at(item: Item, root: str) -> bool:
+    def is_at(item, root):
         """Tell whether rTorrent looks for an item at a root."""
         place = item.absolute(item.directory_base)
         if not item.is_multi_file:
@@ -5688,7 +5688,7 @@ class Move(Choice):
 
     @staticmethod
     @contextlib.contextmanager
-    def ending(item: Item, removal: Removal) -> Iterator[None]:
+    def ending(item, removal) -> Iterator[None]:
         """Let an item go on after what is done in here; the note goes if that went well."""
         try:
             yield
@@ -5697,7 +5697,7 @@ class Move(Choice):
             start_again(item)
         removal.drop()
 
-    def undo(self, item: Item, removal: Removal) -> None:
+    def undo(self, item, removal):
         """Have an item use its old place again, and remove what was made at the new one.
 
         Where rTorrent is away all stays as it is, for the next run.
@@ -5708,7 +5708,7 @@ class Move(Choice):
             if 'copies' in removal.facts:
                 delete_data(removal.copies())
 
-    def finish(self, item: Item, removal: Removal) -> None:
+    def finish(self, item, removal):
         """Remove the files of an item at its old place, which are at the new one, too."""
         data, why = removal.data, ''
         self.pause(item.hash)
@@ -5723,7 +5723,7 @@ class Move(Choice):
                 delete_data(data)
         self.pauses.pop(item.hash)
 
-    def take_up(self, removal: Removal) -> None:
+    def take_up(self, removal):
         """Finish a move that an ended run has begun, or undo it where the copy is not whole."""
         data, copies, there = removal.data, removal.copies(), removal.has_item()
         root, target = quoted(data.root), quoted(copies.root)
@@ -5768,7 +5768,7 @@ class Inotify:
     # the last one is ONLYDIR.
     MASK = 0x4 | 0x8 | 0x80 | 0x100 | 0x400 | 0x800 | 0x1000000
 
-    def __init__(self) -> None:
+    def __init__(self):
         import ctypes
         self.get_errno = ctypes.get_errno
         self.libc = ctypes.CDLL(None, use_errno=True)
@@ -5780,7 +5780,7 @@ class Inotify:
         self.poll.register(self.events, select.POLLIN)
         self.poll.register(self.mounts, select.POLLPRI)
 
-    def call(self, name: str, *args: Any) -> int:
+    def call(self, name, *args) -> int:
         """Return what a system call gives."""
         result = getattr(self.libc, name)(*args)
         if result < 0:
@@ -5788,18 +5788,18 @@ class Inotify:
             raise OSError(number, os.strerror(number))
         return result
 
-    def add(self, folder: str) -> None:
+    def add(self, folder):
         """Watch a folder; one that is watched already stays so."""
         path = os.fsencode(folder)
         self.call('inotify_add_watch', self.events.fileno(), path, self.MASK)
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float):
         """Wait so long at most; tell whether something changed, once for many changes."""
         changed = bool(self.poll.poll(seconds * 1000))
         self.events.read(1 << 16)
         return changed
 
-    def close(self) -> None:
+    def close(self):
         """Watch nothing any more."""
         self.events.close()
         self.mounts.close()
@@ -5814,13 +5814,13 @@ class FileState(NamedTuple):
     modified: float                     # Unix seconds
 
 
-def file_state(status: os.stat_result) -> FileState:
+def file_state(status) -> FileState:
     """Return the state of a file."""
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
 
 
-def parse_mode(text: str) -> str:
+def parse_mode(text) -> str:
     """Return how new items are loaded: load is normal, started is start."""
     return parse_word(('normal', 'start', 'load', 'started'), text or 'normal')
 
@@ -5871,7 +5871,7 @@ class TreeWatch(Job):
     NAMES = tuple('pathname relpath rel_path watch_path info_hash info_name tracker_alias '
                   'filetype label traits flags'.split())
 
-    def __init__(self, config: Settings):
+    def __init__(self, config):
         super().__init__(config)
         paths = [os.path.expanduser(path.strip()) for path in config.path.split(os.pathsep)]
         self.roots = [os.path.abspath(path) for path in paths if path]
@@ -5903,7 +5903,7 @@ class TreeWatch(Job):
                        if os.path.exists(root) and os.stat(root).st_mode & 0o002]
         return [f'{root}, which is watched, can be written by every user' for root in open_to_all]
 
-    def run(self) -> None:
+    def run(self):
         """Look through the trees, and see to it that changes are watched from now on."""
         with self.lock:
             try:
@@ -5911,7 +5911,7 @@ class TreeWatch(Job):
             finally:
                 self.look()
 
-    def cleanup(self) -> None:
+    def cleanup(self):
         """Load nothing any more; a file in progress has a while to end."""
         self.ended.set()
         if self.lock.acquire(timeout=5):
@@ -5919,7 +5919,7 @@ class TreeWatch(Job):
 
     # Watching.
 
-    def start_watching(self) -> None:
+    def start_watching(self):
         """Have a thread look at once when something changes."""
         is_watching = self.thread and self.thread.is_alive()
         if is_watching or self.config.alone or not self.config.inotify:
@@ -5933,7 +5933,7 @@ class TreeWatch(Job):
             raise LoggableError(f'no inotify, files are found on schedule only: {error}; where '
                                 'that is how it should be, write inotify = no') from None
 
-    def watch(self, inotify: Inotify) -> None:
+    def watch(self, inotify):
         """Look again whenever something changed, and after pauses; a thread, until cleanup()."""
         pause = self.RETRY
         with contextlib.closing(inotify):
@@ -5950,7 +5950,7 @@ class TreeWatch(Job):
                 if changed or not well:
                     pause = self.RETRY
 
-    def look_again(self) -> bool:
+    def look_again(self):
         """Look, say in the log what run() would raise, and tell whether all was well."""
         before = self.trouble
         try:
@@ -5969,7 +5969,7 @@ class TreeWatch(Job):
 
     # Looking.
 
-    def look(self) -> None:
+    def look(self):
         """Handle what is new in the trees; raises LoggableError where one cannot be read."""
         began = time.monotonic()
         files = self.scan()
@@ -6011,7 +6011,7 @@ class TreeWatch(Job):
                 self.failed(path, error)
         return files
 
-    def scan_folder(self, folder: str, left: collections.deque) -> None:
+    def scan_folder(self, folder, left: collections.deque):
         """Add the paths in a folder to those that are left; have changes in it told."""
         # Watched before it is read: what comes in between is in both.
         if self.inotify:
@@ -6030,7 +6030,7 @@ class TreeWatch(Job):
                 elif not is_skipped or entry.is_file(follow_symlinks=False):
                     left.appendleft(entry.path)
 
-    def failed(self, path: str, error: OSError) -> None:
+    def failed(self, path, error):
         """Note what cannot be watched or read; one for each reason is enough."""
         why = str(error.strerror)
         if error.errno == errno.ENOSPC:
@@ -6055,7 +6055,7 @@ class TreeWatch(Job):
                 return identity(os.path.join(engine.cwd, engine.session_path))
         return None
 
-    def keep_untied(self) -> None:
+    def keep_untied(self):
         """Keep for the next start which files were loaded by content, or are a second copy.
 
         rTorrent does not delete them with their item. An item that was erased must not come back
@@ -6068,7 +6068,7 @@ class TreeWatch(Job):
 
     # Loading.
 
-    def handle(self, path: str, state: FileState, before: Handled) -> Handled:
+    def handle(self, path, state, before) -> Handled:
         """Load a new metafile; say why it was not loaded, once, and whether it may be later."""
         name = quoted(path)
         try:
@@ -6093,7 +6093,7 @@ class TreeWatch(Job):
             return failed
         return Handled(state)
 
-    def values(self, path: str, meta: Metafile) -> dict[str, Any]:
+    def values(self, path, meta) -> dict[str, Any]:
         """Return what templates know of a file."""
         folder, base = os.path.split(path)
         roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
@@ -6121,7 +6121,7 @@ class TreeWatch(Job):
             'traits': traits,
             'label': label}
 
-    def plan(self, path: str, meta: Metafile) -> tuple[str, list[str], dict[str, Any]]:
+    def plan(self, path, meta) -> tuple[str, list[str], dict[str, Any]]:
         """Return how a file is loaded, the commands for its item, and what templates know of it.
 
         Flags in its path count more than options.
@@ -6143,11 +6143,11 @@ class TreeWatch(Job):
             how = 'started'
         return how, commands, values
 
-    def ask(self, *call: str) -> Any:
+    def ask(self, *call: str):
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path: str, state: FileState, before: Handled, meta: Metafile) -> str:
+    def load(self, path, state, before, meta) -> str:
         """Load a metafile unless its item is there, or was; return the item that is not tied."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
         if not isinstance(tied, HashNotFound):
@@ -6166,7 +6166,7 @@ class TreeWatch(Job):
             return ''
         return meta.info_hash
 
-    def remove(self, path: str, state: FileState, tied: str) -> None:
+    def remove(self, path, state, tied):
         """Remove a file that was read, unless it may be the last metafile of the item."""
         if tied and not os.path.exists(tied):
             return
@@ -6176,7 +6176,7 @@ class TreeWatch(Job):
         if self.announce('removing', quoted(path)):
             os.remove(path)
 
-    def load_new(self, path: str, meta: Metafile) -> bool:
+    def load_new(self, path, meta):
         """Load a metafile and wait for its item; tell whether that is tied to the file."""
         how, commands, _ = self.plan(path, meta)
         shown = f'{quoted(meta.name)} from {quoted(path)}'
@@ -6197,7 +6197,7 @@ class TreeWatch(Job):
                 self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
         return tied
 
-    def send(self, path: str, meta: Metafile, start: bool, commands: list[str]) -> bool:
+    def send(self, path, meta, start: bool, commands: list[str]):
         """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
@@ -6222,7 +6222,7 @@ class TreeWatch(Job):
             return True
         return False
 
-    def send_content(self, method: str, content: bytes, commands: list[str]) -> None:
+    def send_content(self, method: str, content: bytes, commands: list[str]):
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
         try:
             self.act(method, '', content, *commands)
@@ -6233,7 +6233,7 @@ class TreeWatch(Job):
             size = show_size(len(content))
             raise Refused(f'{size} are more than rTorrent takes in one request') from None
 
-    def appears(self, meta: Metafile) -> bool:
+    def appears(self, meta):
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
         end = time.monotonic() + 1 + len(meta.content) / 5e6
         pause = 0.0002
@@ -6247,7 +6247,7 @@ class TreeWatch(Job):
             pause = min(1.5 * pause, 0.05)
         return False
 
-    def explain(self, path: str) -> list[str]:
+    def explain(self, path) -> list[str]:
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
