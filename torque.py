@@ -4795,6 +4795,9 @@ def sort_key(name, torrent) -> tuple:
     return isinstance(value, str), value
 
 
+
+
+
 def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torrent]:
     """Return torrents sorted by the keys."""
     for name, backwards in reversed(keys):
@@ -4835,8 +4838,9 @@ class Choice(Job):
     def chosen(self) -> list[Torrent]:
         """Return the torrents that meet the condition, in order."""
         config = self.config
-        return in_order(list_torrents(self.engine, config.view or 'main', [
-            *self.fields, *(name for name, _ in config.sort)], config.matcher), config.sort)
+        names = [*self.fields, *dict(config.sort)]
+        torrents = list_torrents(self.engine, config.view or 'main', names, config.matcher)
+        return in_order(torrents, config.sort)
 
     def check(self) -> list[str]:
         view, views = self.config.viewname or self.config.view, self.engine.views
@@ -4988,8 +4992,8 @@ class QueueManager(Choice):
 
     def places(self, running: list[Torrent]) -> int:
         """Return how many may be started in this run, beside what is running."""
-        config, now = self.config, time.time()
-        downloading = [torrent for torrent in running if self.counted.match(torrent, now)]
+        config = self.config
+        downloading = [*filter(self.counted.match, running)]
         count = len(downloading)
         traffic = sum(torrent.down for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
@@ -5231,7 +5235,7 @@ class Action(Choice):
             return [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
         if action in OTHER_ACTIONS:
             return OTHER_ACTIONS[action][1](torrent, args)
-        if not self.needed.match(torrent, time.time()):
+        if not self.needed.match(torrent):
             return []
         return [*PLAIN_ACTIONS[action][1:]]
 
@@ -5560,7 +5564,8 @@ class Move(Choice):
 
     def is_paused(self, info_hash):
         """Tell whether an item is left alone after a failure."""
-        return info_hash in self.pauses and elapsed_time() < self.pauses[info_hash][1]
+        _, until = self.pauses.get(info_hash, (0, 0.0))
+        return elapsed_time() < until
 
     def pause(self, info_hash):
         """Leave an item alone, after every failure for longer."""
