@@ -3671,16 +3671,11 @@ class Removal:
 
     def __init__(self, path, engine: Engine, facts: dict[str, Any]):
         self.path, self.engine, self.facts = path, engine, facts
-        self.data = self.noted('files', facts['root'])
+        files = [OwnFile(*file) for file in facts['files']]
+        self.data = OwnData(facts['root'], files, facts['folders'])
 
     def __str__(self) -> str:
         return f"{quoted(self.facts['name'])} {self.facts['hash']}"
-
-    def noted(self, name, root) -> OwnData:
-        """Return the data whose files are noted by a name; folders are those of the source."""
-        source = OwnData(self.facts['root'], [], self.facts['folders'])
-        return moved(source, root)._replace(
-            files=[OwnFile(*file) for file in self.facts.get(name, ())])
 
     @classmethod
     def begin(cls, folder, item: Item, data: OwnData, **facts) -> Removal:
@@ -3702,7 +3697,8 @@ class Removal:
 
     def copies(self) -> OwnData:
         """Return the data of a Move at the new place; without files before they are there."""
-        return self.noted('copies', self.facts['new'])
+        files = [OwnFile(*file) for file in self.facts.get('copies', ())]
+        return moved(self.data, self.facts['new'])._replace(files=files)
 
     def has_item(self) -> bool | None:
         """Tell whether rTorrent has its item; None where its session is another."""
@@ -3967,6 +3963,11 @@ def evaluate(node, values):
     return apply_filter(node, values)
 
 
+def nth_branch(number: int, branches: list) -> list:
+    """Return the branch of a number, in a list; none where there is no such branch."""
+    return branches[number:number + 1]
+
+
 def true_branch(values, branches: list) -> list:
     """Return the first branch whose condition holds, in a list."""
     for branch in branches:
@@ -4011,8 +4012,7 @@ class Template:
             # Each branch is divided once, and the text without any: a mistake in a branch that is
             # seldom taken is found now. At render() the text is divided, and checked, again.
             for number in range(self.most_branches + 1):
-                nth = operator.itemgetter(slice(number, number + 1))
-                self.divide(flat(self.nodes, nth))
+                self.divide(flat(self.nodes, functools.partial(nth_branch, number)))
         except UserError as error:
             raise mistake('template', text, self.at, error) from None
         self.names = tuple(self.seen)
@@ -4630,6 +4630,7 @@ class InfluxDB(Job):
         self.file = ''
         self.buffer = 0
         self.saved_at = 0.0
+        self.problems: list[LoggableError] = []         # what cannot be measured, in this run
         if not config.alone and not self.dry_run:
             self.buffer = config.buffer
             self.file = config.state_file('points')
@@ -4647,7 +4648,11 @@ class InfluxDB(Job):
 
     def run(self):
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
-        lines, problems = self.measure()
+        now, lines = time.time(), []
+        self.problems = []
+        for series, tags, figures in self.measure():
+            if set(figures.values()) != {None}:
+                lines.append(influx_line(series, {**tags, **self.config.tags}, figures, now))
         if self.dry_run:
             self.announce('sending to', self.config.url, ' | '.join(lines))
         else:
@@ -4657,40 +4662,32 @@ class InfluxDB(Job):
             finally:
                 if not self.points or elapsed_time() - self.saved_at >= self.SAVE_EVERY:
                     self.cleanup()
-        if problems:
-            raise problems[0]
+        if self.problems:
+            raise self.problems[0]
 
-    def measure(self) -> tuple[list[str], list[LoggableError]]:
-        """Return the points of this moment, and what kept others from being among them."""
-        config, host, now = self.config, socket.gethostname(), time.time()
-        rows: list[tuple] = []                  # series, tags, figures
-        problems: list[LoggableError] = []
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Note what keeps figures away, for the end of the run."""
+        try:
+            yield
+        except LoggableError as error:
+            self.problems.append(error)
+
+    def measure(self) -> Iterator[tuple]:
+        """Give (series, tags, figures) of rTorrent, of its views, of the host and its disks."""
+        config, host = self.config, socket.gethostname()
         if config.series:
-            try:
-                rows += self.engine_rows()
-            except RpcError as error:
-                problems.append(error)
+            with self.measuring():
+                figures = self.engine.stats()._asdict()
+                views = figures.pop('views')
+                tags = {'host': figures['engine_id'].partition(':')[0]}
+                yield config.series, tags, figures
+                yield config.series + '_views', tags, views
         if config.series_host:
-            rows.append((config.series_host, {'host': host}, host_figures()))
+            yield config.series_host, {'host': host}, host_figures()
             for path in filter(None, config.disk_path.split(os.pathsep)):
-                tags = {'disk': path, 'host': host}
-                try:
-                    rows.append((config.series_host, tags, disk_figures(path)))
-                except LoggableError as error:
-                    problems.append(error)
-        lines = []
-        for series, tags, figures in rows:
-            if set(figures.values()) != {None}:
-                lines.append(influx_line(series, {**tags, **config.tags}, figures, now))
-        return lines, problems
-
-    def engine_rows(self) -> list[tuple]:
-        """Return (series, tags, figures) of rTorrent and of its views."""
-        figures = self.engine.stats()._asdict()
-        views = figures.pop('views')
-        tags = {'host': figures['engine_id'].partition(':')[0]}
-        series = self.config.series
-        return [(series, tags, figures), (series + '_views', tags, views)]
+                with self.measuring():
+                    yield config.series_host, {'disk': path, 'host': host}, disk_figures(path)
 
     def deliver(self):
         """Send points, oldest first; LoggableError says why some wait, or were refused for good."""
@@ -5686,10 +5683,10 @@ class Move(Choice):
     def is_at(item, root):
         """Tell whether rTorrent looks for an item at a root."""
         place = item.absolute(item.directory_base)
+        folder, last = os.path.split(root)
         if not item.is_multi_file:
-            return place == os.path.dirname(root)
-        folder, last = os.path.split(place)
-        return folder == os.path.dirname(root) and stands_for(last, os.path.basename(root))
+            return place == folder
+        return os.path.dirname(place) == folder and stands_for(os.path.basename(place), last)
 
     @staticmethod
     @contextlib.contextmanager
