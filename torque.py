@@ -3452,11 +3452,11 @@ class Users:
 
     def __init__(self, engines: list[Engine], hashes: Iterable[str] = ()):
         self.hashes = hashes
-        self.engines: dict[str, Engine] = {}                # by pid, or address
-        self.folders: dict[Identity, list[tuple]] = {}      # -> (owner, path)
-        self.files: dict[Identity, list[tuple]] = {}        # -> (owner, path, its folder)
-        self.places: dict[tuple, str] = {}                  # folder and name -> path
-        self.names: dict[str, dict[str, list[str]]] = {}    # folder -> plain part -> paths
+        self.engines: dict = {}         # by pid, or address
+        self.folders: dict = {}         # identity -> [(owner, path)]
+        self.files: dict = {}           # identity -> [(owner, path, identity of its folder)]
+        self.places: dict = {}          # (identity of folder, name) -> path
+        self.names: dict = {}           # path of a folder -> plain part -> paths in it
         self.add_engine(engines[0], hashes)
         for engine in engines[1:]:
             try:
@@ -3541,7 +3541,7 @@ class Users:
 
     def of(self, data: OwnData) -> dict[tuple, str]:
         """Return who may use some of the data: owner -> path."""
-        users: dict[tuple, str] = {}
+        users: dict = {}
         for file in data.files:
             folder, name = place_of(file.path)
             users.update(self.folders.get(folder, ()))
@@ -4002,7 +4002,7 @@ class Template:
         self.text, self.known = text, known
         # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
         self.nodes: list = []
-        self.expressions: dict[int, ast.AST] = {}       # by the character that stands for it
+        self.expressions: dict = {}     # number of the character that stands for it -> ast
         self.open_ifs: list = []        # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
@@ -4535,7 +4535,7 @@ def influx_line(series, tags: dict, fields: dict, when: float) -> str:
 
 def by_series(lines: list[str]) -> dict[str, list[str]]:
     """Return the lines of each series."""
-    groups: dict[str, list[str]] = {}
+    groups: dict = {}
     for line in lines:
         series = re.split(r'(?<!\\)[, ]', line, maxsplit=1)[0]
         groups.setdefault(series, []).append(line)
@@ -5174,9 +5174,9 @@ class Action(Choice):
         if action == 'exec':
             make = CommandTemplate
         self.template = self.use('args', make, args)
-        self.met: dict[str, int] = {}           # hash -> runs in a row that it met the condition
-        self.gone: list[str] = []               # hashes that this dry run would have erased
-        self.promised: Any = None               # PromisedSpace of this run
+        self.met: dict = {}             # hash -> runs in a row that it met the condition
+        self.gone: list = []            # hashes that this dry run would have erased
+        self.promised: Any = None       # PromisedSpace of this run
 
     def risks(self) -> list[str]:
         """Return the conditions of a deleting rule that may mean more than meets the eye."""
@@ -5442,26 +5442,23 @@ class Command(Job):
                 stderr=subprocess.STDOUT)
         except (OSError, ValueError) as error:
             raise LoggableError(f'{program}: {error}') from None
-        in_time = self.wait()
+        self.wait(program)
         status = self.process.returncode
-        if not in_time:
-            raise LoggableError(f'{program} ended with force after {config.timeout:g} s')
         if status and config.check:
             raise LoggableError(f'{program} ended with status {status}')
         if status:
             self.LOG.info('%s ended with status %d', program, status)
 
-    def wait(self):
-        """Wait for the program, and log the end of its output; tell whether it was in time."""
+    def wait(self, program):
+        """Wait for the program, and log the end of its output; LoggableError if it is late."""
         import subprocess
-        kept = bytearray()
+        kept, timeout = bytearray(), self.config.timeout
         reader = threading.Thread(target=keep_end, args=(self.process.stdout, kept), daemon=True)
         reader.start()
         try:
-            self.process.wait(self.config.timeout or None)
-            return True
+            self.process.wait(timeout or None)
         except subprocess.TimeoutExpired:
-            return False
+            raise LoggableError(f'{program} ended with force after {timeout:g} s') from None
         finally:
             self.end_run()                      # also when torque is interrupted
             # The end of the output, which a process that is left behind may hold open for ever.
@@ -5536,7 +5533,7 @@ class Move(Choice):
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
         # some. hash -> failures, and until when it is left alone, in elapsed seconds
-        self.pauses: dict[str, tuple[int, float]] = {}
+        self.pauses: dict = {}
 
     def run(self):
         """Move what meets the condition, after what an ended run has left."""
