@@ -3316,14 +3316,14 @@ def stands_for(shown: str, name: str) -> bool:
     return shown == name
 
 
-def names_of_metafile(path, info_hash) -> tuple[str, list[str]]:
+def names_of_metafile(item: Item) -> tuple[str, list[str]]:
     """Return the true name of an item and the paths of its files, as its metafile has them.
 
     Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
     """
     try:
-        meta = read_metafile(path)
-        if meta.info_hash != info_hash:
+        meta = read_metafile(f'{item.session}/{item.hash}.torrent')
+        if meta.info_hash != item.hash:
             raise ValueError('it is that of another item')
         paths = []
         for entry in meta.files():
@@ -3347,7 +3347,7 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     root = item.absolute(item.base_path)
     if not any(map(DOUBTFUL.search, [root, *shown])):
         return root, shown
-    name, names = names_of_metafile(f'{item.session}/{item.hash}.torrent', item.hash)
+    name, names = names_of_metafile(item)
     folder, last = os.path.split(root)
     if stands_for(last, name):
         # A folder may have been renamed, to another name that comes through as this one does.
@@ -4928,7 +4928,7 @@ class QueueManager(Choice):
         Option('log_to_client', parse_bool, 'yes', 'tell in the log of rTorrent, too'))
     RUNNING = 'is_complete=no [ is_open=yes OR is_active=yes OR is_hashing=yes OR d_state=1 ]'
     RUNNING_FIELDS = ('is_active', 'is_open', 'is_hashing', 'd_hashing_failed', 'message', 'down')
-    turns: dict[str, Any] = {}          # a lock for each rTorrent: its queues take turns
+    turns: dict = {}                    # a lock for each rTorrent: its queues take turns
 
     def __init__(self, config):
         texts = ['*']
