@@ -3160,7 +3160,7 @@ class Item(NamedTuple):
             return '?' * count
         return bin(int('1' + self.bitfield, 16))[3:]
 
-    def paths(self, root, names: list[str]) -> list[str]:
+    def paths(self, root, names) -> list[str]:
         """Return where its files lie, by name below a root; the root is an only file itself."""
         if self.is_multi_file:
             return [f'{root}/{name}' for name in names]
@@ -3392,7 +3392,7 @@ def check_file(path, file: ItemFile, item: Item, pieces: str) -> OwnFile | None:
     return OwnFile.at(path, status)
 
 
-def folders_up_to(root, paths: Iterable[str]) -> list[str]:
+def folders_up_to(root, paths) -> list[str]:
     """Return the folders that files are in, up to `root`; the deepest first."""
     found = {root}
     for path in paths:
@@ -3450,7 +3450,7 @@ class Users:
     not known what an item uses. An owner is (which rTorrent, hash).
     """
 
-    def __init__(self, engines: list[Engine], hashes: Iterable[str] = ()):
+    def __init__(self, engines: list[Engine], hashes=()):
         self.hashes = hashes
         self.engines: dict = {}         # by pid, or address
         self.folders: dict = {}         # identity -> [(owner, path)]
@@ -3464,7 +3464,7 @@ class Users:
             except RpcError as error:
                 raise LoggableError(f'what other items use is not known: {error}') from None
 
-    def add_engine(self, engine: Engine, hashes: Iterable[str]):
+    def add_engine(self, engine: Engine, hashes):
         """Add the items of an rTorrent, by directory and by base path: one may be old."""
         pid, where = rtorrent_process(engine), engine.address.where
         key = f'process {pid}'          # it may have several addresses
@@ -3963,12 +3963,12 @@ def evaluate(node, values):
     return apply_filter(node, values)
 
 
-def nth_branch(number: int, branches: list) -> list:
+def nth_branch(number: int, branches) -> list:
     """Return the branch of a number, in a list; none where there is no such branch."""
     return branches[number:number + 1]
 
 
-def true_branch(values, branches: list) -> list:
+def true_branch(values, branches) -> list:
     """Return the first branch whose condition holds, in a list."""
     for branch in branches:
         if evaluate(branch[0], values):
@@ -3976,7 +3976,7 @@ def true_branch(values, branches: list) -> list:
     return []
 
 
-def flat(nodes: list, choose: Callable[[list], list]) -> str:
+def flat(nodes, choose: Callable[[list], list]) -> str:
     """Return the text of nodes, and of those of the branches that are chosen, one at most."""
     text = ''
     for node in nodes:
@@ -4033,7 +4033,7 @@ class Template:
         if self.open_ifs:
             raise UserError('an if has no endif')
 
-    def add_tag(self, nodes: list, code) -> list:
+    def add_tag(self, nodes, code) -> list:
         """Add what a tag says; return the nodes that what follows is to be among."""
         branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
         if not branch:
@@ -4120,7 +4120,7 @@ SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
 
-def check_program(name, words: list[str]):
+def check_program(name, words):
     """Refuse a value in what an interpreter, or the like, takes for its program or its flags."""
     gives_text = SHELL_FLAG
     if name in INTERPRETERS - SHELLS:
@@ -4143,7 +4143,7 @@ def check_program(name, words: list[str]):
         flag = ''
 
 
-def check_words(words: list[str]):
+def check_words(words):
     """Refuse a value inside what a program would run: no quoting is safe there.
 
     A value stands in a word of its own, or beside plain text.
@@ -4469,10 +4469,10 @@ def parse_pairs(text: str) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
     pairs = {}
     for part in filter(str.strip, text.split(',')):
-        name, _, value = part.partition('=')
-        if not name.strip() or not value.strip():       # not shown: it may be of a password
+        name, _, value = map(str.strip, part.partition('='))
+        if not name or not value:       # not shown: it may be of a password
             raise UserError('is not understood; allowed is name=value, name=value')
-        pairs[name.strip()] = value.strip()
+        pairs[name] = value
     return pairs
 
 
@@ -4533,7 +4533,7 @@ def influx_line(series, tags: dict, fields: dict, when: float) -> str:
     return f'{head} {values} {int(when * 1000)}'
 
 
-def by_series(lines: list[str]) -> dict[str, list[str]]:
+def by_series(lines) -> dict[str, list[str]]:
     """Return the lines of each series."""
     groups: dict = {}
     for line in lines:
@@ -4705,7 +4705,7 @@ class InfluxDB(Job):
         if problems:
             raise LoggableError(f"{self.config.url}: {', '.join(problems)}")
 
-    def post(self, lines: list[str]) -> list[str]:
+    def post(self, lines) -> list[str]:
         """Write points, in parts where the server wants that; return what it refused for good.
 
         Raises LoggableError when they have to be kept.
@@ -4768,7 +4768,8 @@ class InfluxDB(Job):
 
 def parse_sort(text) -> list[tuple[str, bool]]:
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
-    keys = [(word.lstrip('-'), word[0] == '-') for word in re.split(r'[\s,]+', text) if word]
+    words = text.replace(',', ' ').split()
+    keys = [(word.lstrip('-'), word.startswith('-')) for word in words]
     for name, _ in keys:
         torrent_field(name)
     return keys
@@ -4795,7 +4796,7 @@ def sort_key(name, torrent) -> tuple:
 
 
 
-def in_order(torrents: list[Torrent], keys: list[tuple[str, bool]]) -> list[Torrent]:
+def in_order(torrents, keys: list[tuple[str, bool]]):
     """Return torrents sorted by the keys."""
     for name, backwards in reversed(keys):
         key = functools.partial(sort_key, name)
@@ -4832,7 +4833,7 @@ class Choice(Job):
         self.fields += template.names
         return template
 
-    def chosen(self) -> list[Torrent]:
+    def chosen(self):
         """Return the torrents that meet the condition, in order."""
         config = self.config
         names = [*self.fields, *dict(config.sort)]
@@ -4855,7 +4856,7 @@ class Choice(Job):
             return contextlib.nullcontext()
         return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
-    def hold_back(self, torrents: Iterable[Torrent], why):
+    def hold_back(self, torrents, why):
         """Log which torrents are left alone for now."""
         level = logging.DEBUG
         if self.dry_run:
@@ -4872,7 +4873,7 @@ class Choice(Job):
         elif self.repeats.deserve_line((torrent.hash, str(error))):
             self.LOG.warning('%s: %s', torrent, error)
 
-    def each(self, torrents: list[Torrent], handle: Callable[[Torrent], bool],
+    def each(self, torrents, handle: Callable[[Torrent], bool],
              most: int | None = None):
         """Handle the torrents, until so many were changed; one that fails costs its turn only.
 
@@ -4975,7 +4976,7 @@ class QueueManager(Choice):
                 waiting = self.fitting(waiting, running)
             self.each(waiting, self.start, self.places(running))
 
-    def chosen(self) -> list[Torrent]:
+    def chosen(self):
         """Return what may be started, in order; what did not start the last time comes last."""
         config = self.config
         config['view'] = config.viewname
@@ -4984,10 +4985,10 @@ class QueueManager(Choice):
         torrents = super().chosen()
         return sorted(torrents, key=lambda torrent: torrent.hash in self.not_started)
 
-    def hold_back(self, torrents: Iterable[Torrent], why):
+    def hold_back(self, torrents, why):
         """Say nothing of all that wait for their turn."""
 
-    def places(self, running: list[Torrent]) -> int:
+    def places(self, running) -> int:
         """Return how many may be started in this run, beside what is running."""
         config = self.config
         downloading = [*filter(self.counted.match, running)]
@@ -5004,7 +5005,7 @@ class QueueManager(Choice):
         wanted = max(config.start_at_once, config.downloading_min - count)
         return min(wanted, most - count)
 
-    def tell_of_closed(self, torrents: list[Torrent]):
+    def tell_of_closed(self, torrents):
         """Say of items that they take a place although rTorrent could not open them."""
         for torrent in torrents:
             # What waits for its turn to be checked is closed, too.
@@ -5014,7 +5015,7 @@ class QueueManager(Choice):
                 self.failed(torrent, LoggableError(
                     f'could not be opened, and takes a place of the queue: {why}'))
 
-    def fitting(self, torrents: list[Torrent], running: list[Torrent]) -> list[Torrent]:
+    def fitting(self, torrents, running):
         """Return the items that their disk has room for, beside what is still coming to it."""
         coming: dict = collections.Counter()
         for torrent in running:
@@ -5097,13 +5098,7 @@ def throttle_commands(item, args) -> list[tuple]:
     return [change]
 
 
-def no_commands(item, args) -> list[tuple]:
-    """Do nothing with it."""
-    return []
-
-
-# Action -> fields that it needs, and what gives the commands for an item and args; cull and exec
-# are methods of Action.
+# Action -> fields that it needs, and what gives the commands for an item and args
 OTHER_ACTIONS: dict[str, tuple[str, Any]] = {
     'cull': ('is_open path d_completed_bytes', None),
     'tag': ('tagged', functools.partial(tag_commands, set.union)),
@@ -5112,7 +5107,7 @@ OTHER_ACTIONS: dict[str, tuple[str, Any]] = {
     'prio': ('prio', prio_commands),
     'throttle': ('throttle is_active', throttle_commands),
     'exec': ('', None),
-    'log': ('', no_commands)}
+    'log': ('', None)}
 ACTIONS = (*PLAIN_ACTIONS, *OTHER_ACTIONS)
 WITH_ARGS = ACTIONS[ACTIONS.index('tag'):]      # log may have some
 BAD_ARGS = (                            # action, what args must not have, and why
@@ -5203,7 +5198,7 @@ class Action(Choice):
                 if self.config.until_free and not self.dry_run:
                     self.promised.save()
 
-    def ready(self) -> list[Torrent]:
+    def ready(self):
         """Return what has met the condition often enough, and is not held back."""
         met, self.met = self.met, {}            # a listing that fails ends all runs in a row
         torrents = self.chosen()
@@ -5228,6 +5223,8 @@ class Action(Choice):
     def commands(self, torrent, args) -> list[tuple]:
         """Return the commands, without the hash, that the action comes to; none: nothing to do."""
         action = self.config.action
+        if action == 'log':
+            return []
         if action == 'exec':
             return [('branch', 'd.hash=', text) for text in self.template.commands(torrent)]
         if action in OTHER_ACTIONS:
@@ -5420,7 +5417,7 @@ class Command(Job):
                 os.killpg(self.process.pid, number)
                 self.process.wait(3)
 
-    def execute(self, words: list[str], environment: dict):
+    def execute(self, words, environment: dict):
         """Run the program once; its output goes to the log, a failure is raised."""
         import subprocess
         config = self.config
@@ -6196,7 +6193,7 @@ class TreeWatch(Job):
                 self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
         return tied
 
-    def send(self, path, meta, start: bool, commands: list[str]):
+    def send(self, path, meta, start: bool, commands):
         """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
@@ -6221,7 +6218,7 @@ class TreeWatch(Job):
             return True
         return False
 
-    def send_content(self, method: str, content: bytes, commands: list[str]):
+    def send_content(self, method: str, content: bytes, commands):
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
         try:
             self.act(method, '', content, *commands)
