@@ -5444,6 +5444,29 @@ class LiveHalvesTest(Live):
         self.assertEqual(len(tree(self.data)), 2)
         self.assertTrue(killed)
 
+    def test_rtorrent_dies_while_it_erases(self):
+        """Then it has the item, and knows nothing of it but its metafile."""
+        self.item('keeper')
+        folder = self.memory()
+        item = self.item('a', self.FILES, folder)
+        double = self.between()
+        double.before = lambda request: b'd.erase' not in request
+        status, log = self.cull(item)
+        self.assertEqual((status, len(self.noted())), (1, 1), log)
+        self.server.stop(signal.SIGKILL)
+        for ending in ('rtorrent', 'libtorrent_resume'):
+            os.remove(f'{self.server.folder}/session/{item}.torrent.{ending}')
+        self.serve(os.path.basename(self.server.folder))
+        self.assertNotIn(folder, self.proxy.d.directory(item))
+        double.let_through()
+        self.torque['scgi_url'] = double.url
+        log = self.unfinished()
+        self.assertIn('its item is there', log)
+        self.assertIn(folder, self.proxy.d.directory(item))
+        wait_for(lambda: self.proxy.d.complete(item))
+        self.assertEqual((len(tree(folder)), os.listdir(self.data), self.noted()),
+                         (2, ['keeper'], []), log)
+
     def test_answer_or_command_that_is_lost(self):
         self.item('keeper')
         double = self.between()

@@ -3316,6 +3316,26 @@ def stands_for(shown: str, name: str) -> bool:
     return shown == name
 
 
+def tell_place(item, root):
+    """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
+    folder, last = os.path.split(root)
+    command = ('d.directory_base.set', root)
+    if not item.is_multi_file:
+        command = ('d.directory_base.set', folder)
+    elif stands_for(item.name, last):
+        command = ('d.directory.set', folder)
+    item.tell(('d.close',), command)
+
+
+def is_at(item, root):
+    """Tell whether rTorrent looks for an item at a root."""
+    place = item.absolute(item.directory_base)
+    folder, last = os.path.split(root)
+    if not item.is_multi_file:
+        return place == folder
+    return os.path.dirname(place) == folder and stands_for(os.path.basename(place), last)
+
+
 def names_of_metafile(item: Item) -> tuple[str, list[str]]:
     """Return the true name of an item and the paths of its files, as its metafile has them.
 
@@ -5345,7 +5365,7 @@ class Action(Choice):
                                  removal, root, why)
                 # One that is there after it was erased is what the user has loaded since.
                 if 'erased' not in removal.facts and removal.has_item():
-                    start_again(removal.item())
+                    self.bring_back(removal)
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
@@ -5355,6 +5375,15 @@ class Action(Choice):
                     raise LoggableError(f'{error}; nothing more is culled until that works, or '
                                         f'{removal.path} is deleted') from None
             removal.drop()
+
+    @staticmethod
+    def bring_back(removal):
+        """Have an item that was not erased as it was before."""
+        item, root = removal.item(), removal.data.root
+        # An rTorrent that died while it erased the item knows nothing of it but its metafile.
+        if not item.completed_bytes and files_now(removal.data) and not is_at(item, root):
+            tell_place(item, root)
+        start_again(item)
 
     def is_enough(self, path):
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
@@ -5647,10 +5676,10 @@ class Move(Choice):
         """Have rTorrent use the data at the target, and remove the source."""
         data, target = removal.data, removal.facts['new']
         try:
-            self.tell_place(item, target)
+            tell_place(item, target)
             item.tell(('d.open',))
             now = ask_item(self.engine, item.hash)
-            if not self.is_at(now, target):
+            if not is_at(now, target):
                 raise LoggableError(f'rTorrent took {quoted(target)} for something else')
             if sum(file.is_created for file in now.files) < len(data.files):
                 raise LoggableError(f'rTorrent cannot open the data at {quoted(target)}: it stays '
@@ -5661,26 +5690,6 @@ class Move(Choice):
                 self.undo(item, removal)
             raise
         self.finish(item, removal)
-
-    @staticmethod
-    def tell_place(item, root):
-        """Have rTorrent look for an item at a root; a name that it has itself is not sent."""
-        folder, last = os.path.split(root)
-        command = ('d.directory_base.set', root)
-        if not item.is_multi_file:
-            command = ('d.directory_base.set', folder)
-        elif stands_for(item.name, last):
-            command = ('d.directory.set', folder)
-        item.tell(('d.close',), command)
-
-    @staticmethod
-    def is_at(item, root):
-        """Tell whether rTorrent looks for an item at a root."""
-        place = item.absolute(item.directory_base)
-        folder, last = os.path.split(root)
-        if not item.is_multi_file:
-            return place == folder
-        return os.path.dirname(place) == folder and stands_for(os.path.basename(place), last)
 
     @staticmethod
     @contextlib.contextmanager
@@ -5699,7 +5708,7 @@ class Move(Choice):
         Where rTorrent is away all stays as it is, for the next run.
         """
         self.pause(item.hash)
-        self.tell_place(item, removal.data.root)
+        tell_place(item, removal.data.root)
         with self.ending(item, removal):
             if 'copies' in removal.facts:
                 delete_data(removal.copies())
@@ -5737,7 +5746,7 @@ class Move(Choice):
         require_same_files(self.engine)
         item, source = removal.item(), files_now(data)
         is_whole = bool(files_now(copies))
-        if is_whole and source and not self.is_at(item, copies.root):
+        if is_whole and source and not is_at(item, copies.root):
             # It may have gone on at its old place: then the copies are old.
             is_whole = source == data.files and all(
                 same_content(file.path, copy.path)
