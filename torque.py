@@ -24,6 +24,7 @@ Sections, each using only what stands above it:
     Jobs: torrents      the jobs that start, load, delete and move
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
+    Web                 the page, figures for Prometheus, the demo
     Command line        arguments, log, main
 
 The life of a job: lines of the ini become entries, entries a planned job (Config), a planned
@@ -58,6 +59,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import queue
@@ -4430,6 +4432,10 @@ class Job:
         """Return what rTorrent does not have that the job needs, a line each; for --check."""
         return []
 
+    def outlook(self) -> list[str]:
+        """Return what the job is going to do, or leaves alone, a line each; for the page."""
+        return []
+
     def end_run(self) -> None:
         """End what a run has started outside of this process: it has run out of time."""
 
@@ -4834,6 +4840,7 @@ class Choice(Job):
     deletes = False                     # then it says more of what it leaves alone
     removes = False                     # does it touch data?
     FRESH = 1.0                         # seconds that a list may be old
+    SHOWN = 5                           # torrents that are left alone, on the page
     PATIENCE = 30.0                     # seconds to wait for another run that deletes or moves
 
     def __init__(self, config):
@@ -4842,6 +4849,7 @@ class Choice(Job):
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
         self.failures: list[Exception] = []             # of torrents, in this run
         self.held: collections.Counter = collections.Counter()  # reason -> torrents, in this run
+        self.waiting: list[str] = []                    # torrents left alone in this run, a few
         self.repeats = Repeats()
 
     def use(self, option, make: Callable, text):
@@ -4884,6 +4892,16 @@ class Choice(Job):
         for torrent in torrents:
             self.LOG.log(level, 'held back: %s: %s', torrent, why)
             self.held[why] += 1
+        self.remember(torrents, why)
+
+    def remember(self, torrents: Iterable[Torrent], why: str) -> None:
+        """Keep for the page which torrents are left alone."""
+        for torrent in torrents:
+            if len(self.waiting) < self.SHOWN:
+                self.waiting.append(f'{torrent}: {why}')
+
+    def outlook(self) -> list[str]:
+        return self.waiting
 
     def failed(self, torrent, error):
         """Log why a torrent failed: once, then from time to time."""
@@ -4982,6 +5000,7 @@ class QueueManager(Choice):
             self.LOG.debug('no start: the intermission is not over')
             return
         with self.turn:
+            self.waiting = []
             startable = self.chosen()
             if not startable:
                 self.LOG.debug('no start: nothing is startable')
@@ -5007,6 +5026,7 @@ class QueueManager(Choice):
 
     def hold_back(self, torrents, why):
         """Say nothing of all that wait for their turn."""
+        self.remember(torrents, 'waits for its turn')
 
     def places(self, running) -> int:
         """Return how many may be started in this run, beside what is running."""
@@ -5208,6 +5228,7 @@ class Action(Choice):
                 self.finish_removals()
             self.gone = []
             self.held.clear()
+            self.waiting = []
             self.promised = PromisedSpace(os.path.join(self.config.state_dir, 'promised.json'))
             limit = self.config.limit
             if self.deletes and limit is None:
@@ -6368,6 +6389,14 @@ def parse_level(text):
     return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
 
 
+def parse_port(text: str) -> int:
+    """Return the number of a TCP port; 0 is any that is free."""
+    port = parse_count(text)
+    if port > 65535:
+        raise UserError(f'{text!r} is no port; allowed are 0-65535')
+    return port
+
+
 CORE_OPTIONS = (                        # what any job has
     Option('handler', import_handler, '', 'module:Class of the job'),
     Option('schedule', parse_due, '', 'when it runs'),
@@ -6395,7 +6424,11 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('log_file', str, '', 'log in the background; left out, torque.log in state_dir'),
     Option('ping_url', parse_ping_url, '', 'monitor of all jobs that do not name one'),
     Option('queue_startable_base', parse_condition, 'is_open=no is_active=no is_complete=no',
-           'condition that any startable item of a queue must meet'))
+           'condition that any startable item of a queue must meet'),
+    Option('httpd.active', parse_bool, 'no', 'serve a page for people, and figures'),
+    Option('httpd.host', str, '127.0.0.1', 'address to serve at; others need httpd.password'),
+    Option('httpd.port', parse_port, '8042', 'port to serve at'),
+    Option('httpd.password', str, '', 'password of the page, with any user name'))
 
 
 def option_names(options):
@@ -6606,9 +6639,11 @@ def group_jobs(ini):
             groups.setdefault(setting[1], {})[setting[2]] = value
         elif family == 'job':
             ini.refuse(value, 'allowed is job.NAME.PARAM')
+        elif key in TORQUE_NAMES:
+            continue
         elif family in ('apscheduler', 'httpd'):
             old.add(f'{family}.*')
-        elif key not in TORQUE_NAMES:
+        else:
             ini.warn(value, f'this means nothing to torque{where_it_belongs(key, ini)}')
     if old:
         text = f"settings of pyrocore without a use here: {' '.join(sorted(old))}"
@@ -6734,9 +6769,18 @@ class Config(Settings):
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self.state_dir = state_folder(self.path, torque.state_dir)
         self.engines = {}                   # by address and same_files
+        self.require_password(torque, ini)
         place = ini.torque.get('rtorrent_rc', Value('', (self.path, 0))).place
         self.url = ini.torque.get('scgi_url', Value('', place, 'scgi_url'))
         self.engine = self.engine_at(self.url, torque.same_files, ini)
+
+    @staticmethod
+    def require_password(torque, ini):
+        """Refuse a page that others can reach, and that everybody may read."""
+        host = torque['httpd.host']
+        if torque['httpd.active'] and not torque['httpd.password'] and not LOOPBACK.match(host):
+            ini.refuse(ini.torque['httpd.host'], f'{host!r} is reached from elsewhere; that needs '
+                                                 'httpd.password')
 
     def plan(self, name, make, values, ini, alone):
         """Return a job ready to be made, if there are no mistakes."""
@@ -7150,6 +7194,7 @@ class Daemon:
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
         self.missed: list[str] = []             # what was due while torque did not run
+        self.at_end: list[Callable] = []        # what else is to be done at the end
 
     def begin(self) -> None:
         """Make the jobs and their tasks; from now on signals and questions are answered."""
@@ -7280,6 +7325,9 @@ class Daemon:
                 job.end_run()
         end = max(end, elapsed_time() + 0.8)
         hung |= self.clean_up(self.jobs.keys() - hung, end)
+        for function in self.at_end:
+            with contextlib.suppress(LoggableError):
+                function()
         # A deaf monitor is not waited for longer.
         end = min(end, elapsed_time() + 3)
         for monitor in self.monitors.values():
@@ -7532,6 +7580,865 @@ def report_start(writer, status) -> None:
         # The first process may have been interrupted.
         os.write(writer, str(status).encode())
     os.close(writer)
+
+
+# --- Web -------------------------------------------------------------------------------------
+# A daemon enters; what a browser or Prometheus may read of it leaves. Nobody changes anything by
+# it. Each request has a thread of its own, limits on its size, and a deadline; one more thread
+# takes a point of the history every minute. They only read what is the main thread's. Whoever
+# asks, an rTorrent is asked at most every FRESH seconds. The stand-in of --demo is here, too.
+
+FRESH = 5.0                     # seconds that figures of an rTorrent may be old
+MOST_REQUESTS = 64              # at a time; others wait
+HEAD_LIMIT, HEAD_TIME = 8192, 5.0       # bytes and seconds that a request may take
+KEPT_MINUTES = 1440             # of the history
+LOG_SHOWN = 20                  # lines on the page
+DAY_STEP = 5                    # minutes that are one point of a day's plot
+HEADERS = {                     # of every answer
+    'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
+                               "connect-src 'self'; img-src data:; base-uri 'none'; "
+                               "form-action 'none'; frame-ancestors 'none'",
+    'Cache-Control': 'no-store',
+    'Referrer-Policy': 'no-referrer',
+    'X-Content-Type-Options': 'nosniff'}
+# Names for which a page of somebody else cannot make a browser take this for its own server
+SERVED = re.compile(r'(localhost|[\d.]+|\[[\da-fA-F:.]+\])(:\d+)?\Z')
+# Command of rTorrent, and the metric that it is; pyrosimple's exporter has the same ones.
+METRICS = dict(line.split() for line in '''\
+throttle.global_up.rate         upload_bytes_per_second
+throttle.global_up.max_rate     upload_limit_bytes_per_second
+throttle.global_up.total        upload_bytes_total
+throttle.global_down.rate       download_bytes_per_second
+throttle.global_down.max_rate   download_limit_bytes_per_second
+throttle.global_down.total      download_bytes_total
+throttle.max_uploads.global     upload_slots_limit
+throttle.max_downloads.global   download_slots_limit
+throttle.unchoked_uploads       unchoked_uploads
+throttle.unchoked_downloads     unchoked_downloads
+network.open_sockets            open_sockets
+network.max_open_sockets        open_sockets_limit
+network.open_files              open_files
+network.max_open_files          open_files_limit
+network.http.current_open       open_http_requests
+network.http.max_open           open_http_requests_limit
+network.total_handshakes        handshakes
+pieces.memory.block_count       pieces_memory_blocks
+pieces.memory.current           pieces_memory_bytes
+pieces.memory.max               pieces_memory_limit_bytes
+pieces.memory.sync_queue        pieces_memory_sync_queue_bytes
+pieces.sync.queue_size          pieces_sync_queue_length
+pieces.preload.type             pieces_preload_type
+pieces.preload.min_size         pieces_preload_min_bytes
+pieces.preload.min_rate         pieces_preload_min_bytes_per_second
+pieces.stats.total_size         pieces_bytes
+pieces.stats_preloaded          pieces_preloaded_total
+pieces.stats_not_preloaded      pieces_not_preloaded_total
+system.files.opened_counter     files_opened_total
+system.files.closed_counter     files_closed_total
+system.files.failed_counter     files_failed_total'''.splitlines())
+JOB_METRICS = {                 # key of a job's status -> metric, and what it is
+    'runs': ('torque_job_runs_total', 'Runs that have ended.'),
+    'failures': ('torque_job_failures_total', 'Runs that have failed.'),
+    'missed': ('torque_job_missed_runs_total', 'Due times that were merged into others.'),
+    'last_duration': ('torque_job_last_duration_seconds', 'Time that the last run took.'),
+    'last_start': ('torque_job_last_start_timestamp_seconds', 'When a run began last.'),
+    'next_run': ('torque_job_next_run_timestamp_seconds', 'When the next run is due.')}
+CSS = '''\
+:root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1c2127; --dim: #5d6773;
+  --line: #dfe3e8; --up: #0a7d55; --down: #2563c9; --bad: #b3261e; --bad-back: #fdecea }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1e2227; --text: #e4e7eb;
+  --dim: #98a2ae; --line: #333a42; --up: #4cc79a; --down: #7cacf8; --bad: #ff8a80;
+  --bad-back: #3a2220 } }
+* { box-sizing: border-box }
+body { margin: 0; padding: 1rem; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif }
+body.gone::before { content: "torque does not answer: this page is old"; display: block;
+  padding: .5rem 1rem; margin-bottom: 1rem; background: var(--bad-back); color: var(--bad) }
+main { max-width: 78rem; margin: auto; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+header, .wide { grid-column: 1 / -1 }
+header h1 { font-size: 1.3rem; margin: 0 }
+header p, figcaption, .dim, th { color: var(--dim) }
+header p { margin: 0; overflow-wrap: anywhere }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: .8rem 1rem; min-width: 0 }
+h2 { font-size: 1rem; margin: 0 0 .4rem; overflow-wrap: anywhere }
+p { margin: .3rem 0 }
+figure { margin: .6rem 0 0 }
+figcaption { font-size: .85rem }
+svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line) }
+path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linecap: round }
+path.up { stroke: var(--up) } path.down, path.free { stroke: var(--down) }
+b.up { color: var(--up) } b.down, b.free { color: var(--down) }
+.rate { font-size: 1.35rem; font-variant-numeric: tabular-nums; margin-right: 1rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top;
+  unicode-bidi: isolate }
+th { font-weight: 500; white-space: nowrap }
+td { border-top: 1px solid var(--line) }
+td:only-child { overflow-wrap: anywhere }
+tr.bad td { background: var(--bad-back) }
+.bad, .bad td { color: var(--bad) }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem }
+@media (max-width: 40rem) { body { padding: .5rem }
+  .jobs :is(td, th):nth-child(n+4):nth-child(-n+7) { display: none } }
+'''
+JAVASCRIPT = '''\
+'use strict';
+async function renew() {
+  if (!document.hidden) {
+    try {
+      const answer = await fetch(location.pathname, {cache: 'no-store'});
+      const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
+      document.querySelector('main').replaceWith(page.querySelector('main'));
+      document.body.classList.remove('gone');
+    } catch (error) {
+      document.body.classList.add('gone');
+    }
+  }
+  setTimeout(renew, 5000);
+}
+setTimeout(renew, 5000);
+'''
+PAGE = '''\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>torque</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><link rel="stylesheet" href="torque.css">
+<noscript><meta http-equiv="refresh" content="20"></noscript>
+<script src="torque.js" defer></script></head>
+<body><main>
+%s
+</main></body></html>
+'''
+
+
+class History:
+    """Figures of each minute of the last day by name, the newest last; nan where there are none.
+
+    It is kept in a file. `minute` is that of the newest one, in Unix time.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.minute = 0
+        self.curves: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError), \
+                open(path, encoding='ascii') as stream:
+            kept = json.load(stream)
+            for name, figures in kept['curves'].items():
+                self.curves[name] = self.curve(figures)
+            self.minute = int(kept['minute'])
+
+    @staticmethod
+    def curve(figures: Iterable[float]) -> Any:
+        """Return a curve that ends with these figures, 4 bytes each."""
+        import array
+        curve = array.array('f', [math.nan] * KEPT_MINUTES)
+        curve.extend(figures)
+        return curve[-KEPT_MINUTES:]
+
+    def add(self, minute: int, figures: dict[str, float]) -> None:
+        """Add the figures of a minute; minutes that were left out before it are gaps."""
+        passed = minute - self.minute
+        if passed < 0:                          # the clock was set back
+            passed = 1
+        gap = [math.nan] * min(passed, KEPT_MINUTES)
+        for name in {*self.curves, *figures}:
+            curve = self.curve([*self.curves.get(name, ()), *gap])
+            curve[-1] = figures.get(name, math.nan)
+            self.curves[name] = curve
+            if all(map(math.isnan, curve)):     # of a disk that is not there any more
+                del self.curves[name]
+        self.minute = minute
+
+    def save(self) -> None:
+        """Keep it for the next start."""
+        curves = {name: curve.tolist() for name, curve in self.curves.items()}
+        replace_file(self.path, json.dumps({'minute': self.minute, 'curves': curves}))
+
+
+class Figures:
+    """What an rTorrent tells, asked for at most every FRESH seconds; empty while it is away."""
+    COLUMNS = ('d.message=', 't.multicall=,t.url=,t.is_enabled=')
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.lock = threading.Lock()
+        self.asked = -FRESH
+        self.told: dict[str, Any] = {}          # command or view -> answer
+
+    def get(self) -> dict[str, Any]:
+        """Return what was told; what is old where another thread waits for an answer."""
+        if self.lock.acquire(timeout=1):
+            try:
+                if elapsed_time() - self.asked >= FRESH:
+                    self.asked = elapsed_time()
+                    self.told = self.ask()
+            finally:
+                self.lock.release()
+        return self.told
+
+    def ask(self) -> dict[str, Any]:
+        """Ask for all that anybody wants to know, in one round trip."""
+        engine = self.engine
+        if engine.gone_since is not None:       # a hung one would cost a timeout each time
+            return {}
+        with contextlib.suppress(RpcError):
+            engine.reach()
+            calls: dict[str, tuple] = {}
+            for command in METRICS:
+                if command in engine.methods:
+                    calls[command] = (command, '')
+            for view in sorted(engine.views):
+                calls[f'view {view}'] = ('view.size', '', view)
+            calls['folder'] = ('directory.default', '')
+            calls['trackers'] = ('d.multicall2', '', 'main', *self.COLUMNS)
+            return dict(zip(calls, engine.ask(calls.values())))
+        return {}
+
+    def views(self) -> dict[str, int]:
+        """Return the sizes of views, those first that every rTorrent has."""
+        told = self.get()
+        names = [*VIEWS, *sorted(self.engine.views.difference(VIEWS))]
+        sizes = {name: told.get(f'view {name}') for name in names}
+        return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+    def trackers(self) -> dict[str, list[int]]:
+        """Return how many torrents each tracker has, and how many of them have a message."""
+        counts: dict[str, list[int]] = {}
+        rows = typed(self.get().get('trackers'), [])
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            for message, trackers in rows:
+                count = counts.setdefault(alias_of(trackers, self.engine.aliases), [0, 0])
+                count[0] += 1
+                count[1] += bool(message)
+        return counts
+
+
+class LogTail(logging.Handler):
+    """Keeps the last lines of the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: collections.deque = collections.deque(maxlen=LOG_SHOWN)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record)[:2000])
+
+
+def markup(text: Any) -> str:
+    """Return text of anybody as HTML that shows it."""
+    import html
+    return html.escape(one_line(str(text)))
+
+
+def table(heads: Iterable[str], rows: Iterable[tuple]) -> str:
+    """Return an HTML table; a row is its class and its cells, as text."""
+    parts = ['<div class="scroll"><table>']
+    if heads:
+        parts.append(f"<tr>{''.join(f'<th>{markup(head)}</th>' for head in heads)}</tr>")
+    for css_class, *cells in rows:
+        inner = ''.join(f'<td>{markup(cell)}</td>' for cell in cells)
+        parts.append(f'<tr class="{css_class}">{inner}</tr>')
+    return '\n'.join([*parts, '</table></div>'])
+
+
+def path_data(values: list[float], top: float) -> str:
+    """Return the path of a curve in a plot of 100 by 100; nan breaks it.
+
+    >>> path_data([0.0, 5.0, math.nan, 10.0], 10)
+    'M0.0 100.0h0L33.3 50.0M100.0 0.0h0'
+    """
+    path, step = '', 'M'
+    for at, value in enumerate(values):
+        if math.isnan(value):
+            step = 'M'
+            continue
+        path += f'{step}{100 * at / (len(values) - 1):.1f} {100 - 100 * value / top:.1f}'
+        if step == 'M':                         # so that a lone point is a dot
+            path += 'h0'
+        step = 'L'
+    return path
+
+
+def averages(values: list[float], number: int) -> list[float]:
+    """Return the averages of so many values each, of those that are known."""
+    found = []
+    for start in range(0, len(values), number):
+        known = [value for value in values[start:start + number] if not math.isnan(value)]
+        found.append(math.nan)
+        if known:
+            found[-1] = sum(known) / len(known)
+    return found
+
+
+def plot(title: str, curves: dict[str, list[float]], unit: str) -> str:
+    """Return a figure with curves, which have classes and names of their own."""
+    known = [value for curve in curves.values() for value in curve if not math.isnan(value)]
+    top = max(known, default=0) or 1
+    paths = [f'<path class="{name}" d="{path_data(curve, top)}"/>'
+             for name, curve in curves.items()]
+    names = ', '.join(f'<b class="{name}">{name}</b>' for name in curves)
+    caption = f'{names}, {title}'
+    if known:
+        caption += f', up to {show_size(top)}{unit}'
+    return (f'<figure><svg viewBox="0 -3 100 106" preserveAspectRatio="none" role="img" '
+            f'aria-label="{title}">{"".join(paths)}</svg><figcaption>{caption}</figcaption>'
+            '</figure>')
+
+
+def metric_text(samples: Iterable[tuple]) -> str:
+    """Return (metric, what it is, labels, value) in Prometheus' text format, without None.
+
+    >>> print(metric_text([('a_total', 'All.', {'b': 'c"'}, 1)]), end='')
+    # HELP a_total All.
+    # TYPE a_total counter
+    a_total{b="c\\""} 1
+    """
+    families: dict[tuple, list[str]] = {}
+    for name, about, labels, value in samples:
+        if value is None:
+            continue
+        pairs = []
+        for label, text in labels.items():
+            escaped = one_line(str(text)).replace('\\', r'\\').replace('"', r'\"')
+            pairs.append(f'{label}="{escaped}"')
+        sample = f"{name}{{{','.join(pairs)}}} {value}"
+        families.setdefault((name, about), []).append(sample)
+    lines = []
+    for (name, about), found in families.items():
+        kind = 'gauge'
+        if name.endswith('_total'):
+            kind = 'counter'
+        lines += [f'# HELP {name} {about}', f'# TYPE {name} {kind}', *found]
+    return '\n'.join(lines) + '\n'
+
+
+class Page:
+    """All that is to be seen of a daemon."""
+    SAVE_EVERY = 15                             # minutes
+
+    def __init__(self, daemon: Daemon):
+        self.daemon = daemon
+        self.config = daemon.config
+        self.password = str(self.config.torque['httpd.password'] or '')
+        self.host = self.config.torque['httpd.host']
+        self.engines = {engine.address.where: Figures(engine)
+                        for engine in self.config.engines.values()}
+        self.history = History(os.path.join(self.config.state_dir, 'history.json'))
+        self.folders: dict[str, str] = {}       # rTorrent -> where it puts data
+        self.log = logging.getLogger('torque.page')
+        self.tail = LogTail()
+        root = logging.getLogger('torque')
+        self.tail.setFormatter(root.handlers[0].formatter)
+        root.addHandler(self.tail)
+        self.repeats = Repeats()
+
+    # What is measured.
+
+    def watch(self) -> None:
+        """Take a point of the history each minute; a thread."""
+        while True:
+            try:
+                self.measure(time.time())
+            except Exception as error:          # a full disk, say
+                if self.repeats.deserve_line(kind_of_error(error)):
+                    self.log.warning('%s', error_text(error))
+            time.sleep(60 - time.time() % 60)
+
+    def measure(self, now: float) -> None:
+        """Take a point of the history."""
+        figures: dict[str, float] = {}
+        for where, engine in self.engines.items():
+            told = engine.get()
+            for way in ('up', 'down'):
+                rate = told.get(f'throttle.global_{way}.rate')
+                if isinstance(rate, int):
+                    figures[f'{way} {where}'] = rate
+            folder = told.get('folder')
+            if isinstance(folder, str) and not why_unseen(engine.engine):
+                self.folders[where] = os.path.join(engine.engine.cwd, folder)
+        for path, disk in self.disks().items():
+            figures[f'free {path}'] = disk['disk_free']
+        minute = int(now // 60)
+        self.history.add(minute, figures)
+        if minute % self.SAVE_EVERY == 0:
+            self.history.save()
+
+    def disks(self) -> dict[str, dict]:
+        """Return the figures of each disk, by a path on it."""
+        paths = (self.config.influxdb.disk_path or '~').split(os.pathsep)
+        found, devices = {}, set()
+        for path in [*self.folders.values(), *map(os.path.expanduser, paths)]:
+            device = disk_of(path)[0]
+            if device not in devices:
+                devices.add(device)
+                with contextlib.suppress(LoggableError):
+                    found[path] = disk_figures(path)
+        return found
+
+    # What is shown.
+
+    def respond(self, path: str, headers: Any) -> tuple[int, str, str]:
+        """Return status, content type and text of the answer to a request."""
+        import hmac
+        host = headers.get('Host', '')
+        names = (self.host, socket.gethostname())
+        if not SERVED.match(host) and re.sub(r':\d+\Z', '', host) not in names:
+            return 421, 'text/plain', 'not served under this name: use localhost or an address\n'
+        if self.password:
+            login = headers.get('Authorization', '').partition('Basic ')[2]
+            given = b''
+            with contextlib.suppress(ValueError):
+                given = binascii.a2b_base64(login).partition(b':')[2]
+            if not hmac.compare_digest(given, self.password.encode()):
+                return 401, 'text/plain', 'a password is needed\n'
+        pages = {
+            '/': ('text/html', self.html),
+            '/torque.css': ('text/css', CSS.strip),
+            '/torque.js': ('text/javascript', JAVASCRIPT.strip),
+            '/metrics': ('text/plain; version=0.0.4', self.metrics),
+            '/status.json': ('application/json', self.json)}
+        kind, make = pages.get(path.partition('?')[0], ('', None))
+        if make is None:
+            return 404, 'text/plain', f"there are {' '.join(pages)}\n"
+        return 200, kind, make()
+
+    def json(self) -> str:
+        """Return what --status --json prints."""
+        return json.dumps(self.daemon.status(), indent=1)
+
+    def html(self) -> str:
+        """Return the page."""
+        status = self.daemon.status()
+        parts = [
+            f"<header><h1>torque {VERSION}</h1><p>pid {status['pid']}, up "
+            f"{show_duration(status['uptime'])}, {markup(status['config'])}</p></header>"]
+        for engine in status['rtorrent']:
+            parts += self.engine_parts(engine)
+        for path, disk in self.disks().items():
+            free, total = show_size(disk['disk_free']), show_size(disk['disk_total'])
+            parts.append(f'<section><h2>Disk of {markup(path)}</h2><p><span class="rate">{free} '
+                         f'free</span> of {total}</p>{self.plots(["free"], path, "")}</section>')
+        parts.append(self.jobs_part(status['jobs']))
+        for name, job in sorted(self.daemon.jobs.items()):
+            outlook = []
+            if hasattr(job, 'outlook'):
+                outlook = [('', line) for line in job.outlook()]
+            if outlook:
+                parts.append(f'<section class="wide"><h2>{markup(name)}: what comes next</h2>'
+                             f'{table((), outlook)}</section>')
+        lines = '\n'.join(map(markup, '\n'.join(self.tail.lines).split('\n')))
+        parts.append(f'<section class="wide"><h2>Log</h2><pre>{lines}</pre></section>')
+        return PAGE % '\n'.join(parts)
+
+    def engine_parts(self, status: dict) -> list[str]:
+        """Return what is shown of an rTorrent."""
+        where = status['address']
+        figures = self.engines[where]
+        told = figures.get()
+        line, css_class = engine_line(**status), ''
+        if status['away_for'] is not None:
+            css_class = 'bad'
+        if figures.engine.startup and told:
+            line += f', up {show_duration(time.time() - figures.engine.startup)}'
+        parts = [f'<h2 class="{css_class}">{markup(line)}</h2>']
+        if told:
+            for way in ('up', 'down'):
+                rate, limit, total = (typed(told.get(f'throttle.global_{way}.{name}'), 0)
+                                      for name in ('rate', 'max_rate', 'total'))
+                shown = f'{show_size(total)} in all'
+                if limit:
+                    shown = f'limit {show_size(limit)}/s, {shown}'
+                parts.append(f'<p><b class="rate {way}">{way} {show_size(rate)}/s</b> '
+                             f'<span class="dim">{shown}</span></p>')
+        parts.append(self.plots(['up', 'down'], where, '/s'))
+        sizes = [('', *pair) for pair in figures.views().items()]
+        return [f"<section>{''.join(parts)}</section>",
+                f"<section><h2>Views</h2>{table((), sizes)}</section>"]
+
+    def plots(self, names: list[str], of: str, unit: str) -> str:
+        """Return plots of the last hour and day."""
+        nothing = [math.nan] * KEPT_MINUTES
+        curves = {name: list(self.history.curves.get(f'{name} {of}', nothing)) for name in names}
+        hour = {name: curve[-60:] for name, curve in curves.items()}
+        day = {name: averages(curve, DAY_STEP) for name, curve in curves.items()}
+        return plot('last hour', hour, unit) + plot('last day', day, unit)
+
+    @staticmethod
+    def jobs_part(jobs: list[dict]) -> str:
+        """Return the table of jobs as --status has it; what has failed stands out."""
+        *keys, last = COLUMNS
+        rows, errors = [], ''
+        for job in jobs:
+            css_class = ''
+            if job[last] or job['state'] == 'overdue':
+                css_class = 'bad'
+            rows.append((css_class, *[status_cell(key, job[key]) for key in keys]))
+            if job[last]:
+                errors += f"<p class=\"bad\">{markup(job['name'])}: {markup(job[last])}</p>"
+        heads = [COLUMNS[key] for key in keys]
+        return f'<section class="wide jobs"><h2>Jobs</h2>{table(heads, rows)}{errors}</section>'
+
+    def metrics(self) -> str:
+        """Return all figures for Prometheus."""
+        status = self.daemon.status()
+        samples = [
+            ('torque_info', 'Version of torque.', {'version': VERSION}, 1),
+            ('torque_start_time_seconds', 'When torque was started.', {}, status['started'])]
+        for job in status['jobs']:
+            label = {'job': job['name']}
+            for key, (name, about) in JOB_METRICS.items():
+                samples.append((name, about, label, job[key]))
+            samples.append(('torque_job_failing', 'Has the last run failed?', label,
+                            int(bool(job['last_error']))))
+        for path, disk in self.disks().items():
+            for name in ('free', 'total'):
+                samples.append((f'torque_disk_{name}_bytes', 'Of the disk that holds a path.',
+                                {'path': path}, disk[f'disk_{name}']))
+        for where, figures in self.engines.items():
+            samples += self.engine_samples(where, figures)
+        return metric_text(samples)
+
+    @staticmethod
+    def engine_samples(where: str, figures: Figures) -> list[tuple]:
+        """Return the metrics of an rTorrent."""
+        told, engine, label = figures.get(), figures.engine, {'rtorrent': where}
+        samples: list[tuple] = [
+            ('rtorrent_up', 'Does rTorrent answer?', label, int(bool(told)))]
+        if not told:
+            return samples
+        client, _, library = engine.version.partition('/')
+        samples.append(('rtorrent_info', 'Versions of rTorrent and its library.',
+                        {**label, 'client': client, 'library': library}, 1))
+        samples.append(('rtorrent_start_time_seconds', 'When rTorrent was started.', label,
+                        engine.startup or None))
+        for command, name in METRICS.items():
+            value = told.get(command)
+            if isinstance(value, int):
+                about = f'What rTorrent answers to {command}.'
+                samples.append((f'rtorrent_{name}', about, label, value))
+        for view, size in figures.views().items():
+            samples.append(('rtorrent_view_torrents', 'Size of a view.',
+                            {**label, 'view': view}, size))
+        for alias, (count, messages) in figures.trackers().items():
+            labels = {**label, 'tracker': alias}
+            samples.append(('rtorrent_tracker_torrents', 'Torrents whose first tracker it is.',
+                            labels, count))
+            samples.append(('rtorrent_tracker_message_torrents', 'Those with a message of it.',
+                            labels, messages))
+        return samples
+
+
+def request_head(sock: socket.socket) -> bytes:
+    """Return the head of a request, nothing where it is too long or does not come in time."""
+    end, head = time.monotonic() + HEAD_TIME, b''
+    while b'\r\n\r\n' not in head:
+        sock.settimeout(max(end - time.monotonic(), 0.001))
+        with contextlib.suppress(OSError):
+            piece = sock.recv(HEAD_LIMIT)
+            head += piece
+            if piece and len(head) < HEAD_LIMIT:
+                continue
+        return b''
+    sock.settimeout(HEAD_TIME)                  # for the answer
+    return head
+
+
+def web_server(page: Page, port: int) -> Any:
+    """Return a server for a page; OSError where it cannot listen."""
+    import http.server
+    import socketserver
+    slots = threading.Semaphore(MOST_REQUESTS)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        server_version, sys_version = 'torque', ''
+
+        def setup(self):
+            super().setup()
+            self.rfile.close()
+            self.rfile = io.BytesIO(request_head(self.connection))
+
+        def do_GET(self):
+            status, kind, text = page.respond(self.path, self.headers)
+            body = text.encode('utf-8', 'replace')
+            self.send_response(status)
+            for name, value in HEADERS.items():
+                self.send_header(name, value)
+            if status == 401:
+                self.send_header('WWW-Authenticate', 'Basic realm="torque"')
+            self.send_header('Content-Type', f'{kind}; charset=utf-8')
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            if self.command != 'HEAD':
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format, *args):
+            page.log.debug('%s %s', self.address_string(), quoted(format % args))
+
+    class Server(http.server.ThreadingHTTPServer):
+        if ':' in page.host:
+            address_family = socket.AF_INET6
+
+        def server_bind(self):
+            # The one of HTTPServer asks for the name of the host, which may take long.
+            socketserver.TCPServer.server_bind(self)
+            name, self.server_port = self.server_address[:2]
+            self.server_name = str(name)
+
+        def process_request(self, request, client_address):
+            slots.acquire()                     # each is given back within two deadlines
+            super().process_request(request, client_address)
+
+        def process_request_thread(self, request, client_address):
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                slots.release()
+
+        def handle_error(self, request, client_address):
+            error: Any = sys.exc_info()[1]
+            if not isinstance(error, OSError) and page.repeats.deserve_line(kind_of_error(error)):
+                page.log.exception('a request failed')
+
+    return Server((page.host, port), Handler)
+
+
+def serve_page(daemon: Daemon) -> Any:
+    """Serve the page of a daemon where that is switched on; return the server."""
+    torque = daemon.config.torque
+    if not torque['httpd.active']:
+        return None
+    page = Page(daemon)
+    try:
+        server = web_server(page, torque['httpd.port'])
+    except (OSError, OverflowError) as error:
+        page.log.warning('no page: %s port %s: %s', page.host, torque['httpd.port'], error)
+        return None
+    host = page.host
+    if ':' in host:
+        host = f'[{host}]'
+    page.log.info('the page is at http://%s:%d/', host, server.server_port)
+    # A child that a job forks has no part in it.
+    os.register_at_fork(after_in_child=server.socket.close)
+    daemon.at_end.append(page.history.save)
+    in_thread(page.watch)
+    in_thread(server.serve_forever, 3600)
+    return server
+
+
+DEMO_INI = '''\
+[TORQUE]
+scgi_url = %s/rpc.sock
+state_dir = state
+httpd.active = yes
+httpd.port = 0
+job.connstats.schedule = every 20s
+job.queue.active = yes
+job.queue.schedule = every 10s
+job.queue.downloading_max = 3
+job.tidy.handler = torque:Action
+job.tidy.schedule = every 30s
+job.tidy.matcher = ratio>1.5
+job.tidy.sort = -ratio
+job.tidy.action = delete
+job.tidy.limit = 1
+job.tidy.dry_run = yes
+job.notify.handler = torque:ItemCommand
+job.notify.schedule = every 1m
+job.notify.matcher = is_complete=yes completed<10i
+job.notify.args = echo "Done: {{name}}"
+job.notify.dry_run = yes
+'''
+# Name, MiB, KiB/s of its downloads (0: it is complete) and of its uploads
+DEMO_ITEMS = '''\
+debian-12.8.0-amd64-DVD-1.iso|3788|0|900
+archlinux-2026.11.01-x86_64.iso|1150|0|350
+Night.of.the.Living.Dead.1968.mkv|2210|0|120
+librivox-moby-dick.flac|890|0|60
+ubuntu-26.10-desktop-amd64.iso|5900|14000|80
+Big.Buck.Bunny.2008.mkv|1680|9000|40
+fedora-workstation-44.iso|2300|6500|30
+Sintel.2010.mkv|1240|7000|20
+NetBSD-11.0-amd64.iso|620|3000|10
+wikipedia-en-nopic.zim|48000|11000|5'''
+DEMO_VIEWS = {                          # view -> column, and what it is there; others have all
+    'started': ('state', 1),
+    'stopped': ('state', 0),
+    'complete': ('complete', 1),
+    'incomplete': ('complete', 0),
+    'seeding': ('complete', 1),
+    'leeching': ('complete', 0),
+    'active': ('is_active', 1),
+    'messages': ('message', 1)}
+
+
+class StandIn:
+    """Answers what built-in jobs ask of an rTorrent, with a few torrents that come and go."""
+    AGAIN = 300                         # seconds after which a download is as if it were new
+    FACTS = {
+        'session.name': 'demo',
+        'system.client_version': 'of --demo',
+        'system.library_version': VERSION,
+        'system.cwd': '/',
+        'session.path': '',
+        'directory.default': '/',
+        'view.list': VIEWS,
+        'throttle.global_up.max_rate': 2 << 20,
+        'print': 0}
+
+    def __init__(self, path: str):
+        self.began = time.time()
+        self.started: dict[str, float] = {}     # hash -> Unix seconds
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(path)
+        self.socket.listen()
+        in_thread(self.serve)
+
+    def serve(self) -> None:
+        """Answer requests, one after another; a thread."""
+        while True:
+            sock, _ = self.socket.accept()
+            with contextlib.suppress(OSError, LookupError, ValueError), sock:
+                self.answer(sock)
+
+    def answer(self, sock: socket.socket) -> None:
+        """Answer one request, which is a system.multicall as xml_batch() makes it."""
+        with sock.makefile('rb') as stream:
+            length = stream.read(2)             # of the head, which has less than 100 bytes
+            head = stream.read(int(length) + 2)
+            body = stream.read(int(head.split(b'\0')[1]))
+        params = body[body.index(b'<params>'):].replace(b'methodCall>', b'methodResponse>')
+        answers = [self.call(entry['methodName'], entry['params'])
+                   for entry in xml_reply(b'<methodResponse>' + params)]
+        text = ('<methodResponse><params><param>'
+                f'{xml_value(answers)}</param></params></methodResponse>').encode()
+        sock.sendall(b'Status: 200 OK\r\nContent-Length: %d\r\n\r\n%s' % (len(text), text))
+
+    def call(self, method: str, params: list) -> Any:
+        """Return the answer to a call in a list, or the fault."""
+        now = time.time()
+        rows = self.rows(now)
+        if method == 'd.start':
+            self.started[params[0]] = now
+            return [0]
+        if method == 'system.listMethods':
+            return [[*METRICS, *self.FACTS, 'd.multicall2', 'd.start', 'view.size']]
+        if method in ('view.size', 'd.multicall2'):
+            column, value = DEMO_VIEWS.get(params[1], ('hash', None))
+            rows = [row for row in rows if value in (None, row[column])]
+        if method == 'view.size':
+            return [len(rows)]
+        if method == 'd.multicall2':
+            cells = [cell[2:].partition('=')[0] for cell in params[2:]]
+            return [[[row[cell] for cell in cells] for row in rows]]
+        way = re.fullmatch(r'throttle\.global_((?:up|down)\.(?:rate|total))', method)
+        if way:
+            return [sum(row[way[1]] for row in rows)]
+        if method in self.FACTS or method in METRICS or method in ABOUT:
+            return [self.FACTS.get(method, 0)]
+        return {'faultCode': MISSING[0], 'faultString': f'{method} is not there'}
+
+    def rows(self, now: float) -> list[dict[str, Any]]:
+        """Return what d. commands answer for each item; 0 is what is not listed."""
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(DEMO_ITEMS.splitlines(), 1):
+            name, *numbers = line.split('|')
+            size, down, up = (int(text) << 10 for text in numbers)
+            info_hash, size = f'{number:040X}', size << 10
+            start = self.started.get(info_hash, 0.0)
+            if not down:
+                start = self.began - 86400 * number
+            end = start
+            if down:
+                end = start + size / down
+            if down and now > end + self.AGAIN:
+                start = self.started[info_hash] = 0.0
+            active = int(start > 0)
+            complete = int(active and now >= end)
+            done = complete * size or active * int(down * (now - start))
+            swing = 1 + 0.3 * math.sin(now / (20 + number) + number)
+            uploaded = active * int(up * (now - start))
+            rows.append(collections.defaultdict(int, {
+                'hash': info_hash,
+                'name': name,
+                'size_bytes': size,
+                'completed_bytes': done,
+                'left_bytes': size - done,
+                'complete': complete,
+                'is_active': active,
+                'is_open': active,
+                'state': active,
+                'priority': 2,
+                'down.rate': active * (1 - complete) * int(swing * down),
+                'up.rate': active * int(swing * up),
+                'up.total': uploaded,
+                'down.total': done,
+                'ratio': 1000 * uploaded // size,
+                'timestamp.started': int(start),
+                'timestamp.finished': complete * int(end),
+                't.multicall': [[f'http://tracker{number % 2}.example.org/', 1]],
+                **dict.fromkeys(('message', 'custom', 'custom1', 'base_path', 'directory'), '')}))
+        return rows
+
+
+# Title, unit of Grafana, and for each curve its name, InfluxDB's series and field, Prometheus'
+# query
+PANELS = (
+    ('Rates', 'Bps', (
+        ('up', 'rtorrent', 'up_rate', 'rtorrent_upload_bytes_per_second'),
+        ('down', 'rtorrent', 'down_rate', 'rtorrent_download_bytes_per_second'))),
+    ('Traffic', 'bytes', (
+        ('up', 'rtorrent', 'up_total', 'rtorrent_upload_bytes_total'),
+        ('down', 'rtorrent', 'down_total', 'rtorrent_download_bytes_total'))),
+    ('Torrents', 'short', (
+        ('all', 'rtorrent_views', 'main', 'rtorrent_view_torrents{view="main"}'),
+        ('active', 'rtorrent_views', 'active', 'rtorrent_view_torrents{view="active"}'),
+        ('seeding', 'rtorrent_views', 'seeding', 'rtorrent_view_torrents{view="seeding"}'),
+        ('leeching', 'rtorrent_views', 'leeching', 'rtorrent_view_torrents{view="leeching"}'))),
+    ('Sockets and files', 'short', (
+        ('sockets', 'rtorrent', 'open_sockets', 'rtorrent_open_sockets'),
+        ('files', 'rtorrent', 'open_files', 'rtorrent_open_files'))),
+    ('Free space', 'bytes', (
+        ('free', 'host', 'disk_free', 'torque_disk_free_bytes'),)),
+    ('Uptime', 's', (
+        ('rTorrent', 'rtorrent', 'uptime', 'time() - rtorrent_start_time_seconds'),)))
+
+
+def dashboard(kind: str) -> dict:
+    """Return a dashboard of Grafana, whose source of data is influxdb or prometheus."""
+    panels = []
+    for number, (title, unit, curves) in enumerate(PANELS):
+        targets: list[dict] = []
+        for name, series, field, expression in curves:
+            target: dict[str, Any] = {'refId': chr(ord('A') + len(targets))}
+            if kind == 'prometheus':
+                target.update(expr=expression, legendFormat=name)
+            else:
+                target.update(
+                    query=f'SELECT mean("{field}") FROM "{series}" WHERE $timeFilter '
+                          'GROUP BY time($__interval) fill(none)',
+                    rawQuery=True, resultFormat='time_series', alias=name)
+            targets.append(target)
+        panels.append({
+            'id': number + 1,
+            'type': 'timeseries',
+            'title': title,
+            'datasource': {'type': kind, 'uid': '${source}'},
+            'gridPos': {'x': number % 2 * 12, 'y': number // 2 * 8, 'w': 12, 'h': 8},
+            'fieldConfig': {'defaults': {'unit': unit}, 'overrides': []},
+            'targets': targets})
+    return {
+        'title': 'rTorrent',
+        'tags': ['torque'],
+        'schemaVersion': 36,
+        'time': {'from': 'now-24h', 'to': 'now'},
+        'templating': {'list': [{'name': 'source', 'type': 'datasource', 'query': kind}]},
+        'panels': panels}
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -7873,9 +8780,20 @@ def run_daemon(arguments, path) -> int:
         if writer is not None:
             report_start(writer, status)
     if status == EXIT_OK:
+        serve_page(daemon)
         daemon.serve(verb)
         status = daemon.exit_status
     return status
+
+
+def run_demo(arguments: Any) -> int:
+    """Run torque beside a stand-in of rTorrent, all in a temporary folder."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix='torque-demo-') as folder:
+        path = os.path.join(folder, 'torque.ini')
+        replace_file(path, DEMO_INI % folder)
+        StandIn(os.path.join(folder, 'rpc.sock'))
+        return run_daemon(arguments, path)
 
 
 OPTIONS = {                             # names=what it takes: help
@@ -7898,6 +8816,7 @@ OPTIONS = {                             # names=what it takes: help
     '--check': 'check the configuration, show what would run',
     '--list-jobs': 'show built-in jobs and their options',
     '--run-once=JOB': 'run one job now, active or not, and exit',
+    '--demo': 'run beside a stand-in of rTorrent, with a page to look at',
     '--explain=FILE': 'show what each TreeWatch would do with a metafile'}
 
 
@@ -7915,6 +8834,8 @@ def parse_arguments(words: list[str] | None) -> Any:
         parser.add_argument(*names.split(), help=text, **kind)
     parser.add_argument('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
                         help='set a key of [TORQUE], or section.KEY, over the file')
+    parser.add_argument('--grafana', nargs='?', choices=('influxdb', 'prometheus'),
+                        const='influxdb', help='print a dashboard for that source of data')
     parser.add_argument('--version', action='version', version=f'torque {VERSION}')
     parser.add_argument('--check-files', action='store_true', help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
@@ -7932,6 +8853,11 @@ def obey(arguments) -> int:
     set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
         return list_jobs()
+    if arguments.grafana:
+        print(json.dumps(dashboard(arguments.grafana), indent=1))
+        return EXIT_OK
+    if arguments.demo:
+        return run_demo(arguments)
     path = arguments.config or find_ini()
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
