@@ -4898,7 +4898,14 @@ class Choice(Job):
         """Keep for the page which torrents are left alone."""
         for torrent in torrents:
             if len(self.waiting) < self.SHOWN:
-                self.waiting.append(f'{torrent}: {why}')
+                self.waiting.append(f'{quoted(torrent.name)}: {why}')
+
+    def announce(self, *words: Any) -> bool:
+        to_do = super().announce(*words)
+        if not to_do:
+            torrents = [word for word in words if isinstance(word, Torrent)]
+            self.remember(torrents, f'{words[0]}, if it were no dry run')
+        return to_do
 
     def outlook(self) -> list[str]:
         return self.waiting
@@ -7592,15 +7599,19 @@ FRESH = 5.0                     # seconds that figures of an rTorrent may be old
 MOST_REQUESTS = 64              # at a time; others wait
 HEAD_LIMIT, HEAD_TIME = 8192, 5.0       # bytes and seconds that a request may take
 KEPT_MINUTES = 1440             # of the history
-LOG_SHOWN = 20                  # lines on the page
 DAY_STEP = 5                    # minutes that are one point of a day's plot
-HEADERS = {                     # of every answer
-    'Content-Security-Policy': "default-src 'none'; style-src 'self'; script-src 'self'; "
-                               "connect-src 'self'; img-src data:; base-uri 'none'; "
-                               "form-action 'none'; frame-ancestors 'none'",
-    'Cache-Control': 'no-store',
-    'Referrer-Policy': 'no-referrer',
-    'X-Content-Type-Options': 'nosniff'}
+LOG_SHOWN = 20                  # lines on the page
+HISTORY = 'history.json'        # in the state folder
+LARGEST = 1 << 63               # above all that is a size or rate
+MOST_SHOWN = 300                # characters of any one text on the page
+MOST_TRACKERS = 100             # with figures of their own
+HEADERS = '''\
+Content-Security-Policy: default-src 'none'; style-src 'self'; script-src 'self'; \
+connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
+Cross-Origin-Resource-Policy: same-origin
+Cache-Control: no-store
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff'''
 # Names for which a page of somebody else cannot make a browser take this for its own server
 SERVED = re.compile(r'(localhost|[\d.]+|\[[\da-fA-F:.]+\])(:\d+)?\Z')
 # Command of rTorrent, and the metric that it is; pyrosimple's exporter has the same ones.
@@ -7636,62 +7647,77 @@ pieces.stats_not_preloaded      pieces_not_preloaded_total
 system.files.opened_counter     files_opened_total
 system.files.closed_counter     files_closed_total
 system.files.failed_counter     files_failed_total'''.splitlines())
-JOB_METRICS = {                 # key of a job's status -> metric, and what it is
-    'runs': ('torque_job_runs_total', 'Runs that have ended.'),
-    'failures': ('torque_job_failures_total', 'Runs that have failed.'),
-    'missed': ('torque_job_missed_runs_total', 'Due times that were merged into others.'),
-    'last_duration': ('torque_job_last_duration_seconds', 'Time that the last run took.'),
-    'last_start': ('torque_job_last_start_timestamp_seconds', 'When a run began last.'),
-    'next_run': ('torque_job_next_run_timestamp_seconds', 'When the next run is due.')}
+# Key of a job's status, the metric, and what it is
+JOB_METRICS = [line.split(None, 2) for line in '''\
+runs            torque_job_runs_total                   Runs that have ended.
+failures        torque_job_failures_total               Runs that have failed.
+missed          torque_job_missed_runs_total            Due times merged into others.
+last_duration   torque_job_last_duration_seconds        Time that the last run took.
+last_start      torque_job_last_start_timestamp_seconds When a run began last.
+next_run        torque_job_next_run_timestamp_seconds   When the next run is due.'''.splitlines()]
 CSS = '''\
 :root { color-scheme: light dark; --back: #f4f5f7; --card: #fff; --text: #1c2127; --dim: #5d6773;
-  --line: #dfe3e8; --up: #0a7d55; --down: #2563c9; --bad: #b3261e; --bad-back: #fdecea }
+  --line: #e3e7eb; --up: #0a7d55; --down: #2563c9; --bad: #b3261e; --bad-back: #fdecea }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1e2227; --text: #e4e7eb;
   --dim: #98a2ae; --line: #333a42; --up: #4cc79a; --down: #7cacf8; --bad: #ff8a80;
   --bad-back: #3a2220 } }
 * { box-sizing: border-box }
 body { margin: 0; padding: 1rem; background: var(--back); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif }
+  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums }
 body.gone::before { content: "torque does not answer: this page is old"; display: block;
-  padding: .5rem 1rem; margin-bottom: 1rem; background: var(--bad-back); color: var(--bad) }
-main { max-width: 78rem; margin: auto; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
-header, .wide { grid-column: 1 / -1 }
-header h1 { font-size: 1.3rem; margin: 0 }
-header p, figcaption, .dim, th { color: var(--dim) }
-header p { margin: 0; overflow-wrap: anywhere }
+  position: sticky; top: .5rem; z-index: 1; padding: .5rem 1rem; border-radius: .4rem;
+  background: var(--bad-back); color: var(--bad) }
+main { max-width: 70rem; margin: auto; display: grid; gap: 1rem; grid-template-columns: 100% }
+h1 { font-size: 1.3rem; margin: 0 }
+h2 { font-size: 1rem; margin: 0 }
+p { margin: 0 }
+.dim, figcaption, .scale, th { color: var(--dim) }
+.bad { color: var(--bad) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  padding: .8rem 1rem; min-width: 0 }
-h2 { font-size: 1rem; margin: 0 0 .4rem; overflow-wrap: anywhere }
-p { margin: .3rem 0 }
-figure { margin: .6rem 0 0 }
-figcaption { font-size: .85rem }
-svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line) }
-path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke; stroke-linecap: round }
-path.up { stroke: var(--up) } path.down, path.free { stroke: var(--down) }
-b.up { color: var(--up) } b.down, b.free { color: var(--down) }
-.rate { font-size: 1.35rem; font-variant-numeric: tabular-nums; margin-right: 1rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top;
-  unicode-bidi: isolate }
-th { font-weight: 500; white-space: nowrap }
+  padding: .8rem 1rem; overflow-x: auto }
+.row { display: flex; flex-wrap: wrap; gap: .2rem 2rem; margin-top: .5rem; align-items: baseline }
+.row b { font-size: 1.4rem; margin-right: .6rem; white-space: nowrap; font-weight: 600 }
+.plots { display: grid; gap: 0 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+figure { margin: .8rem 0 0; position: relative; font-size: .8rem }
+svg { display: block; width: 100%; height: 6rem; border: solid var(--line); border-width: 1px 0;
+  background: linear-gradient(var(--line) 1px, transparent 1px) 0 0 / 100% 50%,
+  linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 0 / 25% 100% }
+path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke;
+  stroke-linecap: round; stroke-linejoin: round }
+.up { color: var(--up); stroke: var(--up) }
+.down, .free { color: var(--down); stroke: var(--down) }
+figcaption, .scale { display: flex; justify-content: space-between; gap: 1rem }
+figcaption span span { margin-left: .6rem }
+.views { list-style: none; margin: .8rem 0 0; padding: 0; display: grid; gap: 0 2rem;
+  grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)) }
+.views li { display: flex; justify-content: space-between; gap: 1rem;
+  border-top: 1px solid var(--line) }
+table { border-collapse: collapse; width: 100%; margin-top: .3rem }
+th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
+  overflow-wrap: normal }
+th { font-weight: 500 }
+th:nth-child(n+4):nth-child(-n+7), td:nth-child(n+4):nth-child(-n+7) { text-align: right }
 td { border-top: 1px solid var(--line) }
-td:only-child { overflow-wrap: anywhere }
 tr.bad td { background: var(--bad-back) }
-.bad, .bad td { color: var(--bad) }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem }
-@media (max-width: 40rem) { body { padding: .5rem }
-  .jobs :is(td, th):nth-child(n+4):nth-child(-n+7) { display: none } }
+tr.error td { border-top: 0; padding-bottom: .5rem; overflow-wrap: anywhere }
+td:first-child, th:first-child { padding-left: .4rem }
+.next { margin: .3rem 0 0; padding: 0; list-style: none }
+.next li { border-top: 1px solid var(--line); padding: .2rem 0; unicode-bidi: isolate }
+pre { margin: .3rem 0 0; white-space: pre-wrap; font-size: .8rem }
+@media (max-width: 40rem) { body { padding: .5rem; font-size: 14px } main { gap: .6rem }
+  section { padding: .7rem } th, td { padding-right: .5rem }
+  :is(td, th):is(:nth-child(4), :nth-child(5), :nth-child(7)) { display: none } }
 '''
 JAVASCRIPT = '''\
 'use strict';
 async function renew() {
-  if (!document.hidden) {
+  if (!document.hidden && getSelection().isCollapsed) {
     try {
-      const answer = await fetch(location.pathname, {cache: 'no-store'});
+      const answer = await fetch(location.pathname);
       const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
-      document.querySelector('main').replaceWith(page.querySelector('main'));
+      document.querySelector('main').replaceWith(page.querySelector('main').cloneNode(true));
       document.body.classList.remove('gone');
     } catch (error) {
       document.body.classList.add('gone');
@@ -7724,12 +7750,12 @@ class History:
         self.path = path
         self.minute = 0
         self.curves: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError), \
-                open(path, encoding='ascii') as stream:
+        # Whatever is in the file, it is no reason not to start.
+        with contextlib.suppress(Exception), open(path, encoding='ascii') as stream:
             kept = json.load(stream)
-            for name, figures in kept['curves'].items():
-                self.curves[name] = self.curve(figures)
-            self.minute = int(kept['minute'])
+            curves = {name: self.curve(map(plausible, figures))
+                      for name, figures in kept['curves'].items()}
+            self.minute, self.curves = int(kept['minute']), curves
 
     @staticmethod
     def curve(figures: Iterable[float]) -> Any:
@@ -7745,13 +7771,13 @@ class History:
         if passed < 0:                          # the clock was set back
             passed = 1
         gap = [math.nan] * min(passed, KEPT_MINUTES)
+        curves = {}
         for name in {*self.curves, *figures}:
             curve = self.curve([*self.curves.get(name, ()), *gap])
-            curve[-1] = figures.get(name, math.nan)
-            self.curves[name] = curve
-            if all(map(math.isnan, curve)):     # of a disk that is not there any more
-                del self.curves[name]
-        self.minute = minute
+            curve[-1] = plausible(figures.get(name))
+            if not all(map(math.isnan, curve)):     # as that of a disk that is no longer there
+                curves[name] = curve
+        self.minute, self.curves = minute, curves
 
     def save(self) -> None:
         """Keep it for the next start."""
@@ -7759,90 +7785,110 @@ class History:
         replace_file(self.path, json.dumps({'minute': self.minute, 'curves': curves}))
 
 
+def plausible(figure: Any) -> float:
+    """Return a rate or size as it is; nan for anything else."""
+    if isinstance(figure, (int, float)) and 0 <= figure < LARGEST:
+        return figure
+    return math.nan
+
+
 class Figures:
-    """What an rTorrent tells, asked for at most every FRESH seconds; empty while it is away."""
+    """What an rTorrent tells, asked for at most every FRESH seconds; nothing while it is away."""
     COLUMNS = ('d.message=', 't.multicall=,t.url=,t.is_enabled=')
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.lock = threading.Lock()
         self.asked = -FRESH
-        self.told: dict[str, Any] = {}          # command or view -> answer
+        self.numbers: dict[str, int] = {}       # command or `view NAME` -> answer
+        self.folder = ''                        # where it puts data
+        # Tracker -> torrents, and those of them with a message
+        self.trackers: dict[str, list[int]] = {}
 
-    def get(self) -> dict[str, Any]:
-        """Return what was told; what is old where another thread waits for an answer."""
-        if self.lock.acquire(timeout=1):
+    def renew(self) -> None:
+        """Ask, if what was told is old; where another thread is asking, do not wait for long."""
+        engine = self.engine
+        if not engine.methods or engine.gone_since is not None:
+            # A hung one would cost a timeout each time; measure() tries it every minute.
+            self.numbers = {}
+        elif self.lock.acquire(timeout=1):
             try:
                 if elapsed_time() - self.asked >= FRESH:
                     self.asked = elapsed_time()
-                    self.told = self.ask()
+                    self.ask()
             finally:
                 self.lock.release()
-        return self.told
 
-    def ask(self) -> dict[str, Any]:
+    def ask(self) -> None:
         """Ask for all that anybody wants to know, in one round trip."""
-        engine = self.engine
-        if engine.gone_since is not None:       # a hung one would cost a timeout each time
-            return {}
+        calls: dict[str, tuple] = {
+            'folder': ('directory.default', ''),
+            'trackers': ('d.multicall2', '', 'main', *self.COLUMNS)}
+        for command in self.engine.methods.intersection(METRICS):
+            calls[command] = (command, '')
+        for view in self.engine.views:
+            calls[f'view {view}'] = ('view.size', '', view)
+        told: dict[str, Any] = {}
         with contextlib.suppress(RpcError):
-            engine.reach()
-            calls: dict[str, tuple] = {}
-            for command in METRICS:
-                if command in engine.methods:
-                    calls[command] = (command, '')
-            for view in sorted(engine.views):
-                calls[f'view {view}'] = ('view.size', '', view)
-            calls['folder'] = ('directory.default', '')
-            calls['trackers'] = ('d.multicall2', '', 'main', *self.COLUMNS)
-            return dict(zip(calls, engine.ask(calls.values())))
-        return {}
+            told = dict(zip(calls, self.engine.ask(calls.values())))
+        self.numbers = {name: answer for name, answer in told.items()
+                        if 0 <= typed(answer, -1) < LARGEST}
+        self.folder = typed(told.get('folder'), self.folder)
+        self.trackers = self.count_trackers(typed(told.get('trackers'), []))
 
-    def views(self) -> dict[str, int]:
-        """Return the sizes of views, those first that every rTorrent has."""
-        told = self.get()
-        names = [*VIEWS, *sorted(self.engine.views.difference(VIEWS))]
-        sizes = {name: told.get(f'view {name}') for name in names}
-        return {name: size for name, size in sizes.items() if isinstance(size, int)}
-
-    def trackers(self) -> dict[str, list[int]]:
+    def count_trackers(self, rows: list) -> dict[str, list[int]]:
         """Return how many torrents each tracker has, and how many of them have a message."""
         counts: dict[str, list[int]] = {}
-        rows = typed(self.get().get('trackers'), [])
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             for message, trackers in rows:
-                count = counts.setdefault(alias_of(trackers, self.engine.aliases), [0, 0])
+                alias = alias_of(trackers, self.engine.aliases)
+                if len(counts) >= MOST_TRACKERS and alias not in counts:
+                    alias = 'others'
+                count = counts.setdefault(alias, [0, 0])
                 count[0] += 1
                 count[1] += bool(message)
         return counts
 
+    def views(self) -> dict[str, int]:
+        """Return the sizes of views, those first that every rTorrent has."""
+        names = [*VIEWS, *sorted(self.engine.views.difference(VIEWS))]
+        return {name: self.numbers[f'view {name}'] for name in names
+                if f'view {name}' in self.numbers}
+
 
 class LogTail(logging.Handler):
-    """Keeps the last lines of the log."""
+    """Keeps the last lines of the log, as HTML."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: collections.deque = collections.deque(maxlen=LOG_SHOWN)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record)[:2000])
+        css_class = ''
+        if record.levelno >= logging.WARNING:
+            css_class = 'bad'
+        for line in self.format(record).split('\n'):
+            self.lines.append(f'<span class="{css_class}">{markup(line)}</span>')
 
 
 def markup(text: Any) -> str:
-    """Return text of anybody as HTML that shows it."""
+    """Return text of anybody as HTML that shows it, without secrets and not endless."""
     import html
-    return html.escape(one_line(str(text)))
+    shown = one_line(scrubbed(str(text)[:10 * MOST_SHOWN]))
+    if len(shown) > MOST_SHOWN:
+        shown = shown[:MOST_SHOWN] + '...'
+    return html.escape(shown)
 
 
-def table(heads: Iterable[str], rows: Iterable[tuple]) -> str:
-    """Return an HTML table; a row is its class and its cells, as text."""
-    parts = ['<div class="scroll"><table>']
-    if heads:
-        parts.append(f"<tr>{''.join(f'<th>{markup(head)}</th>' for head in heads)}</tr>")
-    for css_class, *cells in rows:
-        inner = ''.join(f'<td>{markup(cell)}</td>' for cell in cells)
-        parts.append(f'<tr class="{css_class}">{inner}</tr>')
-    return '\n'.join([*parts, '</table></div>'])
+def section(title: str, inner: str, css_class: str = '') -> str:
+    """Return a part of the page."""
+    return f'<section><h2 class="{css_class}">{markup(title)}</h2>{inner}</section>'
+
+
+def items(css_class: str, texts: Iterable[str]) -> str:
+    """Return an HTML list of what is HTML already."""
+    inner = '</li>\n<li>'.join(texts)
+    return f'<ul class="{css_class}"><li>{inner}</li></ul>'
 
 
 def path_data(values: list[float], top: float) -> str:
@@ -7874,46 +7920,90 @@ def averages(values: list[float], number: int) -> list[float]:
     return found
 
 
-def plot(title: str, curves: dict[str, list[float]], unit: str) -> str:
-    """Return a figure with curves, which have classes and names of their own."""
-    known = [value for curve in curves.values() for value in curve if not math.isnan(value)]
-    top = max(known, default=0) or 1
-    paths = [f'<path class="{name}" d="{path_data(curve, top)}"/>'
-             for name, curve in curves.items()]
-    names = ', '.join(f'<b class="{name}">{name}</b>' for name in curves)
-    caption = f'{names}, {title}'
-    if known:
-        caption += f', up to {show_size(top)}{unit}'
-    return (f'<figure><svg viewBox="0 -3 100 106" preserveAspectRatio="none" role="img" '
-            f'aria-label="{title}">{"".join(paths)}</svg><figcaption>{caption}</figcaption>'
-            '</figure>')
+def plot(title: str, curves: dict[str, list[float]], begin: float, end: float, unit: str) -> str:
+    """Return a figure of curves between two Unix times, each on a scale of its own.
+
+    Their names are classes of CSS.
+    """
+    paths, scales = '', ''
+    for name, curve in curves.items():
+        top = 1024.0
+        for value in curve:
+            while value > top:
+                top *= 2
+        paths += f'<path class="{name}" d="{path_data(curve, top)}"/>'
+        scales += f' <span class="{name}">{show_size(top)}{unit}</span>'
+    if 'M' not in paths:
+        scales = 'no figures yet'
+    times = [time.strftime('%H:%M', time.localtime(begin + (end - begin) * quarter / 4))
+             for quarter in range(5)]
+    return (f'<figure><figcaption><span>{title}</span><span>{scales}</span></figcaption>'
+            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+            f'aria-label="{title}">{paths}</svg>'
+            f'<div class="scale"><span>{"</span><span>".join(times)}</span></div></figure>')
 
 
-def metric_text(samples: Iterable[tuple]) -> str:
-    """Return (metric, what it is, labels, value) in Prometheus' text format, without None.
+class Samples:
+    """Figures in Prometheus' text format.
 
-    >>> print(metric_text([('a_total', 'All.', {'b': 'c"'}, 1)]), end='')
+    >>> samples = Samples()
+    >>> samples.add('a_total', 'All.', 1, b='c"')
+    >>> print(samples.text(), end='')
     # HELP a_total All.
     # TYPE a_total counter
     a_total{b="c\\""} 1
     """
-    families: dict[tuple, list[str]] = {}
-    for name, about, labels, value in samples:
+
+    def __init__(self) -> None:
+        self.families: dict[str, list[str]] = {}
+
+    def add(self, name: str, about: str, value: float | None, **labels: str) -> None:
+        """Add a sample of a metric, unless its value is None."""
         if value is None:
-            continue
-        pairs = []
-        for label, text in labels.items():
-            escaped = one_line(str(text)).replace('\\', r'\\').replace('"', r'\"')
-            pairs.append(f'{label}="{escaped}"')
-        sample = f"{name}{{{','.join(pairs)}}} {value}"
-        families.setdefault((name, about), []).append(sample)
-    lines = []
-    for (name, about), found in families.items():
+            return
         kind = 'gauge'
         if name.endswith('_total'):
             kind = 'counter'
-        lines += [f'# HELP {name} {about}', f'# TYPE {name} {kind}', *found]
-    return '\n'.join(lines) + '\n'
+        family = self.families.setdefault(name, [f'# HELP {name} {about}',
+                                                 f'# TYPE {name} {kind}'])
+        pairs = []
+        for label, text in labels.items():
+            escaped = one_line(text).replace('\\', r'\\').replace('"', r'\"')
+            pairs.append(f'{label}="{escaped}"')
+        family.append(f"{name}{{{','.join(pairs)}}} {value}")
+
+    def text(self) -> str:
+        """Return all samples, those of a metric together."""
+        return '\n'.join(itertools.chain(*self.families.values(), ['']))
+
+    def add_job(self, job: dict) -> None:
+        """Add what --status tells of a job."""
+        for key, name, about in JOB_METRICS:
+            self.add(name, about, job[key], job=job['name'])
+        self.add('torque_job_failing', 'Has the last run failed?', int(bool(job['last_error'])),
+                 job=job['name'])
+
+    def add_engine(self, where: str, figures: Figures) -> None:
+        """Add what an rTorrent tells."""
+        engine, numbers = figures.engine, figures.numbers
+        self.add('rtorrent_up', 'Does rTorrent answer?', int(bool(numbers)), rtorrent=where)
+        if not numbers:
+            return
+        client, _, library = engine.version.partition('/')
+        self.add('rtorrent_info', 'Versions of rTorrent and its library.', 1, rtorrent=where,
+                 client=client, library=library)
+        self.add('rtorrent_start_time_seconds', 'When rTorrent was started.',
+                 engine.startup or None, rtorrent=where)
+        for command, name in METRICS.items():
+            self.add(f'rtorrent_{name}', f'What rTorrent answers to {command}.',
+                     numbers.get(command), rtorrent=where)
+        for view, size in figures.views().items():
+            self.add('rtorrent_view_torrents', 'Size of a view.', size, rtorrent=where, view=view)
+        for alias, (count, messages) in figures.trackers.items():
+            self.add('rtorrent_tracker_torrents', 'Torrents whose first tracker it is.', count,
+                     rtorrent=where, tracker=alias)
+            self.add('rtorrent_tracker_message_torrents', 'Those with a message of it.',
+                     messages, rtorrent=where, tracker=alias)
 
 
 class Page:
@@ -7927,7 +8017,7 @@ class Page:
         self.host = self.config.torque['httpd.host']
         self.engines = {engine.address.where: Figures(engine)
                         for engine in self.config.engines.values()}
-        self.history = History(os.path.join(self.config.state_dir, 'history.json'))
+        self.history = History(os.path.join(self.config.state_dir, HISTORY))
         self.folders: dict[str, str] = {}       # rTorrent -> where it puts data
         self.log = logging.getLogger('torque.page')
         self.tail = LogTail()
@@ -7950,20 +8040,18 @@ class Page:
 
     def measure(self, now: float) -> None:
         """Take a point of the history."""
-        figures: dict[str, float] = {}
-        for where, engine in self.engines.items():
-            told = engine.get()
+        rates: dict[str, Any] = {}
+        for where, figures in self.engines.items():
+            with contextlib.suppress(RpcError):
+                figures.engine.reach()
+            figures.renew()
             for way in ('up', 'down'):
-                rate = told.get(f'throttle.global_{way}.rate')
-                if isinstance(rate, int):
-                    figures[f'{way} {where}'] = rate
-            folder = told.get('folder')
-            if isinstance(folder, str) and not why_unseen(engine.engine):
-                self.folders[where] = os.path.join(engine.engine.cwd, folder)
-        for path, disk in self.disks().items():
-            figures[f'free {path}'] = disk['disk_free']
+                rates[f'{way} {where}'] = figures.numbers.get(f'throttle.global_{way}.rate')
+            if figures.folder and not why_unseen(figures.engine):
+                self.folders[where] = os.path.join(figures.engine.cwd, figures.folder)
+        free = {f'free {path}': disk['disk_free'] for path, disk in self.disks().items()}
         minute = int(now // 60)
-        self.history.add(minute, figures)
+        self.history.add(minute, {**rates, **free})
         if minute % self.SAVE_EVERY == 0:
             self.history.save()
 
@@ -7979,7 +8067,7 @@ class Page:
                     found[path] = disk_figures(path)
         return found
 
-    # What is shown.
+    # What is answered.
 
     def respond(self, path: str, headers: Any) -> tuple[int, str, str]:
         """Return status, content type and text of the answer to a request."""
@@ -8010,126 +8098,120 @@ class Page:
         """Return what --status --json prints."""
         return json.dumps(self.daemon.status(), indent=1)
 
+    def metrics(self) -> str:
+        """Return all figures for Prometheus."""
+        status, samples = self.daemon.status(), Samples()
+        samples.add('torque_info', 'Version of torque.', 1, version=VERSION)
+        samples.add('torque_start_time_seconds', 'When torque was started.', status['started'])
+        for job in status['jobs']:
+            samples.add_job(job)
+        for path, disk in self.disks().items():
+            for name, value in disk.items():
+                samples.add(f'torque_{name}_bytes', 'Of the disk of a path.', value, path=path)
+        for where, figures in self.engines.items():
+            figures.renew()
+            samples.add_engine(where, figures)
+        return samples.text()
+
     def html(self) -> str:
         """Return the page."""
+        for figures in self.engines.values():
+            figures.renew()
         status = self.daemon.status()
-        parts = [
-            f"<header><h1>torque {VERSION}</h1><p>pid {status['pid']}, up "
-            f"{show_duration(status['uptime'])}, {markup(status['config'])}</p></header>"]
-        for engine in status['rtorrent']:
-            parts += self.engine_parts(engine)
-        for path, disk in self.disks().items():
-            free, total = show_size(disk['disk_free']), show_size(disk['disk_total'])
-            parts.append(f'<section><h2>Disk of {markup(path)}</h2><p><span class="rate">{free} '
-                         f'free</span> of {total}</p>{self.plots(["free"], path, "")}</section>')
-        parts.append(self.jobs_part(status['jobs']))
-        for name, job in sorted(self.daemon.jobs.items()):
-            outlook = []
-            if hasattr(job, 'outlook'):
-                outlook = [('', line) for line in job.outlook()]
-            if outlook:
-                parts.append(f'<section class="wide"><h2>{markup(name)}: what comes next</h2>'
-                             f'{table((), outlook)}</section>')
-        lines = '\n'.join(map(markup, '\n'.join(self.tail.lines).split('\n')))
-        parts.append(f'<section class="wide"><h2>Log</h2><pre>{lines}</pre></section>')
-        return PAGE % '\n'.join(parts)
+        lines = '\n'.join(list(self.tail.lines))
+        return PAGE % '\n'.join([
+            self.header(status),
+            *map(self.engine_part, status['rtorrent']),
+            *[self.disk_part(path, **disk) for path, disk in self.disks().items()],
+            self.jobs_part(status['jobs']),
+            *self.outlooks(),
+            section('Log', f'<pre>{lines}</pre>')])
 
-    def engine_parts(self, status: dict) -> list[str]:
+    @staticmethod
+    def header(status: dict) -> str:
+        """Return the head of the page, which names the jobs that fail."""
+        failing = [job['name'] for job in status['jobs'] if job['last_error']]
+        bad = ''
+        if failing:
+            bad = f"<p class=\"bad\">failing: {markup(', '.join(failing))}</p>"
+        return (f"<header><h1>torque {VERSION}</h1><p class=\"dim\">up "
+                f"{show_duration(status['uptime'])}, pid {status['pid']}, "
+                f"{markup(status['config'])}</p>{bad}</header>")
+
+    def engine_part(self, status: dict) -> str:
         """Return what is shown of an rTorrent."""
         where = status['address']
         figures = self.engines[where]
-        told = figures.get()
-        line, css_class = engine_line(**status), ''
+        name, _, line = engine_line(**status).partition(' at ')
+        css_class = ''
         if status['away_for'] is not None:
             css_class = 'bad'
-        if figures.engine.startup and told:
+        if figures.engine.startup and figures.numbers:
             line += f', up {show_duration(time.time() - figures.engine.startup)}'
-        parts = [f'<h2 class="{css_class}">{markup(line)}</h2>']
-        if told:
-            for way in ('up', 'down'):
-                rate, limit, total = (typed(told.get(f'throttle.global_{way}.{name}'), 0)
-                                      for name in ('rate', 'max_rate', 'total'))
-                shown = f'{show_size(total)} in all'
-                if limit:
-                    shown = f'limit {show_size(limit)}/s, {shown}'
-                parts.append(f'<p><b class="rate {way}">{way} {show_size(rate)}/s</b> '
-                             f'<span class="dim">{shown}</span></p>')
-        parts.append(self.plots(['up', 'down'], where, '/s'))
-        sizes = [('', *pair) for pair in figures.views().items()]
-        return [f"<section>{''.join(parts)}</section>",
-                f"<section><h2>Views</h2>{table((), sizes)}</section>"]
+        rates = ''
+        for way in ('up', 'down'):
+            rate, limit, total = (figures.numbers.get(f'throttle.global_{way}.{key}', 0)
+                                  for key in ('rate', 'max_rate', 'total'))
+            shown = f'{show_size(total)} in all'
+            if limit:
+                shown = f'of {show_size(limit)}/s, {shown}'
+            rates += (f'<p><b class="{way}">{way} {show_size(rate)}/s</b>'
+                      f'<span class="dim">{shown}</span></p>')
+        if not figures.numbers:
+            rates = ''
+        views = [f'{markup(view)} <span>{size}</span>' for view, size in figures.views().items()]
+        return section(name, f'<p class="{css_class or "dim"}">{markup(line)}</p>'
+                             f'<div class="row">{rates}</div>'
+                             f'{self.plots(where, ("up", "down"), "/s")}{items("views", views)}',
+                       css_class)
 
-    def plots(self, names: list[str], of: str, unit: str) -> str:
+    def disk_part(self, path: str, disk_total: int, disk_free: int) -> str:
+        """Return what is shown of a disk."""
+        return section(f'Disk of {path}', (
+            f'<div class="row"><p><b class="free">{show_size(disk_free)} free</b>'
+            f'<span class="dim">of {show_size(disk_total)}</span></p></div>'
+            f'{self.plots(path, ("free",), "")}'))
+
+    def plots(self, of: str, names: Iterable[str], unit: str) -> str:
         """Return plots of the last hour and day."""
-        nothing = [math.nan] * KEPT_MINUTES
-        curves = {name: list(self.history.curves.get(f'{name} {of}', nothing)) for name in names}
-        hour = {name: curve[-60:] for name, curve in curves.items()}
-        day = {name: averages(curve, DAY_STEP) for name, curve in curves.items()}
-        return plot('last hour', hour, unit) + plot('last day', day, unit)
+        hour, day = {}, {}
+        for name in names:
+            curve = list(self.history.curves.get(f'{name} {of}', [math.nan] * KEPT_MINUTES))
+            hour[name] = curve[-61:]
+            day[name] = averages(curve, DAY_STEP)
+        end = self.history.minute * 60
+        return ('<div class="plots">'
+                + plot('last hour', hour, end - 3600, end, unit)
+                + plot('last day', day, end - 60 * KEPT_MINUTES, end, unit) + '</div>')
 
     @staticmethod
     def jobs_part(jobs: list[dict]) -> str:
         """Return the table of jobs as --status has it; what has failed stands out."""
         *keys, last = COLUMNS
-        rows, errors = [], ''
+        heads = ''.join(f'<th>{COLUMNS[key].capitalize()}</th>' for key in keys)
+        rows = [f'<tr>{heads}</tr>']
         for job in jobs:
             css_class = ''
             if job[last] or job['state'] == 'overdue':
                 css_class = 'bad'
-            rows.append((css_class, *[status_cell(key, job[key]) for key in keys]))
+            cells = ''.join(f'<td>{markup(status_cell(key, job[key]))}</td>' for key in keys)
+            rows.append(f'<tr class="{css_class}">{cells}</tr>')
             if job[last]:
-                errors += f"<p class=\"bad\">{markup(job['name'])}: {markup(job[last])}</p>"
-        heads = [COLUMNS[key] for key in keys]
-        return f'<section class="wide jobs"><h2>Jobs</h2>{table(heads, rows)}{errors}</section>'
+                rows.append(f'<tr class="bad error"><td colspan="{len(keys)}">'
+                            f'{markup(job[last])}</td></tr>')
+        return section('Jobs', '<table>' + '\n'.join(rows) + '</table>')
 
-    def metrics(self) -> str:
-        """Return all figures for Prometheus."""
-        status = self.daemon.status()
-        samples = [
-            ('torque_info', 'Version of torque.', {'version': VERSION}, 1),
-            ('torque_start_time_seconds', 'When torque was started.', {}, status['started'])]
-        for job in status['jobs']:
-            label = {'job': job['name']}
-            for key, (name, about) in JOB_METRICS.items():
-                samples.append((name, about, label, job[key]))
-            samples.append(('torque_job_failing', 'Has the last run failed?', label,
-                            int(bool(job['last_error']))))
-        for path, disk in self.disks().items():
-            for name in ('free', 'total'):
-                samples.append((f'torque_disk_{name}_bytes', 'Of the disk that holds a path.',
-                                {'path': path}, disk[f'disk_{name}']))
-        for where, figures in self.engines.items():
-            samples += self.engine_samples(where, figures)
-        return metric_text(samples)
-
-    @staticmethod
-    def engine_samples(where: str, figures: Figures) -> list[tuple]:
-        """Return the metrics of an rTorrent."""
-        told, engine, label = figures.get(), figures.engine, {'rtorrent': where}
-        samples: list[tuple] = [
-            ('rtorrent_up', 'Does rTorrent answer?', label, int(bool(told)))]
-        if not told:
-            return samples
-        client, _, library = engine.version.partition('/')
-        samples.append(('rtorrent_info', 'Versions of rTorrent and its library.',
-                        {**label, 'client': client, 'library': library}, 1))
-        samples.append(('rtorrent_start_time_seconds', 'When rTorrent was started.', label,
-                        engine.startup or None))
-        for command, name in METRICS.items():
-            value = told.get(command)
-            if isinstance(value, int):
-                about = f'What rTorrent answers to {command}.'
-                samples.append((f'rtorrent_{name}', about, label, value))
-        for view, size in figures.views().items():
-            samples.append(('rtorrent_view_torrents', 'Size of a view.',
-                            {**label, 'view': view}, size))
-        for alias, (count, messages) in figures.trackers().items():
-            labels = {**label, 'tracker': alias}
-            samples.append(('rtorrent_tracker_torrents', 'Torrents whose first tracker it is.',
-                            labels, count))
-            samples.append(('rtorrent_tracker_message_torrents', 'Those with a message of it.',
-                            labels, messages))
-        return samples
+    def outlooks(self) -> list[str]:
+        """Return what each job is going to do, or leaves alone."""
+        parts = []
+        for name, job in sorted(self.daemon.jobs.items()):
+            lines = []
+            if isinstance(job, Job):            # those of other people need not be
+                lines = job.outlook()
+            if lines:
+                parts.append(section(f'{name}: what comes next',
+                                     items('next', map(markup, lines))))
+        return parts
 
 
 def request_head(sock: socket.socket) -> bytes:
@@ -8147,14 +8229,13 @@ def request_head(sock: socket.socket) -> bytes:
     return head
 
 
-def web_server(page: Page, port: int) -> Any:
-    """Return a server for a page; OSError where it cannot listen."""
+def make_handler(page: Page) -> Any:
+    """Return the class that answers requests for a page."""
     import http.server
-    import socketserver
-    slots = threading.Semaphore(MOST_REQUESTS)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         server_version, sys_version = 'torque', ''
+        error_message_format, error_content_type = '%(code)d %(message)s\n', 'text/plain'
 
         def setup(self):
             super().setup()
@@ -8165,8 +8246,8 @@ def web_server(page: Page, port: int) -> Any:
             status, kind, text = page.respond(self.path, self.headers)
             body = text.encode('utf-8', 'replace')
             self.send_response(status)
-            for name, value in HEADERS.items():
-                self.send_header(name, value)
+            for line in HEADERS.splitlines():
+                self.send_header(*line.split(': ', 1))
             if status == 401:
                 self.send_header('WWW-Authenticate', 'Basic realm="torque"')
             self.send_header('Content-Type', f'{kind}; charset=utf-8')
@@ -8180,7 +8261,17 @@ def web_server(page: Page, port: int) -> Any:
         def log_message(self, format, *args):
             page.log.debug('%s %s', self.address_string(), quoted(format % args))
 
+    return Handler
+
+
+def web_server(page: Page, port: int) -> Any:
+    """Return a server for a page; OSError where it cannot listen."""
+    import http.server
+    import socketserver
+    slots = threading.Semaphore(MOST_REQUESTS)
+
     class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 128
         if ':' in page.host:
             address_family = socket.AF_INET6
 
@@ -8190,9 +8281,20 @@ def web_server(page: Page, port: int) -> Any:
             name, self.server_port = self.server_address[:2]
             self.server_name = str(name)
 
+        def get_request(self):
+            try:
+                return super().get_request()
+            except OSError:
+                time.sleep(0.5)                 # there can be no more open files
+                raise
+
         def process_request(self, request, client_address):
             slots.acquire()                     # each is given back within two deadlines
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:                # there can be no more threads
+                slots.release()
+                raise
 
         def process_request_thread(self, request, client_address):
             try:
@@ -8205,7 +8307,7 @@ def web_server(page: Page, port: int) -> Any:
             if not isinstance(error, OSError) and page.repeats.deserve_line(kind_of_error(error)):
                 page.log.exception('a request failed')
 
-    return Server((page.host, port), Handler)
+    return Server((page.host, port), make_handler(page))
 
 
 def serve_page(daemon: Daemon) -> Any:
@@ -8234,7 +8336,7 @@ def serve_page(daemon: Daemon) -> Any:
 DEMO_INI = '''\
 [TORQUE]
 scgi_url = %s/rpc.sock
-state_dir = state
+state_dir = .
 httpd.active = yes
 httpd.port = 0
 job.connstats.schedule = every 20s
@@ -8253,6 +8355,9 @@ job.notify.schedule = every 1m
 job.notify.matcher = is_complete=yes completed<10i
 job.notify.args = echo "Done: {{name}}"
 job.notify.dry_run = yes
+job.backup.handler = torque:Command
+job.backup.schedule = every 15m
+job.backup.args = ls backup-disk
 '''
 # Name, MiB, KiB/s of its downloads (0: it is complete) and of its uploads
 DEMO_ITEMS = '''\
@@ -8266,15 +8371,16 @@ fedora-workstation-44.iso|2300|6500|30
 Sintel.2010.mkv|1240|7000|20
 NetBSD-11.0-amd64.iso|620|3000|10
 wikipedia-en-nopic.zim|48000|11000|5'''
-DEMO_VIEWS = {                          # view -> column, and what it is there; others have all
-    'started': ('state', 1),
-    'stopped': ('state', 0),
-    'complete': ('complete', 1),
-    'incomplete': ('complete', 0),
-    'seeding': ('complete', 1),
-    'leeching': ('complete', 0),
-    'active': ('is_active', 1),
-    'messages': ('message', 1)}
+# View, and the column that is 1 there; others have all.
+DEMO_VIEWS = {
+    'started': 'state',
+    'active': 'is_active',
+    'complete': 'complete',
+    'seeding': 'complete',
+    'stopped': 'stopped',
+    'incomplete': 'incomplete',
+    'leeching': 'incomplete',
+    'messages': 'is_hash_checking'}
 
 
 class StandIn:
@@ -8286,14 +8392,14 @@ class StandIn:
         'system.library_version': VERSION,
         'system.cwd': '/',
         'session.path': '',
-        'directory.default': '/',
         'view.list': VIEWS,
         'throttle.global_up.max_rate': 2 << 20,
         'print': 0}
 
     def __init__(self, path: str):
         self.began = time.time()
-        self.started: dict[str, float] = {}     # hash -> Unix seconds
+        # Hash -> Unix seconds; two downloads are under way.
+        self.started = {f'{number:040X}': self.began - 100 for number in (5, 6)}
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.bind(path)
         self.socket.listen()
@@ -8322,123 +8428,142 @@ class StandIn:
     def call(self, method: str, params: list) -> Any:
         """Return the answer to a call in a list, or the fault."""
         now = time.time()
-        rows = self.rows(now)
         if method == 'd.start':
             self.started[params[0]] = now
             return [0]
         if method == 'system.listMethods':
             return [[*METRICS, *self.FACTS, 'd.multicall2', 'd.start', 'view.size']]
+        rows = self.rows(now)
+        way = re.fullmatch(r'throttle\.global_((?:up|down)\.(?:rate|total))', method)
+        if way:
+            return [sum(row[way[1]] for row in rows)]
         if method in ('view.size', 'd.multicall2'):
-            column, value = DEMO_VIEWS.get(params[1], ('hash', None))
-            rows = [row for row in rows if value in (None, row[column])]
+            column = DEMO_VIEWS.get(params[1], 'hash')
+            rows = [row for row in rows if row[column]]
         if method == 'view.size':
             return [len(rows)]
         if method == 'd.multicall2':
             cells = [cell[2:].partition('=')[0] for cell in params[2:]]
             return [[[row[cell] for cell in cells] for row in rows]]
-        way = re.fullmatch(r'throttle\.global_((?:up|down)\.(?:rate|total))', method)
-        if way:
-            return [sum(row[way[1]] for row in rows)]
         if method in self.FACTS or method in METRICS or method in ABOUT:
             return [self.FACTS.get(method, 0)]
         return {'faultCode': MISSING[0], 'faultString': f'{method} is not there'}
 
     def rows(self, now: float) -> list[dict[str, Any]]:
-        """Return what d. commands answer for each item; 0 is what is not listed."""
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(DEMO_ITEMS.splitlines(), 1):
-            name, *numbers = line.split('|')
-            size, down, up = (int(text) << 10 for text in numbers)
-            info_hash, size = f'{number:040X}', size << 10
-            start = self.started.get(info_hash, 0.0)
-            if not down:
-                start = self.began - 86400 * number
-            end = start
-            if down:
-                end = start + size / down
-            if down and now > end + self.AGAIN:
-                start = self.started[info_hash] = 0.0
-            active = int(start > 0)
-            complete = int(active and now >= end)
-            done = complete * size or active * int(down * (now - start))
-            swing = 1 + 0.3 * math.sin(now / (20 + number) + number)
-            uploaded = active * int(up * (now - start))
-            rows.append(collections.defaultdict(int, {
-                'hash': info_hash,
-                'name': name,
-                'size_bytes': size,
-                'completed_bytes': done,
-                'left_bytes': size - done,
-                'complete': complete,
-                'is_active': active,
-                'is_open': active,
-                'state': active,
-                'priority': 2,
-                'down.rate': active * (1 - complete) * int(swing * down),
-                'up.rate': active * int(swing * up),
-                'up.total': uploaded,
-                'down.total': done,
-                'ratio': 1000 * uploaded // size,
-                'timestamp.started': int(start),
-                'timestamp.finished': complete * int(end),
-                't.multicall': [[f'http://tracker{number % 2}.example.org/', 1]],
-                **dict.fromkeys(('message', 'custom', 'custom1', 'base_path', 'directory'), '')}))
-        return rows
+        """Return what d. commands answer for each item."""
+        return [self.row(number, line, now)
+                for number, line in enumerate(DEMO_ITEMS.splitlines(), 1)]
+
+    def row(self, number: int, line: str, now: float) -> dict[str, Any]:
+        """Return what d. commands answer for an item; 0 for what is not listed."""
+        name, *numbers = line.split('|')
+        size, down, up = (int(text) << 10 for text in numbers)
+        info_hash, size = f'{number:040X}', size << 10
+        start = self.started.get(info_hash, 0.0)
+        end = start + size / (down or size)
+        if not down:
+            start = end = self.began - 86400 * number
+        elif now > end + self.AGAIN:
+            start = self.started[info_hash] = 0.0
+        active = int(start > 0)
+        complete = int(active and now >= end)
+        done = active * min(size, int(down * (now - start)) or size)
+        swing = active * (1 + 0.3 * math.sin(now / (20 + number) + number))
+        uploaded = active * int(up * (now - start))
+        row = dict.fromkeys(('message', 'custom', 'custom1', 'base_path', 'directory'), '')
+        return collections.defaultdict(int, {
+            **row,
+            'hash': info_hash,
+            'name': name,
+            'size_bytes': size,
+            'completed_bytes': done,
+            'left_bytes': size - done,
+            'complete': complete,
+            'incomplete': 1 - complete,
+            'is_active': active,
+            'is_open': active,
+            'state': active,
+            'stopped': 1 - active,
+            'priority': 2,
+            'down.rate': (1 - complete) * int(swing * down),
+            'up.rate': int(swing * up),
+            'up.total': uploaded,
+            'down.total': done,
+            'ratio': 1000 * uploaded // size,
+            'timestamp.started': int(start),
+            'timestamp.finished': complete * int(end),
+            't.multicall': [[f'http://tracker{number % 2}.example.org/', 1]]})
 
 
-# Title, unit of Grafana, and for each curve its name, InfluxDB's series and field, Prometheus'
-# query
-PANELS = (
-    ('Rates', 'Bps', (
-        ('up', 'rtorrent', 'up_rate', 'rtorrent_upload_bytes_per_second'),
-        ('down', 'rtorrent', 'down_rate', 'rtorrent_download_bytes_per_second'))),
-    ('Traffic', 'bytes', (
-        ('up', 'rtorrent', 'up_total', 'rtorrent_upload_bytes_total'),
-        ('down', 'rtorrent', 'down_total', 'rtorrent_download_bytes_total'))),
-    ('Torrents', 'short', (
-        ('all', 'rtorrent_views', 'main', 'rtorrent_view_torrents{view="main"}'),
-        ('active', 'rtorrent_views', 'active', 'rtorrent_view_torrents{view="active"}'),
-        ('seeding', 'rtorrent_views', 'seeding', 'rtorrent_view_torrents{view="seeding"}'),
-        ('leeching', 'rtorrent_views', 'leeching', 'rtorrent_view_torrents{view="leeching"}'))),
-    ('Sockets and files', 'short', (
-        ('sockets', 'rtorrent', 'open_sockets', 'rtorrent_open_sockets'),
-        ('files', 'rtorrent', 'open_files', 'rtorrent_open_files'))),
-    ('Free space', 'bytes', (
-        ('free', 'host', 'disk_free', 'torque_disk_free_bytes'),)),
-    ('Uptime', 's', (
-        ('rTorrent', 'rtorrent', 'uptime', 'time() - rtorrent_start_time_seconds'),)))
+def fill_history(folder: str) -> None:
+    """Write a day that might have been, with a gap, for the rTorrent of --demo."""
+    history = History(os.path.join(folder, HISTORY))
+    home = os.path.expanduser('~')
+    free = disk_figures(home)['disk_free']
+    now = int(time.time() // 60)
+    for minute in range(now - KEPT_MINUTES, now):
+        hour = (now - minute) / 60
+        figures = {
+            f'up scgi://{folder}/rpc.sock': (1.3 + math.sin(hour / 4) / 2
+                                             + math.sin(7 * hour) / 6) * (1 << 20),
+            f'down scgi://{folder}/rpc.sock': max(0, math.cos(hour) + math.cos(9 * hour) / 3)
+            * (18 << 20),
+            f'free {home}': free * (1 + (now - minute) / 9000)}
+        if not 500 < now - minute < 560:
+            history.add(minute, figures)
+    history.save()
+
+
+# Title, unit of Grafana, name of the curve, InfluxDB's series and field, Prometheus' query
+PANELS = '''\
+Rates | Bps | up | rtorrent | up_rate | rtorrent_upload_bytes_per_second
+Rates | Bps | down | rtorrent | down_rate | rtorrent_download_bytes_per_second
+Traffic | bytes | up | rtorrent | up_total | rtorrent_upload_bytes_total
+Traffic | bytes | down | rtorrent | down_total | rtorrent_download_bytes_total
+Torrents | short | all | rtorrent_views | main | rtorrent_view_torrents{view="main"}
+Torrents | short | active | rtorrent_views | active | rtorrent_view_torrents{view="active"}
+Torrents | short | seeding | rtorrent_views | seeding | rtorrent_view_torrents{view="seeding"}
+Torrents | short | leeching | rtorrent_views | leeching | rtorrent_view_torrents{view="leeching"}
+Sockets and files | short | sockets | rtorrent | open_sockets | rtorrent_open_sockets
+Sockets and files | short | files | rtorrent | open_files | rtorrent_open_files
+Free space | bytes | free | host | disk_free | torque_disk_free_bytes
+Uptime | s | rTorrent | rtorrent | uptime | time() - rtorrent_start_time_seconds'''
+
+
+def grafana_target(kind: str, letter: str, curve: list[str]) -> dict[str, Any]:
+    """Return a curve of a panel of Grafana."""
+    name, series, field, expression = curve
+    if kind == 'prometheus':
+        return {'refId': letter, 'expr': expression, 'legendFormat': name}
+    query = (f'SELECT mean("{field}") FROM "{series}" WHERE $timeFilter '
+             'GROUP BY time($__interval) fill(none)')
+    return {'refId': letter, 'query': query, 'rawQuery': True, 'resultFormat': 'time_series',
+            'alias': name}
 
 
 def dashboard(kind: str) -> dict:
     """Return a dashboard of Grafana, whose source of data is influxdb or prometheus."""
-    panels = []
-    for number, (title, unit, curves) in enumerate(PANELS):
-        targets: list[dict] = []
-        for name, series, field, expression in curves:
-            target: dict[str, Any] = {'refId': chr(ord('A') + len(targets))}
-            if kind == 'prometheus':
-                target.update(expr=expression, legendFormat=name)
-            else:
-                target.update(
-                    query=f'SELECT mean("{field}") FROM "{series}" WHERE $timeFilter '
-                          'GROUP BY time($__interval) fill(none)',
-                    rawQuery=True, resultFormat='time_series', alias=name)
-            targets.append(target)
-        panels.append({
+    panels: dict[str, dict] = {}
+    for line in PANELS.splitlines():
+        title, unit, *curve = line.split(' | ')
+        number = len(panels)
+        panel = panels.setdefault(title, {
             'id': number + 1,
             'type': 'timeseries',
             'title': title,
             'datasource': {'type': kind, 'uid': '${source}'},
             'gridPos': {'x': number % 2 * 12, 'y': number // 2 * 8, 'w': 12, 'h': 8},
             'fieldConfig': {'defaults': {'unit': unit}, 'overrides': []},
-            'targets': targets})
+            'targets': []})
+        letter = 'ABCD'[len(panel['targets'])]
+        panel['targets'].append(grafana_target(kind, letter, curve))
     return {
         'title': 'rTorrent',
         'tags': ['torque'],
         'schemaVersion': 36,
         'time': {'from': 'now-24h', 'to': 'now'},
         'templating': {'list': [{'name': 'source', 'type': 'datasource', 'query': kind}]},
-        'panels': panels}
+        'panels': [*panels.values()]}
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -8792,6 +8917,7 @@ def run_demo(arguments: Any) -> int:
     with tempfile.TemporaryDirectory(prefix='torque-demo-') as folder:
         path = os.path.join(folder, 'torque.ini')
         replace_file(path, DEMO_INI % folder)
+        fill_history(folder)
         StandIn(os.path.join(folder, 'rpc.sock'))
         return run_daemon(arguments, path)
 
