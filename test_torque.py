@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import doctest
 import hashlib
+import http.client
 import importlib
 import io
 import itertools
@@ -7626,6 +7627,663 @@ class FaultTest(DaemonFolder):
         with self.fault(mock.Mock(lines=[], process=process)):
             os.close(master)
             self.more(count=3)
+
+
+# --- Web ---------------------------------------------------------------------------------------
+
+# What pyrosimple's RtorrentExporter asks of an rTorrent, beside view.size, trackers and versions
+EXPORTED = '''
+    network.http.current_open network.http.max_open network.max_open_files network.max_open_sockets
+    network.open_files network.open_sockets network.total_handshakes pieces.memory.block_count
+    pieces.memory.current pieces.memory.max pieces.memory.sync_queue pieces.preload.min_rate
+    pieces.preload.min_size pieces.preload.type pieces.stats.total_size
+    pieces.stats_not_preloaded pieces.stats_preloaded pieces.sync.queue_size startup_time
+    system.files.closed_counter system.files.failed_counter system.files.opened_counter
+    throttle.global_down.max_rate throttle.global_down.rate throttle.global_down.total
+    throttle.global_up.max_rate throttle.global_up.rate throttle.global_up.total
+    throttle.max_downloads.global throttle.max_uploads.global throttle.unchoked_downloads
+    throttle.unchoked_uploads'''.split()
+HOSTILE_NAMES = ('<script>document.title = "owned"</script>', '"><img src=x onerror=alert(1)>',
+                 "'); alert(1); ('", '&lt;b&gt; &amp;', '</pre></main><!--', '{{name}} %s %(x)s',
+                 'marks \u202egnp.exe \u2066\u200f', 'long ' + 'W' * 10000)
+
+
+class HistoryTest(Folder):
+    def setUp(self):
+        super().setUp()
+        self.history = self.load()
+
+    def load(self):
+        return torque.History(self.path('history.json'))
+
+    def known(self, name='up'):
+        """Return minutes before now -> figure, of those that are known."""
+        curve = self.history.curves.get(name, ())
+        return {len(curve) - 1 - at: figure for at, figure in enumerate(curve)
+                if figure == figure}
+
+    def test_a_day_is_kept(self):
+        for minute in range(3000):
+            self.history.add(minute, {'up': minute})
+        self.assertEqual(self.known(), {ago: 2999 - ago for ago in range(1440)})
+
+    def test_gaps_are_gaps(self):
+        for minute in (100, 101, 105, 106):
+            self.history.add(minute, {'up': minute})
+        self.history.add(107, {'down': 1})
+        self.assertEqual(self.known(), {1: 106, 2: 105, 6: 101, 7: 100})
+        data = torque.path_data(self.history.curves['up'][-8:], 128)
+        self.assertEqual(data.count('M'), 2)
+        self.history.add(107 + 5000, {'down': 2})
+        self.assertEqual([*self.history.curves], ['down'])
+        self.assertEqual(self.known('down'), {0: 2})
+
+    def test_clock_is_set_back(self):
+        for minute in (100, 101, 50, 51):
+            self.history.add(minute, {'up': minute})
+        self.assertEqual(self.known(), {0: 51, 1: 50, 2: 101, 3: 100})
+        self.history.add(51, {'up': 7})         # the same minute once more
+        self.assertEqual(self.known()[0], 7)
+
+    def test_it_is_kept_over_a_restart(self):
+        self.history.add(100, {'up': 1, 'free': 2 ** 40})
+        self.history.add(101, {'free': 2 ** 40 + 2 ** 30})
+        self.history.save()
+        self.assertEqual(os.stat(self.history.path).st_mode & 0o777, 0o600)
+        self.history = self.load()
+        self.history.add(103, {'up': 2})
+        self.assertEqual(self.known(), {0: 2, 3: 1})
+        self.assertEqual(self.known('free'), {2: 2 ** 40 + 2 ** 30, 3: 2 ** 40})
+
+    def test_any_file_will_do(self):
+        for text in ('', '{}', '[]', '7', 'null', '\xff', '[' * 100000, '{"curves": {}}',
+                     '{"curves": {"up": 5}, "minute": 1}', '{"curves": [], "minute": 1}',
+                     '{"curves": {"up": [1]}, "minute": 1e999}',
+                     '{"curves": {"up": [1]}, "minute": null}'):
+            with self.subTest(text[:40]):
+                self.write('history.json', text)
+                self.history = self.load()
+                self.assertEqual((self.history.curves, self.history.minute), ({}, 0))
+        self.write('history.json', json.dumps({'minute': 2 ** 70, 'curves': {
+            'up': ['<b>', None, {}, -1, 10 ** 400, float('inf'), float('nan'), True, 5]}}))
+        self.history = self.load()
+        self.history.add(100, {'up': 6})
+        self.assertEqual(self.known(), {0: 6, 1: 5, 2: 1})
+
+
+class PageTest(Folder):
+    """A page of a daemon that does not run, beside a double of rTorrent."""
+
+    def setUp(self):
+        super().setUp()
+        self.answers = {'d.multicall2': []}     # command -> what it answers, else 0
+        server = Server(self.answer)
+        self.addCleanup(server.stop)
+        self.connections = server.connections
+        self.engine = torque.Engine(server.url, 5)
+        self.engine.aliases = {}
+        settings = {'httpd.host': '127.0.0.1', 'httpd.password': '', 'httpd.active': True}
+        config = mock.Mock(path='torque.ini', state_dir=self.folder, jobs=[],
+                           engines={1: self.engine}, torque=torque.Settings(settings, grace=1),
+                           influxdb=torque.Settings(disk_path=self.folder))
+        self.daemon = torque.Daemon(config, mock.Mock())
+        self.page = torque.Page(self.daemon)
+
+    def answer(self, connection):
+        calls = torque.xml_reply(Server.request(connection)
+                                 .replace(b'methodCall>', b'methodResponse>')
+                                 .replace(b'<methodName>system.multicall</methodName>', b''))
+        known = [*torque.METRICS, 'view.size', 'system.listMethods']
+        about = {'system.listMethods': known, 'view.list': ['main', 'my "view"\\'],
+                 'system.client_version': '0.9.8', 'system.library_version': '0.13.8',
+                 'session.path': '', 'system.cwd': ''}
+        connection.sendall(scgi_answer(xml_answer([
+            [{**about, **self.answers}.get(call['methodName'], 0)] for call in calls])))
+
+    def asked(self, function, *args):
+        """Return how many round trips a call costs rTorrent."""
+        before = len(self.connections)
+        function(*args)
+        return len(self.connections) - before
+
+    def test_a_scrape_costs_one_round_trip(self):
+        self.assertEqual(self.asked(self.page.metrics), 0)      # it is not even known yet
+        self.page.measure(60)
+        self.assertEqual(self.asked(self.page.metrics), 0)
+        for ago, trips in ((4.0, 0), (5.0, 1), (0.0, 0)):
+            for figures in self.page.engines.values():
+                figures.asked = torque.elapsed_time() - ago
+            self.assertEqual(self.asked(self.page.metrics), trips, ago)
+            self.assertEqual(self.asked(self.page.html), 0, ago)
+
+    def test_one_that_is_away_is_asked_each_minute(self):
+        self.page.measure(60)
+        self.engine.gone_since = torque.elapsed_time()
+        self.engine.stamp = None
+        for figures in self.page.engines.values():
+            figures.asked = -100
+        self.assertEqual(self.asked(self.page.metrics), 0)
+        self.assertRegex(self.page.metrics(), r'(?m)^rtorrent_up\{.*\} 0$')
+        self.assertIn('class="bad"', self.page.html())
+        self.page.measure(120)
+        self.assertRegex(self.page.metrics(), r'(?m)^rtorrent_up\{.*\} 1$')
+
+    def test_a_hung_one_holds_up_one_request(self):
+        self.page.measure(60)
+        figures, = self.page.engines.values()
+        figures.asked = -100
+        with figures.lock:
+            began = time.monotonic()
+            self.assertIn('rtorrent_up{', self.page.metrics())
+        self.assertLess(time.monotonic() - began, 30)
+
+    def test_history_is_measured(self):
+        self.answers.update({'throttle.global_up.rate': 1000, 'throttle.global_down.rate': -5})
+        start = 1700000000
+        for minute in range(5):
+            self.page.measure(start + 60 * minute)
+        self.engine.gone_since = torque.elapsed_time()
+        curves, where = self.page.history.curves, self.engine.address.where
+        self.assertEqual([*curves[f'up {where}'][-5:]], [1000] * 5)
+        self.assertNotIn(f'down {where}', curves)
+        self.assertGreater(curves[f'free {self.folder}'][-1], 0)
+        page = self.page.html()
+        self.assertEqual(page.count('<svg'), 4)
+        self.assertIn(time.strftime('%H:%M', time.localtime(start // 60 * 60 + 240)), page)
+
+    def test_no_label_for_a_torrent(self):
+        rows = [['', [[f'http://host{number}.example{number}.org/x', 1]]] for number in range(300)]
+        rows += [['failed', [['http://one.org/', 1]]], ['', [['http://one.org/', 1]]]]
+        self.answers['d.multicall2'] = rows[::-1]
+        self.page.measure(60)
+        text = self.page.metrics()
+        self.assertLess(text.count('rtorrent_tracker_torrents{'), 110)
+        where = self.engine.address.where
+        self.assertIn(f'rtorrent_tracker_torrents{{rtorrent="{where}",tracker="one.org"}} 2', text)
+        self.assertIn(f'rtorrent_tracker_message_torrents{{rtorrent="{where}",tracker="one.org"}} '
+                      '1', text)
+        self.assertIn('tracker="others"} 201', text)
+        self.assertIn(r'view="my \"view\"\\"} 0', text)
+
+    def test_nonsense_is_no_figure(self):
+        for value in ('<script>', [], {}, -1, 2 ** 63 - 1, [[]], [['', 5]], [[None]]):
+            with self.subTest(value=value):
+                self.answers = dict.fromkeys([*torque.METRICS, 'd.multicall2', 'view.size',
+                                              'directory.default'], value)
+                self.engine.stamp = None
+                for figures in self.page.engines.values():
+                    figures.asked = -100
+                self.page.measure(60)
+                self.assertNotIn('<script>', self.page.html() + self.page.metrics())
+
+    def test_no_disk_and_no_figures(self):
+        self.page.config.influxdb.update(disk_path='/nowhere')
+        with mock.patch('shutil.disk_usage', side_effect=OSError(5, 'away')):
+            page = self.page.html()
+        self.assertIn('no figures yet', page)
+        self.assertNotIn('Disk of', page)
+
+    def test_text_is_escaped_and_ends(self):
+        for name in (*HOSTILE_NAMES, 'http://me:secret@host/x', '\ud800', '\0'):
+            with self.subTest(name[:40]):
+                shown = torque.markup(name)
+                self.assertLess(len(shown), 2000)
+                self.assertNotRegex(shown, r'[<>"\'\0]|secret')
+                shown.encode()
+
+    def test_log_is_shown(self):
+        log = logging.getLogger('torque.x')
+        for number in range(30):
+            log.info('line %d', number)
+        log.warning('<b>bad</b>\nsecond')
+        page = self.page.html()
+        self.assertNotRegex(page, r'line 8\b')
+        self.assertIn('line 29', page)
+        self.assertIn('<span class="bad">&lt;b&gt;bad&lt;/b&gt;</span>\n<span class="bad">second',
+                      page)
+
+    def test_names_of_others_are_refused(self):
+        for host, status in (
+                ('localhost', 200), ('localhost:8042', 200), ('127.0.0.1:1', 200), ('[::1]:5', 200),
+                ('192.168.0.7', 200), (socket.gethostname(), 200), ('evil.example', 421),
+                ('evil.example:8042', 421), ('', 421), ('localhost.evil.example', 421),
+                ('127.0.0.1.evil.example', 421), ('127.0.0.1\n', 421), ('a@localhost', 421),
+                ('localhost:8042:1', 421), ('[evil]', 421)):
+            with self.subTest(host):
+                self.assertEqual(self.page.respond('/', {'Host': host})[0], status)
+
+    def test_password(self):
+        self.page.password = 'p\xe4ss:w\xf6rd'
+        for word, status in (
+                ('p\xe4ss:w\xf6rd', 200), ('p\xe4ss', 401), ('', 401), ('\xff', 401)):
+            login = torque.binascii.b2a_base64(f'me:{word}'.encode()).decode().strip()
+            headers = {'Host': 'localhost', 'Authorization': f'Basic {login}'}
+            self.assertEqual(self.page.respond('/', headers)[0], status, word)
+        for text in ('Basic', 'Basic \xff', 'Basic !', 'Digest x', ''):
+            headers = {'Host': 'localhost', 'Authorization': text}
+            for path in ('/', '/metrics', '/status.json', '/torque.js', '/no'):
+                self.assertEqual(self.page.respond(path, headers)[0], 401, text)
+
+
+class WebCase(DaemonFolder):
+    """A torque with its page, on a port of its own."""
+    SETTINGS = 'httpd.active = yes\nhttpd.port = 0\n'
+
+    def serve(self, text='', *words, **kwargs):
+        self.ini(self.SETTINGS + textwrap.dedent(text))
+        program = self.start(*words, **kwargs)
+        self.find_port(program)
+        return program
+
+    def find_port(self, program):
+        line = wait_for(lambda: program.seen('the page is at'))[-1]
+        self.url = re.search(r'http://\S+', line)[0]
+        self.port = int(re.search(r':(\d+)/', line)[1])
+
+    def get(self, path='/', method='GET', **headers):
+        """Return status, text and headers of an answer."""
+        connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(), answer.headers
+
+    def connect(self, content=b''):
+        """Return a connection on which so much has been sent."""
+        sock = socket.create_connection(('127.0.0.1', self.port), 30)
+        self.addCleanup(sock.close)
+        sock.sendall(content)
+        return sock
+
+    def read(self, sock):
+        """Return all that comes until the server closes."""
+        parts = []
+        with contextlib.suppress(ConnectionResetError):
+            while not parts or parts[-1]:
+                parts.append(sock.recv(65536))
+        return b''.join(parts)
+
+
+class WebTest(WebCase):
+    def test_what_is_served(self):
+        self.serve(self.job('bad', fail='<i>no luck</i>'), '-v')
+        self.more(word='run', name='bad')
+        wait_for(lambda: 'no luck' in self.get('/status.json')[1])
+        for path, kind, words in (
+                ('/', 'text/html', '&lt;i&gt;no luck&lt;/i&gt;'), ('/?x=1', 'text/html', '<svg'),
+                ('/torque.css', 'text/css', 'prefers-color-scheme'),
+                ('/torque.js', 'text/javascript', 'fetch('),
+                ('/metrics', 'text/plain; version=0.0.4', 'torque_job_failing{job="bad"} 1'),
+                ('/status.json', 'application/json', '"jobs"')):
+            status, text, headers = self.get(path)
+            self.assertEqual((status, headers['Content-Type']), (200, f'{kind}; charset=utf-8'))
+            self.assertIn(words, text)
+            self.assertNotIn('<i>', text.replace('"<i>', ''))
+            self.assertIn("default-src 'none'", headers['Content-Security-Policy'])
+            self.assertEqual(headers['X-Content-Type-Options'], 'nosniff')
+            self.assertEqual(int(headers['Content-Length']), len(text.encode()))
+            status, text, head = self.get(path, 'HEAD')
+            self.assertEqual((status, text, head['Content-Type']),
+                             (200, '', headers['Content-Type']))
+        self.assertEqual(self.get('/../etc/passwd')[0], 404)
+
+    def test_nothing_comes_from_elsewhere(self):
+        texts = torque.CSS + torque.JAVASCRIPT + torque.PAGE
+        self.assertNotRegex(texts, r'//\w|url\(|@import|innerHTML|style=|<script>|\bon\w+=')
+
+    def test_status_is_that_of_the_command(self):
+        self.ini(self.SETTINGS, tick='hour=3')
+        self.find_port(self.start())
+        served, told = json.loads(self.get('/status.json')[1]), self.command('--status', '--json')
+        told = json.loads(told[1])
+        self.assertLess(abs(served.pop('uptime') - told.pop('uptime')), 60)
+        self.assertEqual(served, told)
+
+    def test_only_get_and_head(self):
+        self.serve()
+        for method in ('POST', 'PUT', 'DELETE', 'OPTIONS', 'CONNECT', 'TRACE', 'X', 'get'):
+            status, text, headers = self.get('/', method)
+            self.assertEqual(status, 501, method)
+            self.assertNotIn('<', text)
+        self.assertEqual(self.get(Host='evil.example')[0], 421)
+
+    def test_other_addresses_need_a_password(self):
+        for host in ('0.0.0.0', '::', '192.168.0.1', 'localhost.example', ''):
+            self.ini(f'httpd.active = yes\nhttpd.port = 0\nhttpd.host = {host}\n')
+            status, text = self.command()
+            self.assertEqual((status, text.count('\n')), (78, 1), text)
+            for word in ('torque.ini:', 'httpd.host', repr(host), 'httpd.password'):
+                self.assertIn(word, text)
+
+    def test_a_password_opens_it(self):
+        self.serve('httpd.host = 0.0.0.0\nhttpd.password = sesame\n')
+        status, text, headers = self.get()
+        self.assertEqual((status, headers['WWW-Authenticate']), (401, 'Basic realm="torque"'))
+        self.assertEqual(text.count('\n'), 1)
+        login = torque.binascii.b2a_base64(b'anybody:sesame').decode().strip()
+        self.assertEqual(self.get(Authorization=f'Basic {login}')[0], 200)
+        self.assertNotIn('sesame', self.command('--check')[1])
+
+    def test_what_is_no_request(self):
+        program = self.serve()
+        self.assertEqual(self.read(self.connect(b'GET / HTTP/1.1\r\nX: ' + b'x' * 9000)), b'')
+        self.assertEqual(self.read(self.connect(b'GET /' + b'x' * 9000)), b'')
+        for content in (b'\r\n\r\n', b'\0\xff\r\n\r\n', b'GET\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n',
+                        b'GET / HTTP/1.1\r\n\r\n', b'GET / HTTP/1.1\r\nHost\r\n\r\n',
+                        b'\x16\x03\x01\x02\x00\r\n\r\n',
+                        b'GET / HTTP/1.1\r\n' + b'X: y\r\n' * 500 + b'\r\n'):
+            self.assertNotIn(b' 200 ', self.read(self.connect(content)), content[:40])
+        self.assertEqual(self.get()[0], 200)
+        self.assertFalse(program.seen('Traceback'), program.lines)
+
+    def test_slow_and_mute_ones_hold_up_nothing(self):
+        self.serve()
+        request = b'GET / HTTP/1.1\r\nHost: localhost\r\n'
+        mute = [self.connect() for _ in range(20)]
+        slow = [self.connect(request) for _ in range(20)]
+        deaf = [self.connect(request + b'\r\n') for _ in range(10)]
+        self.more(count=4)
+        self.assertEqual(self.get('/metrics')[0], 200)
+        for sock in (*mute, *slow):             # each is closed in time
+            self.assertEqual(self.read(sock), b'')
+        for sock in deaf:
+            self.assertIn(b'200 OK', self.read(sock))
+
+    def test_two_hundred_at_once(self):
+        program = self.serve()
+        before = len(self.marks())
+        request = b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n'
+        socks = [self.connect(request) for _ in range(200)]
+        for sock in socks:
+            self.assertIn(b' 200 OK', self.read(sock))
+        self.more(count=4)
+        times = self.marks()[before:]
+        self.assertLess(max_gap(times), 1.9)
+        self.assertFalse(program.seen('Traceback'), program.lines)
+
+    def test_port_is_taken(self):
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            sock.listen()
+            port = sock.getsockname()[1]
+            self.ini(f'httpd.active = yes\nhttpd.port = {port}\n')
+            program = self.start()
+            self.more()
+            line, = program.seen('WARNING page')
+            self.assertIn(f'no page: 127.0.0.1 port {port}: ', line)
+
+    def test_history_over_reload_and_restart(self):
+        program = self.serve()
+        self.page_has('data point', 1)
+        self.assertEqual(program.stop(), 0)
+        path = f'{self.folder}/state/history.json'
+        with open(path, encoding='ascii') as stream:
+            kept = json.load(stream)
+        kept['curves'] = {name: [123] * 1440 for name in kept['curves']}
+        self.write('state/history.json', json.dumps(kept))
+        program = self.serve()
+        self.assertRegex(self.get()[1], r'd="M0\.0 [\d.]+h0L')
+        port = self.port
+        program.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: program.seen('reloaded with'))
+        self.find_port(program)
+        self.assertRegex(self.get()[1], r'd="M0\.0 [\d.]+h0L')
+        self.assertGreater(self.port, 0, port)
+
+    def page_has(self, _, count):
+        """Wait until the first point of the history is there."""
+        wait_for(lambda: re.search(r'd="M[\d.]+ [\d.]+h0"', self.get()[1]))
+
+    def test_stays_off(self):
+        program = self.start()
+        self.assertFalse(program.seen('page'))
+        with open(f'/proc/{program.process.pid}/maps', encoding='utf-8', errors='replace') as file:
+            self.assertNotIn('_ssl', file.read())
+
+
+class DemoTest(Folder):
+    def setUp(self):
+        super().setUp()
+        for name in ('home', 'tmp', 'program'):
+            os.mkdir(self.path(name))
+        shutil.copy(torque.__file__, self.path('program', 'torque.py'))
+        self.before = self.files()
+
+    def files(self):
+        return {path: os.stat(os.path.join(self.folder, path)).st_mtime_ns
+                for path in self.paths()}
+
+    def paths(self):
+        return [os.path.join(parent, name) for parent, folders, names in os.walk(self.folder)
+                for name in (*folders, *names)]
+
+    def demo(self, *words):
+        program = Program(
+            [sys.executable, self.path('program', 'torque.py'), '--demo', *words],
+            cwd=self.path('home'), env={**os.environ, 'HOME': self.path('home'),
+                                        'TMPDIR': self.path('tmp')})
+        self.addCleanup(program.stop, signal.SIGKILL)
+        return program
+
+    def fetch(self, program, path=''):
+        line = wait_for(lambda: program.seen('the page is at'))[0]
+        with urllib.request.urlopen(re.search(r'http://\S+/', line)[0] + path) as stream:
+            return stream.read().decode()
+
+    def test_writes_nothing_elsewhere(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            program = self.demo()
+            wait_for(lambda program=program: 'failing: backup' in self.fetch(program))
+            inside = [path for path in self.files() if path not in self.before]
+            self.assertEqual([path for path in inside if '/tmp/torque-demo-' not in path], [])
+            self.assertEqual(program.stop(number), 0)
+            self.assertFalse(program.seen('Traceback'), program.lines)
+            self.assertEqual(sorted(self.files()), sorted(self.before))
+
+    def test_there_is_something_to_look_at(self):
+        program = self.demo('--daemon', '-D', 'httpd.port=0')
+        page = wait_for(lambda: self.shown(program))
+        self.assertNotIn('no figures yet', page)
+        for words in ('wikipedia-en-nopic.zim', 'waits for its turn', 'if it were no dry run',
+                      'the limit is 1', 'of 2.0 MiB/s', 'free</b>', 'ended with status'):
+            self.assertIn(words, page)
+        metrics = self.fetch(program, 'metrics')
+        self.assertIn('rtorrent_download_bytes_per_second', metrics)
+        program.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: program.seen('--demo has no files'))
+        self.assertTrue(self.fetch(program))
+
+    def shown(self, program):
+        page = self.fetch(program)
+        if 'waits for its turn' in page and 'if it were' in page and 'ended with' in page:
+            return page
+        return None
+
+    def test_it_moves(self):
+        with tempfile.TemporaryDirectory() as folder:
+            stand_in = torque.StandIn(os.path.join(folder, 'rpc.sock'))
+            engine = torque.Engine(os.path.join(folder, 'rpc.sock'), 5)
+            at = {}
+            for seconds in (0, 100, 1000, 2000):
+                with mock.patch('time.time', return_value=stand_in.began + seconds):
+                    at[seconds] = [torque.list_torrents(engine, view, ['up', 'down', 'done'])
+                                   for view in ('main', 'complete', 'leeching')]
+                    self.assertEqual([len(at[seconds][0])],
+                                     [len(at[seconds][1]) + len(at[seconds][2])])
+                    engine.tell([('d.start', f'{9:040X}')])
+            complete = [len(views[1]) for views in at.values()]
+            self.assertGreater(max(complete), complete[0])
+            stand_in.socket.close()
+
+
+class GrafanaTest(Folder):
+    def dashboard(self, *words):
+        status, out, err = run_torque('--grafana', *words)
+        self.assertEqual((status, err), (0, ''))
+        return json.loads(out)
+
+    def test_queries(self):
+        for words, kind in (((), 'influxdb'), (('influxdb',), 'influxdb'),
+                            (('prometheus',), 'prometheus')):
+            board = self.dashboard(*words)
+            self.assertEqual(board['templating']['list'][0]['query'], kind)
+            targets = [target for panel in board['panels'] for target in panel['targets']]
+            self.assertEqual({'expr' in target for target in targets}, {kind == 'prometheus'})
+        self.assertEqual(run_torque('--grafana', 'graphite')[0], 2)
+
+    def test_names_are_those_that_are_sent(self):
+        text = json.dumps(self.dashboard('prometheus'))
+        names = {f'rtorrent_{name}' for name in torque.METRICS.values()}
+        names |= {'rtorrent_view_torrents', 'rtorrent_start_time_seconds',
+                  'torque_disk_free_bytes'}
+        self.assertLessEqual({*re.findall(r'(?:rtorrent|torque)_\w+', text)}, names)
+        with open(torque.__file__, encoding='utf-8') as stream:
+            source = stream.read()
+        for field, series in re.findall(r'mean\("(\w+)"\) FROM "(\w+)"',
+                                        json.dumps(self.dashboard()).replace('\\"', '"')):
+            self.assertIn(series, ('rtorrent', 'rtorrent_views', 'host'))
+            self.assertIn(field, source)
+
+    def test_schema(self):
+        try:
+            from grafana_foundation_sdk.cog.encoder import JSONEncoder
+            from grafana_foundation_sdk.cog.plugins import register_default_plugins
+            from grafana_foundation_sdk.models.dashboard import Dashboard
+        except ImportError:
+            self.skipTest('grafana-foundation-sdk is not installed')
+        register_default_plugins()
+        for kind in ('influxdb', 'prometheus'):
+            board = torque.dashboard(kind)
+            read = json.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+            self.assert_in(board, read, kind)
+
+    def assert_in(self, ours, theirs, path):
+        """Assert that nothing of ours was unknown to who has read it."""
+        if isinstance(ours, dict):
+            for key, value in ours.items():
+                self.assertIn(key, theirs, path)
+                self.assert_in(value, theirs[key], f'{path}.{key}')
+        elif isinstance(ours, list):
+            self.assertEqual(len(ours), len(theirs), path)
+            for number, value in enumerate(ours):
+                self.assert_in(value, theirs[number], f'{path}.{number}')
+        else:
+            self.assertEqual(ours, theirs, path)
+
+
+class LivePageTest(WebCase):
+    """A browser and a Prometheus, beside a torque beside a real rTorrent."""
+
+    def setUp(self):
+        super().setUp()
+        self.rtorrent = RTorrent(self.folder)
+        self.addCleanup(self.rtorrent.stop)
+
+    def chromium(self, *words):
+        """Return what a browser shows after some seconds of its own, and what it complains of."""
+        need('chromium')
+        done = subprocess.run(
+            ['chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--dump-dom',
+             f'--user-data-dir={self.folder}/browser', '--virtual-time-budget=12000',
+             '--enable-logging=stderr', '--log-level=0', *words, self.url],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+            env={**os.environ, 'HOME': self.folder})
+        complaints = [line for line in done.stderr.decode('utf-8', 'replace').splitlines()
+                      if 'CONSOLE' in line]
+        return done.stdout.decode(), complaints
+
+    def load_hostile(self):
+        for number, name in enumerate(HOSTILE_NAMES):
+            self.rtorrent.load(*metafile(name, number + 1))
+            with contextlib.suppress(torque.RpcError):
+                self.rtorrent.engine.tell([('d.message.set', metafile(name, number + 1)[1], name)])
+        return self.serve('''\
+            job.queue.active = yes
+            job.queue.schedule = every 1s
+            job.queue.startable = *
+            job.queue.downloading_max = 0
+            job.rule.handler = torque:Action
+            job.rule.schedule = every 1s
+            job.rule.matcher = *
+            job.rule.action = stop
+            job.rule.dry_run = yes
+            job.rule.limit = 2
+            ''', '--debug')
+
+    def test_hostile_names_are_text(self):
+        program = self.load_hostile()
+        wait_for(lambda: 'dry run' in self.get()[1])
+        before = len(program.seen('"GET / HTTP'))
+        page, complaints = self.chromium()
+        self.assertEqual(complaints, [])
+        self.assertIn('<title>torque</title>', page)
+        self.assertIn('&lt;script&gt;document.title', page)
+        self.assertNotRegex(page, '<img|<b>&|<script>')
+        self.assertNotIn('\u202e', page)
+        self.assertNotIn('W' * 1000, page)
+        # It has renewed itself, and is whole afterwards.
+        self.assertGreaterEqual(len(program.seen('"GET / HTTP')), before + 2)
+        self.assertEqual(page.count('<main>'), 1)
+        self.assertIn('Log</h2>', page)
+
+    def test_without_javascript(self):
+        program = self.serve('', '--debug')
+        wait_for(lambda: 'answers' in self.get()[1])
+        before = len(program.seen('"GET / HTTP'))
+        page, complaints = self.chromium('--blink-settings=scriptEnabled=false',
+                                         '--virtual-time-budget=30000')
+        self.assertIn('Log</h2>', page)
+        self.assertEqual(complaints, [])
+        self.assertGreaterEqual(len(program.seen('"GET / HTTP')), before + 2)
+
+    def test_metrics_are_as_prometheus_wants_them(self):
+        need('promtool')
+        need('prometheus')
+        self.load_hostile()
+        wait_for(lambda: re.search(r'\nrtorrent_up\{\S+ 1\n', self.get('/metrics')[1]))
+        text = self.get('/metrics')[1]
+        checked = subprocess.run(['promtool', 'check', 'metrics'], input=text.encode(),
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertEqual((checked.returncode, checked.stdout.decode()), (0, ''))
+        self.assertNotRegex(text, 'script|WWWW|[0-9A-F]{40}')
+        listed = self.rtorrent.engine.ask([('system.listMethods',)])[0]
+        told = {'startup_time': 'start_time_seconds', **torque.METRICS}
+        for command in EXPORTED:
+            if command in listed:
+                self.assertIn(f'\nrtorrent_{told[command]}{{', text)
+        for words in ('rtorrent_info{', 'client="', 'view="main"} 8', 'rtorrent_tracker_torrents{',
+                      'rtorrent_tracker_message_torrents{'):
+            self.assertIn(words, text)
+        self.assert_scraped()
+
+    def assert_scraped(self):
+        """Let a real Prometheus scrape the page, and ask it for the figures."""
+        port = free_port()
+        path = self.write('prometheus.yml', f'''\
+            scrape_configs:
+              - job_name: torque
+                scrape_interval: 1s
+                static_configs:
+                  - targets: ['127.0.0.1:{self.port}']
+            ''')
+        prometheus = Program(['prometheus', f'--config.file={path}',
+                              f'--storage.tsdb.path={self.folder}/prometheus',
+                              f'--web.listen-address=127.0.0.1:{port}'])
+        self.addCleanup(prometheus.stop)
+
+        def value(query):
+            query = urllib.parse.quote(query)
+            with contextlib.suppress(OSError, IndexError):
+                with urllib.request.urlopen(
+                        f'http://127.0.0.1:{port}/api/v1/query?query={query}') as stream:
+                    return json.load(stream)['data']['result'][0]['value'][1]
+        self.assertEqual(wait_for(lambda: value('rtorrent_view_torrents{view="main"}')), '8')
+        self.assertEqual(value('up'), '1')
+        self.assertEqual(value('rtorrent_up'), '1')
+        self.assertEqual(value('rtorrent_tracker_torrents'), '8')
+        for panel in torque.dashboard('prometheus')['panels']:
+            for target in panel['targets']:
+                self.assertTrue(value(target['expr']), target)
 
 
 # --- Measurements ------------------------------------------------------------------------------

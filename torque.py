@@ -8497,21 +8497,19 @@ class StandIn:
 
 def fill_history(folder: str) -> None:
     """Write a day that might have been, with a gap, for the rTorrent of --demo."""
-    history = History(os.path.join(folder, HISTORY))
+    hours = [minute / 60 for minute in range(KEPT_MINUTES, 0, -1)]
     home = os.path.expanduser('~')
     free = disk_figures(home)['disk_free']
-    now = int(time.time() // 60)
-    for minute in range(now - KEPT_MINUTES, now):
-        hour = (now - minute) / 60
-        figures = {
-            f'up scgi://{folder}/rpc.sock': (1.3 + math.sin(hour / 4) / 2
-                                             + math.sin(7 * hour) / 6) * (1 << 20),
-            f'down scgi://{folder}/rpc.sock': max(0, math.cos(hour) + math.cos(9 * hour) / 3)
-            * (18 << 20),
-            f'free {home}': free * (1 + (now - minute) / 9000)}
-        if not 500 < now - minute < 560:
-            history.add(minute, figures)
-    history.save()
+    curves = {
+        f'up scgi://{folder}/rpc.sock': [
+            (1.3 + math.sin(hour / 4) / 2 + math.sin(7 * hour) / 6) * (1 << 20) for hour in hours],
+        f'down scgi://{folder}/rpc.sock': [
+            max(0, math.cos(hour) + math.cos(9 * hour) / 3) * (18 << 20) for hour in hours],
+        f'free {home}': [free * (1 + hour / 150) for hour in hours]}
+    for curve in curves.values():
+        curve[880:940] = [math.nan] * 60
+    kept = {'minute': int(time.time() // 60) - 1, 'curves': curves}
+    replace_file(os.path.join(folder, HISTORY), json.dumps(kept))
 
 
 # Title, unit of Grafana, name of the curve, InfluxDB's series and field, Prometheus' query
@@ -8914,6 +8912,11 @@ def run_daemon(arguments, path) -> int:
 def run_demo(arguments: Any) -> int:
     """Run torque beside a stand-in of rTorrent, all in a temporary folder."""
     import tempfile
+    if arguments.check_files:
+        raise UserError('--demo has no files that could be read again')
+    arguments.daemon = False
+    # From the first moment on, SIGTERM takes the folder away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix='torque-demo-') as folder:
         path = os.path.join(folder, 'torque.ini')
         replace_file(path, DEMO_INI % folder)
