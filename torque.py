@@ -24,7 +24,7 @@ Sections, each using only what stands above it:
     Jobs: torrents      the jobs that start, load, delete and move
     Config              torque.ini -> Config -> jobs
     Daemon              pid file, status, reload, what is remembered
-    Web                 the page, figures for Prometheus, the demo
+    Web                 the page, figures for Prometheus, --demo, --grafana
     Command line        arguments, log, main
 
 The life of a job: lines of the ini become entries, entries a planned job (Config), a planned
@@ -33,8 +33,8 @@ is due until cleanup() is called, once, at the end. A reload ends all of it and 
 
 Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
 own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
-one more, under the job's lock; pings and the status have theirs, which only read, or hand a
-function to the main thread (calls). Engines are used by all; what they know of rTorrent is
+one more, under the job's lock; pings, the status and the page have theirs, which only read, or hand
+a function to the main thread (calls). Engines are used by all; what they know of rTorrent is
 replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
@@ -6741,6 +6741,7 @@ class Config(Settings):
 
     Empty at import; load() fills it in place, so `from torque import config_ini` is safe.
     """
+    make_engine: Any = Engine           # --demo has another
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
              only: str | None = None) -> None:
@@ -6817,8 +6818,8 @@ class Config(Settings):
             aliases = {name: text.split() for name, text in self.announce.items()}
             try:
                 address = url or find_url(self.torque.rtorrent_rc)
-                self.engines[made_of] = Engine(address, self.torque.rpc_timeout,
-                                               self.torque.rpc_limit, aliases, made_of[1])
+                self.engines[made_of] = self.make_engine(
+                    address, self.torque.rpc_timeout, self.torque.rpc_limit, aliases, made_of[1])
             except UserError as error:
                 ini.refuse(url, error)
         return self.engines.get(made_of)
@@ -7596,7 +7597,7 @@ def report_start(writer, status) -> None:
 # asks, an rTorrent is asked at most every FRESH seconds. The stand-in of --demo is here, too.
 
 FRESH = 5.0                     # seconds that figures of an rTorrent may be old
-MOST_REQUESTS = 64              # at a time; others wait
+MOST_REQUESTS = 256             # at a time; more are refused
 HEAD_LIMIT, HEAD_TIME = 8192, 5.0       # bytes and seconds that a request may take
 KEPT_MINUTES = 1440             # of the history
 DAY_STEP = 5                    # minutes that are one point of a day's plot
@@ -7684,7 +7685,7 @@ figure { margin: .8rem 0 0; position: relative; font-size: .8rem }
 svg { display: block; width: 100%; height: 6rem; border: solid var(--line); border-width: 1px 0;
   background: linear-gradient(var(--line) 1px, transparent 1px) 0 0 / 100% 50%,
   linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 0 / 25% 100% }
-path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke;
+path { fill: none; stroke-width: 1.8; vector-effect: non-scaling-stroke;
   stroke-linecap: round; stroke-linejoin: round }
 .up { color: var(--up); stroke: var(--up) }
 .down, .free { color: var(--down); stroke: var(--down) }
@@ -7702,7 +7703,7 @@ th:nth-child(n+4):nth-child(-n+7), td:nth-child(n+4):nth-child(-n+7) { text-alig
 td { border-top: 1px solid var(--line) }
 tr.bad td { background: var(--bad-back) }
 tr.error td { border-top: 0; padding-bottom: .5rem; overflow-wrap: anywhere }
-td:first-child, th:first-child { padding-left: .4rem }
+td:first-child, th:first-child { padding-left: .4rem; overflow-wrap: anywhere; min-width: 5.5rem }
 .next { margin: .3rem 0 0; padding: 0; list-style: none }
 .next li { border-top: 1px solid var(--line); padding: .2rem 0; unicode-bidi: isolate }
 pre { margin: .3rem 0 0; white-space: pre-wrap; font-size: .8rem }
@@ -7821,16 +7822,17 @@ class Figures:
 
     def ask(self) -> None:
         """Ask for all that anybody wants to know, in one round trip."""
+        engine = self.engine
         calls: dict[str, tuple] = {
             'folder': ('directory.default', ''),
             'trackers': ('d.multicall2', '', 'main', *self.COLUMNS)}
-        for command in self.engine.methods.intersection(METRICS):
+        for command in engine.methods.intersection(METRICS):
             calls[command] = (command, '')
-        for view in self.engine.views:
+        for view in engine.views:
             calls[f'view {view}'] = ('view.size', '', view)
         told: dict[str, Any] = {}
         with contextlib.suppress(RpcError):
-            told = dict(zip(calls, self.engine.ask(calls.values())))
+            told = dict(zip(calls, engine.in_parts(calls.values(), engine.by_xml)))
         self.numbers = {name: answer for name, answer in told.items()
                         if 0 <= typed(answer, -1) < LARGEST}
         self.folder = typed(told.get('folder'), self.folder)
@@ -7887,8 +7889,8 @@ def section(title: str, inner: str, css_class: str = '') -> str:
 
 def items(css_class: str, texts: Iterable[str]) -> str:
     """Return an HTML list of what is HTML already."""
-    inner = '</li>\n<li>'.join(texts)
-    return f'<ul class="{css_class}"><li>{inner}</li></ul>'
+    inner = ''.join(f'<li>{text}</li>\n' for text in texts)
+    return f'<ul class="{css_class}">{inner}</ul>'
 
 
 def path_data(values: list[float], top: float) -> str:
@@ -8025,6 +8027,7 @@ class Page:
         self.tail.setFormatter(root.handlers[0].formatter)
         root.addHandler(self.tail)
         self.repeats = Repeats()
+        self.busy: set = set()                  # requests that are being read or answered
 
     # What is measured.
 
@@ -8239,8 +8242,13 @@ def make_handler(page: Page) -> Any:
 
         def setup(self):
             super().setup()
+            page.busy.add(self)
             self.rfile.close()
             self.rfile = io.BytesIO(request_head(self.connection))
+
+        def finish(self):
+            page.busy.discard(self)
+            super().finish()
 
         def do_GET(self):
             status, kind, text = page.respond(self.path, self.headers)
@@ -8266,20 +8274,13 @@ def make_handler(page: Page) -> Any:
 
 def web_server(page: Page, port: int) -> Any:
     """Return a server for a page; OSError where it cannot listen."""
-    import http.server
     import socketserver
-    slots = threading.Semaphore(MOST_REQUESTS)
 
-    class Server(http.server.ThreadingHTTPServer):
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
         request_queue_size = 128
         if ':' in page.host:
             address_family = socket.AF_INET6
-
-        def server_bind(self):
-            # The one of HTTPServer asks for the name of the host, which may take long.
-            socketserver.TCPServer.server_bind(self)
-            name, self.server_port = self.server_address[:2]
-            self.server_name = str(name)
 
         def get_request(self):
             try:
@@ -8288,19 +8289,8 @@ def web_server(page: Page, port: int) -> Any:
                 time.sleep(0.5)                 # there can be no more open files
                 raise
 
-        def process_request(self, request, client_address):
-            slots.acquire()                     # each is given back within two deadlines
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:                # there can be no more threads
-                slots.release()
-                raise
-
-        def process_request_thread(self, request, client_address):
-            try:
-                super().process_request_thread(request, client_address)
-            finally:
-                slots.release()
+        def verify_request(self, request, client_address):
+            return len(page.busy) < MOST_REQUESTS
 
         def handle_error(self, request, client_address):
             error: Any = sys.exc_info()[1]
@@ -8318,13 +8308,13 @@ def serve_page(daemon: Daemon) -> Any:
     page = Page(daemon)
     try:
         server = web_server(page, torque['httpd.port'])
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         page.log.warning('no page: %s port %s: %s', page.host, torque['httpd.port'], error)
         return None
     host = page.host
     if ':' in host:
         host = f'[{host}]'
-    page.log.info('the page is at http://%s:%d/', host, server.server_port)
+    page.log.info('the page is at http://%s:%d/', host, server.server_address[1])
     # A child that a job forks has no part in it.
     os.register_at_fork(after_in_child=server.socket.close)
     daemon.at_end.append(page.history.save)
@@ -8335,7 +8325,7 @@ def serve_page(daemon: Daemon) -> Any:
 
 DEMO_INI = '''\
 [TORQUE]
-scgi_url = %s/rpc.sock
+scgi_url = scgi://demo:5000
 state_dir = .
 httpd.active = yes
 httpd.port = 0
@@ -8371,88 +8361,60 @@ fedora-workstation-44.iso|2300|6500|30
 Sintel.2010.mkv|1240|7000|20
 NetBSD-11.0-amd64.iso|620|3000|10
 wikipedia-en-nopic.zim|48000|11000|5'''
-# View, and the column that is 1 there; others have all.
-DEMO_VIEWS = {
-    'started': 'state',
-    'active': 'is_active',
-    'complete': 'complete',
-    'seeding': 'complete',
-    'stopped': 'stopped',
-    'incomplete': 'incomplete',
-    'leeching': 'incomplete',
-    'messages': 'is_hash_checking'}
+# View, and the column that is not 0 there; others have all.
+DEMO_VIEWS = dict(line.split() for line in '''\
+started state
+active state
+complete complete
+seeding complete
+stopped stopped
+incomplete left_bytes
+leeching left_bytes
+messages message'''.splitlines())
 
 
-class StandIn:
+class StandIn(Engine):
     """Answers what built-in jobs ask of an rTorrent, with a few torrents that come and go."""
     AGAIN = 300                         # seconds after which a download is as if it were new
-    FACTS = {
-        'session.name': 'demo',
-        'system.client_version': 'of --demo',
-        'system.library_version': VERSION,
-        'system.cwd': '/',
-        'session.path': '',
-        'view.list': VIEWS,
-        'throttle.global_up.max_rate': 2 << 20,
-        'print': 0}
 
-    def __init__(self, path: str):
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.began = time.time()
         # Hash -> Unix seconds; two downloads are under way.
         self.started = {f'{number:040X}': self.began - 100 for number in (5, 6)}
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind(path)
-        self.socket.listen()
-        in_thread(self.serve)
+        self.told = {
+            **dict.fromkeys([*METRICS, *ABOUT], 0),
+            'session.name': 'demo',
+            'session.path': '',
+            'system.client_version': 'of --demo',
+            'system.library_version': VERSION,
+            'system.listMethods': [*METRICS],
+            'startup_time': int(self.began) - 300000,
+            'view.list': VIEWS,
+            'throttle.global_up.max_rate': 2 << 20,
+            'print': 0}
 
-    def serve(self) -> None:
-        """Answer requests, one after another; a thread."""
-        while True:
-            sock, _ = self.socket.accept()
-            with contextlib.suppress(OSError, LookupError, ValueError), sock:
-                self.answer(sock)
+    def by_xml(self, calls: list[tuple]) -> list:
+        return [self.answer(*call) for call in calls]
 
-    def answer(self, sock: socket.socket) -> None:
-        """Answer one request, which is a system.multicall as xml_batch() makes it."""
-        with sock.makefile('rb') as stream:
-            length = stream.read(2)             # of the head, which has less than 100 bytes
-            head = stream.read(int(length) + 2)
-            body = stream.read(int(head.split(b'\0')[1]))
-        params = body[body.index(b'<params>'):].replace(b'methodCall>', b'methodResponse>')
-        answers = [self.call(entry['methodName'], entry['params'])
-                   for entry in xml_reply(b'<methodResponse>' + params)]
-        text = ('<methodResponse><params><param>'
-                f'{xml_value(answers)}</param></params></methodResponse>').encode()
-        sock.sendall(b'Status: 200 OK\r\nContent-Length: %d\r\n\r\n%s' % (len(text), text))
-
-    def call(self, method: str, params: list) -> Any:
-        """Return the answer to a call in a list, or the fault."""
+    def answer(self, method: str, target: str = '', view: str = '', *cells: str) -> Any:
+        """Return the answer to a call, or the fault."""
         now = time.time()
         if method == 'd.start':
-            self.started[params[0]] = now
-            return [0]
-        if method == 'system.listMethods':
-            return [[*METRICS, *self.FACTS, 'd.multicall2', 'd.start', 'view.size']]
-        rows = self.rows(now)
+            self.started[target] = now
+            return 0
+        rows = [self.row(number, line, now)
+                for number, line in enumerate(DEMO_ITEMS.splitlines(), 1)]
         way = re.fullmatch(r'throttle\.global_((?:up|down)\.(?:rate|total))', method)
         if way:
-            return [sum(row[way[1]] for row in rows)]
-        if method in ('view.size', 'd.multicall2'):
-            column = DEMO_VIEWS.get(params[1], 'hash')
-            rows = [row for row in rows if row[column]]
+            return sum(row[way[1]] for row in rows)
+        shown = [row for row in rows if row[DEMO_VIEWS.get(view, 'hash')]]
         if method == 'view.size':
-            return [len(rows)]
+            return len(shown)
         if method == 'd.multicall2':
-            cells = [cell[2:].partition('=')[0] for cell in params[2:]]
-            return [[[row[cell] for cell in cells] for row in rows]]
-        if method in self.FACTS or method in METRICS or method in ABOUT:
-            return [self.FACTS.get(method, 0)]
-        return {'faultCode': MISSING[0], 'faultString': f'{method} is not there'}
-
-    def rows(self, now: float) -> list[dict[str, Any]]:
-        """Return what d. commands answer for each item."""
-        return [self.row(number, line, now)
-                for number, line in enumerate(DEMO_ITEMS.splitlines(), 1)]
+            columns = [cell[2:].partition('=')[0] for cell in cells]
+            return [[row[column] for column in columns] for row in shown]
+        return self.told.get(method, RpcError(f'there is no {method}', MISSING[0]))
 
     def row(self, number: int, line: str, now: float) -> dict[str, Any]:
         """Return what d. commands answer for an item; 0 for what is not listed."""
@@ -8465,25 +8427,21 @@ class StandIn:
             start = end = self.began - 86400 * number
         elif now > end + self.AGAIN:
             start = self.started[info_hash] = 0.0
-        active = int(start > 0)
-        complete = int(active and now >= end)
-        done = active * min(size, int(down * (now - start)) or size)
-        swing = active * (1 + 0.3 * math.sin(now / (20 + number) + number))
-        uploaded = active * int(up * (now - start))
-        row = dict.fromkeys(('message', 'custom', 'custom1', 'base_path', 'directory'), '')
+        state = int(start > 0)
+        complete = int(state and now >= end)
+        done = state * min(size, int(down * (now - start)) or size)
+        swing = state * (1 + 0.3 * math.sin(now / (20 + number) + number))
+        uploaded = state * int(up * (now - start))
         return collections.defaultdict(int, {
-            **row,
+            **dict.fromkeys(('message', 'custom', 'custom1', 'base_path', 'directory'), ''),
+            **dict.fromkeys(('state', 'is_active', 'is_open'), state),
             'hash': info_hash,
             'name': name,
             'size_bytes': size,
             'completed_bytes': done,
             'left_bytes': size - done,
             'complete': complete,
-            'incomplete': 1 - complete,
-            'is_active': active,
-            'is_open': active,
-            'state': active,
-            'stopped': 1 - active,
+            'stopped': 1 - state,
             'priority': 2,
             'down.rate': (1 - complete) * int(swing * down),
             'up.rate': int(swing * up),
@@ -8497,18 +8455,17 @@ class StandIn:
 
 def fill_history(folder: str) -> None:
     """Write a day that might have been, with a gap, for the rTorrent of --demo."""
-    hours = [minute / 60 for minute in range(KEPT_MINUTES, 0, -1)]
     home = os.path.expanduser('~')
+    names = ('up scgi://demo:5000', 'down scgi://demo:5000', f'free {home}')
     free = disk_figures(home)['disk_free']
-    curves = {
-        f'up scgi://{folder}/rpc.sock': [
-            (1.3 + math.sin(hour / 4) / 2 + math.sin(7 * hour) / 6) * (1 << 20) for hour in hours],
-        f'down scgi://{folder}/rpc.sock': [
-            max(0, math.cos(hour) + math.cos(9 * hour) / 3) * (18 << 20) for hour in hours],
-        f'free {home}': [free * (1 + hour / 150) for hour in hours]}
-    for curve in curves.values():
-        curve[880:940] = [math.nan] * 60
-    kept = {'minute': int(time.time() // 60) - 1, 'curves': curves}
+    points = []
+    for minute in range(KEPT_MINUTES, 0, -1):
+        hour = minute / 60
+        up = 1.3 + math.sin(hour / 4) / 2 + math.sin(7 * hour) / 6
+        down = 18 * math.cos(hour) + 6 * math.cos(9 * hour)
+        points.append((up * 2 ** 20, max(0, down) * 2 ** 20, free * (1 + hour / 150)))
+    points[880:940] = [(math.nan, math.nan, math.nan)] * 60
+    kept = {'minute': int(time.time() // 60) - 1, 'curves': dict(zip(names, zip(*points)))}
     replace_file(os.path.join(folder, HISTORY), json.dumps(kept))
 
 
@@ -8919,9 +8876,9 @@ def run_demo(arguments: Any) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix='torque-demo-') as folder:
         path = os.path.join(folder, 'torque.ini')
-        replace_file(path, DEMO_INI % folder)
+        replace_file(path, DEMO_INI)
         fill_history(folder)
-        StandIn(os.path.join(folder, 'rpc.sock'))
+        Config.make_engine = StandIn
         return run_daemon(arguments, path)
 
 
