@@ -7836,6 +7836,7 @@ class PageTest(Folder):
         for number in range(30):
             log.info('line %d', number)
         log.warning('<b>bad</b>\nsecond')
+        self.page.tail.emit(logging.LogRecord('x', 30, '', 1, '%d', ('nonsense',), None))
         page = self.page.html()
         self.assertNotRegex(page, r'line 8\b')
         self.assertIn('line 29', page)
@@ -8014,6 +8015,8 @@ class WebTest(WebCase):
             self.more()
             line, = program.seen('WARNING page')
             self.assertIn(f'no page: 127.0.0.1 port {port}: ', line)
+        self.ini(f'httpd.active = yes\nhttpd.host = {"a" * 70}.b\nhttpd.password = x\n')
+        self.assertTrue(self.start().seen('WARNING page', 'no page: aaa'))
 
     def test_history_over_reload_and_restart(self):
         program = self.serve()
@@ -8445,6 +8448,30 @@ def bench_process():
     server.stop()
 
 
+def bench_page():
+    """Compare the memory of a torque with the page, when it has been looked at, to one without."""
+    server = bench_double()
+    resident = []
+    for text in ('', 'httpd.active = yes\nhttpd.port = 0\n'):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'torque.ini')
+            with open(path, 'w', encoding='utf-8') as stream:
+                stream.write(f'[TORQUE]\nscgi_url = {server.url}\nstate_dir = {folder}\n{text}')
+            daemon = start_torque('-c', path)
+            wait_for(lambda: daemon.seen('connstats', 'rpc'))
+            for line in daemon.seen('the page is at'):
+                url = re.search(r'http://\S+', line)[0]
+                for name in ('', 'metrics', 'status.json') * 100:
+                    with urllib.request.urlopen(url + name) as stream:
+                        stream.read()
+                took = fastest(lambda: urllib.request.urlopen(url).read())
+            resident.append(memory_of(daemon) / (1 << 20))
+            daemon.stop()
+    server.stop()
+    print(f'memory: {resident[0]:.1f} MiB, with the page {resident[1]:.1f} MiB '
+          f'({resident[1] - resident[0]:+.1f}); the page takes {took:.1f} ms')
+
+
 def import_peer():
     """Return pyrosimple's modules, None where it is not installed or does not work."""
     try:
@@ -8643,6 +8670,7 @@ def bench():
     """Print all measurements; nothing here passes or fails."""
     print(f'torque {torque.VERSION}, Python {sys.version.split()[0]}, {os.cpu_count()} CPUs')
     bench_process()
+    bench_page()
     bench_lateness()
     bench_schedules()
     bench_decode()

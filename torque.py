@@ -7603,7 +7603,6 @@ KEPT_MINUTES = 1440             # of the history
 DAY_STEP = 5                    # minutes that are one point of a day's plot
 LOG_SHOWN = 20                  # lines on the page
 HISTORY = 'history.json'        # in the state folder
-LARGEST = 1 << 63               # above all that is a size or rate
 MOST_SHOWN = 300                # characters of any one text on the page
 MOST_TRACKERS = 100             # with figures of their own
 HEADERS = '''\
@@ -7788,7 +7787,7 @@ class History:
 
 def plausible(figure: Any) -> float:
     """Return a rate or size as it is; nan for anything else."""
-    if isinstance(figure, (int, float)) and 0 <= figure < LARGEST:
+    if isinstance(figure, (int, float)) and 0 <= figure < 1 << 63:
         return figure
     return math.nan
 
@@ -7828,13 +7827,12 @@ class Figures:
             'trackers': ('d.multicall2', '', 'main', *self.COLUMNS)}
         for command in engine.methods.intersection(METRICS):
             calls[command] = (command, '')
-        for view in engine.views:
+        for view in [*VIEWS, *sorted(engine.views.difference(VIEWS))]:
             calls[f'view {view}'] = ('view.size', '', view)
         told: dict[str, Any] = {}
         with contextlib.suppress(RpcError):
             told = dict(zip(calls, engine.in_parts(calls.values(), engine.by_xml)))
-        self.numbers = {name: answer for name, answer in told.items()
-                        if 0 <= typed(answer, -1) < LARGEST}
+        self.numbers = {name: answer for name, answer in told.items() if plausible(answer) >= 0}
         self.folder = typed(told.get('folder'), self.folder)
         self.trackers = self.count_trackers(typed(told.get('trackers'), []))
 
@@ -7853,9 +7851,7 @@ class Figures:
 
     def views(self) -> dict[str, int]:
         """Return the sizes of views, those first that every rTorrent has."""
-        names = [*VIEWS, *sorted(self.engine.views.difference(VIEWS))]
-        return {name: self.numbers[f'view {name}'] for name in names
-                if f'view {name}' in self.numbers}
+        return {name[5:]: size for name, size in self.numbers.items() if name.startswith('view ')}
 
 
 class LogTail(logging.Handler):
@@ -7864,13 +7860,18 @@ class LogTail(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: collections.deque = collections.deque(maxlen=LOG_SHOWN)
+        root = logging.getLogger('torque')
+        self.setFormatter(root.handlers[0].formatter)
+        root.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         css_class = ''
         if record.levelno >= logging.WARNING:
             css_class = 'bad'
-        for line in self.format(record).split('\n'):
-            self.lines.append(f'<span class="{css_class}">{markup(line)}</span>')
+        # A job that logs nonsense is not to fail by it.
+        with contextlib.suppress(Exception):
+            for line in self.format(record).split('\n'):
+                self.lines.append(f'<span class="{css_class}">{markup(line)}</span>')
 
 
 def markup(text: Any) -> str:
@@ -8023,9 +8024,6 @@ class Page:
         self.folders: dict[str, str] = {}       # rTorrent -> where it puts data
         self.log = logging.getLogger('torque.page')
         self.tail = LogTail()
-        root = logging.getLogger('torque')
-        self.tail.setFormatter(root.handlers[0].formatter)
-        root.addHandler(self.tail)
         self.repeats = Repeats()
         self.busy: set = set()                  # requests that are being read or answered
 
@@ -8300,27 +8298,27 @@ def web_server(page: Page, port: int) -> Any:
     return Server((page.host, port), make_handler(page))
 
 
-def serve_page(daemon: Daemon) -> Any:
-    """Serve the page of a daemon where that is switched on; return the server."""
+def serve_page(daemon: Daemon) -> None:
+    """Serve the page of a daemon where that is switched on."""
     torque = daemon.config.torque
     if not torque['httpd.active']:
-        return None
+        return
     page = Page(daemon)
+    host, port = page.host, torque['httpd.port']
     try:
-        server = web_server(page, torque['httpd.port'])
-    except OSError as error:
-        page.log.warning('no page: %s port %s: %s', page.host, torque['httpd.port'], error)
-        return None
-    host = page.host
-    if ':' in host:
-        host = f'[{host}]'
-    page.log.info('the page is at http://%s:%d/', host, server.server_address[1])
+        server = web_server(page, port)
+        in_thread(page.watch)
+        in_thread(server.serve_forever, 3600)
+    # The port is taken, the host means nothing, or there can be no more threads.
+    except (OSError, ValueError, RuntimeError) as error:
+        page.log.warning('no page: %s port %s: %s', host, port, error)
+        return
     # A child that a job forks has no part in it.
     os.register_at_fork(after_in_child=server.socket.close)
     daemon.at_end.append(page.history.save)
-    in_thread(page.watch)
-    in_thread(server.serve_forever, 3600)
-    return server
+    if ':' in host:
+        host = f'[{host}]'
+    page.log.info('the page is at http://%s:%d/', host, server.server_address[1])
 
 
 DEMO_INI = '''\
