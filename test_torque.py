@@ -7802,7 +7802,6 @@ class PageTest(Folder):
         self.assertIn(f'rtorrent_tracker_torrents{{rtorrent="{where}",tracker="one.org"}} 2', text)
         self.assertIn(f'rtorrent_tracker_message_torrents{{rtorrent="{where}",tracker="one.org"}} '
                       '1', text)
-        self.assertIn('tracker="others"} 201', text)
         self.assertIn(r'view="my \"view\"\\"} 0', text)
 
     def test_nonsense_is_no_figure(self):

@@ -7600,11 +7600,11 @@ FRESH = 5.0                     # seconds that figures of an rTorrent may be old
 MOST_REQUESTS = 256             # at a time; more are refused
 HEAD_LIMIT, HEAD_TIME = 8192, 5.0       # bytes and seconds that a request may take
 KEPT_MINUTES = 1440             # of the history
-DAY_STEP = 5                    # minutes that are one point of a day's plot
+PLOTS = (('last hour', 60, 1), ('last day', KEPT_MINUTES, 5))   # minutes, and those in a point
 LOG_SHOWN = 20                  # lines on the page
 HISTORY = 'history.json'        # in the state folder
 MOST_SHOWN = 300                # characters of any one text on the page
-MOST_TRACKERS = 100             # with figures of their own
+MOST_TRACKERS = 100             # that have figures
 HEADERS = '''\
 Content-Security-Policy: default-src 'none'; style-src 'self'; script-src 'self'; \
 connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'
@@ -7612,8 +7612,6 @@ Cross-Origin-Resource-Policy: same-origin
 Cache-Control: no-store
 Referrer-Policy: no-referrer
 X-Content-Type-Options: nosniff'''
-# Names for which a page of somebody else cannot make a browser take this for its own server
-SERVED = re.compile(r'(localhost|[\d.]+|\[[\da-fA-F:.]+\])(:\d+)?\Z')
 # Command of rTorrent, and the metric that it is; pyrosimple's exporter has the same ones.
 METRICS = dict(line.split() for line in '''\
 throttle.global_up.rate         upload_bytes_per_second
@@ -7738,6 +7736,11 @@ PAGE = '''\
 %s
 </main></body></html>
 '''
+PLOT = '''\
+<figure><figcaption><span>{title}</span><span>{scales}</span></figcaption>
+<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{title}">
+{paths}</svg><div class="scale">{times}</div></figure>
+'''
 
 
 class History:
@@ -7779,6 +7782,17 @@ class History:
                 curves[name] = curve
         self.minute, self.curves = minute, curves
 
+    def averages(self, name: str, minutes: int, step: int) -> list[float]:
+        """Return the last minutes of a curve, `step` of them as one, which is their average."""
+        curve = self.curves.get(name, self.curve(()))[-minutes:]
+        found = []
+        for start in range(0, minutes, step):
+            known = [value for value in curve[start:start + step] if not math.isnan(value)]
+            found.append(math.nan)
+            if known:
+                found[-1] = sum(known) / len(known)
+        return found
+
     def save(self) -> None:
         """Keep it for the next start."""
         curves = {name: curve.tolist() for name, curve in self.curves.items()}
@@ -7802,8 +7816,7 @@ class Figures:
         self.asked = -FRESH
         self.numbers: dict[str, int] = {}       # command or `view NAME` -> answer
         self.folder = ''                        # where it puts data
-        # Tracker -> torrents, and those of them with a message
-        self.trackers: dict[str, list[int]] = {}
+        self.count_trackers([])
 
     def renew(self) -> None:
         """Ask, if what was told is old; where another thread is asking, do not wait for long."""
@@ -7834,20 +7847,18 @@ class Figures:
             told = dict(zip(calls, engine.in_parts(calls.values(), engine.by_xml)))
         self.numbers = {name: answer for name, answer in told.items() if plausible(answer) >= 0}
         self.folder = typed(told.get('folder'), self.folder)
-        self.trackers = self.count_trackers(typed(told.get('trackers'), []))
+        self.count_trackers(typed(told.get('trackers'), []))
 
-    def count_trackers(self, rows: list) -> dict[str, list[int]]:
-        """Return how many torrents each tracker has, and how many of them have a message."""
-        counts: dict[str, list[int]] = {}
+    def count_trackers(self, rows: list) -> None:
+        """Count the torrents of each tracker, and those of them with a message."""
+        torrents: collections.Counter = collections.Counter()
+        messages: collections.Counter = collections.Counter()
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             for message, trackers in rows:
                 alias = alias_of(trackers, self.engine.aliases)
-                if len(counts) >= MOST_TRACKERS and alias not in counts:
-                    alias = 'others'
-                count = counts.setdefault(alias, [0, 0])
-                count[0] += 1
-                count[1] += bool(message)
-        return counts
+                torrents[alias] += 1
+                messages[alias] += bool(message)
+        self.trackers, self.messages = torrents, messages
 
     def views(self) -> dict[str, int]:
         """Return the sizes of views, those first that every rTorrent has."""
@@ -7912,38 +7923,13 @@ def path_data(values: list[float], top: float) -> str:
     return path
 
 
-def averages(values: list[float], number: int) -> list[float]:
-    """Return the averages of so many values each, of those that are known."""
-    found = []
-    for start in range(0, len(values), number):
-        known = [value for value in values[start:start + number] if not math.isnan(value)]
-        found.append(math.nan)
-        if known:
-            found[-1] = sum(known) / len(known)
-    return found
-
-
-def plot(title: str, curves: dict[str, list[float]], begin: float, end: float, unit: str) -> str:
-    """Return a figure of curves between two Unix times, each on a scale of its own.
-
-    Their names are classes of CSS.
-    """
-    paths, scales = '', ''
-    for name, curve in curves.items():
-        top = 1024.0
-        for value in curve:
-            while value > top:
-                top *= 2
-        paths += f'<path class="{name}" d="{path_data(curve, top)}"/>'
-        scales += f' <span class="{name}">{show_size(top)}{unit}</span>'
-    if 'M' not in paths:
-        scales = 'no figures yet'
-    times = [time.strftime('%H:%M', time.localtime(begin + (end - begin) * quarter / 4))
-             for quarter in range(5)]
-    return (f'<figure><figcaption><span>{title}</span><span>{scales}</span></figcaption>'
-            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
-            f'aria-label="{title}">{paths}</svg>'
-            f'<div class="scale"><span>{"</span><span>".join(times)}</span></div></figure>')
+def round_above(values: Iterable[float]) -> float:
+    """Return the power of two that no value is above, at least a KiB; nan is no value."""
+    top = 1024.0
+    for value in values:
+        while value > top:
+            top *= 2
+    return top
 
 
 class Samples:
@@ -8002,11 +7988,11 @@ class Samples:
                      numbers.get(command), rtorrent=where)
         for view, size in figures.views().items():
             self.add('rtorrent_view_torrents', 'Size of a view.', size, rtorrent=where, view=view)
-        for alias, (count, messages) in figures.trackers.items():
+        for alias, count in figures.trackers.most_common(MOST_TRACKERS):
             self.add('rtorrent_tracker_torrents', 'Torrents whose first tracker it is.', count,
                      rtorrent=where, tracker=alias)
-            self.add('rtorrent_tracker_message_torrents', 'Those with a message of it.',
-                     messages, rtorrent=where, tracker=alias)
+            self.add('rtorrent_tracker_message_torrents', 'Those with a message.',
+                     figures.messages[alias], rtorrent=where, tracker=alias)
 
 
 class Page:
@@ -8018,6 +8004,9 @@ class Page:
         self.config = daemon.config
         self.password = str(self.config.torque['httpd.password'] or '')
         self.host = self.config.torque['httpd.host']
+        # For other names a page of somebody else may make a browser take this for its server.
+        names = '|'.join(map(re.escape, (self.host, socket.gethostname())))
+        self.served = re.compile(rf'(localhost|[\d.]+|\[[\da-fA-F:.]+\]|{names})(:\d+)?')
         self.engines = {engine.address.where: Figures(engine)
                         for engine in self.config.engines.values()}
         self.history = History(os.path.join(self.config.state_dir, HISTORY))
@@ -8073,9 +8062,7 @@ class Page:
     def respond(self, path: str, headers: Any) -> tuple[int, str, str]:
         """Return status, content type and text of the answer to a request."""
         import hmac
-        host = headers.get('Host', '')
-        names = (self.host, socket.gethostname())
-        if not SERVED.match(host) and re.sub(r':\d+\Z', '', host) not in names:
+        if not self.served.fullmatch(headers.get('Host', '')):
             return 421, 'text/plain', 'not served under this name: use localhost or an address\n'
         if self.password:
             login = headers.get('Authorization', '').partition('Basic ')[2]
@@ -8174,16 +8161,22 @@ class Page:
             f'{self.plots(path, ("free",), "")}'))
 
     def plots(self, of: str, names: Iterable[str], unit: str) -> str:
-        """Return plots of the last hour and day."""
-        hour, day = {}, {}
-        for name in names:
-            curve = list(self.history.curves.get(f'{name} {of}', [math.nan] * KEPT_MINUTES))
-            hour[name] = curve[-61:]
-            day[name] = averages(curve, DAY_STEP)
-        end = self.history.minute * 60
-        return ('<div class="plots">'
-                + plot('last hour', hour, end - 3600, end, unit)
-                + plot('last day', day, end - 60 * KEPT_MINUTES, end, unit) + '</div>')
+        """Return plots of the last hour and day of curves, whose names are classes of CSS."""
+        parts = []
+        for title, minutes, step in PLOTS:
+            paths, scales, times = '', '', ''
+            for name in names:
+                values = self.history.averages(f'{name} {of}', minutes, step)
+                top = round_above(values)
+                paths += f'<path class="{name}" d="{path_data(values, top)}"/>'
+                scales += f' <span class="{name}">{show_size(top)}{unit}</span>'
+            if 'M' not in paths:
+                scales = 'no figures yet'
+            for quarter in (4, 3, 2, 1, 0):
+                moment = time.localtime(60 * (self.history.minute - quarter * minutes // 4))
+                times += f"<span>{time.strftime('%H:%M', moment)}</span>"
+            parts.append(PLOT.format(title=title, paths=paths, scales=scales, times=times))
+        return f'<div class="plots">{"".join(parts)}</div>'
 
     @staticmethod
     def jobs_part(jobs: list[dict]) -> str:
