@@ -8460,56 +8460,46 @@ def fill_history(folder: str) -> None:
     replace_file(os.path.join(folder, HISTORY), json.dumps(kept))
 
 
-# Title, unit of Grafana, name of the curve, InfluxDB's series and field, Prometheus' query
+# Title, unit of Grafana, what InfluxDB is asked, what Prometheus is asked, name of a curve there
 PANELS = '''\
-Rates | Bps | up | rtorrent | up_rate | rtorrent_upload_bytes_per_second
-Rates | Bps | down | rtorrent | down_rate | rtorrent_download_bytes_per_second
-Traffic | bytes | up | rtorrent | up_total | rtorrent_upload_bytes_total
-Traffic | bytes | down | rtorrent | down_total | rtorrent_download_bytes_total
-Torrents | short | all | rtorrent_views | main | rtorrent_view_torrents{view="main"}
-Torrents | short | active | rtorrent_views | active | rtorrent_view_torrents{view="active"}
-Torrents | short | seeding | rtorrent_views | seeding | rtorrent_view_torrents{view="seeding"}
-Torrents | short | leeching | rtorrent_views | leeching | rtorrent_view_torrents{view="leeching"}
-Sockets and files | short | sockets | rtorrent | open_sockets | rtorrent_open_sockets
-Sockets and files | short | files | rtorrent | open_files | rtorrent_open_files
-Free space | bytes | free | host | disk_free | torque_disk_free_bytes
-Uptime | s | rTorrent | rtorrent | uptime | time() - rtorrent_start_time_seconds'''
-
-
-def grafana_target(kind: str, letter: str, curve: list[str]) -> dict[str, Any]:
-    """Return a curve of a panel of Grafana."""
-    name, series, field, expression = curve
-    if kind == 'prometheus':
-        return {'refId': letter, 'expr': expression, 'legendFormat': name}
-    query = (f'SELECT mean("{field}") FROM "{series}" WHERE $timeFilter '
-             'GROUP BY time($__interval) fill(none)')
-    return {'refId': letter, 'query': query, 'rawQuery': True, 'resultFormat': 'time_series',
-            'alias': name}
+Rates | Bps | mean(up_rate) AS up, mean(down_rate) AS down FROM rtorrent \
+| {__name__=~"rtorrent_(up|down)load_bytes_per_second"} | {{__name__}}
+Traffic | bytes | max(up_total) AS up, max(down_total) AS down FROM rtorrent \
+| {__name__=~"rtorrent_(up|down)load_bytes_total"} | {{__name__}}
+Torrents | short | mean(main) AS main, mean(active) AS active, mean(seeding) AS seeding, \
+mean(leeching) AS leeching FROM rtorrent_views \
+| rtorrent_view_torrents{view=~"main|active|seeding|leeching"} | {{view}}
+Sockets and files | short | mean(open_sockets) AS sockets, mean(open_files) AS files FROM rtorrent \
+| {__name__=~"rtorrent_open_(sockets|files)"} | {{__name__}}
+Free space | bytes | mean(disk_free) AS free FROM host | torque_disk_free_bytes | {{path}}
+Uptime | s | max(uptime) AS uptime FROM rtorrent | time() - rtorrent_start_time_seconds | uptime'''
 
 
 def dashboard(kind: str) -> dict:
     """Return a dashboard of Grafana, whose source of data is influxdb or prometheus."""
-    panels: dict[str, dict] = {}
-    for line in PANELS.splitlines():
-        title, unit, *curve = line.split(' | ')
-        number = len(panels)
-        panel = panels.setdefault(title, {
+    panels: list[dict] = []
+    for number, line in enumerate(PANELS.splitlines()):
+        title, unit, influxql, promql, name = line.split(' | ')
+        target: dict[str, Any] = {'refId': 'A', 'expr': promql, 'legendFormat': name}
+        if kind == 'influxdb':
+            query = f'SELECT {influxql} WHERE $timeFilter GROUP BY time($__interval) fill(none)'
+            target = {'refId': 'A', 'query': query, 'rawQuery': True,
+                      'resultFormat': 'time_series', 'alias': '$col'}
+        panels.append({
             'id': number + 1,
             'type': 'timeseries',
             'title': title,
             'datasource': {'type': kind, 'uid': '${source}'},
             'gridPos': {'x': number % 2 * 12, 'y': number // 2 * 8, 'w': 12, 'h': 8},
             'fieldConfig': {'defaults': {'unit': unit}, 'overrides': []},
-            'targets': []})
-        letter = 'ABCD'[len(panel['targets'])]
-        panel['targets'].append(grafana_target(kind, letter, curve))
+            'targets': [target]})
     return {
         'title': 'rTorrent',
         'tags': ['torque'],
         'schemaVersion': 36,
         'time': {'from': 'now-24h', 'to': 'now'},
         'templating': {'list': [{'name': 'source', 'type': 'datasource', 'query': kind}]},
-        'panels': [*panels.values()]}
+        'panels': panels}
 
 
 # --- Command line ----------------------------------------------------------------------------
