@@ -8113,7 +8113,7 @@ class DemoTest(Folder):
         return None
 
     def test_it_moves(self):
-        engine = torque.StandIn('scgi://demo:5000')
+        engine = torque.StandIn('scgi:///demo')
         complete = []
         for seconds in (0, 100, 1000, 2000):
             with mock.patch('time.time', return_value=engine.began + seconds):

@@ -8169,7 +8169,7 @@ class Page:
                 values = self.history.averages(f'{name} {of}', minutes, step)
                 top = round_above(values)
                 paths += f'<path class="{name}" d="{path_data(values, top)}"/>'
-                scales += f' <span class="{name}">{show_size(top)}{unit}</span>'
+                scales += f' <span class="{name}">{name} {show_size(top)}{unit}</span>'
             if 'M' not in paths:
                 scales = 'no figures yet'
             for quarter in (4, 3, 2, 1, 0):
@@ -8316,7 +8316,7 @@ def serve_page(daemon: Daemon) -> None:
 
 DEMO_INI = '''\
 [TORQUE]
-scgi_url = scgi://demo:5000
+scgi_url = scgi:///demo
 state_dir = .
 httpd.active = yes
 httpd.port = 0
@@ -8340,18 +8340,18 @@ job.backup.handler = torque:Command
 job.backup.schedule = every 15m
 job.backup.args = ls backup-disk
 '''
-# Name, MiB, KiB/s of its downloads (0: it is complete) and of its uploads
+# Name, MiB, KiB/s of its downloads and of its uploads; the first are there since long
 DEMO_ITEMS = '''\
-debian-12.8.0-amd64-DVD-1.iso|3788|0|900
-archlinux-2026.11.01-x86_64.iso|1150|0|350
-Night.of.the.Living.Dead.1968.mkv|2210|0|120
-librivox-moby-dick.flac|890|0|60
-ubuntu-26.10-desktop-amd64.iso|5900|14000|80
-Big.Buck.Bunny.2008.mkv|1680|9000|40
-fedora-workstation-44.iso|2300|6500|30
-Sintel.2010.mkv|1240|7000|20
+debian-12.8.0-amd64-DVD-1.iso|3788|9000|900
+archlinux-2026.11.01-x86_64.iso|1150|9000|350
+Night.of.the.Living.Dead.1968.mkv|2210|9000|120
+librivox-moby-dick.flac|890|9000|60
+ubuntu-26.10-desktop-amd64.iso|5900|3500|80
+Big.Buck.Bunny.2008.mkv|1680|2200|40
+fedora-workstation-44.iso|2300|1500|30
+Sintel.2010.mkv|1240|2000|20
 NetBSD-11.0-amd64.iso|620|3000|10
-wikipedia-en-nopic.zim|48000|11000|5'''
+wikipedia-en-nopic.zim|48000|2500|5'''
 # View, and the column that is not 0 there; others have all.
 DEMO_VIEWS = dict(line.split() for line in '''\
 started state
@@ -8365,14 +8365,14 @@ messages message'''.splitlines())
 
 
 class StandIn(Engine):
-    """Answers what built-in jobs ask of an rTorrent, with a few torrents that come and go."""
-    AGAIN = 300                         # seconds after which a download is as if it were new
+    """Answers what built-in jobs ask of an rTorrent, with a few torrents."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.began = time.time()
-        # Hash -> Unix seconds; two downloads are under way.
-        self.started = {f'{number:040X}': self.began - 100 for number in (5, 6)}
+        # Hash -> Unix seconds; the first four are complete.
+        self.started = {f'{number:040X}': self.began - 200000 / number ** 4
+                        for number in range(1, 7)}
         self.told = {
             **dict.fromkeys([*METRICS, *ABOUT], 0),
             'session.name': 'demo',
@@ -8412,17 +8412,13 @@ class StandIn(Engine):
         name, *numbers = line.split('|')
         size, down, up = (int(text) << 10 for text in numbers)
         info_hash, size = f'{number:040X}', size << 10
-        start = self.started.get(info_hash, 0.0)
-        end = start + size / (down or size)
-        if not down:
-            start = end = self.began - 86400 * number
-        elif now > end + self.AGAIN:
-            start = self.started[info_hash] = 0.0
-        state = int(start > 0)
-        complete = int(state and now >= end)
-        done = state * min(size, int(down * (now - start)) or size)
+        start = self.started.get(info_hash, now)
+        end = start + size / down
+        state = int(info_hash in self.started)
+        complete = int(now >= end)
+        done = min(size, int(down * (now - start)))
+        uploaded = int(up * (now - start))
         swing = state * (1 + 0.3 * math.sin(now / (20 + number) + number))
-        uploaded = state * int(up * (now - start))
         return collections.defaultdict(int, {
             **dict.fromkeys(('message', 'custom', 'custom1', 'base_path', 'directory'), ''),
             **dict.fromkeys(('state', 'is_active', 'is_open'), state),
@@ -8439,7 +8435,7 @@ class StandIn(Engine):
             'up.total': uploaded,
             'down.total': done,
             'ratio': 1000 * uploaded // size,
-            'timestamp.started': int(start),
+            'timestamp.started': state * int(start),
             'timestamp.finished': complete * int(end),
             't.multicall': [[f'http://tracker{number % 2}.example.org/', 1]]})
 
@@ -8447,13 +8443,13 @@ class StandIn(Engine):
 def fill_history(folder: str) -> None:
     """Write a day that might have been, with a gap, for the rTorrent of --demo."""
     home = os.path.expanduser('~')
-    names = ('up scgi://demo:5000', 'down scgi://demo:5000', f'free {home}')
+    names = ('up scgi:///demo', 'down scgi:///demo', f'free {home}')
     free = disk_figures(home)['disk_free']
     points = []
     for minute in range(KEPT_MINUTES, 0, -1):
         hour = minute / 60
         up = 1.3 + math.sin(hour / 4) / 2 + math.sin(7 * hour) / 6
-        down = 18 * math.cos(hour) + 6 * math.cos(9 * hour)
+        down = 6 * math.cos(hour) + 2 * math.cos(9 * hour)
         points.append((up * 2 ** 20, max(0, down) * 2 ** 20, free * (1 + hour / 150)))
     points[880:940] = [(math.nan, math.nan, math.nan)] * 60
     kept = {'minute': int(time.time() // 60) - 1, 'curves': dict(zip(names, zip(*points)))}
