@@ -8040,11 +8040,13 @@ class WebTest(WebCase):
             kept = json.load(stream)
         kept['curves'] = {name: [123] * 1440 for name in kept['curves']}
         self.write('state/history.json', json.dumps(kept))
-        program = self.serve()
+        self.ini(f'httpd.active = yes\nhttpd.port = {free_port()}\n')
+        program = self.start()
+        self.find_port(program)
         self.assertRegex(self.get()[1], r'd="M0\.0 [\d.]+h0L')
         program.process.send_signal(signal.SIGHUP)
         wait_for(lambda: program.seen('reloaded with'))
-        self.find_port(program)
+        self.assertEqual(len(program.seen('the page is at', f':{self.port}/')), 2)
         self.assertRegex(self.get()[1], r'd="M0\.0 [\d.]+h0L')
 
     def test_stays_off(self):

@@ -7749,7 +7749,7 @@ class History:
     It is kept in a file. `minute` is that of the newest one, in Unix time.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path):
         self.path = path
         self.minute = 0
         self.curves: dict[str, Any] = {}
@@ -7761,14 +7761,14 @@ class History:
             self.minute, self.curves = int(kept['minute']), curves
 
     @staticmethod
-    def curve(figures: Iterable[float]) -> Any:
+    def curve(figures) -> Any:
         """Return a curve that ends with these figures, 4 bytes each."""
         import array
         curve = array.array('f', [math.nan] * KEPT_MINUTES)
         curve.extend(figures)
         return curve[-KEPT_MINUTES:]
 
-    def add(self, minute: int, figures: dict[str, float]) -> None:
+    def add(self, minute, figures: dict[str, float]) -> None:
         """Add the figures of a minute; minutes that were left out before it are gaps."""
         passed = minute - self.minute
         if passed < 0:                          # the clock was set back
@@ -7782,7 +7782,7 @@ class History:
                 curves[name] = curve
         self.minute, self.curves = minute, curves
 
-    def averages(self, name: str, minutes: int, step: int) -> list[float]:
+    def averages(self, name, minutes: int, step: int) -> list[float]:
         """Return the last minutes of a curve, `step` of them as one, which is their average."""
         curve = self.curves.get(name, self.curve(()))[-minutes:]
         found = []
@@ -7810,7 +7810,7 @@ class Figures:
     """What an rTorrent tells, asked for at most every FRESH seconds; nothing while it is away."""
     COLUMNS = ('d.message=', 't.multicall=,t.url=,t.is_enabled=')
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine):
         self.engine = engine
         self.lock = threading.Lock()
         self.asked = -FRESH
@@ -7849,7 +7849,7 @@ class Figures:
         self.folder = typed(told.get('folder'), self.folder)
         self.count_trackers(typed(told.get('trackers'), []))
 
-    def count_trackers(self, rows: list) -> None:
+    def count_trackers(self, rows) -> None:
         """Count the torrents of each tracker, and those of them with a message."""
         torrents: collections.Counter = collections.Counter()
         messages: collections.Counter = collections.Counter()
@@ -7875,7 +7875,7 @@ class LogTail(logging.Handler):
         self.setFormatter(root.handlers[0].formatter)
         root.addHandler(self)
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record) -> None:
         css_class = ''
         if record.levelno >= logging.WARNING:
             css_class = 'bad'
@@ -7885,7 +7885,7 @@ class LogTail(logging.Handler):
                 self.lines.append(f'<span class="{css_class}">{markup(line)}</span>')
 
 
-def markup(text: Any) -> str:
+def markup(text) -> str:
     """Return text of anybody as HTML that shows it, without secrets and not endless."""
     import html
     shown = one_line(scrubbed(str(text)[:10 * MOST_SHOWN]))
@@ -7894,12 +7894,12 @@ def markup(text: Any) -> str:
     return html.escape(shown)
 
 
-def section(title: str, inner: str, css_class: str = '') -> str:
+def section(title, inner, css_class='') -> str:
     """Return a part of the page."""
     return f'<section><h2 class="{css_class}">{markup(title)}</h2>{inner}</section>'
 
 
-def items(css_class: str, texts: Iterable[str]) -> str:
+def items(css_class, texts) -> str:
     """Return an HTML list of what is HTML already."""
     inner = ''.join(f'<li>{text}</li>\n' for text in texts)
     return f'<ul class="{css_class}">{inner}</ul>'
@@ -7946,7 +7946,7 @@ class Samples:
     def __init__(self) -> None:
         self.families: dict[str, list[str]] = {}
 
-    def add(self, name: str, about: str, value: float | None, **labels: str) -> None:
+    def add(self, name, about, value: float | None, **labels: str) -> None:
         """Add a sample of a metric, unless its value is None."""
         if value is None:
             return
@@ -7965,14 +7965,14 @@ class Samples:
         """Return all samples, those of a metric together."""
         return '\n'.join(itertools.chain(*self.families.values(), ['']))
 
-    def add_job(self, job: dict) -> None:
+    def add_job(self, job) -> None:
         """Add what --status tells of a job."""
         for key, name, about in JOB_METRICS:
             self.add(name, about, job[key], job=job['name'])
         self.add('torque_job_failing', 'Has the last run failed?', int(bool(job['last_error'])),
                  job=job['name'])
 
-    def add_engine(self, where: str, figures: Figures) -> None:
+    def add_engine(self, where, figures) -> None:
         """Add what an rTorrent tells."""
         engine, numbers = figures.engine, figures.numbers
         self.add('rtorrent_up', 'Does rTorrent answer?', int(bool(numbers)), rtorrent=where)
@@ -7999,7 +7999,7 @@ class Page:
     """All that is to be seen of a daemon."""
     SAVE_EVERY = 15                             # minutes
 
-    def __init__(self, daemon: Daemon):
+    def __init__(self, daemon):
         self.daemon = daemon
         self.config = daemon.config
         self.password = str(self.config.torque['httpd.password'] or '')
@@ -8028,7 +8028,7 @@ class Page:
                     self.log.warning('%s', error_text(error))
             time.sleep(60 - time.time() % 60)
 
-    def measure(self, now: float) -> None:
+    def measure(self, now) -> None:
         """Take a point of the history."""
         rates: dict[str, Any] = {}
         for where, figures in self.engines.items():
@@ -8059,7 +8059,7 @@ class Page:
 
     # What is answered.
 
-    def respond(self, path: str, headers: Any) -> tuple[int, str, str]:
+    def respond(self, path, headers) -> tuple[int, str, str]:
         """Return status, content type and text of the answer to a request."""
         import hmac
         if not self.served.fullmatch(headers.get('Host', '')):
@@ -8116,7 +8116,7 @@ class Page:
             section('Log', f'<pre>{lines}</pre>')])
 
     @staticmethod
-    def header(status: dict) -> str:
+    def header(status) -> str:
         """Return the head of the page, which names the jobs that fail."""
         failing = [job['name'] for job in status['jobs'] if job['last_error']]
         bad = ''
@@ -8126,7 +8126,7 @@ class Page:
                 f"{show_duration(status['uptime'])}, pid {status['pid']}, "
                 f"{markup(status['config'])}</p>{bad}</header>")
 
-    def engine_part(self, status: dict) -> str:
+    def engine_part(self, status) -> str:
         """Return what is shown of an rTorrent."""
         where = status['address']
         figures = self.engines[where]
@@ -8153,14 +8153,14 @@ class Page:
                              f'{self.plots(where, ("up", "down"), "/s")}{items("views", views)}',
                        css_class)
 
-    def disk_part(self, path: str, disk_total: int, disk_free: int) -> str:
+    def disk_part(self, path, disk_total: int, disk_free: int) -> str:
         """Return what is shown of a disk."""
         return section(f'Disk of {path}', (
             f'<div class="row"><p><b class="free">{show_size(disk_free)} free</b>'
             f'<span class="dim">of {show_size(disk_total)}</span></p></div>'
             f'{self.plots(path, ("free",), "")}'))
 
-    def plots(self, of: str, names: Iterable[str], unit: str) -> str:
+    def plots(self, of, names: Iterable[str], unit) -> str:
         """Return plots of the last hour and day of curves, whose names are classes of CSS."""
         parts = []
         for title, minutes, step in PLOTS:
@@ -8179,7 +8179,7 @@ class Page:
         return f'<div class="plots">{"".join(parts)}</div>'
 
     @staticmethod
-    def jobs_part(jobs: list[dict]) -> str:
+    def jobs_part(jobs) -> str:
         """Return the table of jobs as --status has it; what has failed stands out."""
         *keys, last = COLUMNS
         heads = ''.join(f'<th>{COLUMNS[key].capitalize()}</th>' for key in keys)
@@ -8208,7 +8208,7 @@ class Page:
         return parts
 
 
-def request_head(sock: socket.socket) -> bytes:
+def request_head(sock) -> bytes:
     """Return the head of a request, nothing where it is too long or does not come in time."""
     end, head = time.monotonic() + HEAD_TIME, b''
     while b'\r\n\r\n' not in head:
@@ -8223,7 +8223,7 @@ def request_head(sock: socket.socket) -> bytes:
     return head
 
 
-def make_handler(page: Page) -> Any:
+def make_handler(page) -> Any:
     """Return the class that answers requests for a page."""
     import http.server
 
@@ -8263,7 +8263,7 @@ def make_handler(page: Page) -> Any:
     return Handler
 
 
-def web_server(page: Page, port: int) -> Any:
+def web_server(page, port) -> Any:
     """Return a server for a page; OSError where it cannot listen."""
     import socketserver
 
@@ -8291,7 +8291,7 @@ def web_server(page: Page, port: int) -> Any:
     return Server((page.host, port), make_handler(page))
 
 
-def serve_page(daemon: Daemon) -> None:
+def serve_page(daemon) -> None:
     """Serve the page of a daemon where that is switched on."""
     torque = daemon.config.torque
     if not torque['httpd.active']:
@@ -8407,7 +8407,7 @@ class StandIn(Engine):
             return [[row[column] for column in columns] for row in shown]
         return self.told.get(method, RpcError(f'there is no {method}', MISSING[0]))
 
-    def row(self, number: int, line: str, now: float) -> dict[str, Any]:
+    def row(self, number, line, now) -> dict[str, Any]:
         """Return what d. commands answer for an item; 0 for what is not listed."""
         name, *numbers = line.split('|')
         size, down, up = (int(text) << 10 for text in numbers)
@@ -8440,7 +8440,7 @@ class StandIn(Engine):
             't.multicall': [[f'http://tracker{number % 2}.example.org/', 1]]})
 
 
-def fill_history(folder: str) -> None:
+def fill_history(folder) -> None:
     """Write a day that might have been, with a gap, for the rTorrent of --demo."""
     home = os.path.expanduser('~')
     names = ('up scgi:///demo', 'down scgi:///demo', f'free {home}')
@@ -8471,7 +8471,7 @@ Free space | bytes | mean(disk_free) AS free FROM host | torque_disk_free_bytes 
 Uptime | s | max(uptime) AS uptime FROM rtorrent | time() - rtorrent_start_time_seconds | uptime'''
 
 
-def dashboard(kind: str) -> dict:
+def dashboard(kind) -> dict:
     """Return a dashboard of Grafana, whose source of data is influxdb or prometheus."""
     panels: list[dict] = []
     for number, line in enumerate(PANELS.splitlines()):
