@@ -7679,7 +7679,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .plots { display: grid; gap: 0 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 figure { margin: .8rem 0 0; position: relative; font-size: .8rem }
-svg { display: block; width: 100%; height: 6rem; border: solid var(--line); border-width: 1px 0;
+svg { display: block; width: 100%; height: 6rem; overflow: visible;
+  border: solid var(--line); border-width: 1px 0;
   background: linear-gradient(var(--line) 1px, transparent 1px) 0 0 / 100% 50%,
   linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 0 / 25% 100% }
 path { fill: none; stroke-width: 1.8; vector-effect: non-scaling-stroke;
