@@ -2645,6 +2645,10 @@ class FilterTest(unittest.TestCase):
         custom_note=x=1  alias="it's" """, """
         arch  name!=*.mkv,*.iso  message!=""  message!=  label!="a b"  name=!*.iso  name<>arch*""")
 
+    def test_quoted_mark_is_no_comment(self):
+        self.check(r'''"#1 Hit"  \#1*  name=#1*  /#1/  NOT "#2*"''',
+                   row={'name': '#1 Hit'})
+
     def test_comma_in_quotes_is_text(self):
         row = {'name': 'Crosby, Stills & Nash', 'tagged': ['a,b', 'c'], 'label': 'x,y'}
         self.check(r"""
@@ -2748,7 +2752,9 @@ class FilterTest(unittest.TestCase):
             'is_open=no ratio>>2 prio=1',
             "'ratoi' is no field of a torrent; did you mean 'ratio'?": 'ratoi>2', "mean 'is_open'":
             'is-open=no', 'is no field': 'kind_101=x  custom_=x  kind_=x',
-            'this is no condition ... side by side': '*x=y*  x and y  x or y  !=x  [x] #',
+            'this is no condition ... side by side': '*x=y*  x and y  x or y  !=x',
+            "<-- here b' ... # begins no comment here; put it on a line of its own, or quote it":
+            'name=a # b  name=a #x b  # b  [ x #] b',
             'a condition is missing': """OR x  x OR  x OR OR y  NOT  x [ NOT ]  [ ]  x OR ] y
             [ NOT OR x ]""", 'a bracket without its other half': '[ x  x ]  [ x ] ]',
             "'x ] <-- here y'": 'x ] y', 'a quote has no': 'name="a  name=\'  x\\',

@@ -2554,7 +2554,7 @@ REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*
 STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
 # Words that cannot be meant as the name of a torrent
 NO_NAME = re.compile(
-    r'[][]{0,9}(?:and|or|not|&&?|\|\|?|#)?[][]{0,9}|(?!/)[^=<>]*[=<>].*', re.I | re.S)
+    r'[][]{0,9}(?:and|or|not|&&?|\|\|?)?[][]{0,9}|(?!/)[^=<>]*[=<>].*', re.I | re.S)
 POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
@@ -2774,6 +2774,8 @@ class Filter:
         if not word:
             raise UserError('after this, a quote has no other half')
         self.at = word.end()
+        if (word[2] or '').startswith('#'):
+            raise UserError('# begins no comment here; put it on a line of its own, or quote it')
         self.key = word[1]
         self.word = PIECE.sub(unquoted, word[2] or '')
 
