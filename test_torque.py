@@ -1934,6 +1934,14 @@ class TorrentsTest(Folder):
 
     def test_times_are_worked_out(self):
         self.check(torque.first_number, [(0, '', 0), ('0', 7, 7), ('12', 7, 12), ('x', '-3', 0)])
+        born = self.write('session/H.torrent', '')
+        os.utime(born, (400, 400))
+        folder = os.path.dirname(born) + '/'
+        self.check(torque.time_loaded, [
+            ('7', '5\n', 900, folder, 'H', 7), ('', '5\n', 900, folder, 'H', 5),
+            ('', '', 900, folder, 'H', 400), ('', '', 300, folder, 'H', 300),
+            ('', 'x', 900, folder, 'no', 900), ('', '', 900, '', 'H', 900),
+            ('', '', 900, folder, '\0', 900), ('', '', 0, '', 'H', 0)])
         self.check(torque.seed_time, [
             ('R100P200R300', 150, 0, 1, 1, 400, 150), ('R100P200', 250, 0, 1, 0, 400, 0),
             ('', 0, 0, 1, 1, 9, None), ('', 0, 100, 1, 1, 400, 300),
@@ -2018,6 +2026,17 @@ class TorrentsTest(Folder):
         self.assertEqual([call[0] for call in fake.asked[2:]],
                          ['f.multicall'] * 5 + ['t.multicall'] * 5)
 
+    def test_age_of_session_file_is_seen_where_files_are_ours(self):
+        fake = Double([{'d.load_date': 900}, {'d.load_date': 900, 'd.custom=addtime': '5\n'}])
+        fake.session_path = 'session/'
+        fake.cwd = self.folder
+        for number in range(2):
+            os.utime(self.write(f'session/{HASH(number)}.torrent', ''), (400, 400))
+        loaded = torque.parse_condition('loaded<1970-01-01T12')
+        for fake.same_files, wanted in ((True, [400, 5]), (False, [900, 5])):
+            self.assertEqual([torrent.loaded for torrent in torque.list_torrents(
+                fake, 'main', [], loaded)], wanted)
+
     def test_row_reads_as_attributes_too(self):
         row, = torque.list_torrents(Double([{'d.size_bytes': 5}]), 'main', ['size'])
         self.assertEqual((row.size, row['size'], row.name), (5, 5, 'n0'))
@@ -2051,7 +2070,7 @@ PLAIN_FIELDS = dict((pair + ':' + pair).split(':')[:2] for pair in (
 SINGLE = sorted({f'd.{word}' for word in (*PLAIN_FIELDS.values(), *(
     'base_path ratio completed_bytes load_date timestamp.started timestamp.finished tracker_size '
     'state_changed'.split()))})
-CUSTOMS = ('tags', 'tm_loaded', 'tm_completed', 'a key')
+CUSTOMS = ('tags', 'tm_loaded', 'addtime', 'tm_completed', 'a key')
 TRACKER = ('url', 'is_enabled', 'scrape_complete', 'scrape_incomplete', 'failed_time_last',
            'success_time_last')
 
@@ -2063,6 +2082,7 @@ def expected(raw, files, trackers, session, now):
     known = not torque.DOUBTFUL.search(path) and os.path.isdir(os.path.dirname(path))
     done = int(raw['tm_completed'] or raw['d.timestamp.finished'])
     began = raw['d.timestamp.started']
+    born = os.stat(f"{session}{raw['d.hash']}.torrent").st_mtime
     kinds = {name.rpartition('.')[2]: size for name, size in files if '.' in name}
     most = [kind for kind, size in kinds.items() if size >= .51 * raw['d.size_bytes']]
     first = ''.join([url for url, enabled, *_ in trackers if enabled and url != 'dht://'][:1])
@@ -2073,7 +2093,8 @@ def expected(raw, files, trackers, session, now):
         'sessionfile': f"{session}{raw['d.hash']}.torrent", 'ratio': raw['d.ratio'] / 1000,
         'done': 100 * raw['d.completed_bytes'] / raw['d.size_bytes'], 'started': began,
         'xfer': raw['d.up.rate'] + raw['d.down.rate'], 'completed': done, 'active': 0,
-        'loaded': int(raw['tm_loaded'] or raw['d.load_date']), 'last_xfer': 0,
+        'loaded': int(raw['tm_loaded'] or raw['addtime'] or min(raw['d.load_date'], born)),
+        'last_xfer': 0,
         'stopped': 0 if raw['d.state'] or not began else raw['d.state_changed'],
         'leechtime': max((done or now) - began, 0) if began else None,
         'seedtime': now - done if done and raw['d.complete'] and raw['d.is_active'] else None,
@@ -2119,6 +2140,7 @@ STATES = '''11 1 d.directory.set|DATA/moved
 12 6 d.custom.set|tags|red
 12 10 d.custom.set|tags|red blue
 13 1 d.custom.set|tm_loaded|1400000000
+13 4 d.custom.set|addtime|1300000000
 9 3 d.custom.set|tm_completed|1500000000
 17 1 d.custom.set|a key|x, "y"
 8 3 d.views.push_back_unique|mine
@@ -2179,6 +2201,8 @@ class LiveTorrentsTest(unittest.TestCase):
         wait_for(lambda: cls.proxy.view.size('', 'main') == cls.count)
         cls.engine.tell(calls)
         wait_for(lambda: all(cls.engine.ask(('d.complete', item) for item in complete)))
+        for item in cls.proxy.download_list('')[::9]:   # as if they were loaded long ago
+            os.utime(f'{cls.folder}/session/{item}.torrent', (1200000000, 1200000000))
         some = sorted(complete)[:40]
         cls.engine.tell([('d.stop', item) for item in some] + [
             ('d.close', item) for item in some[:30]])
@@ -2691,6 +2715,28 @@ class FilterTest(unittest.TestCase):
         ratio>1  ratio=+1  ratio<=1.5  ratio=1.5  prio>=2  prio=1,2  done=100  size>4g  size=5g
         down<5k  d_priority=2  d_priority>1  d_peer<8  d_peer=7*""", """
         ratio=-1  ratio<>1.5  prio!=1,2  size<4G  down>0  d_peer>7  d_priority!=2""")
+
+    def test_text_that_is_a_number_compares(self):
+        row = {'custom_num': '42', 'custom_grab': str(NOW - 3 * DAY), 'custom_1': 'x,+2d',
+               'custom_add': f'{NOW - 3600}\n', 'custom_old': '', 'custom_2': '-1.5',
+               'd_is_open': 1, 'd_state': 0, 'd_size': 5 << 30, 'd_text': 'yes'}
+        self.check("""
+        custom_num>40  custom_num>=42  custom_num=+40  custom_num=42.0  custom_num=4*
+         custom_num!=41  custom_grab>2d  custom_grab=+2d  custom_grab<2024-03-15
+        NOT custom_grab>4d  custom_grab=-1M  custom_grab>=1700000000  custom_add<2h  custom_2<0
+        custom_1="x,+2d"  custom_1=*+2d  custom_old=  custom_old!=1  custom_old=!1,2  custom_1!=5
+        d_is_open=y  d_is_open=on  d_is_open!=no  d_state=-  d_state=false  d_state!=+
+        d_size=+4g  d_size>=5g  d_size=5g  d_size<6G  d_text=yes  d_text=y*  NOT d_text=no""", """
+        custom_num>42  custom_num=-40  custom_grab<2d  custom_grab=+4d  custom_grab>2024-03-15
+        custom_old>1  NOT custom_old>1  custom_old<1  custom_old=+1  NOT custom_old=+1
+        NOT custom_1<2d  custom_1=1  d_is_open=n  d_state=yes  d_size=-4g  d_text=+4g  d_text>4
+        NOT d_text=+4g  NOT d_text>4""", row)
+        self.check('d_x>4k  d_x=yes  custom_x>2d', row={
+            'd_x': torque.POSSIBLE, 'custom_x': torque.POSSIBLE})
+        self.refuse(Filter, {
+            'not a number ... 2 1.5 4g': 'd_x>4d  d_x<yes',
+            'is not a number ... M for months and i for minutes':
+            'custom_grab>2m  custom_grab>4g  custom_grab>x  custom_grab<'})
 
     def test_truth_words_are_taken(self):
         for yes, no in zip('yes true on y t 1 + YES'.split(), 'no false off n f 0 - No'.split()):

@@ -2126,12 +2126,13 @@ def require_same_files(engine) -> None:
 # --- Fields and Filter -----------------------------------------------------------------------
 # A field is what conditions, templates and jobs know of a torrent: its kind, the raw values that
 # it needs, and what makes its value of them. A raw value is what a d. command answers, something
-# of the run or of the engine (now, aliases, session, cwd, seen), or the rows of a second question
-# ("files", "trackers"), which is asked only for torrents that the cheap conditions have left
-# over. A row is a mapping of field name to value. The text of a condition enters, a Filter leaves:
-# closures over a row and `now` in Unix seconds. What is not known is None and meets neither a
-# condition nor its opposite, so NOT is carried down to the single conditions. Pure functions, for
-# any thread, but for the fields that need `seen`: they look at the disk.
+# of the run or of the engine (now, aliases, session, cwd, seen, own_session), or the rows of a
+# second question ("files", "trackers"), which is asked only for torrents that the cheap
+# conditions have left over. A row is a mapping of field name to value. The text of a condition
+# enters, a Filter leaves: closures over a row and `now` in Unix seconds. What is not known is
+# None and meets neither a condition nor its opposite, so NOT is carried down to the single
+# conditions. Pure functions, for any thread, but for the fields that need `seen` or
+# `own_session`: they look at the disk.
 
 SOURCES = {                             # second questions: command, and the columns of its rows
     'files': 'f.multicall f.path= f.size_bytes=',
@@ -2159,7 +2160,8 @@ DOMAIN = re.compile(
 
 class TorrentField(NamedTuple):
     """A field: the kind that conditions see, and how its value comes from the raw ones."""
-    kind: str                           # text bool number size time duration tags files any
+    # text path bool number size time duration tags files; custom and any may be one or another
+    kind: str
     needs: tuple                        # raw values
     value: Callable | None = None       # a function of them in this order; None: the one itself
 
@@ -2180,7 +2182,7 @@ def data_path(cwd, base, directory, name, multi, is_open):
 def first_number(*values):
     """Return the first value that is a number above 0; 0 for a time that is not known."""
     for value in values:
-        text = str(value)
+        text = str(value).strip()       # that of ruTorrent ends in a line feed
         if text.isdecimal() and len(text) < 19 and int(text):
             return int(text)
     return 0
@@ -2241,6 +2243,20 @@ def last_time(now, noted, *signs):
 def session_file(folder, info_hash):
     """Return the path of the metafile in rTorrent's session folder; nothing without one."""
     return folder and f'{folder}{info_hash}.torrent'
+
+
+def time_loaded(noted, added, began, folder, info_hash):
+    """Return when an item was loaded, as torque or ruTorrent has noted it.
+
+    Else rTorrent's last start, or when its metafile in the session folder was written, which
+    happens again when all of an item is saved: the older is nearer to the truth.
+    """
+    loaded = first_number(noted, added)
+    if loaded:
+        return loaded
+    with contextlib.suppress(OSError, ValueError):
+        began = min(began, int(os.stat(session_file(folder, info_hash)).st_mtime))
+    return first_number(began)
 
 
 def percent_done(completed, size):
@@ -2388,13 +2404,13 @@ FIELD_TABLE = f"""\
 hash             text      d.hash
 name             text      d.name
 message          text      d.message
-directory        text      d.directory
-path             text      {PATH}
-realpath         text      seen {PATH}
+directory        path      d.directory
+path             path      {PATH}
+realpath         path      seen {PATH}
 is_ghost         bool      seen {PATH}
 free             size      seen {PATH}
-metafile         text      d.tied_to_file
-sessionfile      text      session d.hash
+metafile         path      d.tied_to_file
+sessionfile      path      session d.hash
 throttle         text      d.throttle_name
 label            text      d.custom1
 tagged           tags      d.custom=tags
@@ -2418,7 +2434,7 @@ is_ignored       bool      d.ignore_commands
 is_private       bool      d.is_private
 is_multi_file    bool      d.is_multi_file
 is_hashing       bool      d.hashing
-loaded           time      d.custom=tm_loaded d.load_date
+loaded           time      d.custom=tm_loaded d.custom=addtime d.load_date own_session d.hash
 started          time      {STARTED}
 completed        time      {COMPLETED}
 stopped          time      d.custom=activations d.state d.state_changed {STARTED}
@@ -2446,7 +2462,7 @@ MADE_OF: dict[str, Callable] = {
     'xfer': operator.add,
     'ratio': true_ratio,
     'done': percent_done,
-    'loaded': first_number,
+    'loaded': time_loaded,
     'started': first_number,
     'completed': first_number,
     'stopped': time_stopped,
@@ -2493,12 +2509,12 @@ def torrent_field(name: str) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
     if name in TORRENT_FIELDS:
         return TORRENT_FIELDS[name]
-    stem, _, rest = name.partition('_')
+    stem, _, rest = re.sub('^custom([1-5])$', r'custom_\1', name).partition('_')
     if stem == 'custom' and rest:
         command = f'd.custom{rest}'
         if not re.fullmatch('[1-5]', rest):
             command = f'd.custom={in_quotes(rest)}'
-        return TorrentField('text', (command,))
+        return TorrentField('custom', (command,))
     if stem == 'kind' and re.fullmatch('[0-9]{1,2}|100', rest):
         return TorrentField('tags', ('files',), functools.partial(file_kinds, percent=int(rest)))
     if stem == 'd' and re.fullmatch(r'[a-z][\w.]*', rest):
@@ -2532,6 +2548,8 @@ AGES = '8w 1d12h 1y6M, with M for months and i for minutes'
 ALLOWED = {
     'number': '2 1.5',
     'duration': AGES,
+    'any': '2 1.5 4g',
+    'custom': f'2 1.5 2024-03-15 {AGES}',
     'time': f'2024-03-15 03/15/2024 15.03.2024T14:50, Unix seconds, {AGES}'}
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
 MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
@@ -2555,6 +2573,10 @@ STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
 # Words that cannot be meant as the name of a torrent
 NO_NAME = re.compile(
     r'[][]{0,9}(?:and|or|not|&&?|\|\|?)?[][]{0,9}|(?!/)[^=<>]*[=<>].*', re.I | re.S)
+# What a value that may be text is compared as, too: what the value of the condition fits first
+COMPARED_AS = {
+    'any': ('number', 'size', 'bool'),
+    'custom': ('number', 'time')}
 POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
@@ -2671,21 +2693,11 @@ def text_test(kind, text):
 
 
 def value_test(kind, op, text):
-    """Return the test of one value of a condition; what d_NAME answers may be a number."""
-    if kind == 'any' and (op != '=' or PLAIN_NUMBER.fullmatch(text.lstrip('+'))):
-        test = order_test('number', op, text)
-
-        def is_number(value):
-            if not PLAIN_NUMBER.fullmatch(str(value)[:40]):
-                return False
-            return test(float(value))
-        return is_number
+    """Return the test of one value of a condition."""
     if kind == 'size' or kind in ALLOWED:
         return order_test(kind, op, text)
     if op != '=':
         raise UserError(f'{op} does not go with {kind}; allowed are = and !=')
-    if kind == 'any' and text.lower() in ('yes', 'no', 'true', 'false'):
-        raise UserError(f'{text!r} is nothing that a command answers; allowed are 1 and 0')
     if kind != 'bool':
         return text_test(kind, text)
     if parse_bool(text):
@@ -2713,6 +2725,30 @@ def leaf(name, kind, op, text, negated):
         if counts_back:
             value = now - value
         return test(value) is not negated
+    return holds
+
+
+def mixed_leaf(name, kind, op, text, negated):
+    """Return one condition on what may be a number or text, as each value turns out to be."""
+    as_number = None
+    for likely in COMPARED_AS[kind]:
+        with contextlib.suppress(UserError):
+            as_number = leaf(name, likely, op, text, negated)
+            break
+    as_text = None
+    if op == '=' and not (as_number and text.lstrip('!')[:1] in SIGNS):
+        as_text = leaf(name, 'path', op, text, negated)
+    if not as_number and not as_text:
+        raise UserError(f'{quoted(text)} is not a number; allowed are e.g. {ALLOWED[kind]}')
+
+    def holds(row, now):
+        value = row.get(name)
+        number = PLAIN_NUMBER.fullmatch(str(value)[:40].strip())
+        if as_number and number:
+            return as_number({name: float(number[0])}, now)
+        if as_text:
+            return as_text(row, now)
+        return value is POSSIBLE
     return holds
 
 
@@ -2840,7 +2876,10 @@ class Filter:
             part = part.replace(COMMA, ',')
             if CLASS_IN_GLOB.match(part):
                 self.classes.append(f'{name}{op}{part}')
-            tests.append(leaf(name, kind, op, part, negated))
+            make = leaf
+            if kind in COMPARED_AS:
+                make = mixed_leaf
+            tests.append(make(name, kind, op, part, negated))
         return joined(tests, negated)
 
 
@@ -2919,13 +2958,16 @@ def listed_rows(engine, view, names, condition):
         'now': now,
         'aliases': engine.aliases,
         'session': engine.session_path,
-        'cwd': engine.cwd}
+        'cwd': engine.cwd,
+        'own_session': ''}
     # Whether torque sees rTorrent's files costs a question: only who needs it asks.
     if 'seen' in needs:
         constants['seen'] = sees_same_files(engine)
+    if 'own_session' in needs and not why_unseen(engine):
+        constants['own_session'] = os.path.join(engine.cwd, engine.session_path)
     for need, value in constants.items():
         columns[need] = itertools.repeat(value)
-    slow = {*SOURCES, 'seen'}
+    slow = {*SOURCES, 'seen', 'own_session'}
     for name in tested:
         if slow.isdisjoint(fields[name].needs):
             add_field(columns, name, fields.pop(name))
