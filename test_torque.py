@@ -1964,6 +1964,8 @@ class TorrentsTest(Folder):
                 ('Show.S01E02.720p', 'tv', 'mkv'), ('Film (1999) x', 'movie', 'avi'),
                 ('Band - Album', 'audio', 'flac'), ('q', 'video', 'mp4'), ('q', '', 'xyz'),
                 ('Show.S01E02', 'tv', 'rar'), ('Show 1x02', 'tv', 'mkv'))])
+        self.assertEqual(torque.file_kinds([['x.jpegxl', 1], ['x.r1', 1], ['x.MPEG', 1]]),
+                         ['jpegxl', 'mpg', 'r1'])
         self.assertEqual(torque.file_kinds([['x.r00', 30], ['x.R101', 30], ['x.nfo', 40]], 51),
                          ['rar'])
 
@@ -2773,6 +2775,16 @@ class FilterTest(unittest.TestCase):
         kind_25=:iso  kind_25==iso  files=sample/*  files=*.nfo  files=/NFO$/  files!=*.rar""", """
         tagged=ne  tagged=:new  tagged=:  views=rtcontrol  kind=flac,mp3  kind==iso  files=b""")
 
+    def test_values_are_spelt_as_the_field_has_them(self):
+        row = {'kind': ['jpg', 'mpg', 'rar'], 'kind_25': ['jpg'], 'traits': ['img', 'jpg'],
+               'throttle': '', 'prio': 3}
+        self.check("""
+        kind=jpeg  kind=JPEG,x  kind=mpeg  kind=r00  kind=R123  kind_25=:jpeg  kind_25==jpeg
+        traits=jpeg  kind=/^\\S+$/  throttle=none  throttle=NONE,slow  throttle=
+        prio>2  prio=!2""", """
+        kind=jpegxl  kind=r1  kind!=jpeg  throttle!=none  throttle=!none  throttle=NULL""", row)
+        self.check('NOT throttle=none', 'throttle=none', {'throttle': 'slow'})
+
     def test_groups_negate_and_join(self):
         self.check("""
         ratio>1 OR prio=3  ratio>9 prio=2 OR done=100  NOT ratio>9 prio=2  ! ratio>9
@@ -2807,6 +2819,8 @@ class FilterTest(unittest.TestCase):
             "'maybe' is neither ... allowed are yes": 'is_open=maybe  is_open=maybe,yes',
             'does not go with bool; allowed are = and !=': 'is_open>0', 'with text': 'name>a',
             'with tags': 'tagged<x', 'not a number': 'ratio=  ratio>+1  ratio>1,2  ratio=1k  d_x>a',
+            'prio is 0, 1, 2 or 3: this can never be true':
+            'prio=9  prio>3  prio>=4  prio<0  prio=2,4  prio=1.5',
             'not a size ... 4g': ['size>4x', 'size=', 'size>' + '9' * 99],
             'not a time; ... 2024-03-15 ... 8w ... M for months and i for minutes': '''completed>2m
             loaded<1y2m  completed>2w2w  completed>1x  completed>  completed>2024-13-01

@@ -2326,18 +2326,22 @@ def file_names(rows):
     return [path for path, _ in rows]
 
 
-def file_kinds(rows, percent=0):
-    """Return the extensions of files that make up at least so many percent of the data.
+def kind_of(text):
+    """Return an extension, or what a condition says of one, as kinds are spelt.
 
-    jpeg is jpg, mpeg is mpg; the parts r00, r01 ... of an archive count as rar.
+    >>> kind_of('jpeg'), kind_of(':mpeg'), kind_of('r07'), kind_of('jpegxl')
+    ('jpg', ':mpg', 'rar', 'jpegxl')
     """
+    text = re.sub('^(:?[jm]p)eg$', r'\1g', text, flags=re.I)
+    return re.sub('^(:?)r[0-9]{2,3}$', r'\1rar', text, flags=re.I)
+
+
+def file_kinds(rows, percent=0):
+    """Return the kinds of files that make up at least so many percent of the data."""
     sizes: dict = collections.Counter()
     for path, size in rows:
         _, ending = os.path.splitext(path)
-        kind = ending.lstrip('.').lower().replace('peg', 'pg')
-        if re.fullmatch('r[0-9]{2,3}', kind):
-            kind = 'rar'
-        sizes[kind] += size
+        sizes[kind_of(ending.lstrip('.').lower())] += size
     least = percent * sum(sizes.values())
     return sorted(kind for kind, size in sizes.items() if kind and 100 * size >= least)
 
@@ -2709,7 +2713,13 @@ def leaf(name, kind, op, text, negated):
     """Return one condition: False for an unknown value, also when it is negated."""
     if op == '=' and text.startswith('!'):              # negates, as in pyrocore
         negated, text = not negated, text[1:]
+    if name == 'throttle' and text.lower() == 'none':
+        text = ''
+    elif name.partition('_')[0] in ('kind', 'traits'):
+        text = kind_of(text)
     test = value_test(kind, op, text)
+    if name == 'prio' and not any(map(test, range(4))):
+        raise UserError('prio is 0, 1, 2 or 3: this can never be true')
     when = text.lstrip('+-')
     counts_back = kind == 'time' and parse_age(when) is not None
     unknown: tuple = (None,)
