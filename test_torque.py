@@ -2039,6 +2039,15 @@ class TorrentsTest(Folder):
             self.assertEqual([torrent.loaded for torrent in torque.list_torrents(
                 fake, 'main', [], loaded)], wanted)
 
+    def test_label_is_decoded(self):
+        self.check(torque.decoded_label, [
+            ('TV%20Shows', 'TV Shows'), ('..%2F..%2fetc', '../../etc'), ('100%', '100%'),
+            ('%C3%A9', 'é'), ('é', 'é'), ('%FF', '%FF'), ('50%25', '50%'), ('', '')])
+        fake = Double([{'d.custom1': 'TV%20Shows'}])
+        row, = torque.list_torrents(fake, 'main', ['label', 'custom_1'], torque.parse_condition(
+            'label="TV Shows" custom_1=TV%20Shows custom1=*%20* NOT label=*%20*'))
+        self.assertEqual((row.label, row.custom_1), ('TV Shows', 'TV%20Shows'))
+
     def test_row_reads_as_attributes_too(self):
         row, = torque.list_torrents(Double([{'d.size_bytes': 5}]), 'main', ['size'])
         self.assertEqual((row.size, row['size'], row.name), (5, 5, 'n0'))
@@ -2090,6 +2099,7 @@ def expected(raw, files, trackers, session, now):
     first = ''.join([url for url, enabled, *_ in trackers if enabled and url != 'dht://'][:1])
     return {
         **{name: raw[f'd.{word}'] for name, word in PLAIN_FIELDS.items()},
+        'label': raw['d.custom1'].replace('%20', ' '),
         'path': path, 'realpath': os.path.realpath(path) if known else None,
         'is_ghost': not os.path.exists(path) if known else None,
         'sessionfile': f"{session}{raw['d.hash']}.torrent", 'ratio': raw['d.ratio'] / 1000,
@@ -2116,6 +2126,7 @@ size>20k [ prio=3 OR label=two ] | size > 20480 and (prio == 3 or label == 'two'
 NOT [ is_open=yes OR prio=0 ] | not (is_open or prio == 0)   tagged=red | 'red' in tagged
 message= is_ignored=no | not message and not is_ignored   name=*s01e* traits=tv | 'S01E' in name
 name=/S0.E\d/ !is_private=yes | 'S01E' in name and not is_private   label= | label == ''
+label="TV Shows" | label == 'TV Shows'
 label=one,two | label in ('one', 'two')   label!=one | label != 'one'
 label!="" | label   tagged=:red | tagged == ['red']   tagged!=: | tagged
 free>1 prio>2 | realpath and prio > 2
@@ -2137,6 +2148,7 @@ STATES = '''11 1 d.directory.set|DATA/moved
 12 4 d.custom1.set|one
 12 7 d.custom1.set|one
 12 10 d.custom1.set|Three, 4
+12 11 d.custom1.set|TV%20Shows
 6 5 d.custom2.set|h\xe9llo
 12 2 d.custom.set|tags|blue
 12 6 d.custom.set|tags|red
@@ -3022,6 +3034,24 @@ class TemplateTest(unittest.TestCase):
         self.refuse(ArgsTemplate, {
             'a value that a shell or the like would run; ' + way: RUN_ARGS.strip(),
             'a value beside quotes ; | & $ ( < or the like may be run; ' + way: SHELL_ARGS})
+
+    def test_no_value_leads_out_of_its_folder(self):
+        for make, text in ((Template, '/mv/{{a}}'), (Template, '/mv/{{a}}/{{b}}'),
+                           (Template, '{{b}}/x{{# }}/{{a}}'), (Template, '/mv/{{c}}{{c}}{{a}}'),
+                           (CommandTemplate, 'd.directory.set=/mv/{{a}}'),
+                           (CommandTemplate, 'd.custom.set=dir,"/mv/{{b}}/{{a}}"'),
+                           (ArgsTemplate, 'mkdir -p /mv/{{b}}/{{a}}')):
+            template = make(text)
+            for a in ('..', '../etc', '../../etc', 'a/../..', '/..', 'x/..'):
+                with self.subTest(text, a=a), self.assertRaisesRegex(
+                        LoggableError, f'^template .*{a}\' would lead out of the folder'):
+                    template.render({'a': a, 'b': 'b', 'c': ''})
+            for a in ('', 'a/b', '...', 'a..', '..a/b', '/etc', 'a b'):
+                self.assertIn(f'/{a}', str(template.render({'a': a, 'b': 'b', 'c': ''})))
+        with self.assertRaisesRegex(LoggableError, "'..' would lead out"):
+            Template('/x/{{a}}{{a}}').render({'a': '.'})
+        for text in ('{{a}}', '{{a}}/x', 'print {{a}}', '/a/../{{b}}'):
+            Template(text).render({'a': '../x', 'b': 'y'})
 
     def test_random_templates_render_or_are_refused(self):
         rng, rendered, values = random.Random(5), 0, {'a': '$x"', 'b': {'c': 2}}
@@ -4892,8 +4922,8 @@ class MoveTest(WithDouble):
                 ('lies in it', 'old/a/sub', {}, ()),
                 ('is not there', 'new', {}, ('remove', 'old/a/x')),
                 ('is a link', 'new', {}, ('link', 'old/a/x')),
-                ('is no absolute path', '{{label}}/x', {'d.custom1': '../etc'}, ()),
-                ('is no absolute path', '../new', {}, ()),
+                ("'../etc' would lead out", '{{label}}/x', {'d.custom1': '../etc'}, ()),
+                ("'../etc' would lead out", '{{label}}', {'d.custom1': '..%2Fetc'}, ()),
                 ('no data at', 'new', {'d.base_path': 'old/a'}, ())):
             with self.subTest(words, target=target):
                 self.reset()

@@ -2276,6 +2276,15 @@ def tags_of(text):
     return text.lower().split()
 
 
+def decoded_label(text):
+    """Return a label, which ruTorrent stores as a URL has it, as it is meant."""
+    from urllib.parse import unquote
+    try:
+        return unquote(text, errors='strict')
+    except UnicodeDecodeError:
+        return text
+
+
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     """Return a tracker's name by [ANNOUNCE], else the domain that its host belongs to.
 
@@ -2462,6 +2471,7 @@ MADE_OF: dict[str, Callable] = {
     'is_ghost': has_no_data,
     'free': space_at,
     'sessionfile': session_file,
+    'label': decoded_label,
     'tagged': tags_of,
     'xfer': operator.add,
     'ratio': true_ratio,
@@ -4168,10 +4178,19 @@ class Template:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
         return self.divide(text), shown
 
-    def render(self, values):
-        """Return the text, values put in; LoggableError where one is missing."""
-        (text,), shown = self.divided(values)
+    def put_in(self, text, shown: dict[int, str]) -> str:
+        """Return a text with values put in; none leads out of the folder that stands before it."""
+        for part in text.split('/')[1:]:
+            value = part.translate(shown)
+            if MARK in part and '..' in value.split('/'):
+                raise LoggableError(f'template {quoted(self.text, 80)}: {quoted(value)} would lead '
+                                    'out of the folder that it is put in')
         return text.translate(shown)
+
+    def render(self, values):
+        """Return the text, values put in; LoggableError where one is missing, or leads astray."""
+        (text,), shown = self.divided(values)
+        return self.put_in(text, shown)
 
 
 # What may be run with a value in it. A list of programs cannot be complete, so what stands beside a
@@ -4330,14 +4349,13 @@ class CommandTemplate(Template):
         """Return the commands as one text, which load.* takes too."""
         return ' ; '.join(self.commands(values))
 
-    @staticmethod
-    def argument(word, shown: dict[int, str]) -> str:
+    def argument(self, word, shown: dict[int, str]) -> str:
         """Return an argument with its values, quoted as a whole.
 
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
         on 0.9.8 and 0.16.17).
         """
-        text = in_quotes(word.translate(shown))
+        text = in_quotes(self.put_in(word, shown))
         if MARK in word and text.startswith('"$'):
             return f'(cat,{{{text}}})'
         return text
@@ -4364,7 +4382,7 @@ class ArgsTemplate(Template):
         words, shown = self.divided(values)
         args: list[str] = []
         for word in words:
-            args.append(word.translate(shown))
+            args.append(self.put_in(word, shown))
             # A torrent may be called -rf.
             if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
                 raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
