@@ -2831,6 +2831,9 @@ class FilterTest(unittest.TestCase):
             "'maybe' is neither ... allowed are yes": 'is_open=maybe  is_open=maybe,yes',
             'does not go with bool; allowed are = and !=': 'is_open>0', 'with text': 'name>a',
             'with tags': 'tagged<x', 'not a number': 'ratio=  ratio>+1  ratio>1,2  ratio=1k  d_x>a',
+            "'/foo' begins as a /regex/ and does not end as one; write '/foo/', or */foo for the":
+            '/foo  name=/foo  name=!/foo  NOT a,/foo  name="/foo"  tagged=/foo',
+            'does not end as one': 'message=/not registered  label=/tv/x  name=/x/I  kind==/x',
             'prio is 0, 1, 2 or 3: this can never be true':
             'prio=9  prio>3  prio>=4  prio<0  prio=2,4  prio=1.5',
             'not a size ... 4g': ['size>4x', 'size=', 'size>' + '9' * 99],
@@ -2921,7 +2924,12 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual(Template("{{item.a|default('x')}}{{if b.c and a}}{{d}}{{endif}}").names,
                          ('a', 'b', 'd'))
         self.refuse(lambda text: Template(text, known=['label']), {
-            "there is no 'lable' here; did you mean 'label'": '{{lable}}'})
+            "there is no 'lable' here; did you mean 'label'": '{{lable}}',
+            '{label} is plain text; write {{label}}': 'd.x={label}'})
+        for text in ('{name}', '{x}'):
+            self.assertEqual(Template(text, known=['label']).render({}), text)
+        for text in ('${name}', '{} {', '{a,b}', '{print}', '{names}', '}} {'):
+            self.assertEqual(Template(text).render({}), text)
         for text in ('x{{a}}', '{{b|date}}', '{{b.lower}}'):
             with self.assertRaisesRegex(LoggableError, "^template .*('a'|'get'|range|large)"):
                 Template(text).render({'b': 10 ** 30})
@@ -2940,6 +2948,10 @@ class TemplateTest(unittest.TestCase):
         self.refuse(Template, {
             "'a{{b}}c{{d+1}} <-- here e' ... BinOp": 'a{{b}}c{{d+1}}e',
             'not closed': '{{a  {% if  {# x',
+            '{label} is plain text; write {{label}}':
+            '/mv/{label}  {{name}}{label}  a\n{label}{x}',
+            '{item.name|lower} is plain text; write {{item.name|lower}}': 'x={item.name|lower}',
+            '{ name } is plain': ['{ name }'],
             'no endif': '{{if a}}x', 'endif without if': '{{endif}}', 'else without': 'x{{else}}',
             'elif after else': '{{if a}}{{else}}{{elif b}}{{endif}}', 'NUL': 'a\0',
             'no expression': ['{{if}}{{endif}}', '{% for a in b %}'],
@@ -2982,6 +2994,10 @@ class TemplateTest(unittest.TestCase):
         self.refuse(CommandTemplate, {
             'is not a command; allowed is name=argument': '{{a}}  d.start  {{a}}.set=1  {{a}}=1',
             "'oops' is not a command": '{{if a}}d.x=1{{else}}oops{{endif}}',
+            'd. is missing before stop; write d.stop=':
+            'stop=  d.x= ; stop =  {{if a}}d.x=1{{else}}stop={{endif}}',
+            'write d.directory.set': 'directory.set=/x  directory.set={{a}}',
+            'write d.custom1': 'custom1.set={{a}}  custom1.set=a', 'write d.try_close': 'try_close=',
             'might run the value ... d.custom.set': """branch=d.x=,{{a}}  f.multicall=*,f.x={{a}}
             d.multicall2=,main,{{a}}  schedule2=a,0,0,{{a}}  method.set={{a}}""",
             'a value beside ... words and "..."': """d.x=(cat,{{a}})  d.x=$d.y={{a}}  d.x="{{a}}
@@ -2993,6 +3009,8 @@ class TemplateTest(unittest.TestCase):
             branch=d.x=,f.multicall=*,f.path=  d.multicall2=main,"f.path="  t.multicall=,f.path=
             d.y= ; f.path=  branch=d.x=,"branch=d.y=,\\"f.path=\\""  d.x=(cat,(f.path,x))
             d.x=a,"$cat=$f.path="  schedule2=a,0,0,"f.path="  f.priority.set={{a}}'''})
+        for text in ('directory.default.set=/x', 'start_tied=', 'view.add=x', 'close_untied='):
+            self.assertEqual(CommandTemplate(text).render({}), text)
         for text in ('f.multicall=*,f.path=', 'd.x=k,f.path', 'print=f.path', 'cat=f.iso',
                      'd.multicall2=main,"f.multicall=*,f.path="', 'load.normal=/x/f.iso'):
             self.assertEqual(CommandTemplate(text).render({}), text)
@@ -4937,7 +4955,9 @@ class MoveTest(WithDouble):
                 before = tree(self.folder), str(self.item)
                 self.fails(words, lambda: self.move(target=f'{self.folder}/{target}'))
                 self.assertEqual((tree(self.folder), str(self.item)), before)
-        self.fails('is no absolute path', lambda: self.move(target='new'))
+        for target in 'new ./new new/{{label}} $HOME/new /a/../b ../new {{label}}/../x'.split():
+            self.refused(torque.Move, f'is no absolute path; allowed are /... | target={target}')
+        self.fails("target 'x' is no absolute path", lambda: self.move(target='{{label}}x'))
 
     def test_failed_copy_leaves_nothing(self):
         info_hash = HASH(1)

@@ -2565,6 +2565,7 @@ ALLOWED = {
     'any': '2 1.5 4g',
     'custom': f'2 1.5 2024-03-15 {AGES}',
     'time': f'2024-03-15 03/15/2024 15.03.2024T14:50, Unix seconds, {AGES}'}
+REGEX = re.compile('/(.*)/i?', re.S)
 PLAIN_NUMBER = re.compile(r'-?[0-9]{1,18}(\.[0-9]{1,18})?')
 MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
 # Of a text that comes from elsewhere, a pattern sees so many characters: the interpreter's lock is
@@ -2618,7 +2619,7 @@ def glob_regex(glob):
 
 def text_pattern(text):
     """Return what finds a /regex/, or matches a glob as a whole; the case does not matter."""
-    regex = re.fullmatch('/(.*)/i?', text, re.S)
+    regex = REGEX.fullmatch(text)
     if len(text) > MOST_IN_PATTERN or '{{' in text and not regex:
         raise UserError(f'allowed are a /regex/ or a glob, up to {MOST_IN_PATTERN} characters, '
                         'no template')
@@ -2694,6 +2695,9 @@ def text_test(kind, text):
     only = kind == 'tags' and text.startswith(':')
     if only:
         text = text[1:]
+    if kind in ('text', 'tags') and text.startswith('/') and not REGEX.fullmatch(text):
+        raise UserError(f'{quoted(text)} begins as a /regex/ and does not end as one; write '
+                        f'{quoted(text + "/")}, or *{text} for the text')
     matches = text_pattern(text)
 
     def test(value):
@@ -3901,6 +3905,8 @@ class PromisedSpace:
 # What is not closed goes on to the end, so that looking for tags takes linear time.
 TAG = re.compile(r'(\{\{.*?(?:\}\}|\Z)|\{%.*?(?:%\}|\Z)|\{#.*?(?:#\}|\Z))', re.S)
 BRANCH = re.compile(r'(if|elif)\b(.*)|(else|endif)', re.S)
+# A name in one pair of braces, unless it is ${name}; beside {{name}} there is none in plain text
+ONE_BRACE = re.compile(r'(?<!\$)\{\s?(?:item\.)?(\w{1,99})[^{}]{0,99}\}')
 ELSE = ast.Constant(True)               # the condition of an else
 MOST_EXPRESSION = 300                   # characters
 # Stand for a value while the text around it is split: MARK, and a character for each value, of
@@ -4111,6 +4117,7 @@ class Template:
         for piece in TAG.split(text):
             self.at += len(piece)
             if not TAG.fullmatch(piece):
+                self.check_braces(piece)
                 nodes.append(piece)
             elif piece[-2:] not in ('}}', '%}', '#}'):
                 raise UserError('a {{, {% or {# in this is not closed')
@@ -4118,6 +4125,12 @@ class Template:
                 nodes = self.add_tag(nodes, piece[2:-2].strip())
         if self.open_ifs:
             raise UserError('an if has no endif')
+
+    def check_braces(self, text) -> None:
+        """Refuse a {name} in plain text that is meant as a {{name}}."""
+        for slip in ONE_BRACE.finditer(text):
+            if slip[1] in (self.known or TORRENT_FIELDS):
+                raise UserError(f'{slip[0]} is plain text; write {{{slip[0]}}}')
 
     def add_tag(self, nodes, code) -> list:
         """Add what a tag says; return the nodes that what follows is to be among."""
@@ -4283,6 +4296,12 @@ def argument_text(word) -> str:
 
 COMMAND = re.compile(r'([A-Za-z_][\w.]*)\s*=(.*)', re.S)
 # Commands that take arguments as data; others (multicall, branch ...) run them.
+# Commands of an item that are written without their d.
+OF_ITEM = re.compile(
+    r'(?:try_)?(?:start|stop|close)|open|erase|pause|resume|check_hash|update_priorities|'
+    r'delete_tied|save_full_session|tracker_announce|'
+    r'(?:custom[1-5]?|directory|directory_base|priority|throttle_name|ignore_commands|'
+    r'tied_to_file|message|views)(?:\.(?:set|push_back|push_back_unique|remove))?')
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
                           r'execute[\w.]{0,99}')
 COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
@@ -4323,6 +4342,8 @@ class CommandTemplate(Template):
             raise UserError(f'{quoted(text.replace(MARK, "{{..}}"), 60)} is not a command; '
                             'allowed is name=argument,...')
         name, rest = command.groups()
+        if OF_ITEM.fullmatch(name):
+            raise UserError(f'd. is missing before {name}; write d.{name}=')
         if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
@@ -5656,6 +5677,9 @@ class Move(Choice):
         super().__init__(config)
         if not config.target:
             raise UserError('is not set', option='target')
+        if config.target[0] not in '/~{' or '..' in config.target.split('/'):
+            raise UserError(f'{quoted(config.target)} is no absolute path; allowed are /... ~/... '
+                            '{{...}}', option='target')
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
         # some. hash -> failures, and until when it is left alone, in elapsed seconds
