@@ -2997,7 +2997,8 @@ class TemplateTest(unittest.TestCase):
             'd. is missing before stop; write d.stop=':
             'stop=  d.x= ; stop =  {{if a}}d.x=1{{else}}stop={{endif}}',
             'write d.directory.set': 'directory.set=/x  directory.set={{a}}',
-            'write d.custom1': 'custom1.set={{a}}  custom1.set=a', 'write d.try_close': 'try_close=',
+            'write d.custom1': 'custom1.set={{a}}  custom1.set=a',
+            'write d.try_close': 'try_close=',
             'might run the value ... d.custom.set': """branch=d.x=,{{a}}  f.multicall=*,f.x={{a}}
             d.multicall2=,main,{{a}}  schedule2=a,0,0,{{a}}  method.set={{a}}""",
             'a value beside ... words and "..."': """d.x=(cat,{{a}})  d.x=$d.y={{a}}  d.x="{{a}}

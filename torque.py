@@ -2251,12 +2251,9 @@ def time_loaded(noted, added, began, folder, info_hash):
     Else rTorrent's last start, or when its metafile in the session folder was written, which
     happens again when all of an item is saved: the older is nearer to the truth.
     """
-    loaded = first_number(noted, added)
-    if loaded:
-        return loaded
     with contextlib.suppress(OSError, ValueError):
         began = min(began, int(os.stat(session_file(folder, info_hash)).st_mtime))
-    return first_number(began)
+    return first_number(noted, added, began)
 
 
 def percent_done(completed, size):
@@ -2279,10 +2276,9 @@ def tags_of(text):
 def decoded_label(text):
     """Return a label, which ruTorrent stores as a URL has it, as it is meant."""
     from urllib.parse import unquote
-    try:
-        return unquote(text, errors='strict')
-    except UnicodeDecodeError:
-        return text
+    with contextlib.suppress(UnicodeDecodeError):
+        text = unquote(text, errors='strict')
+    return text
 
 
 def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
@@ -4295,13 +4291,13 @@ def argument_text(word) -> str:
 
 
 COMMAND = re.compile(r'([A-Za-z_][\w.]*)\s*=(.*)', re.S)
-# Commands that take arguments as data; others (multicall, branch ...) run them.
 # Commands of an item that are written without their d.
 OF_ITEM = re.compile(
     r'(?:try_)?(?:start|stop|close)|open|erase|pause|resume|check_hash|update_priorities|'
     r'delete_tied|save_full_session|tracker_announce|'
     r'(?:custom[1-5]?|directory|directory_base|priority|throttle_name|ignore_commands|'
     r'tied_to_file|message|views)(?:\.(?:set|push_back|push_back_unique|remove))?')
+# Commands that take arguments as data; others (multicall, branch ...) run them.
 DATA_COMMAND = re.compile(r'[dfpt]\.(?!multicall)[\w.]{1,99}|view\.set_(not_)?visible|print|'
                           r'execute[\w.]{0,99}')
 COMMAND_PIECE = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|\\.|[^",;\n\\]+|.', re.S)
