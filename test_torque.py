@@ -4686,6 +4686,65 @@ class CommandTest(WithDouble):
         self.assertTrue(self.logged('dry run, not done: running'))
         self.assertFalse(os.path.exists(self.path('x')))
 
+    def test_what_only_a_shell_obeys(self):
+        for mark, *many in (
+                ('|', 'a | b', 'a "b" |', '| a'), ('||', 'a || b'), ('&', 'a &'),
+                ('&&', 'a && b'), (';', 'a ; b', 'a; b', 'a "b";', 'a "b\nc"; d'),
+                ('>', 'a > b', 'a >b', 'a >/dev/null 2>&1'), ('>>', 'a >> b', 'a >>b'),
+                ('<', 'a < b'), ('<<', 'a << b'), ('2>', 'a 2>&1', 'a 2>/dev/null'),
+                ('&>', 'a &>b')):
+            for args in many:
+                for kind in torque.Command, torque.ItemCommand:
+                    with self.subTest(args=args, kind=kind), self.assertRaisesRegex(
+                            UserError, rf'{re.escape(mark)} is for a shell; write shell = yes'):
+                        self.job(kind, args=args, matcher='*')
+        for args in ('a "|" \'&&\' \\; a\\;', 'a --x="b | c" "d;"', 'a b|c x>3 me&you <me@x>',
+                     "sh -c 'a | b; c > d'", 'a -> =>'):
+            with self.subTest(args=args):
+                self.assertEqual(self.job(torque.Command, args=args).words, shlex.split(args))
+                self.assertEqual(self.job(torque.Command, args=args).risks(), [])
+        self.job(torque.Command, args='a | b; c', shell='yes')
+        self.job(torque.ItemCommand, args='a {{name | lower}} {{if size > 1}}b{{endif}}',
+                 matcher='*')
+
+    def test_what_a_shell_would_read_is_warned_of(self):
+        for args, marks in (
+                ('echo one # two', '#'), ('echo #x', '#'), ('echo $HOME', '$'),
+                ('echo "a $HOME"', '$'), ('a `date`', '`'), ('a x=${Y}z', '$'),
+                ('a $(date) `id` # b', '$`#'), ('echo "#" a#b \'$A\' \\$A $ 5$ *.txt', ''),
+                ('{{# x #}}{# y #}echo {{name}}', '')):
+            for kind in torque.Command, torque.ItemCommand:
+                with self.subTest(args=args, kind=kind):
+                    told = self.job(kind, args=args, matcher='*').risks()
+                    self.assertEqual([line.partition(' is passed on')[0] for line in told],
+                                     [f'job.t.args: {mark}' for mark in marks])
+        self.assertEqual(self.job(torque.Command, args='a $A # b', shell='yes').risks(), [])
+
+    def test_home_is_found_and_programs_are_missed(self):
+        script = self.write('bin/x.sh', '#!/bin/sh\necho "got $1"\n')
+        for home, args, kind, word in (
+                (self.folder, '~/bin/x.sh ~/y', torque.Command, f'got {self.folder}/y'),
+                (self.folder, '~/bin/x.sh {{name}}', torque.ItemCommand, 'got ~'),
+                (self.folder, '~/bin/x.sh ~/{{name}}', torque.ItemCommand,
+                 f'got {self.folder}/~')):
+            with self.subTest(args=args), mock.patch.dict(os.environ, HOME=home):
+                os.chmod(script, 0o600)
+                job = self.job(kind, args=args, matcher='*')
+                self.assertEqual(job.check(), [f'there is no program {script!r}'])
+                os.chmod(script, 0o700)
+                self.assertEqual(job.check(), [])
+                self.engine.add(self.path('data'), name='~')
+                job.run()
+                self.assertTrue(self.logged(f'INFO t: {word}'))
+        for args, found, settings in (
+                ('no-such-program x', False, {}), ('/nowhere/x', False, {}),
+                ('A=1 sh', False, {}), ('sh x', True, {}), ('a | b', True, {'shell': 'yes'}),
+                ('./x.sh', True, {'cwd': self.path('bin')}), ('./x.sh', False, {}),
+                ('x.sh', True, {'env': f'PATH={self.path("bin")}'})):
+            with self.subTest(args=args, settings=settings):
+                told = self.job(torque.Command, args=args, **settings).check()
+                self.assertEqual(bool(told), not found, told)
+
     def test_failures_are_told(self):
         for words, args, settings in (
                 ('ended with status 3', "sh -c 'exit 3'", {}), ('status -9', 'kill -9 $$', {

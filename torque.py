@@ -4378,6 +4378,31 @@ class CommandTemplate(Template):
         return text
 
 
+# A word of a text whose quotes are closed, with its quotes
+RAW_WORD = re.compile(r"""(?s)(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^ \t\r\n'"\\])+""")
+# Words that only a shell obeys, and the beginnings, up to such a character, of those that it reads
+FOR_SHELL = re.compile(r'(?s)(\|\|?|&&?|<<?)|([0-9&]?>>?).*|.*(?<!\\)(;)')
+LEFT_ALONE = re.compile(r"""(?s)#(?!})|(?:'[^']*'|\\.|[^'\\])*?(?:\$(?=[\w({])|`)""")
+
+
+def split_args(text: str) -> list[str]:
+    """Return program and arguments, split as a shell would; ~/ is the home folder.
+
+    >>> split_args('echo "a  b" \\; ";"')
+    ['echo', 'a  b', ';', ';']
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f'{quoted(text)}: {error}; allowed are words, "..." and \'...\'') from None
+    for word in RAW_WORD.findall(text):
+        found = FOR_SHELL.fullmatch(word)
+        if found:
+            raise UserError(f'{found[found.lastindex or 0]} is for a shell; write shell = yes, or '
+                            'quote it where it is an argument')
+    return [os.path.expanduser(word) for word in words]
+
+
 class ArgsTemplate(Template):
     """An external command as a list; no shell is involved.
 
@@ -4387,11 +4412,9 @@ class ArgsTemplate(Template):
 
     def divide(self, text) -> list[str]:
         """Return the arguments, values still marks."""
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise UserError(f'{error}; allowed are words, "..." and \'...\'') from None
+        words = split_args(text)
         check_words(words or [MARK])
+        self.program = words[0]
         return words
 
     def render(self, values) -> list[str]:
@@ -4518,7 +4541,7 @@ class Job:
         return []
 
     def check(self) -> list[str]:
-        """Return what rTorrent does not have that the job needs, a line each; for --check."""
+        """Return what the job needs and does not find, a line each; for --check."""
         return []
 
     def outlook(self) -> list[str]:
@@ -4958,10 +4981,11 @@ class Choice(Job):
         return in_order(torrents, config.sort)
 
     def check(self) -> list[str]:
+        missing = super().check()
         view, views = self.config.viewname or self.config.view, self.engine.views
-        if not view or not views or view in views:
-            return []
-        return [f'rTorrent has no view {view!r}{nearest(view, views)}']
+        if view and views and view not in views:
+            missing.append(f'rTorrent has no view {view!r}{nearest(view, views)}')
+        return missing
 
     def engines(self) -> list[Engine]:
         """Return all rTorrents of the configuration, that of the job among them."""
@@ -5545,10 +5569,33 @@ class Command(Job):
             raise UserError('is not set', option='args')
         self.words = ['/bin/sh', '-c', config.args]
         if not config.shell:
-            try:
-                self.words = shlex.split(config.args)
-            except ValueError as error:
-                raise UserError(f'{quoted(config.args)}: {error}', option='args') from None
+            with reading('args'):
+                self.words = self.split(config.args)
+
+    def split(self, args) -> list[str]:
+        """Return the words of args, the program first."""
+        return split_args(args)
+
+    def risks(self) -> list[str]:
+        """Return what is in args as if a shell read it."""
+        risks = []
+        for word in RAW_WORD.findall(self.config.args):
+            found = LEFT_ALONE.match(word)
+            if found and not self.config.shell:
+                # Not the whole word: it may be a password.
+                risks.append(f'job.{self.config.job_name}.args: {found[0][-1]} is passed on as it '
+                             "is; write shell = yes where a shell is to read it, else '...'")
+        return risks
+
+    def check(self) -> list[str]:
+        import shutil
+        # A path is that from the folder it is run in.
+        path = program = self.words[0]
+        if os.sep in program:
+            path = os.path.join(os.path.expanduser(self.config.cwd), program)
+        if shutil.which(path, path=self.config.env.get('PATH')):
+            return []
+        return [f'there is no program {quoted(program)}']
 
     def run(self):
         self.execute(self.words, {})
@@ -5629,14 +5676,17 @@ class ItemCommand(Choice, Command):
 
     def __init__(self, config):
         super().__init__(config)
-        if not config.shell:
-            self.template = self.use('args', ArgsTemplate, config.args)
-        elif '{{' in config.args:
+        if config.shell and '{{' in config.args:
             raise UserError('args of a shell are no template: names must not reach it; write '
                             '"$TORRENT_NAME" ...')
         self.mark = once_mark(config.job_name)
         if config.once:
             config['matcher'] = parse_condition(f'[ {config.matcher.text} ] custom_{self.mark}=')
+
+    def split(self, args):
+        """Return the program alone: what it is given depends on the torrent."""
+        self.template = self.use('args', ArgsTemplate, args)
+        return [self.template.program]
 
     def run(self):
         self.each(self.chosen(), self.for_torrent)
