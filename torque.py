@@ -6455,6 +6455,11 @@ class TreeWatch(Job):
 
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
+JOB_SETTING = re.compile(r'job\.([^.]+)\.(.+)')
+FORM = 'job.NAME.PARAM, as in job.queue.active'
+# Sections, and families of keys in [TORQUE], that are of other parts of pyrocore
+OLD_SECTION = re.compile(r'GLOBAL|FORMATS|TRAITS_BY_ALIAS|(?:XMLRPC|SWEEP)\w*')
+OLD_FAMILIES = ('apscheduler', 'httpd')
 COMMON = ('scgi_url', 'rtorrent_rc')    # what is read of pyrocore's [GLOBAL]
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
@@ -6506,8 +6511,6 @@ def handler_name(text):
 def import_handler(text):
     """Return the class that `module.path:ClassName` names."""
     handler = handler_name(text)
-    if not text:
-        raise UserError('is missing; a job needs a handler and a schedule')
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
@@ -6648,9 +6651,14 @@ class Ini:
         self.torque = self.sections['TORQUE']
         self.mistakes: list[tuple] = []                 # place, line
         self.remarks: list[tuple] = []                  # level of the log, line
+        self.unused: set[str] = set()                   # what of pyrocore's has no use here
 
     def refuse(self, value, text):
-        """Add a mistake."""
+        """Add a mistake, with what may have led to it."""
+        if re.search(r'\s#', value):
+            text = f'{text}; # begins a comment only at the start of a line'
+        if re.fullmatch('"[^"]*"|\'[^\']*\'', value):
+            text = f'{text}; values stand without quotes'
         self.mistakes.append((value.place, value.located(text)))
 
     def warn(self, value, text):
@@ -6692,6 +6700,7 @@ class Ini:
             self.warn(value, f'{setting[1]} below is indented, so it belongs to this value')
         if not section:
             self.refuse(value, 'stands before any [SECTION]; settings belong under [TORQUE]')
+            return
         if re.search(r'%\(\w+\)s', value.replace('%%', '')):
             self.refuse(value, 'nothing is interpolated; write the value itself, and %% for %')
         values = self.sections.setdefault(section, {})
@@ -6766,49 +6775,53 @@ def state_folder(path, name):
 def where_it_belongs(key, ini):
     """Return what to write instead of a key of [TORQUE] that has no effect there."""
     stem, _, rest = key.partition('.')
-    right = [known for known in ini.torque if known.endswith(f'.{key}')]
+    right = ''
     if stem.lower() in ('job', 'jobs'):
-        right = [f'job.{rest}']
+        right = f'job.{rest}'
+    elif f'job.{stem}.handler' in ini.torque:
+        right = f'job.{key}'
     for name, job in (('queue', QueueManager), ('treewatch', TreeWatch), ('fluxstats', InfluxDB)):
         if key in option_names(job.options):
-            right.append(f'job.{name}.{key}')
-    if right:
-        return f'; did you mean {right[0]!r}?'
+            right = f'job.{name}.{key}'
+    if JOB_SETTING.fullmatch(right):
+        return f'; did you mean {right!r}?'
+    if right or key in CORE_NAMES:
+        return f'; settings of a job are {FORM}'
     return nearest(key, TORQUE_NAMES) or f'; settings of a job are job.NAME.{key}'
 
 
 def group_jobs(ini):
     """Return the values of each job by name; tell of those that torque has no use for."""
     groups: dict = {}
-    old = set()
     for key, value in ini.torque.items():
-        setting = re.fullmatch(r'job\.([^.]+)\.(.+)', key)
+        setting = JOB_SETTING.fullmatch(key)
         family = key.partition('.')[0]
         if setting:
             groups.setdefault(setting[1], {})[setting[2]] = value
         elif family == 'job':
-            ini.refuse(value, 'allowed is job.NAME.PARAM')
+            ini.refuse(value, f'allowed is {FORM}')
         elif key in TORQUE_NAMES:
             continue
-        elif family in ('apscheduler', 'httpd'):
-            old.add(f'{family}.*')
+        elif family in OLD_FAMILIES:
+            ini.unused.add(f'{family}.*')
         else:
             ini.warn(value, f'this means nothing to torque{where_it_belongs(key, ini)}')
-    if old:
-        text = f"settings of pyrocore without a use here: {' '.join(sorted(old))}"
-        ini.remarks.append((logging.INFO, text))
     return groups
 
 
-def warn_of_sections(ini):
-    """Warn of sections, and of settings in them, that have no effect."""
+def tell_of_sections(ini):
+    """Tell of sections, and of settings in them, that have no effect."""
     for section, values in ini.sections.items():
+        old = OLD_SECTION.fullmatch(section)
+        if old:
+            ini.unused.add(f'[{section}]')
         for key, value in values.items():
-            if section and section not in SECTIONS:
+            if not old and section not in SECTIONS:
                 hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
                 ini.warn(value, f'section [{section}] means nothing to torque{hint}')
                 break
-            if section != 'TORQUE' and (key.startswith('job.') or key in TORQUE_NAMES):
+            if section not in ('TORQUE', InfluxDB.section) and (
+                    key.startswith('job.') or key in TORQUE_NAMES):
                 ini.warn(value, f'no effect under [{section}]; it belongs under [TORQUE]')
 
 
@@ -6845,27 +6858,40 @@ def checked(options, values, ini, prefix='', shared=()):
     return meanings
 
 
-def check_names(job, values, tell):
-    """Tell what is among a built-in job's settings and is none of its options."""
-    known = CORE_NAMES + option_names(job.options)
+def check_names(job, values, section, tell):
+    """Tell what is no option of a built-in job, among its settings and in its section."""
+    own = option_names(job.options)
+    known = CORE_NAMES + own
     for key, value in values.items():
         if key not in known and not key.startswith(job.families):
             hint = nearest(key, known) or '; see --list-jobs'
             tell(value, f'{job.__name__} has no such option{hint}')
+    for key, value in section.items():
+        if key not in own:
+            hint = nearest(key, own) or '; a setting of torque or of jobs belongs under [TORQUE]'
+            tell(value, f'{job.__name__} has no such option{hint}')
 
 
-def import_handlers(path, groups, only):
+def import_handlers(path, groups, only, ini):
     """Return the classes of active jobs, and that of `only`, by name; None: it is not there.
 
     All are imported at first: each module may add fields that others' conditions name.
     """
     classes: dict = {}
     sys.path.append(os.path.dirname(os.path.realpath(path)))
+    with_handler = [name for name, values in groups.items() if values.get('handler')]
     for name, values in groups.items():
-        if name == only or values.get('active', '').lower() not in FALSE:
+        if name != only and values.get('active', '').lower() in FALSE:
+            continue
+        if name in with_handler:
             classes[name] = None
             with contextlib.suppress(UserError):        # told of when the job is planned
-                classes[name] = import_handler(values.get('handler', ''))
+                classes[name] = import_handler(values['handler'])
+        elif only in (None, name):
+            first = next(iter(values.values()))
+            place = values.get('handler', first).place
+            hint = nearest(name, with_handler) or '; a job needs a handler and a schedule'
+            ini.refuse(Value('', place, f'job.{name}'), f'has no handler{hint}')
     return classes
 
 
@@ -6891,23 +6917,27 @@ class Config(Settings):
         ini = read_files(path, overrides)
         self.path = path
         self.remarks = ini.remarks
-        warn_of_sections(ini)
+        tell_of_sections(ini)
         groups = group_jobs(ini)
+        if ini.unused:
+            text = f"what pyrocore alone has a use for: {' '.join(sorted(ini.unused))}"
+            ini.remarks.append((logging.INFO, text))
         if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
         self.fill(ini, dry_run)
-        classes = import_handlers(path, groups, only)
+        classes = import_handlers(path, groups, only, ini)
         self.jobs: list[PlannedJob] = []
         for name, values in groups.items():
             job = BUILT_IN.get(handler_name(values.get('handler', '')))
             if name in classes and only in (None, name):
                 self.jobs.append(self.plan(name, classes[name], values, ini, bool(only)))
-            elif values.get('scgi_url'):
+                continue
+            if values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
                 self.engine_at(values['scgi_url'], self.torque.same_files, ini)
-            elif only is None and job:          # a slip may be why it is not active
-                check_names(job, values, ini.warn)
+            if only is None and job:            # a slip may be why it is not active
+                check_names(job, values, ini.sections.get(job.section, {}), ini.warn)
         ini.raise_mistakes()
 
     def fill(self, ini, dry_run):
@@ -6940,9 +6970,8 @@ class Config(Settings):
             # The last of a name counts, so that no job gives those of all another meaning.
             options = (*make.options, *CORE_OPTIONS)
             section = ini.sections.get(make.section, {})
-            check_names(make, values, ini.refuse)
-            check_names(make, section, ini.refuse)
-            shared.update((key, section[key]) for key in section if key not in CORE_NAMES)
+            check_names(make, values, section, ini.refuse)
+            shared.update(section)
         settings = checked(options, values, ini, f'job.{name}.', shared)
         schedule = settings.schedule
         settings.update(job_name=name, dry_run=bool(settings.dry_run or self.torque.dry_run),
@@ -7000,8 +7029,8 @@ def make_jobs(plans):
                 made[name] = make_job(planned)
             except UserError as error:
                 key = f'job.{name}.{error.option}'.rstrip('.')
-                place = source.get(error.option, source['handler']).place
-                ini.refuse(Value('', place, key), error)
+                value = source.get(error.option, source['handler'])
+                ini.refuse(Value(value, value.place, key), error)
         ini.raise_mistakes()
     except BaseException:
         for name, job in made.items():
@@ -8900,7 +8929,7 @@ def load(arguments, path) -> None:
     try:
         config_ini.load(path, arguments.define, arguments.dry_run, arguments.run_once)
     finally:
-        for level, text in config_ini.remarks:
+        for level, text in dict.fromkeys(config_ini.remarks):
             log.log(level, '%s', text)
 
 
