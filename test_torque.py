@@ -3436,6 +3436,15 @@ class InfluxDBTest(Folder):
         self.assertRegex(disk, rf'^host,disk={self.folder},host=\S+ disk_total=\d+i,disk_free=')
 
     def test_wrong_settings_are_refused(self):
+        base = 'https://h:1/in'
+        for rest in ('/write?db=torque', '/write', '/api/v2/write?org=hunter2', '/?u=hunter2',
+                     '?db=x', '/#x', '/query', '/orgs/1f', '/api/v3/'):
+            with self.subTest(rest=rest), self.assertRaisesRegex(
+                    torque.UserError, 'more than the base URL; write https://h:1/in, and ') as told:
+                self.job(url=base + rest)
+            self.assertNotIn('hunter2', str(told.exception))
+        for url in 'http://h', 'http://h:8428/', 'http://h/api/flux', 'http://write/writers/x':
+            self.assertEqual(self.job(url=url).config.url, url.rstrip('/'))
         for words, settings in {
                 'nothing to push': {'series': '', 'series_host': ''},
                 'no web address': {'url': 'ftp://x'}, 'without user': {'url': 'http://me:pw@x'},

@@ -4622,6 +4622,16 @@ def parse_web_url(text) -> str:
     return text.rstrip('/')
 
 
+def parse_base_url(text: str) -> str:
+    """Return the URL of an InfluxDB, below which its interface begins."""
+    base = re.sub(r'[?#].*|(?<!/)/(?:write|query|orgs|api/v\d)(?![\w.-]).*', '', text)
+    url = parse_web_url(base)
+    if base != text:                    # which is not shown: it may hold a password
+        raise UserError(f'is more than the base URL; write {url}, and dbname, org, bucket, user '
+                        '... for the rest')
+    return url
+
+
 def parse_ping_url(text: str) -> str:
     """Return the URL of a monitor, or nothing."""
     return text and parse_web_url(text)
@@ -4738,7 +4748,7 @@ class InfluxDB(Job):
     """Push figures of rTorrent and of the host to InfluxDB, or what speaks its line protocol."""
     section = 'INFLUXDB'
     options = (
-        Option('url', parse_web_url, 'http://localhost:8086', 'base URL of the server'),
+        Option('url', parse_base_url, 'http://localhost:8086', 'base URL of the server'),
         Option('user', str, '', 'account (1.x)'),
         Option('password', str, '', 'password of that account'),
         Option('password_file', str, '', 'file that holds the password'),
