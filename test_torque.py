@@ -145,17 +145,19 @@ class Folder(unittest.TestCase):
         self.folder = tempfile.mkdtemp(prefix='torque-')
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.lines = []
-        root = logging.getLogger('torque')
+        root, ours = logging.getLogger(), logging.getLogger('torque')
         handler = logging.Handler()
+        handler.addFilter(logging.Filter('torque'))
         handler.emit = lambda record: self.lines.append(
             f'{record.levelname} {record.name[7:]}: {record.getMessage()}')
-        saved = root.handlers[:], root.level, root.propagate
-        root.handlers[:], root.propagate = [handler], False
-        root.setLevel(logging.DEBUG)
+        saved = root.handlers[:], root.level, ours.level
+        root.handlers[:] = [handler]
+        ours.setLevel(logging.DEBUG)
 
         def restore():
-            root.handlers[:], root.propagate = saved[0], saved[2]
+            root.handlers[:] = saved[0]
             root.setLevel(saved[1])
+            ours.setLevel(saved[2])
         self.addCleanup(restore)
 
     def path(self, *names):
@@ -1801,7 +1803,7 @@ def on_each(test):
 class LiveRpcTest(RpcCase):
     @classmethod
     def setUpClass(cls):
-        logging.getLogger('torque').addHandler(logging.NullHandler())
+        logging.getLogger().addHandler(logging.NullHandler())
         cls.began, cls.servers = time.time(), []
         for command in RTORRENTS:
             for tcp in (False, True):
@@ -6075,7 +6077,7 @@ DOES = GOOD_INI.replace('Plain', 'Does') + 'job.a.code = '                   # a
 RUN = ('-c', 't.ini', '--run-once', 'a')
 TIME = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d'
 GOOD_PY = '''\
-    import __main__, sys, torque
+    import __main__, functools, sys, torque
     from torque import config_ini
     value = 1
     class Plain:
@@ -6100,6 +6102,27 @@ GOOD_PY = '''\
     class Inherits(torque.Job): pass
     class NoRun:
         def __init__(self, config): pass
+    class Async(NoRun):
+        async def run(self): pass
+    class AsyncYields(NoRun):
+        async def run(self): yield
+    class Yields(NoRun):
+        def run(self): yield
+    class Asks(NoRun):
+        def run(self, x): pass
+    class AsksNamed(NoRun):
+        def run(self, *, x): pass
+    class NoSelf(NoRun):
+        def run(): pass
+    class InitAsks(torque.Job):
+        def __init__(self, config): self.engine.open()
+        run = print
+    class Unusual(NoRun):
+        @functools.wraps(Asks.run)
+        def run(self, *args, x=1): pass
+    class NoSuper(torque.Job):
+        def __init__(self, config): self.code = config.code
+        def run(self): exec(self.code)
     '''
 
 
@@ -6470,6 +6493,7 @@ class BrokenIniTest(ConfigCase):
         ('job.b.handler = good:Plain', 6, 'job.b.schedule: is missing'),
         ('job.b.schedule = 5s', 6, 'job.b: has no handler; a job needs a handler and a schedule'),
         ('job.a.handler =', 6, 'job.a: has no handler'),
+        ('\njob.queue.handler =\njob.queue.active = yes', 7, 'job.queue: has no handler'),
         ('job.quue.active = yes', 6, "job.quue: has no handler; did you mean 'queue'?"),
         ('job.Queue.room = 1g\njob.Queue.active = yes', 6, "did you mean 'queue'?"),
         ('job.tidy.active = no\njob.tidy.handler = good:Plain\njob.tydy.x = 1', 8,
@@ -6561,6 +6585,11 @@ class HandlerTest(ConfigCase):
         line = GOOD_PY.splitlines().index('            exec(config.code)') + 1
         for handler, code, word in (
                 ('NoRun', '', 'has no run()'), ('Inherits', '', 'has no run()'),
+                ('Async', '', 'run() is async or holds a yield'),
+                ('AsyncYields', '', 'run() is async or'), ('Yields', '', 'run() is async or'),
+                ('Asks', '', "run() is called without arguments: missing a required argument: 'x'"),
+                ('AsksNamed', '', "argument: 'x'"), ('NoSelf', '', 'run() is called without arg'),
+                ('InitAsks', '', 'super().__init__(config), which this __init__() does not call'),
                 ('Plain', '\njob.a.path =', 'job.a: job.a.path is not set'),
                 ('Starts', 'raise torque.UserError("odd", 5)', "job.a: ('odd', 5)"),
                 ('Starts', 'raise torque.LoggableError("no luck")', 'no luck'),
@@ -6569,6 +6598,41 @@ class HandlerTest(ConfigCase):
                 ('Starts', 'raise ValueError("a\\nb\\x1b")', f'good.py:{line}: ValueError: a')):
             self.assert_refused(f'{GOOD_INI}job.a.handler = good:{handler}\njob.a.code = {code}\n',
                                 6, 'job.a', word)
+
+    def test_sample_of_readme_works(self):
+        with open(os.path.join(HERE, 'README'), encoding='utf-8') as stream:
+            text = stream.read().partition('Writing a job\n')[2]
+        module, ini = re.findall(r'(?m)(?:^    .*\n|^\n(?=    ))+', text)[:2]
+        self.write('myjobs.py', module)
+        ini = HEAD + textwrap.dedent(ini)
+        for line, free, words in (
+                ('', 1 << 50, ''), ('', 1 << 20, 'nearly full'),
+                ('job.space.least = 1m', 2 << 20, '')):
+            with self.subTest(line=line, free=free), mock.patch(
+                    'shutil.disk_usage', return_value=types.SimpleNamespace(free=free)):
+                job = self.load(ini.replace('job.space.path = /srv', line))['space']
+                job.engine = mock.Mock()
+                if words:
+                    with self.assertRaisesRegex(torque.LoggableError, words):
+                        job.run()
+                else:
+                    job.run()
+                self.assertTrue(self.logged('INFO space: ', f'{free} bytes free'))
+        self.assert_refused(f'{HEAD}{ini[len(HEAD):]}job.space.lest = 1\n', 8, "mean 'least'")
+
+    def test_unusual_jobs_are_made(self):
+        text = GOOD_INI.replace('Plain', 'Unusual') + (
+            'job.b.handler = good:NoSuper\njob.b.schedule = 1h\njob.b.code = pass\n')
+        for job in self.load(text).values():
+            job.run()
+
+    def test_initializer_without_that_of_job(self):
+        for code in 'self.engine', 'self.LOG', 'self.dry_run', 'self.config', 'self.torrents()':
+            with self.subTest(code=code):
+                self.ini(f'{GOOD_INI.replace("Plain", "NoSuper")}job.a.code = {code}\n')
+                status, _, err = run_torque(*RUN, cwd=self.folder)
+                self.assertIn('ERROR a: AttributeError: config, LOG, engine and dry_run are set by '
+                              'super().__init__(config), which this __init__() does not', err)
 
     def test_absent_rtorrent_is_no_mistake(self):
         with self.assertRaisesRegex(torque.Unreachable, 'no such socket'):
@@ -6695,6 +6759,36 @@ class CommandLineTest(ConfigCase):
                 self.assertEqual((status, re.findall('([A-Z]+) a: ', err)), (0, levels.split()))
                 self.assertNotIn('hunter2', err)
         self.assertRegex(self.command(*RUN, '-n')[2], rf"^{TIME} INFO a: ran .*'dry_run': True")
+
+    def test_what_modules_and_libraries_log(self):
+        self.write('mine/__init__.py', '')
+        self.write('mine/jobs.py', """\
+            import logging, torque
+            class Job:
+                def __init__(self, config):
+                    pass
+                def run(self):
+                    logging.basicConfig(format='not asked for: %(message)s')
+                    for name in __name__, 'mine.other', 'library.part', None:
+                        for level in 10, 20, 30:
+                            logging.getLogger(name).log(level, 'a\\nb')
+            """)
+        self.ini(GOOD_INI.replace('good:Plain', 'mine.jobs:Job'))
+        log, every = os.path.join(self.folder, 'log'), 'DEBUG INFO WARNING'
+        for words, mine, others in (
+                ([], 'INFO WARNING', 'WARNING'), (['-q'], 'WARNING', 'WARNING'),
+                (['-v'], every, every), (['--debug'], every, every),
+                (['--log-file', log], 'INFO WARNING', 'WARNING')):
+            with self.subTest(words=words):
+                status, out, err = self.command(*RUN, *words)
+                if '--log-file' in words:
+                    self.assertEqual(err, '')
+                    err = open_text(log)
+                expected = [f'{level} {name}: a\\x0ab' for name, levels in {
+                    'mine.jobs': mine, 'mine.other': mine, 'library.part': others,
+                    'root': others}.items() for level in levels.split()]
+                self.assertEqual((status, [line[20:] for line in err.splitlines()]),
+                                 (0, expected))
 
     def test_journal_adds_the_time_itself(self):
         self.ini(GOOD_INI)

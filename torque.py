@@ -4513,8 +4513,23 @@ def get_class_logger(job: Any) -> logging.Logger:
     return logging.getLogger('torque.' + name)
 
 
+class Unset:
+    """Stands for an attribute of a job until Job.__init__() has set it."""
+
+    def __get__(self, job: Any, owner: Any) -> Any:
+        raise AttributeError('config, LOG, engine and dry_run are set by '
+                             'super().__init__(config), which this __init__() does not call')
+
+
+UNSET: Any = Unset()
+
+
 class Job:
     """What built-in jobs share; a plain class with __init__(config) and run() is a job too."""
+    config: Settings = UNSET
+    LOG: logging.Logger = UNSET
+    engine: Engine = UNSET
+    dry_run: bool = UNSET
     options: Any = None                 # None: any option is taken, as the ini has it
     section = ''                        # the ini section that gives options their defaults
     families: tuple[str, ...] = ()      # beginnings of options that may have any name
@@ -4523,7 +4538,7 @@ class Job:
     def __init__(self, config: Settings):
         self.config = config
         self.LOG = get_class_logger(self)
-        self.engine: Engine = config.engine
+        self.engine = config.engine
         self.dry_run = bool(config.dry_run)
 
     def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
@@ -6524,6 +6539,8 @@ def import_handler(text):
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
+    # What it says by its own name is as much of the job as what the job says by LOG.
+    logging.getLogger(path.partition('.')[0]).setLevel(logging.getLogger('torque').level)
     try:
         __import__(path)
     except (Exception, SystemExit) as error:    # whatever the module does when imported
@@ -7015,6 +7032,20 @@ def clean_up(name, job):
         logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
 
 
+def require_run(run):
+    """Raise UserError where what a job has as run() cannot be called, or would do nothing."""
+    import inspect
+    if not callable(run):
+        raise UserError('the class has no run()')
+    if (inspect.iscoroutinefunction(run) or inspect.isgeneratorfunction(run)
+            or inspect.isasyncgenfunction(run)):
+        raise UserError('run() is async or holds a yield: calling it would do nothing')
+    try:
+        inspect.signature(run, follow_wrapped=False).bind()
+    except (TypeError, ValueError) as error:
+        raise UserError(f'run() is called without arguments: {error}') from None
+
+
 def make_job(planned):
     """Return the object of a job; raises UserError."""
     try:
@@ -7023,8 +7054,7 @@ def make_job(planned):
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f'it cannot be made: {origin(error)}') from None
-    if not callable(getattr(job, 'run', None)):
-        raise UserError('the class has no run()')
+    require_run(getattr(job, 'run', None))
     return job
 
 
@@ -7657,7 +7687,7 @@ class Daemon:
 
     def status(self) -> dict:
         """Return the state of the daemon, its rTorrents and its jobs; times in Unix seconds."""
-        handler = logging.getLogger('torque').handlers[0]
+        handler = logging.getLogger().handlers[0]
         jobs = []
         for _, task in sorted(self.scheduler.tasks.items()):
             job = {name: getattr(task, name) for name in task.TOLD}
@@ -8053,7 +8083,7 @@ class LogTail(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: collections.deque = collections.deque(maxlen=LOG_SHOWN)
-        root = logging.getLogger('torque')
+        root = logging.getLogger()
         self.setFormatter(root.handlers[0].formatter)
         root.addHandler(self)
 
@@ -8694,7 +8724,7 @@ class LogFormat(logging.Formatter):
         super().__init__(form, '%Y-%m-%d %H:%M:%S')
 
     def format(self, record) -> str:
-        record.job = one_line(record.name.partition('.')[2] or record.name)
+        record.job = one_line(re.sub(r'^torque\.', '', record.name))
         record.text = scrubbed(one_line(record.getMessage()))
         return super().format(record)
 
@@ -8740,10 +8770,14 @@ def set_up_log(level, log_file: str | None) -> None:
     if log_file:
         handler = log_file_handler(log_file)
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
-    root = logging.getLogger('torque')
+    logging.getLogger('torque').setLevel(level)
+    # What modules of jobs and libraries log goes there as well.
+    root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.propagate = False
+    # Without -v, libraries tell of nothing but trouble.
     root.setLevel(level)
+    if level == logging.INFO:
+        root.setLevel(logging.WARNING)
 
 
 def find_ini() -> str:
