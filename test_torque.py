@@ -6775,18 +6775,17 @@ class CommandLineTest(ConfigCase):
             """)
         self.ini(GOOD_INI.replace('good:Plain', 'mine.jobs:Job'))
         log, every = os.path.join(self.folder, 'log'), 'DEBUG INFO WARNING'
-        for words, mine, others in (
-                ([], 'INFO WARNING', 'WARNING'), (['-q'], 'WARNING', 'WARNING'),
-                (['-v'], every, every), (['--debug'], every, every),
-                (['--log-file', log], 'INFO WARNING', 'WARNING')):
+        for words, levels in (
+                ([], 'INFO WARNING'), (['-q'], 'WARNING'), (['-v'], every), (['--debug'], every),
+                (['--log-file', log], 'INFO WARNING')):
             with self.subTest(words=words):
                 status, out, err = self.command(*RUN, *words)
                 if '--log-file' in words:
                     self.assertEqual(err, '')
                     err = open_text(log)
-                expected = [f'{level} {name}: a\\x0ab' for name, levels in {
-                    'mine.jobs': mine, 'mine.other': mine, 'library.part': others,
-                    'root': others}.items() for level in levels.split()]
+                expected = [f'{level} {name}: a\\x0ab'
+                            for name in ('mine.jobs', 'mine.other', 'library.part', 'root')
+                            for level in levels.split()]
                 self.assertEqual((status, [line[20:] for line in err.splitlines()]),
                                  (0, expected))
 

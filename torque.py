@@ -4583,9 +4583,6 @@ class Job:
         return answer
 
 
-
-
-
 def rate_text(way, rate: int | None, limit: int | None) -> str:
     """Return a rate and its limit in bytes a second; a limit of 0 is none.
 
@@ -4954,9 +4951,6 @@ def sort_key(name, torrent) -> tuple:
     if value is None:
         return ()
     return isinstance(value, str), value
-
-
-
 
 
 def in_order(torrents, keys: list[tuple[str, bool]]):
@@ -6539,8 +6533,6 @@ def import_handler(text):
     if not re.fullmatch(r'[^\W\d][\w.]*:\w+', handler):
         raise UserError(f'{text!r} is no handler; allowed is module.path:ClassName')
     path, name = handler.split(':')
-    # What it says by its own name is as much of the job as what the job says by LOG.
-    logging.getLogger(path.partition('.')[0]).setLevel(logging.getLogger('torque').level)
     try:
         __import__(path)
     except (Exception, SystemExit) as error:    # whatever the module does when imported
@@ -7054,7 +7046,8 @@ def make_job(planned):
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f'it cannot be made: {origin(error)}') from None
-    require_run(getattr(job, 'run', None))
+    if planned.make not in BUILT_IN.values():
+        require_run(getattr(job, 'run', None))
     return job
 
 
@@ -8770,14 +8763,10 @@ def set_up_log(level, log_file: str | None) -> None:
     if log_file:
         handler = log_file_handler(log_file)
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
-    logging.getLogger('torque').setLevel(level)
-    # What modules of jobs and libraries log goes there as well.
+    # What modules of jobs, and libraries, log by other names goes there as well.
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    # Without -v, libraries tell of nothing but trouble.
     root.setLevel(level)
-    if level == logging.INFO:
-        root.setLevel(logging.WARNING)
 
 
 def find_ini() -> str:
