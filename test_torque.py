@@ -1925,14 +1925,17 @@ class TorrentsTest(Folder):
                 self.assertEqual(function(*args), wanted)
 
     def test_tracker_has_short_name(self):
-        aliases = {'PBT': ['http://t.pbt/', 'udp://x'], 'KEY': ['http://key.in:80/announce']}
+        aliases = {'PBT': ['http://t.pbt/', 'udp://x'], 'KEY': ['http://key.in:80/announce'],
+                   'BARE': ['Bare.org'], 'NONE': []}
         self.check(torque.tracker_alias, [
             (url, aliases, wanted) for url, wanted in (
                 ('http://t.pbt/announce?k=1', 'PBT'), ('udp://x:80', 'PBT'), ('', ''),
                 ('http://key.in:80/0123/announce', 'KEY'), ('http://key.in/announce', 'key.in'),
                 ('http://T.Example.org:6969/a', 'example.org'), ('http://10.0.0.1:80/', '10.0.0.1'),
                 ('http://[::1]:80/', '[::1]'), ('http://localhost/', 'localhost'),
-                ('https://a.b.example.co.uk/', 'example.co.uk'), ('udp://u:p@a.b.c:1', 'b.c'))])
+                ('https://a.b.example.co.uk/', 'example.co.uk'), ('udp://u:p@a.b.c:1', 'b.c'),
+                ('udp://Tracker.Bare.org:7/a?b', 'BARE'), ('http://bare.org/', 'BARE'),
+                ('http://rebare.org/', 'rebare.org'))])
 
     def test_times_are_worked_out(self):
         self.check(torque.first_number, [(0, '', 0), ('0', 7, 7), ('12', 7, 12), ('x', '-3', 0)])
@@ -3602,6 +3605,11 @@ class MetafileTest(Folder):
         found = torque.read_metafile(self.write('b.torrent', content))
         self.assertEqual((found.info_hash, found.main_file), (info_hash, 'b.mkv'))
 
+    def refused(self, words, *contents):
+        for content in contents:
+            with self.subTest(content[:200]), self.assertRaisesRegex(ValueError, words):
+                torque.read_metafile(self.write('x.torrent', content))
+
     def test_wrong_files_are_refused(self):
         good = metafile('good')[0]
         table = {
@@ -3611,14 +3619,10 @@ class MetafileTest(Folder):
                 b'le', b'i1e', b'1:a', b'd4:infolee', b'd4:info1:ae'],
             'no `info`': [b'de', b'd1:a1:be'],
             'no usable `name`': [metafile(name)[0] for name in ('', '..', 'a/b', 'a\0b', [], 5)],
-            'no pieces, or no length': [
-                metafile('a', 1, **{key: value})[0] for key, value in (
-                    ('pieces', b'x'), ('pieces', b''), ('pieces', 5), ('length', b'1'))],
-            'not in order': [good.replace(b'6:lengthi1e4:name4:good', b'4:name4:good6:lengthi1e')]}
+            'not in order': [good.replace(b'6:lengthi1e4:name4:good', b'4:name4:good6:lengthi1e'),
+                             good.replace(b'4:name', b'4:name1:x4:name')]}
         for words, contents in table.items():
-            for content in contents:
-                with self.subTest(content[:60]), self.assertRaisesRegex(ValueError, words):
-                    torque.read_metafile(self.write('x.torrent', content))
+            self.refused(words, *contents)
         os.mkfifo(self.folder + '/pipe')
         for path in ('pipe', '.'):
             with self.subTest(path), self.assertRaisesRegex(ValueError, 'no regular file'):
@@ -3627,9 +3631,76 @@ class MetafileTest(Folder):
                 self.assertRaisesRegex(ValueError, 'larger than 10 B'):
             torque.read_metafile(self.write('x.torrent', good))
 
+    def test_what_rtorrent_does_not_take_is_refused(self):
+        def one(**info):
+            info = {key.replace('_', ' '): value for key, value in info.items()}
+            info = {'name': 'a', 'piece length': 16384, 'pieces': bytes(20), 'length': 1, **info}
+            return bencode({'info': info})
+
+        def several(*paths, lengths=()):
+            files = [{'path': path, 'length': length}
+                     for path, length in itertools.zip_longest(paths, lengths, fillvalue=1)]
+            return one(length=b'', files=files)
+        table = {
+            'no pieces, or no usable `piece length`': [
+                one(pieces=b''), one(pieces=5), *(one(piece_length=length) for length in (
+                    -16384, 0, 1024, b'x'))],
+            'its 1 pieces are not those of 16385 bytes': [one(length=16385)],
+            'its 1 pieces are not those of 0 bytes': [
+                several(), one(length=0), one(length=b'1'), one(length=[]), one(files=b'x')],
+            'its 2 pieces are not those of 1 bytes': [one(pieces=bytes(40))],
+            'its 0.05 pieces': [one(pieces=b'x')],
+            'its 1 pieces are not those of -9': [one(length=-9), one(length=-99999)],
+            "path or length of the file 'a/.*' in it is not usable": [
+                several(path) for path in (['a', '', 'b'], ['a/b'], ['a\0b'], ['a', '..', 'b'],
+                                           ['a', '.', 'c'])],
+            "path or length of the file '.*' in it is not usable": [
+                several(path) for path in ([''], ['..'])],
+            "path or length of the file 'b'": [several(['a'], ['b'], lengths=(9, -1))],
+            'a file in it has no path, or no length': [
+                several('a'), several([]), several([5]), several(5), several({'a': 'b'}),
+                several(['a'], lengths=[b'1']),
+                one(files=[{'length': 1}]), one(files=[{'path': ['a']}]), one(files=[7, b'x'])],
+            "'a' and 'a' cannot both be files: rTorrent would abort": [
+                several(['a'], ['a']), several(['a'], ['b'], ['c'], ['a'])],
+            "'d/a' and 'd/a/b/c' cannot both": [
+                several(['d', 'a', 'b', 'c'], ['d', 'a.x'], ['d', 'a']),
+                several(['d', 'a'], ['d', 'a b'], ['d', 'a', 'b', 'c'])],
+            'it has no v1 part': [one(pieces=b'', **{'file tree': {'a': {}}, 'meta version': 2})]}
+        for words, contents in table.items():
+            self.refused(words, *contents)
+        torque.parse_metafile(several(['a', 'b'], ['a', 'c'], ['A'], ['.a'], ['a.b'], ['..b']))
+        padding = {'path': ['.pad', '9'], 'length': 9, 'attr': 'p'}
+        files = [{'path': ['a'], 'length': 1}, padding, {'path': ['b'], 'length': 1}, padding]
+        self.assertEqual(torque.parse_metafile(one(files=files)).main_file, '9')
+
+    def test_magnet_is_read(self):
+        def read(uri):
+            found = torque.parse_metafile(bencode({'magnet-uri': uri}))
+            return found.info_hash, found.name, found.tracker, [*found.files()]
+        wanted = '0123456789' * 4
+        for uri, tracker in ((f'magnet:?xt=urn:btih:{wanted}', ''), (
+                f'magnet:?dn=x&tr=http%3A%2F%2Fa%2F&tr=b&xt=urn:btih:{wanted}&x=y', 'http://a/')):
+            self.assertEqual(read(uri), (wanted, wanted + '.meta', tracker, []))
+        self.assertEqual(read('magnet:?xt=urn:btih:' + 'abcdefghijklmnopqrstuvwxyz234567')[0],
+                         '00443214C74254B635CF84653A56D7C675BE77DF')
+        self.refused('no `info`', *(bencode({'magnet-uri': uri}) for uri in (
+            5, '', 'magnet:?xt=urn:btih:' + 'a' * 41, 'magnet:?xt=urn:btmh:' + 'a' * 40)))
+
+    def test_tracker_is_the_first(self):
+        for tiers, wanted in (
+                ([['u', 'v'], ['w']], 'u'), ([[], ['', 'v'], []], 'v'), ([['é']], 'é'),
+                (['u'], 'u'), ('u', 'u'), ([[], [[]]], ''), ([], ''), ([5], ''), (5, '')):
+            with self.subTest(tiers):
+                for announce in '', b'', 'x', 5:
+                    content = metafile('a', announce=announce)[0]
+                    content = b'd13:announce-list%s%s' % (bencode(tiers), content[1:])
+                    self.assertEqual(torque.parse_metafile(content).tracker,
+                                     'x' if announce == 'x' else wanted)
+
     def test_memory_is_bounded(self):
         size = 1 << 15
-        info = b'd5:filesl%se4:name1:x12:piece lengthi1e6:pieces20:%se'
+        info = b'd5:filesl%se4:name1:x12:piece lengthi16384e6:pieces20:%se'
         for unit in (b'le', b'de', b'0:', b'i1e', b'2:ab', b'd6:lengthi1e4:pathl1:aee',
                      b'd4:pathl1:a1:b1:cee'):
             files = unit * (size // len(unit))
@@ -3643,9 +3714,15 @@ class MetafileTest(Folder):
                 tracemalloc.stop()
                 self.assertLess(peak, 6 * len(content))
         entry = b'd6:lengthi1e4:pathl%see' % (b'1:a' * 30000)
-        found = torque.parse_metafile(b'd4:info%se' % (info % (entry, bytes(20))))
         with self.assertRaisesRegex(ValueError, 'takes 90021 bytes to describe'):
-            list(found.files())
+            torque.parse_metafile(b'd4:info%se' % (info % (entry, bytes(20))))
+        files = b''.join(b'd6:lengthi1e4:pathl4:%04dee' % number for number in range(10000))
+        content = b'd4:info%se' % (info % (files, bytes(20)))
+        tracemalloc.start()
+        self.assertEqual(torque.parse_metafile(content).main_file, '0000')
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.assertLess(peak, 6 * len(content))
 
     def test_fuzz_gives_value_or_error(self):
         chance, good = random.Random(7), metafile('fuzz', {'a/b': 99999})[0]
@@ -4053,7 +4130,8 @@ class WatchTest(Folder):
             self.assertEqual(methods('d.start', 'e.start'),
                              ['load.start', 'load.raw_start', 'load.raw_start'])
             with mock.patch.object(self.engine, 'tell', side_effect=torque.Unreachable('')):
-                self.drop('large.torrent', metafile('large', pieces=bytes(2000000))[0])
+                self.drop('large.torrent', metafile(
+                    'large', pieces=bytes(2000000), length=100000 << 14)[0])
                 self.look(job)
             self.assertTrue(self.logged('large', '1.9 MiB are more than rTorrent takes'))
             self.engine.takes = 'nothing'

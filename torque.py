@@ -2290,12 +2290,13 @@ def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
     for alias, beginnings in aliases.items():
         if url.startswith(tuple(beginnings)):
             return alias
-    # else the same server with another passkey
     server = '/'.join(url.split('/', 3)[:3]) + '/'
-    for alias, beginnings in aliases.items():
-        if any((part + '/').startswith(server) for part in beginnings):
-            return alias
     host = TRACKER_HOST.match(url)[1].lower()           # type: ignore[index]
+    for alias, beginnings in aliases.items():
+        for part in beginnings:
+            # the same server with another passkey, or a host of this domain
+            if (part + '/').startswith(server) or f'.{host}'.endswith(f'.{part.lower()}'):
+                return alias
     domain = DOMAIN.search(host)
     if domain:
         return domain[0]
@@ -3022,7 +3023,13 @@ def list_torrents(engine: Engine, view: str, names: Iterable[str],
 # skipped where they lie, and only those that somebody needs are built.
 BENCODED = re.compile(rb'i(0|-?[1-9][0-9]{0,18})e|(0|[1-9][0-9]{0,9}):|[ld]')
 UNUSABLE_NAME = re.compile(rb'\.{0,2}|.*[/\0].*', re.S)
+OUTER_KEYS = (b'announce', b'announce-list', b'info', b'magnet-uri')
+INFO_KEYS = (b'name', b'length', b'pieces', b'piece length', b'files', b'file tree')
+# What stands before the first text of a list of lists
+NO_TEXT = re.compile(rb'(?:[le]|0:)*')
+MAGNET_HASH = re.compile('[?&]xt=urn:btih:([0-9a-fA-F]{40}|[a-zA-Z2-7]{32})(?![^&])')
 METAFILE_LIMIT = 16 << 20               # bytes
+LEAST_PIECE = 1025                      # bytes; rTorrent takes no smaller pieces
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
 
@@ -3032,6 +3039,14 @@ def bencoded_text(content, at=0):
     if not head or not head[2]:
         return None
     return content[head.end():head.end() + int(head[2])]
+
+
+def bencoded_number(content, at=0):
+    """Return the whole number that begins there; None for anything else."""
+    head = BENCODED.match(content, at)
+    if not head or not head[1]:
+        return None
+    return int(head[1])
 
 
 def bencoded_end(content, at, depth=0):
@@ -3085,72 +3100,147 @@ def bdecode(content, at=0):
         members = bencoded_members(content, at)
         return {key: bdecode(content, start) for key, start, _ in members}
     if head == b'i':
-        return int(content[at + 1:content.index(b'e', at)])
+        return bencoded_number(content, at)
     return bencoded_text(content, at)
 
 
+def bencoded_files(content, at) -> Iterator[Any]:
+    """Give what a metafile says of each of several files: b'path', b'length', and more."""
+    if content[at:at + 1] == b'l':
+        for start, end in bencoded_items(content, at):
+            if end - start > MOST_IN_ENTRY:
+                raise ValueError(f'a file that takes {end - start} bytes to describe')
+            yield bdecode(content, start)
+
+
+def shown_path(path):
+    """Return a path, whose parts stand between NULs, for a message."""
+    return quoted(path.replace(b'\0', b'/').decode('utf-8', 'replace'))
+
+
+def sum_up(files) -> tuple[int, bytes]:
+    """Return the size of several files, and the name of the largest.
+
+    ValueError where rTorrent does not take them, or aborts: 0.9.8 and 0.16 do so where a file has
+    the path of another, or lies below it.
+    """
+    paths = []
+    size, most, largest = 0, -1, b''
+    for entry in files:
+        try:
+            parts, length = entry[b'path'], entry[b'length']
+            path, name = b'\0'.join(parts), parts[-1]
+            is_wrong = length < 0 or any(map(UNUSABLE_NAME.fullmatch, parts))
+            is_padding = b'p' in entry.get(b'attr', b'')
+        except (TypeError, LookupError):
+            raise ValueError('a file in it has no path, or no length') from None
+        if is_wrong:
+            raise ValueError(f'path or length of the file {shown_path(path)} in it is not usable')
+        size += length
+        if length > most:
+            most, largest = length, name
+        # Padding (BEP 47) has the same path again and again; rTorrent lives with that.
+        if not is_padding:
+            paths.append(path)
+    # In order, what lies below a file, or is the same, comes right after it.
+    paths.sort()
+    for path, other in zip(paths, itertools.islice(paths, 1, None)):
+        if (other + b'\0').startswith(path + b'\0'):
+            raise ValueError(f'{shown_path(path)} and {shown_path(other)} cannot both be files: '
+                             'rTorrent would abort')
+    return size, largest
+
+
 class Metafile(NamedTuple):
-    """What a .torrent file says."""
+    """What a .torrent file says; bytes that are no UTF-8 are surrogates in its texts."""
     content: bytes
     info_hash: str
-    name: str                           # bytes that are no UTF-8 are surrogates in it
+    name: str
     tracker: str
-    sizes: bytes                        # list of files, or length of one, as it stands there
+    main_file: str                      # name of the largest file
+    files_at: int                       # where its list of files stands; 0: it has one file
 
-    def files(self) -> Iterator[Any]:
-        """Give what it says of each file of several: b'path' and b'length', if it is in order."""
-        if self.sizes.startswith(b'l'):
-            for start, end in bencoded_items(self.sizes, 0):
-                if end - start > MOST_IN_ENTRY:
-                    raise ValueError(f'a file that takes {end - start} bytes to describe')
-                yield bdecode(self.sizes, start)
-
-    @property
-    def main_file(self) -> str:
-        """Return the name of the largest file."""
-        largest, most = self.name, -1
-        for entry in self.files():
-            with contextlib.suppress(KeyError, TypeError, IndexError, AttributeError):
-                length = entry[b'length']
-                if length > most:
-                    largest = entry[b'path'][-1].decode('utf-8', 'surrogateescape')
-                    most = length
-        return largest
+    def files(self):
+        """Give what it says of each file of several: b'path' and b'length'."""
+        return bencoded_files(self.content, self.files_at)
 
 
-def parse_metafile(content: bytes) -> Metafile:
-    """Return what the bytes of a metafile say; ValueError when they are none, or not whole."""
-    import hashlib
-    outer = dict.fromkeys((b'announce', b'info'), b'')
-    for key, start, end in bencoded_members(content, 0):
-        if key in outer:
-            outer[key] = content[start:end]
-    info, last = outer[b'info'], b''
-    if not info:
+def first_text(content, start, end) -> str:
+    """Return a text, or the first one in lists of lists; '' without one."""
+    at = NO_TEXT.match(content, start, end).end()       # type: ignore[union-attr]
+    if at == end:
+        return ''
+    return (bencoded_text(content, at) or b'').decode('utf-8', 'surrogateescape')
+
+
+def parse_magnet(content, uri) -> Metafile:
+    """Return what a magnet link says of its item, as rTorrent has it until the rest is there."""
+    import base64
+    import urllib.parse
+    found = MAGNET_HASH.search(uri)
+    if not found:
         raise ValueError('no `info` in it')
-    facts = dict.fromkeys((b'name', b'length', b'pieces', b'files'), b'')
-    for key, start, end in bencoded_members(info, 0):
+    info_hash = found[1].upper()
+    if len(info_hash) == 32:
+        info_hash = base64.b32decode(info_hash).hex().upper()
+    name = f'{info_hash}.meta'
+    _, _, tracker = uri.partition('&tr=')
+    tracker = urllib.parse.unquote(tracker.partition('&')[0])
+    return Metafile(content, info_hash, name, tracker, name, 0)
+
+
+def info_facts(content, at) -> dict[bytes, int]:
+    """Return where the values of INFO_KEYS stand in an `info`; 0 for one that it does not have."""
+    facts, last = dict.fromkeys(INFO_KEYS, 0), b''
+    for key, start, _ in bencoded_members(content, at):
         # rTorrent writes them in order, and the info-hash would be another one.
-        if key < last:
+        if key <= last:
             raise ValueError('the keys of `info` are not in order')
         last = key
         if key in facts:
-            facts[key] = info[start:end]
+            facts[key] = start
+    return facts
+
+
+def parse_metafile(content: bytes) -> Metafile:
+    """Return what the bytes of a metafile say.
+
+    ValueError when they are none, or not whole, or not what rTorrent takes.
+    """
+    import hashlib
+    outer = dict.fromkeys(OUTER_KEYS, (0, 0))
+    for key, start, end in bencoded_members(content, 0):
+        if key in outer:
+            outer[key] = start, end
+    begin, end = outer[b'info']
+    if not begin:
+        uri = first_text(content, *outer[b'magnet-uri'])
+        return parse_magnet(content, uri[:MOST_IN_ENTRY])
+    facts = info_facts(content, begin)
     # The name becomes a file or folder, so it has to be one name.
-    name = bencoded_text(facts[b'name'])
+    name = bencoded_text(content, facts[b'name'])
     if name is None or UNUSABLE_NAME.fullmatch(name):
         raise ValueError('no usable `name` in it')
-    pieces = bencoded_text(facts[b'pieces'])
-    sizes = facts[b'files'] or facts[b'length']
-    if not pieces or len(pieces) % 20 or not sizes.startswith((b'l', b'i')):
-        raise ValueError('no pieces, or no length in it')
-    tracker = bencoded_text(outer[b'announce']) or b''
+    pieces = bencoded_text(content, facts[b'pieces'])
+    if not pieces and facts[b'file tree']:
+        raise ValueError('it has no v1 part, which rTorrent needs')
+    piece_length = bencoded_number(content, facts[b'piece length']) or 0
+    if not pieces or piece_length < LEAST_PIECE:
+        raise ValueError('no pieces, or no usable `piece length` in it')
+    size, main_file = bencoded_number(content, facts[b'length']) or 0, name
+    if facts[b'files']:
+        size, main_file = sum_up(bencoded_files(content, facts[b'files']))
+    # No files, and less than no bytes, have no pieces.
+    if len(pieces) != 20 * -(-size // piece_length):
+        raise ValueError(f'its {len(pieces) / 20:g} pieces are not those of {size} bytes')
+    texts = [first_text(content, *outer[key]) for key in (b'announce', b'announce-list')]
     return Metafile(
         content,
-        hashlib.sha1(info).hexdigest().upper(),
+        hashlib.sha1(memoryview(content)[begin:end]).hexdigest().upper(),
         name.decode('utf-8', 'surrogateescape'),
-        tracker.decode('utf-8', 'surrogateescape'),
-        sizes)
+        texts[0] or texts[1],
+        main_file.decode('utf-8', 'surrogateescape'),
+        facts[b'files'])
 
 
 def read_metafile(path: str) -> Metafile:
