@@ -4371,7 +4371,7 @@ class Double:
     """
     aliases, session_path, views, takes = {'T': ['http://t/']}, '/session/', (), 'load.'
     address = types.SimpleNamespace(where='double', kind='http', is_local=lambda: False)
-    same_files, cwd = True, '/cwd'
+    same_files, cwd, methods = True, '/cwd', frozenset()
     FILES = [['a.mkv', 90, 1], ['b.txt', 10, 1]]
     TRACKERS = [['http://off/', 0, 9, 9, 5, 0], ['http://t/x', 1, 3, 4, 2, 1],
                 ['dht://', 1, 0, 0, 0, 0]]
@@ -5357,6 +5357,18 @@ class Live(Folder):
 
 
 class LiveActionTest(Live):
+    def test_missing_commands_are_found(self):
+        engine = self.server.engine
+        for kind in 'simple', 'simple|private':
+            self.proxy.method.insert('', f'd.my_{len(kind)}', kind, 'd.hash=')
+        engine.reach()
+        engine.look()
+        settings = {'matcher': 'd_nosuch=1 d_my_14=x *', 'action': 'exec',
+                    'args': 'd.stopp= ; d.stop= ; d.my_6=;d.my_14='}
+        job = make_job(torque.Action, engine, self.path('state'), **settings)
+        self.assertEqual([line.partition(';')[0] for line in job.check()], [
+            f"rTorrent has no command '{name}'" for name in ('d.nosuch', 'd.stopp')])
+
     def test_hostile_names_arrive_whole(self):
         hashes = {name: self.server.load(*metafile(name)) for name in INJECTIONS}
         for action, args in (('exec', 'd.custom.set=one,{{name}};d.custom2.set={{name}};'

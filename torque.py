@@ -4176,6 +4176,8 @@ class Template:
     'A'
     """
 
+    called: frozenset = frozenset()     # commands of rTorrent in it
+
     def __init__(self, text, known=None):
         self.text, self.known = text, known
         # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
@@ -4430,6 +4432,7 @@ class CommandTemplate(Template):
         name, rest = command.groups()
         if OF_ITEM.fullmatch(name):
             raise UserError(f'd. is missing before {name}; write d.{name}=')
+        self.called |= {name}
         if not name.startswith('f.multicall') and FILELESS.search(LISTING.sub('', text)):
             raise UserError('an f. command without a file makes rTorrent abort; allowed is e.g. '
                             'f.multicall=*.nfo,f.priority.set=2')
@@ -4648,6 +4651,17 @@ class Job:
     def check(self) -> list[str]:
         """Return what the job needs and does not find, a line each; for --check."""
         return []
+
+    def unknown_commands(self, names) -> list[str]:
+        """Return a line for each command that rTorrent does not have, where it answers."""
+        methods = self.engine.methods
+        if not methods:
+            return []
+        names = sorted({*names} - methods)
+        # Private ones of the rc are not listed, but told.
+        bodies = self.engine.ask([('method.get', '', name) for name in names])
+        return [f'rTorrent has no command {name!r}{nearest(name, methods)}'
+                for name, body in zip(names, bodies) if isinstance(body, RpcError)]
 
     def outlook(self) -> list[str]:
         """Return what the job is going to do, or leaves alone, a line each; for the page."""
@@ -5058,6 +5072,7 @@ class Choice(Job):
         Option('matcher', parse_condition, '', 'condition that a torrent must meet'),
         Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
     fields: tuple = ()                  # what the job needs to know of a torrent, too
+    called: frozenset = frozenset()     # commands of rTorrent in its templates
     deletes = False                     # then it says more of what it leaves alone
     removes = False                     # does it touch data?
     FRESH = 1.0                         # seconds that a list may be old
@@ -5080,6 +5095,7 @@ class Choice(Job):
             for name in template.names:
                 torrent_field(name)
         self.fields += template.names
+        self.called |= template.called
         return template
 
     def chosen(self):
@@ -5090,11 +5106,14 @@ class Choice(Job):
         return in_order(torrents, config.sort)
 
     def check(self) -> list[str]:
-        missing = super().check()
-        view, views = self.config.viewname or self.config.view, self.engine.views
+        config, views = self.config, self.engine.views
+        view, missing = config.viewname or config.view, super().check()
         if view and views and view not in views:
             missing.append(f'rTorrent has no view {view!r}{nearest(view, views)}')
-        return missing
+        fields = [*self.fields, *config.matcher.fields, *dict(config.sort)]
+        needs = sum([torrent_field(name).needs for name in fields], ())
+        columns = [need.partition('=')[0] for need in needs if need.startswith('d.')]
+        return missing + self.unknown_commands([*self.called, *columns])
 
     def engines(self) -> list[Engine]:
         """Return all rTorrents of the configuration, that of the job among them."""
