@@ -2469,7 +2469,24 @@ class QueueTest(Folder):
         with mock.patch.object(torque, 'disk_of', lambda path: disks[path]):
             job = self.queue(items, room='100b', start_at_once=8, sort='name')
             self.assertEqual(self.started(job), [2, 4, 7])
-        self.assertTrue(self.logged('no room for', 'n1'))
+            self.assertEqual(self.logged('no room'), [
+                f"INFO queue: no room for 'n1' {HASH(1)}, which needs 650 B: 1000 B are free at "
+                "'/a'"])
+            job = self.queue(items[3:4], room='100b')
+            self.assertEqual(self.started(job) + self.started(job), [])
+            self.engine.same_files = False
+            job = self.another(room='100b')
+            self.assertEqual(self.started(job), [])
+        self.assertEqual([line.partition(': it ')[2] for line in self.logged('no room')[1:]], [
+            "is not known what is free at '/gone'"] * 2)
+
+    def test_room_of_a_missing_folder_is_not_known(self):
+        items = [{'d.directory': '/no/folder', 'd.left_bytes': 1},
+                 {'d.directory': self.folder, 'd.left_bytes': 1},
+                 {'d.directory': self.folder + '/new', 'd.is_multi_file': 1, 'd.left_bytes': 1}]
+        job = self.queue(items, room='1b', start_at_once=8, sort='name')
+        self.assertEqual(self.started(job), [1, 2])
+        self.assertTrue(self.logged('INFO', 'no room', "'n0'", 'not known', '/no/folder/n0'))
 
     def test_client_is_told(self):
         for settings, words in (({}, ["torque: started 'a\\\\nb'"]), ({'quiet': 'yes'}, []),
@@ -4382,6 +4399,9 @@ class Double:
             self.items[HASH(number)] = {'d.hash': HASH(number), 'd.name': f'n{number}', **item}
 
     def reach(self):
+        pass
+
+    def say_once(self, text):
         pass
 
     def has_view(self, view):

@@ -5227,12 +5227,13 @@ class QueueManager(Choice):
         where = self.engine.address.where
         self.turn = self.turns.setdefault(where, threading.Lock())
         if config.room:
-            self.fields = ('left', 'path')
+            self.fields = ('left', 'path', 'free')
         self.running = Filter(self.RUNNING)
         self.counted = Filter('*')              # which of the running items take a place
         if config.downloading:
             self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
         self.not_started: set[str] = set()      # hashes of what did not start the last time
+        self.no_room_for = ''                   # hash of what the log says waits for room
         self.file = config.state_file('last_start')
         self.last_start = 0.0
         with contextlib.suppress(OSError, ValueError):
@@ -5309,16 +5310,30 @@ class QueueManager(Choice):
         for torrent in running:
             device, _ = disk_of(torrent.path)
             coming[device] += torrent.left
-        fitting = []
+        fitting, waiting = [], []
         for torrent in torrents:
-            device, free = disk_of(torrent.path)
-            rest = (free or 0) - coming[device] - torrent.left
+            device, _ = disk_of(torrent.path)
+            rest = (torrent.free or 0) - coming[device] - torrent.left
             if rest < self.config.room:
-                self.LOG.debug('no room for %s', torrent)
+                waiting.append(torrent)
                 continue
             coming[device] += torrent.left
             fitting.append(torrent)
+        self.remember(waiting, 'no room')
+        for torrent in waiting[:1]:
+            self.tell_of_room(torrent)
         return fitting
+
+    def tell_of_room(self, torrent):
+        """Say that an item waits for room, once."""
+        if torrent.hash == self.no_room_for:
+            return
+        self.no_room_for = torrent.hash
+        free = 'it is not known what is free'
+        if torrent.free is not None:
+            free = f'{show_size(torrent.free)} are free'
+        self.LOG.info('no room for %s, which needs %s: %s at %s', torrent,
+                      show_size(torrent.left), free, quoted(torrent.path))
 
     def start(self, torrent) -> bool:
         """Start an item, and note when; raises RpcError when rTorrent does not."""
