@@ -3859,6 +3859,17 @@ class WatchTest(Folder):
                     os.remove(f'{self.root}/{name}')
                     self.engine.items.clear()
 
+    def test_flags_above_the_root_do_not_count(self):
+        for path, names, wanted in (
+                ('start/w', 'a.torrent b/c.torrent', 'normal'), ('w/start', 'a.torrent', 'start'),
+                ('queue/load/w', 'start/a.torrent', 'start')):
+            for name in names.split():
+                with self.subTest(path, name=name):
+                    self.write(f'{path}/{name}', metafile('a')[0])
+                    self.assertEqual(self.look(path=f'{self.folder}/{path}'), [f'load.{wanted}'])
+                    os.remove(f'{self.folder}/{path}/{name}')
+                    self.engine.items.clear()
+
     def test_template_names(self):
         self.engine.aliases = {'TR': ['http://127.0.0.1']}
         job = self.watch(alone=True, path=f'{self.folder}:{self.root}', **{
@@ -3867,7 +3878,8 @@ class WatchTest(Folder):
             'cmd.c': 'print={{watch_path}},{{pathname}},{{label}},{{filetype}},{{traits.show}}'})
         content, tracker = metafile('Some.Show.S01E02.mkv')[0], 'd.custom1.set="TR"'
         for folder, relpath, more in (('TV/x', 'TV/x', [tracker]), ('start', '', []), ('', '', []),
-                                      ('TV/start/x/queue/load', 'TV/start/x', [tracker])):
+                                      ('TV/start/x/queue/load', 'TV/x', [tracker]),
+                                      ('start/load.x/queue', 'load.x', [])):
             with self.subTest(folder):
                 path = os.path.join(self.root, folder, 'x.torrent')
                 self.assertEqual(job.plan(path, torque.parse_metafile(content))[1], [
@@ -3917,7 +3929,9 @@ class WatchTest(Folder):
         self.assertEqual(len(self.loads()), 3)
 
     def test_folders_not_looked_into(self):
-        for name in ('.hidden', '@eaDir', '$RECYCLE.BIN', 'lost+found', 'ok/.stversions'):
+        for name in ('.hidden', '@eaDir', '@eadir', '$RECYCLE.BIN', '$Recycle.Bin', 'Recycled',
+                     '@sharebin', '@__thumb', '@SynoResource', 'lost+found', 'ok/.stversions',
+                     'System Volume Information'):
             self.drop(f'{name}/x.torrent')
         self.write('w/session/rtorrent.lock', '')               # of any rTorrent
         self.drop('session/y.torrent')

@@ -6177,9 +6177,12 @@ class TreeWatch(Job):
         Option('cmd.NAME', str, '', 'command for the new item, a template; cmd_NAME too'))
     at_start = True
     families = ('cmd.', 'cmd_')
-    # Trash and caches of file servers and file systems; so are all that begin with a dot.
-    SKIPPED = ('@eaDir', '@tmp', '@Recycle', '@Recently-Snapshot', '#recycle', '#snapshot',
-               '$RECYCLE.BIN', 'RECYCLER', 'System Volume Information', 'lost+found')
+    # Trash and caches of file servers and file systems, in lower case; what begins with a dot is
+    # not looked into either.
+    SKIPPED = ('@eadir|@tmp|@recycle|@recently-snapshot|@sharebin|@synoresource|@upload_cache|'
+               '@__thumb|#recycle|#snapshot|$recycle.bin|recycled|recycler|lost+found|'
+               'system volume information').split('|')
+    FLAGS = ('start', 'load', 'queue')
     METAFILE = re.compile(r'\.(?:load|start|queue|(?i:torrent))\Z')      # flags: lower case
     SESSION_LOCK = 'rtorrent.lock'      # lies in every session folder while it is in use
     TELL = CommandTemplate('print={{told}}', ('told',))
@@ -6341,7 +6344,7 @@ class TreeWatch(Job):
             return
         with os.scandir(folder) as entries:
             for entry in entries:
-                is_skipped = entry.name.startswith('.') or entry.name in self.SKIPPED
+                is_skipped = entry.name.startswith('.') or entry.name.lower() in self.SKIPPED
                 # Links last, so that a folder goes by its own name where it has one in the trees.
                 if entry.is_symlink() and not is_skipped:
                     left.append(entry.path)
@@ -6413,13 +6416,11 @@ class TreeWatch(Job):
 
     def values(self, path, meta) -> dict[str, Any]:
         """Return what templates know of a file."""
-        folder, base = os.path.split(path)
         roots = [root for root in self.roots if path.startswith(os.path.join(root, ''))]
-        root = max(roots, key=len, default=folder)
-        # Flags at its end are no part of a label.
-        while folder != root and os.path.basename(folder) in ('start', 'load', 'queue'):
-            folder = os.path.dirname(folder)
-        relative = folder[len(root):].strip(os.sep)
+        root = max(roots, key=len, default=os.path.dirname(path))
+        *folders, base = path[len(root):].strip(os.sep).split(os.sep)
+        # Flags are no part of a label.
+        relative = os.sep.join([folder for folder in folders if folder not in self.FLAGS])
         ending = os.path.splitext(meta.main_file)[1]
         kind = ending[1:]
         traits = name_traits(meta.name, kind.lower())
@@ -6435,7 +6436,7 @@ class TreeWatch(Job):
             'info_name': meta.name,
             'filetype': ending,
             'tracker_alias': tracker_alias(meta.tracker, self.engine.aliases),
-            'flags': sorted({*path[1:].split(os.sep), *base.split('.')}),
+            'flags': sorted({os.path.basename(root), *folders, *base.split('.')}),
             'traits': traits,
             'label': label}
 
