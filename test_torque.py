@@ -3603,7 +3603,7 @@ class LiveInfluxDBTest(Folder):
 
 # --- Watch -------------------------------------------------------------------------------------
 
-HOSTILE_NAMES = (
+HOSTILE_FILES = (
     '"; touch pwned; "', '$(touch pwned)', ',d.erase=', 'new\nline', '{{name}}', "it's", 'q"x',
     '$execute.throw=touch,pwned', '`touch pwned`', '(execute.throw,touch,pwned)', '[x]', 'trail ',
     '\\";touch pwned', '{%if x%}', '-rf', 'd.erase=', 'emoji 😀 é', 'tab\t', 'a', 'x', '*', '~',
@@ -3805,8 +3805,14 @@ class WatchTest(Folder):
 
     def test_roots_that_come_and_go(self):
         os.rmdir(self.root)
-        job = self.watch()
-        with self.assertRaisesRegex(torque.LoggableError, "w' cannot be .*: No such file"):
+        job, words = self.watch(), "w' is not there; it is watched when it comes"
+        with self.assertRaisesRegex(torque.LoggableError, words):
+            self.look()                                         # nobody goes on watching
+        shown, = self.watch().check()
+        self.assertIn(words, shown)
+        job.run()                                               # this one does: it is no failure
+        self.assertEqual(len(self.logged('WARNING', words)), 1)
+        with mock.patch.object(self.engine, 'reach', side_effect=torque.Unreachable('away')):
             job.run()
         for leave in (shutil.rmtree, lambda root: os.rename(root, root + '.old')):
             os.mkdir(self.root)
@@ -3815,7 +3821,7 @@ class WatchTest(Folder):
             self.wait_loaded(self.drop(f'{leave.__name__}-2.torrent'))
             del self.lines[:]
             leave(self.root)
-            wait_for(lambda: self.logged('WARNING', "w' cannot be", 'No such file'))
+            wait_for(lambda: self.logged('WARNING', words))
         self.assertEqual(len(self.logged('WARNING')), 1)
 
     def test_passing_errors_are_tried_again(self):
@@ -3979,14 +3985,14 @@ class WatchTest(Folder):
 
     def test_erased_items_stay_away(self):
         """Files that are not tied to their item: loaded by content, or second copies."""
-        file, away = f'{self.root}/[tracker].a.torrent', self.folder + '/a'
+        file, away = f'{self.root}/d/[tracker].a.torrent', self.folder + '/a'
         self.engine.same_files = False
 
         def looks_while_away():
-            os.rename(file, away)
+            os.rename(self.root + '/d', away)
             self.look()
-            os.rename(away, file)
-        self.drop('[tracker].a.torrent', metafile('a')[0])
+            os.rename(away, self.root + '/d')
+        self.drop('d/[tracker].a.torrent', metafile('a')[0])
         for change, wanted in ((lambda: None, ['load.raw']), (lambda: None, []),
                                (lambda: os.utime(file, (1e9, 1e9)), ['load.raw']),
                                (looks_while_away, ['load.raw'])):
@@ -4003,8 +4009,67 @@ class WatchTest(Folder):
         self.assertEqual(self.look(), [])
         self.engine.same_files = True
         info_hash = self.drop('*.torrent')
-        self.look()                                             # tied as soon as that can be
+        self.look()                                             # tied wherever that can be
         self.assertEqual(self.engine.items[info_hash]['d.tied_to_file'], self.root + '/*.torrent')
+
+    def test_erased_items_stay_away_from_files_that_stay(self):
+        """Tied ones, too: rTorrent may not be able to delete the file."""
+        item = self.drop('a.start')
+        for change, wanted in ((lambda: None, ['load.start']), (lambda: None, []),
+                               (lambda: os.utime(self.root + '/a.start'), ['load.start']),
+                               (lambda: shutil.copystat(self.root, self.root + '/a.start'),
+                                ['load.start'])):
+            change()
+            self.assertEqual(self.look(), wanted)
+            self.assertEqual(self.look(), [])                   # it is there, and tied
+            self.engine.items.pop(item, None)
+        self.assertTrue(self.logged('INFO', 'a.start', 'touch it to have it loaded again'))
+
+    def test_rtorrent_is_not_lost_a_third_time(self):
+        info_hash = self.drop('b.torrent')
+        self.drop('a.torrent')
+
+        def dies():
+            raise torque.Unreachable('the connection was closed without an answer')
+        job = self.watch(inotify='no')
+        self.engine.faults = {('load.normal', ''): lambda: 'a.torrent' in str(
+            self.engine.asked[-1]) and dies() or None}
+        for _ in range(2):
+            with self.assertRaises(torque.Unreachable):
+                job.run()
+            with mock.patch.object(self.engine, 'reach', dies), \
+                    self.assertRaises(torque.Unreachable):
+                job.run()                                       # away: nothing was sent
+        self.assertEqual(self.look(job), ['load.normal'])
+        self.assertEqual(list(self.engine.items), [info_hash])
+        self.assertTrue(self.logged('WARNING', 'a.torrent', 'went away twice when it was sent; '
+                                                            'touch it to have it tried again'))
+        self.assertEqual(self.look(job), [])
+        self.engine.faults = {}
+        os.utime(self.root + '/a.torrent')
+        self.assertEqual(self.look(job), ['load.normal'])
+
+    def test_time_is_noted(self):
+        for command, wanted in (('d.custom.set=x,y', 1), ('d.custom.set=tm_loaded,5', 0)):
+            self.drop('a.torrent')
+            del self.engine.asked[:]
+            with mock.patch('time.time', return_value=1e9 + .7):
+                self.watch(alone=True, **{'cmd.x': command}).run()
+            loaded = next(call for call in self.engine.asked if call[0] == 'load.normal')
+            self.assertEqual('d.custom.set=tm_loaded,1000000001' in loaded, wanted)
+            self.assertIn(command, loaded)
+            self.engine.items.clear()
+
+    def test_missing_commands_are_found(self):
+        self.engine.methods = {'d.stop', 'd.custom.set', 'print'}
+        self.engine.faults = {('method.get', ''): torque.RpcError('Key not found.')}
+        job = self.watch(**{'cmd.a': 'd.stop= ; {{if relpath}}d.stopp={{else}}no.such=1{{endif}}',
+                            'cmd.b': 'd.custom.set=a,{{relpath}}; print={{relpath}}'})
+        self.assertEqual(job.check(), [
+            "rTorrent has no command 'd.stopp'; did you mean 'd.stop'?",
+            "rTorrent has no command 'no.such'"])
+        self.engine.faults = {}                                 # they are private ones
+        self.assertEqual(job.check(), [])
 
     def test_files_not_whole_wait(self):
         content, info_hash = metafile('slow', 99999)
@@ -4020,7 +4085,7 @@ class WatchTest(Folder):
             self.wait_loaded(info_hash)
         self.drop('broken.torrent', content[:-1])               # this one stays so
         self.drop('other.torrent', b'<html>', old=True)
-        wait_for(lambda: len(self.logged('WARNING', 'is no metafile')) == 2)
+        wait_for(lambda: len(self.logged('WARNING', 'is not loaded: not bencoded')) == 2)
         job.run()
         self.assertEqual([len(self.logged('WARNING', name)) for name in ('slow', 'broken', 'oth')],
                          [0, 1, 1])
@@ -4058,16 +4123,17 @@ class WatchTest(Folder):
             return scandir(folder)
         with mock.patch('os.scandir', scan), mock.patch.object(
                 torque.Inotify, 'add', side_effect=OSError(28, 'No space')):
-            with self.assertRaises(torque.LoggableError) as caught:
-                job.run()
+            job.run()
+            shown, = self.logged('WARNING')
             for words in ("w' cannot be watched or read: too many inotify watches",
                           "closed' cannot be watched or read: Permission denied",
                           "loop.torrent' cannot be watched or read: Too many levels"):
-                self.assertIn(words, str(caught.exception))
+                self.assertIn(words, shown)
             self.assertEqual(list(self.engine.items), hashes[1:])
         os.remove(self.root + '/loop.torrent')
         job.run()
         self.assertEqual(list(self.engine.items), hashes[::-1])
+        job.cleanup()
         job, info_hash = self.watch(), self.drop('a.torrent')
         with mock.patch.object(torque, 'Inotify', side_effect=OSError(24, 'Too many open files')):
             with self.assertRaisesRegex(torque.LoggableError, 'no inotify, .*Too many open files'):
@@ -4180,8 +4246,9 @@ class WatchTest(Folder):
         self.drop('a.torrent', metafile('emoji 😀\n$d.erase=')[0])
         for settings in ({'dry_run': True}, {'quiet': 'yes'}, {'print_to_client': 'no'}, {}):
             self.engine.items.clear()
+            os.utime(self.root + '/a.torrent')
             self.look(**settings)
-            told = [call[3] for call in self.engine.asked if len(call) > 3]
+            told = [word for call in self.engine.asked for word in call if 'print=' in word]
             self.assertEqual(len(told), int(not settings))
         self.assertIn("print=\"torque: loaded 'emoji 😀\\\\n$d.erase=' from", told[0])
         self.assertTrue(self.logged('dry run, not done: loading'))
@@ -4266,7 +4333,7 @@ class LiveWatchTest(Folder):
 
     def test_names_arrive_whole(self):
         names = {}
-        for name in HOSTILE_NAMES:
+        for name in HOSTILE_FILES:
             content, info_hash = metafile(name)
             names[info_hash] = name
             self.write(f'w/_{name}/{name}.Torrent', content)
@@ -4290,8 +4357,35 @@ class LiveWatchTest(Folder):
             self.assertEqual(program.seen('ERROR'), [])
             self.assertEqual((program.stop(), self.rtorrent.stop(signal.SIGKILL)), (0, -9))
             shutil.rmtree(self.folder + '/session')
+            shutil.rmtree(self.folder + '/state')
             self.assertEqual(len(tree(self.root)), len(names) + 1)
             self.assertFalse(os.path.exists(self.folder + '/pwned') or os.path.exists('pwned'))
+
+    def test_erased_items_stay_away(self):
+        """Those of a folder in which rTorrent can delete nothing, and of a magnet link."""
+        content, info_hash = metafile('stays')
+        self.write('disk/stays.start', content)
+        self.write('disk/m.torrent', bencode({
+            'magnet-uri': f'magnet:?xt=urn:btih:{HASH(9)}&tr=http%3A%2F%2F127.0.0.1%3A1%2Fa'}))
+        mount(self, self.folder + '/disk', self.root)
+        subprocess.run(['mount', '-o', 'remount,ro,bind', self.root], check=True)
+        for command in RTORRENTS:
+            began = int(time.time())
+            program = self.start(command).torque()
+            self.wait_items([info_hash, HASH(9)])
+            self.assertEqual(self.proxy.d.tied_to_file(HASH(9)), self.root + '/m.torrent')
+            for item in info_hash, HASH(9):
+                self.assertGreaterEqual(int(self.proxy.d.custom(item, 'tm_loaded')), began)
+                self.proxy.d.erase(item)
+            self.wait_seen(program, 'loaded', 'stays.start')
+            self.assertEqual(program.stop(), 0)
+            program = self.torque()
+            for name in 'stays.start', 'm.torrent':
+                self.wait_seen(program, name, 'its item was erased')
+            self.assertEqual((self.proxy.download_list(''), program.stop()), ([], 0))
+            self.rtorrent.stop(signal.SIGKILL)
+            for folder in 'session', 'state':
+                shutil.rmtree(self.path(folder))
 
     def test_session_is_left_alone(self):
         """It lies below the watched folder: under its name, through a link, and a bind mount."""

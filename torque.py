@@ -6146,7 +6146,7 @@ def parse_mode(text) -> str:
 class Handled(NamedTuple):
     """What became of a file."""
     state: Any = None                   # its FileState when it was handled
-    item: str = ''                      # hash of its item, if that is not tied to it
+    item: str = ''                      # hash of its item
     error: str = ''                     # why it is to be tried again
 
 
@@ -6204,8 +6204,10 @@ class TreeWatch(Job):
                 with reading(key):
                     self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
+        self.repeats = Repeats()
         self.handled: dict[str, Handled] = {}
-        self.file = config.state_file('untied')
+        self.lost: collections.Counter = collections.Counter()  # FileState -> lost rTorrents
+        self.file = config.state_file('loaded')
         with contextlib.suppress(OSError, ValueError, TypeError):
             with open(self.file, encoding='ascii') as stream:
                 for path, (state, item, _) in json.load(stream).items():
@@ -6230,7 +6232,20 @@ class TreeWatch(Job):
             try:
                 self.start_watching()
             finally:
-                self.look()
+                # A thread that watches goes on to look, and tells when all is well again.
+                if self.thread:
+                    self.look_again()
+                else:
+                    self.look()
+
+    def check(self) -> list[str]:
+        for root in self.roots:
+            try:
+                os.listdir(root)
+            except OSError as error:
+                self.failed(root, error)
+        called = [template.called for template in self.commands]
+        return [*self.trouble.values(), *self.unknown_commands(itertools.chain(*called))]
 
     def cleanup(self):
         """Load nothing any more; a file in progress has a while to end."""
@@ -6272,41 +6287,46 @@ class TreeWatch(Job):
                     pause = self.RETRY
 
     def look_again(self):
-        """Look, say in the log what run() would raise, and tell whether all was well."""
-        before = self.trouble
+        """Look, say in the log what went wrong, and tell whether all was well."""
         try:
             self.look()
-        except Unreachable:
-            # The engine has told it; what else was found is told by the next look.
-            self.trouble = before
-            return False
         except LoggableError as error:
-            if self.trouble != before:
+            if not error.told and self.repeats.deserve_line(str(error)):
                 self.LOG.warning('%s', error)
             return False
-        if before:
-            self.LOG.info('all folders are watched again')
-        return True
+        return not self.trouble
 
     # Looking.
 
     def look(self):
-        """Handle what is new in the trees; raises LoggableError where one cannot be read."""
-        began = time.monotonic()
+        """Handle what is new in the trees; LoggableError where one cannot be read.
+
+        Where a thread watches, it is said in the log instead.
+        """
+        began, before = time.monotonic(), self.trouble
         files = self.scan()
         self.took = time.monotonic() - began
+        if self.thread:
+            self.tell_of_trouble(before)
         for path in self.handled.keys() - files.keys():
             # On another device the disk of the file is not mounted now.
             if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
                 del self.handled[path]
         for path in sorted(files):
-            before = self.handled.get(path, Handled())
-            is_new = before.error or before.state != files[path]
+            last = self.handled.get(path, Handled())
+            is_new = last.error or last.state != files[path]
             if is_new and not self.ended.is_set():
-                self.handled[path] = self.handle(path, files[path], before)
-        self.keep_untied()
-        if self.trouble:
+                self.handled[path] = self.handle(path, files[path], last)
+        self.keep_loaded()
+        if self.trouble and not self.thread:
             raise LoggableError('; '.join(self.trouble.values()))
+
+    def tell_of_trouble(self, before):
+        """Say what cannot be watched or read, where that has changed."""
+        if before and not self.trouble:
+            self.LOG.info('all folders are watched again')
+        elif self.trouble != before:
+            self.LOG.warning('%s', '; '.join(self.trouble.values()))
 
     def scan(self) -> dict[str, FileState]:
         """Return the metafiles below the roots; have their folders watched."""
@@ -6357,10 +6377,12 @@ class TreeWatch(Job):
         if error.errno == errno.ENOSPC:
             why = 'too many inotify watches'
         text = f'{quoted(path)} cannot be watched or read: {why}'
+        is_gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
         if path in self.roots:
+            if is_gone:
+                text = f'{quoted(path)} is not there; it is watched when it comes'
             self.trouble[path] = text
-        # Else it is gone again.
-        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        elif not is_gone:
             self.trouble.setdefault(why, text)
 
     def session_folder(self) -> Identity | None:
@@ -6376,16 +6398,16 @@ class TreeWatch(Job):
                 return identity(os.path.join(engine.cwd, engine.session_path))
         return None
 
-    def keep_untied(self):
-        """Keep for the next start which files were loaded by content, or are a second copy.
+    def keep_loaded(self):
+        """Keep for the next start which files were loaded.
 
-        rTorrent does not delete them with their item. An item that was erased must not come back
-        from them, as long as they stay.
+        rTorrent deletes a file with its item only if it is tied to it, and the folder may be
+        written. An item that was erased must not come back from one that stays.
         """
-        untied = {path: done for path, done in self.handled.items() if done.item}
-        if untied != self.kept and not self.dry_run:
-            replace_file(self.file, json.dumps(untied))
-            self.kept = untied
+        loaded = {path: done for path, done in self.handled.items() if done.item}
+        if loaded != self.kept and not self.dry_run:
+            replace_file(self.file, json.dumps(loaded))
+            self.kept = loaded
 
     # Loading.
 
@@ -6403,7 +6425,7 @@ class TreeWatch(Job):
             age = time.time() - state.modified
             if abs(age) < 2 * self.RETRY and not self.config.alone:
                 return Handled(state, error=str(error))
-            self.LOG.warning('%s is no metafile: %s', name, error)
+            self.LOG.warning('%s is not loaded: %s', name, error)
         except Refused as error:
             self.LOG.warning('%s is not loaded: %s', name, error)
         except Exception as error:
@@ -6467,7 +6489,7 @@ class TreeWatch(Job):
         return self.engine.ask([call])[0]
 
     def load(self, path, state, before, meta) -> str:
-        """Load a metafile unless its item is there, or was; return the item that is not tied."""
+        """Load a metafile unless its item is there, or was; return the hash of the item."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
@@ -6475,14 +6497,15 @@ class TreeWatch(Job):
             # One that rTorrent shows with other characters is not there, and nothing is removed.
             with contextlib.suppress(OSError):
                 if identity(tied) == identity(path):
-                    return ''
+                    return meta.info_hash
             self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
             if self.config.remove_already_added:
                 self.remove(path, state, tied)
-        elif before.item == meta.info_hash and before.state.modified == state.modified:
-            self.LOG.info('%s was loaded before, and its item was erased', quoted(path))
-        elif self.load_new(path, meta):
-            return ''
+        elif before.item == meta.info_hash and before.state.changed == state.changed:
+            self.LOG.info('%s was loaded before, and its item was erased; touch it to have it '
+                          'loaded again', quoted(path))
+        else:
+            self.load_new(path, state, meta)
         return meta.info_hash
 
     def remove(self, path, state, tied):
@@ -6495,29 +6518,37 @@ class TreeWatch(Job):
         if self.announce('removing', quoted(path)):
             os.remove(path)
 
-    def load_new(self, path, meta):
-        """Load a metafile and wait for its item; tell whether that is tied to the file."""
+    def load_new(self, path, state, meta):
+        """Load a metafile and wait for its item."""
         how, commands, _ = self.plan(path, meta)
         shown = f'{quoted(meta.name)} from {quoted(path)}'
         if how != 'loaded':
             shown += f' [{how}]'
         if self.dry_run:
             self.announce('loading', shown)
-            return True
-        told = []
+            return
+        first = []
+        if 'tm_loaded' not in str(commands):
+            first = [f'd.custom.set=tm_loaded,{time.time():.0f}']
         if self.config.print_to_client and not self.config.quiet:
-            told = self.TELL.commands({'told': f'torque: loaded {shown}'})
-        tied = self.send(path, meta, how == 'started', told + commands)
+            first += self.TELL.commands({'told': f'torque: loaded {shown}'})
+        if self.lost[state] == 2:
+            raise Refused('rTorrent went away twice when it was sent; touch it to have it tried '
+                          'again')
+        try:
+            self.send(path, meta, how == 'started', first + commands)
+        except Unreachable:
+            self.lost[state] += 1
+            raise
         self.LOG.info('loaded %s', shown)
         if commands:
             message = str(self.ask('d.message', meta.info_hash))
             # Of a command that failed; the item is there all the same.
             if 'creation failed' in message:
                 self.LOG.warning('%s: %s', quoted(meta.name), quoted(message))
-        return tied
 
     def send(self, path, meta, start: bool, commands):
-        """Load by path where rTorrent sees the file, else by content; tell whether it is tied."""
+        """Load by path where rTorrent sees the file, else by content."""
         by_path, by_content = 'load.normal', 'load.raw'
         if start:
             by_path, by_content = 'load.start', 'load.raw_start'
@@ -6526,7 +6557,7 @@ class TreeWatch(Job):
         if self.by_path and not is_pattern:
             self.act(by_path, '', path, *commands)
             if self.appears(meta):
-                return True
+                return
         self.send_content(by_content, meta.content, commands)
         if not self.appears(meta):
             why = 'rTorrent did not take it, and does not say why'
@@ -6538,8 +6569,6 @@ class TreeWatch(Job):
         elif is_pattern:
             self.act('d.tied_to_file.set', meta.info_hash, path)
             self.act('d.save_full_session', meta.info_hash)
-            return True
-        return False
 
     def send_content(self, method: str, content: bytes, commands):
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
