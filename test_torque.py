@@ -2965,7 +2965,7 @@ class TemplateTest(unittest.TestCase):
             'is not possible; allowed are names': """a.__class__;a[0];a();a + 1;__import__("os");
             lambda: 1;[x for x in y];a if b else c;f"{a}";a|nosuch;a.format(b);{1: 2} ;
             (a := 1);a.get(b=1)""".split(';'),
-            'does not take 1 arguments': ['a|lower(1)', 'a|replace(1)'],
+            'does not take 1 argument': ['a|lower(1)', 'a|replace(1)'],
             "no expression ... e.g. label, label|default('x')":
             ['', '-a', '+a', 'a is b', 'a b', 'a|', '1' * 400, 'not ' * 74 + '(', '1e999|duration']}
         for text in ('x {{%s}} y', '{{if %s}}y{{endif}}', '{%% if %s %%}y{%% endif %%}'):
@@ -3332,6 +3332,8 @@ class LineProtocolTest(unittest.TestCase):
                                                              'b': True}, 1.5)
         self.assertEqual(line, 'a\\ b\\,c,k\\=1=v\\ w\\,x f\\ g="q\\"\\\\ ",i=1099511627776i,b=True'
                                ' 1500')
+        self.assertEqual(torque.influx_line('s', {'a': '', 'b': ' \n', 'c': 'x'}, {'v': 1}, 1),
+                         's,c=x v=1i 1000')
 
     def test_tags_are_parsed(self):
         self.assertEqual(torque.parse_pairs('dc=home, rack=a 1'), {'dc': 'home', 'rack': 'a 1'})
@@ -3412,17 +3414,31 @@ class InfluxDBTest(Folder):
     def test_points_wait_for_the_server(self):
         job = self.job((503, '', 'busy'), (401, '', 'who?'), (404, '', 'database not found'),
                        series_host='', buffer='5')
-        self.fails(job, '503', '2 points are kept')
-        self.fails(job, '401', '4 points are kept')
-        self.fails(job, '404', '5 points are kept, 1 older dropped')
+        self.fails(job, '503', '2 points kept, 0 dropped')
+        self.fails(job, '401', '4 points kept')
+        self.fails(job, '404', '''-execute 'CREATE DATABASE "torque"'; 5 points kept, 1 dropped''')
         job.run()
         times = [int(line.rsplit(' ', 1)[1]) for line in self.sent()]
         self.assertEqual((len(times), times, job.points), (7, sorted(times), []))
 
+    def test_one_series_spoils_no_other(self):
+        for status, key in (500, 'error'), (400, 'error'), (422, 'message'):
+            text = json.dumps({key: f'field type conflict: "{50 * "long "}" end'})
+
+            def respond(body, refusal=(status, '', text)):
+                if b'rtorrent,' in body:
+                    return refusal
+                return 204, '', ''
+            with self.subTest(status):
+                job = self.job(*[respond] * 9, disk_path='')
+                self.fails(job, f'1 point of rtorrent refused and dropped: HTTP {status} Said \'fi',
+                           ' end\'')
+                self.assertEqual((len(self.server.requests), job.points), (4, []))
+
     def test_nothing_is_small_enough(self):
         self.write('test.points', ''.join(f's v={number}i {number}\n' for number in range(9000)))
         job = self.job(*[(413, '', '\x1b[31mno')] * 50, series='')
-        said = self.fails(job, "HTTP 413 Said '\\x1b[31mno'", 'points are kept')
+        said = self.fails(job, "HTTP 413 Said '\\x1b[31mno'", 'points kept')
         self.assertEqual((said.count('413'), self.lines), (1, []))
         self.assertLess(len(self.server.requests), 20)
         self.assertGreater(len(job.points), 9000)
@@ -3457,6 +3473,17 @@ class InfluxDBTest(Folder):
         self.assertRegex(host, r'^host,host=\S+ load1=[\d.]+,.*memory_total=\d+i,.*net_sent=')
         self.assertRegex(disk, rf'^host,disk={self.folder},host=\S+ disk_total=\d+i,disk_free=')
 
+    def test_network_is_what_devices_carry(self):
+        rows = {name: [str(number)] * 16 for number, name in enumerate(
+            ('lo', 'eth0', 'docker0', 'wlan0', 'tun0'))}
+        for devices, total in (('eth0', 'wlan0'), 1 + 3), ((), 1 + 2 + 3 + 4):
+            def exists(path, devices=devices):
+                return path in [f'/sys/class/net/{name}/device' for name in devices]
+            with self.subTest(devices), mock.patch('os.path.exists', exists), mock.patch.object(
+                    torque, 'proc_rows', lambda name: {'Inter-| Receive': [], **rows}):
+                figures = torque.host_figures()
+                self.assertEqual((figures['net_received'], figures['net_sent']), (total, total))
+
     def test_wrong_settings_are_refused(self):
         base = 'https://h:1/in'
         for rest in ('/write?db=torque', '/write', '/api/v2/write?org=hunter2', '/?u=hunter2',
@@ -3469,6 +3496,7 @@ class InfluxDBTest(Folder):
             self.assertEqual(self.job(url=url).config.url, url.rstrip('/'))
         for words, settings in {
                 'nothing to push': {'series': '', 'series_host': ''},
+                "^'#x' would begin a comment": {'series_host': '#x'},
                 'no web address': {'url': 'ftp://x'}, 'without user': {'url': 'http://me:pw@x'},
                 'allowed are 1 2 3': {'api': '4'},
                 '^holds a blank, a': {'token': 'a\nsesame'}}.items():
@@ -3585,11 +3613,11 @@ class LiveInfluxDBTest(Folder):
     def test_refused_points_block_nothing(self):
         job = self.job(series='', disk_path='')
         job.points = ['host v="text" 1', 'host v=1i 2', 'other v=1i 3']
-        with self.assertRaisesRegex(torque.LoggableError, 'points of host .* field type conflict'):
+        with self.assertRaisesRegex(torque.LoggableError, 'points of host .*"v" on .*dropped=1'):
             job.run()
         self.assertEqual(len(self.server.query('SELECT * FROM other')), 1)
         self.server.query('DROP DATABASE torque')
-        with self.assertRaisesRegex(torque.LoggableError, '404.*database not found.*are kept'):
+        with self.assertRaisesRegex(torque.LoggableError, 'database not found.*CREATE .* kept'):
             job.run()
 
     def test_too_large_is_split(self):

@@ -235,6 +235,18 @@ def show_size(number: float) -> str:
     return f'{number:.1f} TiB'
 
 
+def counted(number, noun) -> str:
+    """Return a number of things.
+
+    >>> counted(1, 'file'), counted(0, 'file')
+    ('1 file', '0 files')
+    """
+    text = f'{number} {noun}'
+    if number != 1:
+        text += 's'
+    return text
+
+
 CONTROL = {number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160)]}
 CONTROL.update({0x2028: '\\u2028', 0x2029: '\\u2029'})
 
@@ -578,7 +590,7 @@ def parse_cron(text: str, zone) -> Schedule:
     if len(words) in (6, 7) or len(words) == 5 and re.search('[lw#?]', unnamed):
         return Croniter(text, zone)
     if len(words) != 5:
-        raise UserError(f'{text!r} has {len(words)} words; cron has five fields: '
+        raise UserError(f"{text!r} has {counted(len(words), 'word')}; cron has five fields: "
                         'minute hour day month weekday')
     return Calendar(dict(zip(CRON_FIELDS, words)), zone, cron=True)
 
@@ -812,7 +824,7 @@ class Task:
     def worked(self) -> None:
         """Note that a run went well, and say so when the last failure was said."""
         if self.told is not None:
-            self.log.info('works again, after %d failures in %s', self.failed_times,
+            self.log.info('works again, after %s in %s', counted(self.failed_times, 'failure'),
                           show_duration(elapsed_time() - self.failing_since))
         self.last_error = self.told = None
         self.failed_times = 0
@@ -1141,7 +1153,8 @@ def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
             chunk = sock.recv(1 << 18)
         except socket.timeout:
             if received:
-                raise Unreachable(f'only {len(received)} bytes came in {seconds:g} s') from None
+                came = counted(len(received), 'byte')
+                raise Unreachable(f'only {came} came in {seconds:g} s') from None
             raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
                               'or hung') from None
         # It refused what it had not read yet
@@ -1186,7 +1199,7 @@ def scgi_request(address, body: bytes, content_type: str, seconds: float, limit:
     if not size or not start.startswith(b'Status:'):
         raise Unreachable(f'the answer is not one of rTorrent: {beginning(received)}')
     if len(content) < int(size[1]):
-        raise Unreachable(f'the answer broke off after {len(received)} bytes')
+        raise Unreachable(f"the answer broke off after {counted(len(received), 'byte')}")
     return content
 
 
@@ -4101,7 +4114,7 @@ def apply_filter(node, values):
         raise UserError(f'{name or type(node).__name__} is not possible; allowed are names, '
                         f'literals, and or not in, comparisons, | with {" ".join(FILTERS)}')
     if len(operands) - 1 not in FILTER_ARGUMENTS.get(name, (0,)):
-        raise UserError(f'{name} does not take {len(operands) - 1} arguments')
+        raise UserError(f"{name} does not take {counted(len(operands) - 1, 'argument')}")
     operands = [evaluate(operand, values) for operand in operands]
     # What is not known stays so, till default gives something in its place.
     if operands[0] is None and name not in ('default', 'get'):
@@ -4713,8 +4726,9 @@ class EngineStats(Job):
         if stats.uptime is not None:
             name += f' up {show_duration(stats.uptime)}'
         self.LOG.info(
-            '%s; %s torrents, %s active; %s, %s; rpc %.1f ms', name,
-            value_or(stats.views['main'], '?'), value_or(stats.views['active'], '?'),
+            '%s; %s, %s active; %s, %s; rpc %.1f ms', name,
+            counted(value_or(stats.views['main'], '?'), 'torrent'),
+            value_or(stats.views['active'], '?'),
             rate_text('up', stats.up_rate, stats.up_limit),
             rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
 
@@ -4768,6 +4782,13 @@ def parse_token(text) -> str:
     return text
 
 
+def parse_series(text) -> str:
+    """Return the name of a series."""
+    if text.startswith('#'):
+        raise UserError(f'{text!r} would begin a comment of line protocol; another name will do')
+    return text
+
+
 def escape_key(text) -> str:
     """Return the name of a series or field, or a tag, for line protocol."""
     return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
@@ -4791,7 +4812,9 @@ def influx_line(series, tags: dict, fields: dict, when: float) -> str:
     """
     head = escape_key(series)
     for name, tag in sorted(tags.items()):
-        head += f',{escape_key(name)}={escape_key(tag)}'
+        # An empty one would spoil the line.
+        if escape_key(tag):
+            head += f',{escape_key(name)}={escape_key(tag)}'
     values = ','.join(f'{escape_key(name)}={field_text(value)}' for name, value in fields.items()
                       if value is not None)
     return f'{head} {values} {int(when * 1000)}'
@@ -4825,8 +4848,12 @@ def host_figures() -> dict:
     for name, key in MEMORY_FIGURES.items():
         if key in memory:
             figures[name] = int(memory[key][0]) * 1024
-    for device, words in proc_rows('net/dev').items():
-        if device != 'lo' and len(words) > 8:   # the heads of the table have none
+    rows = proc_rows('net/dev')
+    # What goes through a bridge or a tunnel goes through a device, too.
+    names = [name for name in rows if os.path.exists(f'/sys/class/net/{name}/device')]
+    for name in names or rows.keys() - {'lo'}:
+        words = rows[name]
+        if len(words) > 8:              # the heads of the table have none
             figures['net_received'] += int(words[0])
             figures['net_sent'] += int(words[8])
     return figures
@@ -4853,6 +4880,15 @@ def read_secret(path) -> str:
         raise LoggableError(f'{path}: {error.strerror}') from None
 
 
+def server_message(answer: HttpAnswer) -> str:
+    """Return what a server says, without the JSON that InfluxDB wraps it in."""
+    text = answer.body[:5000].decode('utf-8', 'replace').strip()
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        told = json.loads(text)
+        text = told.get('error') or told.get('message') or text
+    return one_line(f'HTTP {answer.status} {answer.reason} ') + quoted(text, 1000)
+
+
 # By version of the interface: where points are written to, and how a token is called.
 WRITE = {
     '1': ('/write?db={db}&precision=ms', 'Token'),
@@ -4877,8 +4913,9 @@ class InfluxDB(Job):
         Option('timeout', parse_duration, '10s', 'most time for one request'),
         Option('gzip', parse_bool, 'no', 'compress what is sent'),
         Option('dbname', str, 'torque', 'database (1.x, 3.x)'),
-        Option('series', str, 'rtorrent', 'series for rTorrent, and <series>_views; or empty'),
-        Option('series_host', str, 'host', 'series for host data; empty for none'),
+        Option('series', parse_series, 'rtorrent',
+               'series for rTorrent, and <series>_views; or empty'),
+        Option('series_host', parse_series, 'host', 'series for host data; empty for none'),
         Option('disk_path', str, '~', 'paths whose disks are measured, separated by :'),
         Option('tags', parse_pairs, '', 'tags for every point: name=value, name=value'),
         Option('buffer', parse_count, '10000', 'most points kept while the server is away'))
@@ -4965,7 +5002,8 @@ class InfluxDB(Job):
         except LoggableError as error:
             lost = max(len(self.points) - self.buffer, 0)
             del self.points[:lost]
-            problems.append(f'{error}; {len(self.points)} points are kept, {lost} older dropped')
+            kept = counted(len(self.points), 'point')
+            problems.append(f'{error}; {kept} kept, {lost} dropped')
         if problems:
             raise LoggableError(f"{self.config.url}: {', '.join(problems)}")
 
@@ -4977,11 +5015,15 @@ class InfluxDB(Job):
         answer = self.request('\n'.join(lines).encode())
         if answer.status in (200, 204):
             return []
-        said = one_line(f'HTTP {answer.status} {answer.reason} ') + beginning(answer.body)
+        said = server_message(answer)
         if answer.status == 413 and len(lines) > 1:
             half = len(lines) // 2
             return self.post(lines[:half]) + self.post(lines[half:])
-        if answer.status not in (400, 422):
+        if 'database not found' in said:
+            make = f'CREATE DATABASE "{self.config.dbname}"'
+            raise LoggableError(f'{said}; to make it: influx -execute {make!r}')
+        # Some give 500 for fields of another type.
+        if answer.status not in (400, 422) and 'field type conflict' not in said:
             # 413 for a single point, too: it would refuse all of them.
             after = answer.headers.get('Retry-After', '')
             if re.fullmatch('[0-9]{1,9}', after):
@@ -4989,7 +5031,7 @@ class InfluxDB(Job):
             raise LoggableError(said)
         groups = by_series(lines)
         if len(groups) == 1:
-            return [f'{len(lines)} points of {min(groups)} were refused and dropped: {said}']
+            return [f"{counted(len(lines), 'point')} of {min(groups)} refused and dropped: {said}"]
         refused = []
         for group in groups.values():   # one bad series must not cost the others
             refused += self.post(group)
