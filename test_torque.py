@@ -7498,8 +7498,10 @@ class DaemonControlTest(DaemonFolder):
         wait_for(lambda: program.seen('started with'))
 
     def test_goes_into_the_background(self):
-        self.assertEqual(self.command('--daemon'), (0, ''))
+        told = 'torque runs in the background, pid {}, log {}/state/torque.log\n'
+        status, said = self.command('--daemon')
         pid = self.pid()
+        self.assertEqual((status, said), (0, told.format(pid, self.folder)))
         self.assertEqual(open_text(self.pid_file.path), f'{pid}\n')
         self.assertIn(f'torque.ini, log {self.folder}/state/torque.log\n',
                       self.command('--status')[1])
@@ -7507,8 +7509,9 @@ class DaemonControlTest(DaemonFolder):
         self.assertEqual(self.command('--cron'), (75, ''))
         self.assertIn(f'with pid {pid}', self.command('--fg')[1])
         self.ini(self.job('other'))
-        self.assertEqual(self.command('--restart'), (0, ''))
+        status, said = self.command('--restart')
         self.assertNotEqual(self.pid(), pid)
+        self.assertEqual((status, said), (0, told.format(self.pid(), self.folder)))
         self.more('other')
         self.ini('oops')
         status, said = self.command('--restart')        # no reason to end the one that runs
@@ -7519,6 +7522,8 @@ class DaemonControlTest(DaemonFolder):
         self.assertEqual(len(self.marks(word='cleanup')), 2)
         self.assertEqual(self.command('--stop'), (69, 'torque is not running\n'))
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
+        self.ini()
+        self.assertEqual(self.command('--cron'), (0, ''))       # cron would mail it
 
     def test_errors_of_the_start_are_seen(self):
         for text, words in (('job.tick.refuse = yes', 'job.tick: refused'),
@@ -7594,14 +7599,14 @@ class DaemonControlTest(DaemonFolder):
     def test_status_shows_jobs(self):
         self.assertEqual(self.command('--status', '--json'), (69, '{}\n'))
         self.ini(self.job('hang', hang='go', max_runtime='0.1s') + self.job(
-            'bad', fail='no http://me:sesame@host/x'))
+            'bad', fail='no http://me:sesame@host/x ' + 60 * 'word ' + 'end'))
         program = self.start()
         wait_for(lambda: self.state('hang')['state'] == 'overdue' and self.state('bad')['failures'])
         status, said = self.command('--status')
         self.assertEqual(status, 1)
         self.assertRegex(said, rf'torque \S+, pid {program.process.pid}, up .*')
         self.assertRegex(said, r'(?m)^hang +overdue +\d.* \d\d:\d\d:\d\d')
-        self.assertRegex(said, r'(?m)^bad .* no http://me:\*\*\*@host/x')
+        self.assertRegex(said, r'(?m)^bad .* no http://me:\*\*\*@host/x (word ){60}end$')
         self.assertRegex(said, r'(?m)^rTorrent at scgi.*rpc.sock: not asked yet')
         self.assertNotIn('sesame', f'{said} {program.lines}')
         status, said = self.command('--status', '--json')

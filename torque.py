@@ -7924,7 +7924,7 @@ def status_cell(key, value) -> str:
         return show_duration(value)
     if key in ('last_start', 'next_run'):
         return time.strftime('%m-%d %H:%M:%S', time.localtime(value))
-    return str(value)[:100]
+    return str(value)
 
 
 def engine_line(address, version: str | None, away_for: float | None) -> str:
@@ -9209,6 +9209,11 @@ def start_daemon(arguments, path, lock, reloaded) -> Daemon:
         set_up_log(log_level(arguments), background_log(arguments, path))
     daemon = Daemon(config_ini, lock)
     daemon.begin()
+    if arguments.daemon and not arguments.cron:
+        log_file = daemon.status()['log_file']
+        with contextlib.suppress(OSError):
+            print(one_line(f'torque runs in the background, pid {daemon.pid}, log {log_file}'),
+                  flush=True)
     return daemon
 
 
