@@ -1974,6 +1974,19 @@ class TorrentsTest(Folder):
         self.assertEqual(torque.file_kinds([['x.r00', 30], ['x.R101', 30], ['x.nfo', 40]], 51),
                          ['rar'])
 
+    def test_names_tell_traits(self):
+        for name, kind, told in (
+                ('Some.Show.S01E02.Title.Here.720p.HDTV.x264-GRP', 'tv', 'Title.Here x264 GRP'),
+                ('Show.2001.02.03.Guest.Name.WEB-DL.H.264-2HD', 'tv', 'Guest.Name H.264 2HD'),
+                ('Show.S01E02.720p', 'tv', '  '), ('Show.S01E01-E02', 'tv', 'E02  '),
+                ('Show S01E02 - The.Web.of.', 'tv', 'The.Web.of.  '), ('Show.S01.', 'tv', '  '),
+                ('Show.S01E02.WEB-DL', 'tv', '  '), ('Film.1999-2000', 'movie', 'Film  '),
+                ('Film.(1999).1080p.BluRay.HEVC-X_Y', 'movie', 'Film HEVC X_Y')):
+            with self.subTest(name):
+                traits = torque.name_traits(name, 'mkv')
+                self.assertEqual(traits.pop('kind'), kind)
+                self.assertEqual('{title} {codec} {group}'.format(**traits), told)
+
     def test_place_of_data_is_known(self):
         self.check(torque.data_path, [
             ('/c', '/b/x', '/d', 'x', 0, 1, '/b/x'), ('/c', '/b/x', '/d', 'x', 0, 0, '/d/x'),

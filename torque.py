@@ -2155,9 +2155,15 @@ TV = re.compile(
     r'^(?P<show>.+?)[._ -]+'
     r'(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|\d{1,2}x\d{2}|'
     r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))'
-    r'(?:[._ -](?P<title>.*))?$', re.I)
+    r'(?:[._ -]+(?P<title>.*?))??'
+    r'(?:[._ -]+(?:\d{3,4}[pi]|[HP]DTV|WEB-?(?:DL|Rip)|BluRay|BDRip|DVDRip|[XH]\.?26[45])\b.*)?$',
+    re.I)
 MOVIE = re.compile(
     r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
+# What tv and movies may have at the end of their names, too
+RELEASE = {
+    'codec': re.compile(r'[._ -]([xh]\.?26[45]|hevc|avc|av1|xvid)\b', re.I),
+    'group': re.compile(r'-(?!(?:E?\d+|DL)$)(\w+)$')}
 TRAITS = {
     'audio': 'flac mp3 ogg opus m4a wav dts ac3 alac wma ape',
     'video': 'avi mkv m4v vob mp4 mpg mpeg m2ts ts ogv wmv webm mov',
@@ -2366,7 +2372,7 @@ def file_kinds(rows, percent=0):
 
 
 def name_traits(name: str, kind: str) -> dict[str, str]:
-    """Return what a name tells: kind (tv, movie, audio ...), and show, season, title, year."""
+    """Return what a name tells: kind (tv, movie, audio ...), show, season, title, group ..."""
     name = name[:255]                   # the patterns are quadratic
     if kind and name.endswith(kind):
         name = os.path.splitext(name)[0]
@@ -2378,7 +2384,10 @@ def name_traits(name: str, kind: str) -> dict[str, str]:
         for trait, regex in (('tv', TV), ('movie', MOVIE)):
             match = regex.match(name)
             if match:
-                return {'kind': trait, **match.groupdict('')}
+                traits = {'kind': trait, **match.groupdict('')}
+                for key, last in RELEASE.items():
+                    traits[key] = ''.join(last.findall(name)[-1:])
+                return traits
     return {'kind': sort}
 
 
