@@ -95,6 +95,10 @@ class LoggableError(Exception):
     pause: float | None = None          # seconds that the other side asks to wait
 
 
+class HeldBack(LoggableError):
+    """A doubt about an item, or a limit: it is left alone for now, which is no failure."""
+
+
 class UserError(LoggableError):
     """The configuration or the command line is wrong: nothing but its author can mend it.
 
@@ -2132,7 +2136,7 @@ def require_same_files(engine) -> None:
     """Raise LoggableError where the paths of an rTorrent may not mean our files."""
     why = why_unseen(engine)
     if why:
-        raise LoggableError(f'the files of rTorrent at {engine.address.where} may not be those of '
+        raise HeldBack(f'the files of rTorrent at {engine.address.where} may not be those of '
                             f'torque: {why}; where you know that they are, set same_files = yes')
 
 
@@ -3404,7 +3408,7 @@ def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
     """
     item = ask_item(engine, info_hash)
     if item.hashing:
-        raise LoggableError('it is being checked')
+        raise HeldBack('it is being checked')
     if item.is_open:
         yield item, False
         return
@@ -3517,7 +3521,7 @@ def is_at(item, root):
 def names_of_metafile(item: Item) -> tuple[str, list[str]]:
     """Return the true name of an item and the paths of its files, as its metafile has them.
 
-    Bytes that are no UTF-8 are surrogates. Raises LoggableError without the right metafile.
+    Bytes that are no UTF-8 are surrogates. Raises HeldBack without the right metafile.
     """
     try:
         meta = read_metafile(f'{item.session}/{item.hash}.torrent')
@@ -3530,7 +3534,7 @@ def names_of_metafile(item: Item) -> tuple[str, list[str]]:
             paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
         return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoggableError('its name came through badly, and its metafile in the session '
+        raise HeldBack('its name came through badly, and its metafile in the session '
                             f'folder does not tell the true one: {error_text(error)}') from None
 
 
@@ -3540,7 +3544,7 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
     for file, expected in zip(item.files, item.paths(item.base_path, shown)):
         # Padding (BEP 47) is on no disk, and has no path.
         if not item.base_path or file.frozen_path not in ('', expected):
-            raise LoggableError(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
+            raise HeldBack(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
                                 f'lies at {quoted(item.base_path)}')
     root = item.absolute(item.base_path)
     if not any(map(DOUBTFUL.search, [root, *shown])):
@@ -3552,41 +3556,41 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
         if item.is_multi_file and DOUBTFUL.search(last) and identity(folder):
             for other in os.listdir(folder):
                 if other != name and not DOUBTFUL.search(other) and stands_for(last, other):
-                    raise LoggableError(f'{quoted(root)} may be {quoted(name)}, or '
+                    raise HeldBack(f'{quoted(root)} may be {quoted(name)}, or '
                                         f'{quoted(other)}')
         last = name
     elif DOUBTFUL.search(last):
         folder = last
     if DOUBTFUL.search(folder) or len(names) != len(shown) or not all(
             map(stands_for, shown, names)):
-        raise LoggableError(f'its path {quoted(root)} came through badly')
+        raise HeldBack(f'its path {quoted(root)} came through badly')
     return os.path.join(folder, last), names
 
 
 def check_file(path, file: ItemFile, item: Item, pieces: str) -> OwnFile | None:
-    """Return a file of an item, None where it is not there; LoggableError where in doubt."""
+    """Return a file of an item, None where it is not there; HeldBack where in doubt."""
     try:
         status = os.lstat(path)
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise LoggableError(f'{quoted(path)}: {error.strerror}') from None
         if file.is_created:
-            raise LoggableError(f'rTorrent sees {quoted(path)}, and torque does not') from None
+            raise HeldBack(f'rTorrent sees {quoted(path)}, and torque does not') from None
         return None
     if not file.is_created:
-        raise LoggableError(f'torque sees {quoted(path)}, and rTorrent does not')
+        raise HeldBack(f'torque sees {quoted(path)}, and rTorrent does not')
     if not stat.S_ISREG(status.st_mode):
-        raise LoggableError(f'{quoted(path)} is a link, or no file')
+        raise HeldBack(f'{quoted(path)} is a link, or no file')
     is_whole = {*pieces} == {'1'}
     if status.st_size > file.size_bytes or is_whole and status.st_size < file.size_bytes:
-        raise LoggableError(f'{quoted(path)} has {status.st_size} bytes instead of the '
+        raise HeldBack(f'{quoted(path)} has {status.st_size} bytes instead of the '
                             f'{file.size_bytes} that it should have')
     # A user's file may lie where an item that has nothing of it yet would have its own.
     begun = item.down_total and file.priority and item.timestamp_started
     empty = item.timestamp_started and not status.st_blocks
     some = '1' in pieces or '?' in pieces and file.completed_chunks > 1
     if not some and not begun and not empty and status.st_size:
-        raise LoggableError(f'{quoted(path)} may not be its own: rTorrent has no piece of it')
+        raise HeldBack(f'{quoted(path)} may not be its own: rTorrent has no piece of it')
     return OwnFile.at(path, status)
 
 
@@ -3602,9 +3606,9 @@ def folders_up_to(root, paths) -> list[str]:
 
 
 def own_data(item: Item) -> OwnData:
-    """Return what an open item has on the disk, proven to be its own; else LoggableError."""
+    """Return what an open item has on the disk, proven to be its own; else HeldBack."""
     if not item.is_open:
-        raise LoggableError('rTorrent cannot open it')
+        raise HeldBack('rTorrent cannot open it')
     require_same_files(item.engine)
     root, names = true_paths(item)
     paths, folders = item.paths(root, names), []
@@ -3612,7 +3616,7 @@ def own_data(item: Item) -> OwnData:
         folders = folders_up_to(root, paths)
     for folder in folders:
         if os.path.islink(folder) or os.path.basename(folder) == '..':
-            raise LoggableError(f'{quoted(folder)} is a link, or leads out of it')
+            raise HeldBack(f'{quoted(folder)} is a link, or leads out of it')
     pieces, own = item.pieces(), []
     for path, file in zip(paths, item.files):
         if file.frozen_path:
@@ -3644,7 +3648,7 @@ def place_of(path: str) -> tuple[Any, str]:
 class Users:
     """Which items use which folders and lone files, by identity.
 
-    engines: that of the job first; `hashes` of its items are left out. LoggableError where it is
+    engines: that of the job first; `hashes` of its items are left out. HeldBack where it is
     not known what an item uses. An owner is (which rTorrent, hash).
     """
 
@@ -3660,7 +3664,7 @@ class Users:
             try:
                 self.add_engine(engine, ())
             except RpcError as error:
-                raise LoggableError(f'what other items use is not known: {error}') from None
+                raise HeldBack(f'what other items use is not known: {error}') from None
 
     def add_engine(self, engine: Engine, hashes):
         """Add the items of an rTorrent, by directory and by base path: one may be old."""
@@ -3672,14 +3676,14 @@ class Users:
             return
         self.engines[key] = engine
         if pid and not engine.same_files and not has_our_mounts(pid):
-            raise LoggableError(f'what other items use is not known: rTorrent at {where} sees '
+            raise HeldBack(f'what other items use is not known: rTorrent at {where} sees '
                                 'other mounts than torque')
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
         hidden, cwd = without_errors(engine.ask(
             [('view.size_not_visible', '', 'default'), ('system.cwd', '')]))
         if hidden:
-            raise LoggableError('what other items use is not known: the view "default" of '
+            raise HeldBack('what other items use is not known: the view "default" of '
                                 f'rTorrent at {where} hides {hidden}')
         for info_hash, base, directory, name, is_multi in zip(*columns.values()):
             if info_hash in hashes:
@@ -3692,7 +3696,7 @@ class Users:
                         self.places[place_of(path)] = path
                         self.add((key, info_hash), path)
             except OSError as error:
-                raise LoggableError(f'what item {quoted(name)} {info_hash} uses is not known: '
+                raise HeldBack(f'what item {quoted(name)} {info_hash} uses is not known: '
                                     f'{quoted(error.filename)}: {error.strerror}') from None
 
     def meanings(self, path) -> list[str]:
@@ -3817,14 +3821,14 @@ def copy_data(data: OwnData, root: str) -> OwnData:
 
 
 def require_room(data: OwnData, folder: str) -> None:
-    """Raise LoggableError where the disk of a folder, made or not, has no room for data."""
+    """Raise HeldBack where the disk of a folder, made or not, has no room for data."""
     device, free = disk_of(folder)
     needed = 0
     for file in data.files:
         if file.device != device:       # else a hard link will do
             needed += os.lstat(file.path).st_blocks * 512
     if needed > (free or 0):
-        raise LoggableError(f'no room: {show_size(needed)} are needed at {quoted(folder)}, '
+        raise HeldBack(f'no room: {show_size(needed)} are needed at {quoted(folder)}, '
                             f'{show_size(free or 0)} are free')
 
 
@@ -5124,7 +5128,6 @@ class Choice(Job):
         Option('sort', parse_sort, 'name, hash', 'fields that give the order; - reverses'))
     fields: tuple = ()                  # what the job needs to know of a torrent, too
     called: frozenset = frozenset()     # commands of rTorrent in its templates
-    deletes = False                     # then it says more of what it leaves alone
     removes = False                     # does it touch data?
     FRESH = 1.0                         # seconds that a list may be old
     SHOWN = 5                           # torrents that are left alone, on the page
@@ -5135,8 +5138,8 @@ class Choice(Job):
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
         self.failures: list[Exception] = []             # of torrents, in this run
-        self.held: collections.Counter = collections.Counter()  # reason -> torrents, in this run
         self.waiting: list[str] = []                    # torrents left alone in this run, a few
+        self.held: dict = {}            # kind of reason -> reason and torrents, in this run
         self.repeats = Repeats()
 
     def use(self, option, make: Callable, text):
@@ -5176,17 +5179,26 @@ class Choice(Job):
             return contextlib.nullcontext()
         return locked(os.path.join(self.config.state_dir, 'data.lock'), self.PATIENCE)
 
-    def hold_back(self, torrents, why):
-        """Log which torrents are left alone for now."""
+    def hold_back(self, torrents, why: HeldBack):
+        """Note which torrents are left alone for now; a dry run logs each."""
         level = logging.DEBUG
         if self.dry_run:
             level = logging.INFO
         for torrent in torrents:
             self.LOG.log(level, 'held back: %s: %s', torrent, why)
-            self.held[why] += 1
+        self.held.setdefault(kind_of_error(why), (why, []))[1].extend(torrents)
         self.remember(torrents, why)
 
-    def remember(self, torrents: Iterable[Torrent], why: str) -> None:
+    def tell_of_held(self):
+        """Log what was held back in this run: for each kind of reason once, then now and then."""
+        for kind, (why, torrents) in self.held.items():
+            more = ''
+            if torrents[1:]:
+                more = f' and {len(torrents) - 1} more'
+            if not self.dry_run and self.repeats.deserve_line(kind):
+                self.LOG.info('held back: %s%s: %s', torrents[0], more, why)
+
+    def remember(self, torrents, why):
         """Keep for the page which torrents are left alone."""
         for torrent in torrents:
             if len(self.waiting) < self.SHOWN:
@@ -5205,9 +5217,7 @@ class Choice(Job):
     def failed(self, torrent, error):
         """Log why a torrent failed: once, then from time to time."""
         self.failures.append(error)
-        if self.dry_run:
-            self.hold_back([torrent], str(error))
-        elif self.repeats.deserve_line((torrent.hash, str(error))):
+        if self.repeats.deserve_line((torrent.hash, str(error))):
             self.LOG.warning('%s: %s', torrent, error)
 
     def each(self, torrents, handle: Callable[[Torrent], bool],
@@ -5218,11 +5228,11 @@ class Choice(Job):
         user may have changed them meanwhile.
         """
         done, listed = 0, elapsed_time()
-        self.failures = []
+        self.failures, self.held, self.waiting = [], {}, []
         current = {torrent.hash: torrent for torrent in torrents}
         for at, torrent in enumerate(torrents):
             if done == most:
-                self.hold_back(torrents[at:], f'the limit is {most}')
+                self.hold_back(torrents[at:], HeldBack(f'the limit is {most}'))
                 break
             if elapsed_time() - listed > self.FRESH:
                 current = {now.hash: now for now in self.chosen()}
@@ -5233,15 +5243,15 @@ class Choice(Job):
             try:
                 if handle(current[torrent.hash]):
                     done += 1
+            except HeldBack as error:
+                self.hold_back([torrent], error)
             except Unreachable:
                 raise
             except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
                 self.failed(torrent, error)
-        if self.deletes and not self.dry_run:
-            for why, count in self.held.items():
-                self.LOG.info('%d held back: %s', count, why)
+        self.tell_of_held()
         if self.failures:
-            raise LoggableError(f'{len(self.failures)} torrents failed, the last: '
+            raise LoggableError(f"{counted(len(self.failures), 'torrent')} failed, the last: "
                                 f'{self.failures[-1]}')
 
 
@@ -5541,39 +5551,37 @@ class Action(Choice):
             if self.removes and not self.dry_run:
                 self.finish_removals()
             self.gone = []
-            self.held.clear()
-            self.waiting = []
             self.promised = PromisedSpace(os.path.join(self.config.state_dir, 'promised.json'))
             limit = self.config.limit
             if self.deletes and limit is None:
                 limit = 10
             try:
-                self.each(self.ready(), self.perform, limit)
+                self.each(self.counted_runs(), self.perform, limit)
             finally:
                 if self.config.until_free and not self.dry_run:
                     self.promised.save()
 
-    def ready(self):
-        """Return what has met the condition often enough, and is not held back."""
+    def counted_runs(self):
+        """Return what meets the condition, and note in how many runs in a row it did."""
         met, self.met = self.met, {}            # a listing that fails ends all runs in a row
         torrents = self.chosen()
-        confirm = self.config.confirm
+        for torrent in torrents:
+            self.met[torrent.hash] = met.get(torrent.hash, 0) + 1
         if self.dry_run:
-            self.LOG.info('dry run: %d torrents meet the condition', len(torrents))
+            self.LOG.info('dry run: the condition is met by %s',
+                          counted(len(torrents), 'torrent'))
+        return torrents
+
+    def require_ready(self, torrent):
+        """Raise HeldBack for what has not met the condition often enough, or cannot go now."""
+        confirm = self.config.confirm
         if self.dry_run and self.config.alone:  # it shows what is done once enough runs agree
             confirm = 1
-        ready = []
-        for torrent in torrents:
-            times = self.met[torrent.hash] = met.get(torrent.hash, 0) + 1
-            if times < confirm:
-                self.hold_back([torrent],
-                               f'it has not yet met the condition in {confirm} runs in a row')
-            elif self.deletes and torrent.is_hashing:
-                # 0.9.8 may hang for good, and what is complete is not known.
-                self.hold_back([torrent], 'it is being checked')
-            else:
-                ready.append(torrent)
-        return ready
+        if self.met[torrent.hash] < confirm:
+            raise HeldBack(f'it has not yet met the condition in {confirm} runs in a row')
+        if self.deletes and torrent.is_hashing:
+            # 0.9.8 may hang for good, and what is complete is not known.
+            raise HeldBack('it is being checked')
 
     def commands(self, torrent, args) -> list[tuple]:
         """Return the commands, without the hash, that the action comes to; none: nothing to do."""
@@ -5591,6 +5599,7 @@ class Action(Choice):
     def perform(self, torrent):
         """Do the action on one torrent; tell whether there was anything to do."""
         action = self.config.action
+        self.require_ready(torrent)
         if action == 'cull':
             return self.cull(torrent)
         shown = self.template.render(torrent)
@@ -5599,8 +5608,6 @@ class Action(Choice):
         if not calls and action != 'log':
             self.LOG.debug('%s %s: nothing to do', action, torrent)
             return False
-        if self.deletes and torrent.is_hashing:      # since the run began
-            raise LoggableError('it is being checked')
         if self.announce(action, torrent, shown and quoted(shown)) and calls:
             answers = self.engine.tell(calls)
             if self.deletes:
@@ -5614,9 +5621,7 @@ class Action(Choice):
         """Erase an item and delete its data, unless anything about that is doubtful."""
         require_same_files(self.engine)
         if self.is_enough(torrent.path):
-            free = show_size(self.config.until_free)
-            self.hold_back([torrent], f'{free} are free without it')
-            return False
+            raise HeldBack(f'{show_size(self.config.until_free)} are free without it')
         if self.dry_run and not torrent.is_open:
             self.announce('cull', torrent, CLOSED)
             self.promised.update(torrent.path, torrent.d_completed_bytes)
@@ -5624,7 +5629,7 @@ class Action(Choice):
         with opened(self.engine, torrent.hash) as (item, _):
             data = own_data(item)
             if not data.files:
-                raise LoggableError(f'there is no data at {quoted(data.root)}; the action delete '
+                raise HeldBack(f'there is no data at {quoted(data.root)}; the action delete '
                                     'is for an item without')
             data, why = self.without_users(item, data)
             for folder in {os.path.dirname(file.path) for file in data.files}:
@@ -5632,9 +5637,8 @@ class Action(Choice):
                     raise LoggableError(f'nothing can be deleted in {quoted(folder)}')
             freed = freed_by(data)
             if self.config.until_free and not freed:
-                self.hold_back([torrent], 'deleting it frees nothing')
-                return False
-            shown = f'with {len(data.files)} files at {quoted(data.root)}'
+                raise HeldBack('deleting it frees nothing')
+            shown = f"with {counted(len(data.files), 'file')} at {quoted(data.root)}"
             if self.announce('cull', torrent, why or shown):
                 self.erase_with_data(item, data, freed)
             else:
@@ -5657,7 +5661,7 @@ class Action(Choice):
                 return data._replace(files=[], folders=[]), \
                     f'alone, its data stays: another item uses {quoted(path)}'
         for path in others.values():
-            raise LoggableError(f'another item may use its data: {quoted(path)}')
+            raise HeldBack(f'another item may use its data: {quoted(path)}')
         return data, ''
 
     def erase_with_data(self, item, data, freed: int):
@@ -5668,7 +5672,7 @@ class Action(Choice):
             item.tell(('d.stop',), ('d.close',))        # from now on it does not change
             files = files_now(data)
             if files is None:
-                raise LoggableError(f'{quoted(data.root)} was changed just now')
+                raise HeldBack(f'{quoted(data.root)} was changed just now')
             data = data._replace(files=files)
             removal.mark(asked=True, files=files)
             erase(item)
@@ -5963,7 +5967,7 @@ class Move(Choice):
         if not folder or self.is_paused(torrent.hash):
             return False
         if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
-            raise LoggableError(f'target {quoted(folder)} is no absolute path')
+            raise HeldBack(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
         place = identity(folder)
         if place and place == identity(os.path.dirname(torrent.path)):
@@ -5977,10 +5981,7 @@ class Move(Choice):
             if place and place == identity(os.path.dirname(data.root)):
                 return False
             target = os.path.join(folder, os.path.basename(data.root))
-            try:
-                self.require_movable(item, data, target)
-            except LoggableError as error:
-                raise LoggableError(f'not moved: {error}') from None
+            self.require_movable(item, data, target)
             if self.announce('moving', torrent, 'from', root, 'to', quoted(folder)):
                 if fresh:
                     item = item._replace(is_open=0)     # as it shall be afterwards
@@ -5988,26 +5989,26 @@ class Move(Choice):
         return True
 
     def require_movable(self, item, data, target):
-        """Raise LoggableError where an item is better not moved."""
+        """Raise HeldBack where an item is better not moved."""
         if not data.files:
-            raise LoggableError(f'there is no data at {quoted(data.root)}')
+            raise HeldBack(f'there is no data at {quoted(data.root)}')
         pieces = item.pieces()
         for file in item.files:
             some = '1' in pieces[file.range_first:file.range_second]
             if some and not file.is_created:
-                raise LoggableError(f'{quoted(file.frozen_path)} is not there')
+                raise HeldBack(f'{quoted(file.frozen_path)} is not there')
         folder = os.path.dirname(target)
         above = folder
         while above != os.path.dirname(above):
             if identity(above) == identity(data.root):
-                raise LoggableError(f'{quoted(folder)} lies in it')
+                raise HeldBack(f'{quoted(folder)} lies in it')
             above = os.path.dirname(above)
         users = Users(self.engines(), [item.hash])
         for path in [*users.of(data).values(), users.places.get(place_of(target), '')]:
             if path:
-                raise LoggableError(f'another item uses {quoted(path)}')
+                raise HeldBack(f'another item uses {quoted(path)}')
         if os.path.lexists(target):
-            raise LoggableError(f'{quoted(target)} exists: nothing is overwritten')
+            raise HeldBack(f'{quoted(target)} exists: nothing is overwritten')
         require_room(data, folder)
 
     def carry_out(self, item, data, target):
