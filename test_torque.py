@@ -2501,6 +2501,23 @@ class QueueTest(Folder):
         self.assertEqual(self.started(job), [1, 2])
         self.assertTrue(self.logged('INFO', 'no room', "'n0'", 'not known', '/no/folder/n0'))
 
+    def test_run_by_hand_says_why_nothing_starts(self):
+        active = {'d.is_active': 1, 'd.is_open': 1, 'd.state': 1, 'd.down.rate': 5000}
+        for why, items, settings in (
+                ('nothing is startable', [active], {}),
+                ('9 of at most 9 are downloading', [active] * 9 + [{}], {}),
+                ('0 of at most 0 are downloading', [{}], {'downloading_max': 0}),
+                ('5 KiB/s are downloaded', [active, {}], {'downloading_traffic_max': '4k'}),
+                ('the intermission goes on for 9m 59s', [{}], {'intermission': '10m'})):
+            with self.subTest(why):
+                job = self.queue(items, **settings)
+                job.last_start = time.time() - 0.5
+                for alone, level in (True, 'INFO'), (False, 'DEBUG'):
+                    del self.lines[:]
+                    job.config.alone = alone
+                    self.assertEqual(self.started(job), [])
+                    self.assertEqual(self.lines, [f'{level} queue: no start: {why}'])
+
     def test_client_is_told(self):
         for settings, words in (({}, ["torque: started 'a\\\\nb'"]), ({'quiet': 'yes'}, []),
                                 ({'log_to_client': 'no'}, [])):
@@ -3474,6 +3491,12 @@ class InfluxDBTest(Folder):
         self.assertEqual(self.sent()[:8], job.points)
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_run_by_hand_says_what_it_sent(self):
+        for alone, level in (True, 'INFO'), (False, 'DEBUG'):
+            del self.lines[:]
+            self.job(alone=alone, disk_path='').run()
+            self.assertEqual(self.lines, [f'{level} test: 3 points sent'])
+
     def test_dry_run_sends_nothing(self):
         self.job(dry_run=True).run()
         self.assertEqual(self.server.requests, [])
@@ -3864,6 +3887,18 @@ class WatchTest(Folder):
             leave(self.root)
             wait_for(lambda: self.logged('WARNING', words))
         self.assertEqual(len(self.logged('WARNING')), 1)
+
+    def test_run_by_hand_says_that_nothing_is_new(self):
+        job = self.watch(alone=True)
+        job.run()
+        self.assertEqual(self.lines, [f'INFO t: no new metafile below {self.root}'])
+        self.drop('a.torrent')
+        job.run()
+        self.assertFalse(self.logged('INFO', 'no new')[1:])
+        job.config.alone = False
+        job.config['inotify'] = False
+        job.run()
+        self.assertTrue(self.logged('DEBUG', 'no new metafile'))
 
     def test_passing_errors_are_tried_again(self):
         job, read, tries = self.watch(), torque.read_metafile, []
@@ -4816,6 +4851,63 @@ class ActionTest(WithDouble):
         self.assertTrue(self.logged(
             'INFO', f"held back: '01' {HASH(2)} and 1 more: the limit is 10"))
 
+    def test_runs_that_do_nothing_say_so_by_hand(self):
+        self.engine.add(self.path('a'))
+        for why, kind, settings in (
+                ('no torrent meets the condition', torque.Action, {'matcher': 'name=zz'}),
+                ('no torrent meets the condition', torque.ItemCommand, {'matcher': 'name=zz'}),
+                ('nothing to do for 1 torrent', torque.Action, {'action': 'start'}),
+                ('nothing to do for 1 torrent', torque.Move, {'target': '{{label}}'}),
+                ("'true' has ended", torque.Command, {})):
+            for dry_run in (True, False):
+                job = self.job(kind, **{
+                    'args': 'true' * (kind not in (torque.Action, torque.Move)), 'action': 'stop',
+                    'target': '/x', 'dry_run': dry_run, **settings})
+                for job.config.alone, level in (True, 'INFO'), (False, 'DEBUG'):
+                    del self.lines[:]
+                    job.run()
+                    with self.subTest(why, kind=kind, dry_run=dry_run, level=level):
+                        if kind != torque.Command or not dry_run:
+                            self.assertTrue(self.logged(f'{level} t: {why}'), self.lines)
+
+    def test_held_back_is_told_now_and_then(self):
+        for name in 'abc':
+            self.engine.add(self.path(name), base_path=self.path('none'))
+        for kind in (torque.Action, torque.Move):
+            job = self.job(kind, action='cull', target=self.path('new'))
+            del self.lines[:]
+            for passed in (0, 30, 31):
+                job.repeats.kinds = {kind: (told - passed, pause) for kind, (told, pause)
+                                     in job.repeats.kinds.items()}
+                job.run()
+            said = self.logged('INFO')
+            self.assertEqual(len(said), 2, said)
+            self.assertRegex(said[0], f"held back: 'a' {HASH(1)} and 2 more: there is no data at")
+            job = self.job(kind, action='cull', target=self.path('new'), dry_run=True)
+            del self.lines[:]
+            job.run()
+            self.assertEqual([line.split(':')[1] for line in self.lines], [' held back'] * 3)
+
+    def test_cull_shows_what_is_lost(self):
+        self.engine.add(self.path('a'), {'x': b'1', 'sub/y': b'2'})
+        item = self.engine.items[self.engine.add(self.path('b'), {'x': b'1'})]
+        for info_hash in (HASH(1), HASH(2)):
+            self.engine.items[info_hash].update({
+                'd.size_bytes': 3000, 'd.ratio': 1530, 'd.complete': 1,
+                'd.timestamp.finished': int(time.time()) - 65 * 86400})
+        item.update({'d.is_open': 0, 'd.is_active': 0})
+        self.write('a/sub/extra.txt', '')
+        self.act('cull', dry_run=True)
+        first, second = self.logged('dry run, not done')
+        self.assertIn(f"cull 'a' {HASH(1)} (3 KiB, ratio 1.53, seeded 9w 2d) with 2 files at "
+                      f"'{self.folder}/a'", first)
+        self.assertIn("'b' %s (3 KiB, ratio 1.53, seeded ?); it is closed: " % HASH(2), second)
+        self.act('cull', matcher='name=a')
+        self.assertEqual(len(self.logged(
+            'INFO data: ', f"{self.folder}/a/sub' stays: ", "are in it, such as 'extra.txt'")), 1)
+        self.act('cull', matcher='name=b')
+        self.assertEqual(len(self.logged('stays')), 1)
+
     def test_condition_is_confirmed(self):
         item = self.engine.items[self.engine.add(self.path('a'))]
         job = self.job(torque.Action, matcher='message=gone', action='delete', confirm='3')
@@ -5043,7 +5135,7 @@ class CommandTest(WithDouble):
             keep_end(stream, end)
         with mock.patch.object(torque, 'keep_end', keep):
             self.run_command('seq 1 3000000')
-        self.assertEqual((len(kept[0]), len(self.logged('INFO t: '))), (50000, 100))
+        self.assertEqual((len(kept[0]), len(self.logged('INFO t: '))), (50000, 101))
         self.assertTrue(self.logged('INFO t: 3000000'))
         self.run_command('(until test -e go; do sleep .01; done; echo late && touch alive) & '
                          'echo said', shell='yes')

@@ -3863,6 +3863,12 @@ def delete_data(data: OwnData) -> None:
             os.rmdir(folder)
     if refused:
         raise LoggableError(f'not all data at {quoted(data.root)} is deleted: {refused}')
+    for folder in data.folders:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                log.info('%s stays: other files are in it, such as %s', quoted(folder),
+                         quoted(name))
+                return
 
 
 class Removal:
@@ -4696,6 +4702,13 @@ class Job:
     def end_run(self) -> None:
         """End what a run has started outside of this process: it has run out of time."""
 
+    def report(self, text, *args):
+        """Log what is worth a line only to who runs the job by hand."""
+        level = logging.DEBUG
+        if self.config.alone:
+            level = logging.INFO
+        self.LOG.log(level, text, *args)
+
     def announce(self, *words: Any) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
         text = ' '.join(str(word) for word in words if word)
@@ -5005,7 +5018,7 @@ class InfluxDB(Job):
 
     def deliver(self):
         """Send points, oldest first; LoggableError says why some wait, or were refused for good."""
-        problems = []
+        problems, count = [], len(self.points)
         try:
             if elapsed_time() < self.retry_at:
                 raise LoggableError('the server has asked to wait')
@@ -5019,6 +5032,7 @@ class InfluxDB(Job):
             problems.append(f'{error}; {kept} kept, {lost} dropped')
         if problems:
             raise LoggableError(f"{self.config.url}: {', '.join(problems)}")
+        self.report('%s sent', counted(count, 'point'))
 
     def post(self, lines) -> list[str]:
         """Write points, in parts where the server wants that; return what it refused for good.
@@ -5228,7 +5242,7 @@ class Choice(Job):
         user may have changed them meanwhile.
         """
         done, listed = 0, elapsed_time()
-        self.failures, self.held, self.waiting = [], {}, []
+        self.failures, self.held = [], {}
         current = {torrent.hash: torrent for torrent in torrents}
         for at, torrent in enumerate(torrents):
             if done == most:
@@ -5250,6 +5264,10 @@ class Choice(Job):
             except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
                 self.failed(torrent, error)
         self.tell_of_held()
+        if not torrents and not self.waiting:
+            self.report('no torrent meets the condition')
+        elif not done and not self.waiting and not self.failures:
+            self.report('nothing to do for %s', counted(len(torrents), 'torrent'))
         if self.failures:
             raise LoggableError(f"{counted(len(self.failures), 'torrent')} failed, the last: "
                                 f'{self.failures[-1]}')
@@ -5306,14 +5324,15 @@ class QueueManager(Choice):
         now = time.time()
         # The clock may have been set back.
         self.last_start = min(self.last_start, now)
-        if now < self.last_start + self.config.intermission:
-            self.LOG.debug('no start: the intermission is not over')
+        rest = self.last_start + self.config.intermission - now
+        if rest > 0:
+            self.report('no start: the intermission goes on for %s', show_duration(rest))
             return
         with self.turn:
             self.waiting = []
             startable = self.chosen()
             if not startable:
-                self.LOG.debug('no start: nothing is startable')
+                self.report('no start: nothing is startable')
                 return
             # All that is started and not complete: hashing, paused or failing, too. It is listed
             # after what may be started, so that nothing that has begun meanwhile is missed.
@@ -5323,7 +5342,9 @@ class QueueManager(Choice):
             waiting = [torrent for torrent in startable if torrent.hash not in hashes]
             if self.config.room:
                 waiting = self.fitting(waiting, running)
-            self.each(waiting, self.start, self.places(running))
+            places = self.places(running)
+            if waiting:
+                self.each(waiting, self.start, places)
 
     def chosen(self):
         """Return what may be started, in order; what did not start the last time comes last."""
@@ -5345,11 +5366,11 @@ class QueueManager(Choice):
         count = len(downloading)
         traffic = sum(torrent.down for torrent in downloading)
         if 0 < config.downloading_traffic_max < traffic:
-            self.LOG.debug('no start: %s/s are downloaded', show_size(traffic))
+            self.report('no start: %s/s are downloaded', show_size(traffic))
             return 0
         most = config.downloading_max
-        self.LOG.debug('%d of at most %d are downloading', count, most)
         if count >= most:
+            self.report('no start: %d of at most %d are downloading', count, most)
             self.tell_of_closed(downloading)
             return 0
         wanted = max(config.start_at_once, config.downloading_min - count)
@@ -5464,7 +5485,7 @@ def throttle_commands(item, args) -> list[tuple]:
 
 # Action -> fields that it needs, and what gives the commands for an item and args
 OTHER_ACTIONS: dict[str, tuple[str, Any]] = {
-    'cull': ('is_open path d_completed_bytes', None),
+    'cull': ('is_open path d_completed_bytes size ratio seedtime', None),
     'tag': ('tagged', functools.partial(tag_commands, set.union)),
     'untag': ('tagged', functools.partial(tag_commands, set.difference)),
     'custom': ('', custom_commands),
@@ -5482,6 +5503,14 @@ BAD_ARGS = (                            # action, what args must not have, and w
     ('tag untag', re.compile(r'(^|[\s,])[+-]'),
      ': tags have no sign; the actions are tag and untag'))
 CLOSED = '; it is closed: which files are its own is known once it has been opened for that'
+
+
+def worth(torrent) -> str:
+    """Return what a person needs to judge whether an item may go."""
+    seeded = '?'
+    if torrent.seedtime is not None:
+        seeded = show_duration(torrent.seedtime)
+    return f'({show_size(torrent.size)}, ratio {torrent.ratio:.2f}, seeded {seeded})'
 
 
 def check_args(action, args):
@@ -5550,7 +5579,7 @@ class Action(Choice):
         with self.alone():
             if self.removes and not self.dry_run:
                 self.finish_removals()
-            self.gone = []
+            self.gone, self.waiting = [], []
             self.promised = PromisedSpace(os.path.join(self.config.state_dir, 'promised.json'))
             limit = self.config.limit
             if self.deletes and limit is None:
@@ -5567,9 +5596,6 @@ class Action(Choice):
         torrents = self.chosen()
         for torrent in torrents:
             self.met[torrent.hash] = met.get(torrent.hash, 0) + 1
-        if self.dry_run:
-            self.LOG.info('dry run: the condition is met by %s',
-                          counted(len(torrents), 'torrent'))
         return torrents
 
     def require_ready(self, torrent):
@@ -5623,7 +5649,7 @@ class Action(Choice):
         if self.is_enough(torrent.path):
             raise HeldBack(f'{show_size(self.config.until_free)} are free without it')
         if self.dry_run and not torrent.is_open:
-            self.announce('cull', torrent, CLOSED)
+            self.announce('cull', torrent, worth(torrent) + CLOSED)
             self.promised.update(torrent.path, torrent.d_completed_bytes)
             return True
         with opened(self.engine, torrent.hash) as (item, _):
@@ -5639,7 +5665,7 @@ class Action(Choice):
             if self.config.until_free and not freed:
                 raise HeldBack('deleting it frees nothing')
             shown = f"with {counted(len(data.files), 'file')} at {quoted(data.root)}"
-            if self.announce('cull', torrent, why or shown):
+            if self.announce('cull', torrent, worth(torrent), why or shown):
                 self.erase_with_data(item, data, freed)
             else:
                 self.gone.append(item.hash)
@@ -5836,6 +5862,8 @@ class Command(Job):
             raise LoggableError(f'{program} ended with status {status}')
         if status:
             self.LOG.info('%s ended with status %d', program, status)
+        else:
+            self.report('%s has ended', program)
 
     def wait(self, program):
         """Wait for the program, and log the end of its output; LoggableError if it is late."""
@@ -5887,6 +5915,7 @@ class ItemCommand(Choice, Command):
         return [self.template.program]
 
     def run(self):
+        self.waiting = []
         self.each(self.chosen(), self.for_torrent)
 
     def for_torrent(self, torrent) -> bool:
@@ -5931,6 +5960,7 @@ class Move(Choice):
 
     def run(self):
         """Move what meets the condition, after what an ended run has left."""
+        self.waiting = []
         with self.alone():
             stuck = ''
             for removal in left_removals(self.config.state_dir, self.engine):
@@ -5974,7 +6004,7 @@ class Move(Choice):
             return False
         require_same_files(self.engine)
         if self.dry_run and not torrent.is_open:
-            return self.announce('moving', torrent, 'to', quoted(folder), CLOSED)
+            return self.announce('moving', torrent, 'to', quoted(folder) + CLOSED)
         with opened(self.engine, torrent.hash) as (item, fresh):
             data = own_data(item)
             root = quoted(data.root)
@@ -6284,11 +6314,14 @@ class TreeWatch(Job):
             try:
                 self.start_watching()
             finally:
+                known = self.handled.copy()
                 # A thread that watches goes on to look, and tells when all is well again.
                 if self.thread:
                     self.look_again()
                 else:
                     self.look()
+            if self.handled == known:
+                self.report('no new metafile below %s', ' '.join(self.roots))
 
     def check(self) -> list[str]:
         for root in self.roots:
