@@ -4316,8 +4316,8 @@ class Template:
         for part in text.split('/')[1:]:
             value = part.translate(shown)
             if MARK in part and '..' in value.split('/'):
-                raise LoggableError(f'template {quoted(self.text, 80)}: {quoted(value)} would lead '
-                                    'out of the folder that it is put in')
+                raise HeldBack(f'template {quoted(self.text, 80)}: {quoted(value)} would lead '
+                               'out of the folder that it is put in')
         return text.translate(shown)
 
     def render(self, values):
