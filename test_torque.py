@@ -6258,7 +6258,7 @@ class LiveHalvesTest(Live):
             self.torque['state_dir'] += '+'
             daemon = self.start(*self.words('Move', matcher=f'hash={item}', target=target,
                                             schedule='every 0.1s')[:2])
-            wait_for(lambda: daemon.seen('torrents failed'))
+            wait_for(lambda: daemon.seen('torrent failed'))
             end = time.monotonic() + 1
             wait_for(lambda: time.monotonic() > end)
             daemon.stop()
