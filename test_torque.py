@@ -5207,7 +5207,7 @@ class CullTest(WithDouble):
                 ('and torque does not', row(), lambda: os.remove(self.path('a/x'))),
                 ('and rTorrent does not', row(is_created=0), None),
                 ('has 2 bytes instead of the 1 ', row(), lambda: self.write('a/x', '12')),
-                ('has 1 bytes instead of the 2 ', row(size_bytes=2), None),
+                ('has 1 byte instead of the 2 ', row(size_bytes=2), None),
                 ('open, and not what lies at', row(frozen_path='/else/x'), None),
                 ('its metafile in the session folder does not tell', row(
                     path='?', frozen_path=self.path('a/?')), None),

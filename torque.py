@@ -2137,7 +2137,7 @@ def require_same_files(engine) -> None:
     why = why_unseen(engine)
     if why:
         raise HeldBack(f'the files of rTorrent at {engine.address.where} may not be those of '
-                            f'torque: {why}; where you know that they are, set same_files = yes')
+                       f'torque: {why}; where you know that they are, set same_files = yes')
 
 
 # --- Fields and Filter -----------------------------------------------------------------------
@@ -3535,7 +3535,7 @@ def names_of_metafile(item: Item) -> tuple[str, list[str]]:
         return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HeldBack('its name came through badly, and its metafile in the session '
-                            f'folder does not tell the true one: {error_text(error)}') from None
+                       f'folder does not tell the true one: {error_text(error)}') from None
 
 
 def true_paths(item: Item) -> tuple[str, list[str]]:
@@ -3545,7 +3545,7 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
         # Padding (BEP 47) is on no disk, and has no path.
         if not item.base_path or file.frozen_path not in ('', expected):
             raise HeldBack(f'rTorrent has {quoted(file.frozen_path)} open, and not what '
-                                f'lies at {quoted(item.base_path)}')
+                           f'lies at {quoted(item.base_path)}')
     root = item.absolute(item.base_path)
     if not any(map(DOUBTFUL.search, [root, *shown])):
         return root, shown
@@ -3557,7 +3557,7 @@ def true_paths(item: Item) -> tuple[str, list[str]]:
             for other in os.listdir(folder):
                 if other != name and not DOUBTFUL.search(other) and stands_for(last, other):
                     raise HeldBack(f'{quoted(root)} may be {quoted(name)}, or '
-                                        f'{quoted(other)}')
+                                   f'{quoted(other)}')
         last = name
     elif DOUBTFUL.search(last):
         folder = last
@@ -3583,8 +3583,9 @@ def check_file(path, file: ItemFile, item: Item, pieces: str) -> OwnFile | None:
         raise HeldBack(f'{quoted(path)} is a link, or no file')
     is_whole = {*pieces} == {'1'}
     if status.st_size > file.size_bytes or is_whole and status.st_size < file.size_bytes:
-        raise HeldBack(f'{quoted(path)} has {status.st_size} bytes instead of the '
-                            f'{file.size_bytes} that it should have')
+        size = counted(status.st_size, 'byte')
+        raise HeldBack(f'{quoted(path)} has {size} instead of the '
+                       f'{file.size_bytes} that it should have')
     # A user's file may lie where an item that has nothing of it yet would have its own.
     begun = item.down_total and file.priority and item.timestamp_started
     empty = item.timestamp_started and not status.st_blocks
@@ -3677,14 +3678,14 @@ class Users:
         self.engines[key] = engine
         if pid and not engine.same_files and not has_our_mounts(pid):
             raise HeldBack(f'what other items use is not known: rTorrent at {where} sees '
-                                'other mounts than torque')
+                           'other mounts than torque')
         needs = ('d.hash', 'd.base_path', 'd.directory', 'd.name', 'd.is_multi_file')
         columns = fetch_columns(engine, 'default', needs)
         hidden, cwd = without_errors(engine.ask(
             [('view.size_not_visible', '', 'default'), ('system.cwd', '')]))
         if hidden:
             raise HeldBack('what other items use is not known: the view "default" of '
-                                f'rTorrent at {where} hides {hidden}')
+                           f'rTorrent at {where} hides {hidden}')
         for info_hash, base, directory, name, is_multi in zip(*columns.values()):
             if info_hash in hashes:
                 continue
@@ -3697,7 +3698,7 @@ class Users:
                         self.add((key, info_hash), path)
             except OSError as error:
                 raise HeldBack(f'what item {quoted(name)} {info_hash} uses is not known: '
-                                    f'{quoted(error.filename)}: {error.strerror}') from None
+                               f'{quoted(error.filename)}: {error.strerror}') from None
 
     def meanings(self, path) -> list[str]:
         """Return the paths on the disk that one may mean which came through badly."""
@@ -3829,7 +3830,7 @@ def require_room(data: OwnData, folder: str) -> None:
             needed += os.lstat(file.path).st_blocks * 512
     if needed > (free or 0):
         raise HeldBack(f'no room: {show_size(needed)} are needed at {quoted(folder)}, '
-                            f'{show_size(free or 0)} are free')
+                       f'{show_size(free or 0)} are free')
 
 
 def delete_data(data: OwnData) -> None:
@@ -5656,7 +5657,7 @@ class Action(Choice):
             data = own_data(item)
             if not data.files:
                 raise HeldBack(f'there is no data at {quoted(data.root)}; the action delete '
-                                    'is for an item without')
+                               'is for an item without')
             data, why = self.without_users(item, data)
             for folder in {os.path.dirname(file.path) for file in data.files}:
                 if not os.access(folder, os.W_OK | os.X_OK):
