@@ -179,13 +179,14 @@ def parse_duration(text: Any) -> float:
     >>> parse_duration('1h30m'), parse_duration('0.25'), parse_duration(15)
     (5400.0, 0.25, 15.0)
     """
-    spelt = str(text).strip().lower()
+    # M stands for months elsewhere
+    spelt = str(text).strip().replace('M', '?').lower()
     if re.fullmatch(NUMBER, spelt):
         spelt += 's'
     seconds = added_up(spelt, DURATION, DURATION_UNITS)
     if seconds is None or seconds > LONGEST:
-        raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m 1h30m 2d, '
-                        'up to 10000w')
+        raise UserError(f'{text!r} is not a length of time; allowed are e.g. 15s 5m (minutes) '
+                        '1h30m 2d, up to 10000w')
     return seconds
 
 
@@ -303,6 +304,8 @@ POSITIONS = {'1st': 0, '2nd': 1, '3rd': 2, '4th': 3, '5th': 4, 'last': -1}
 SECOND, MINUTE, HOUR, DAY = (timedelta(seconds=number) for number in (1, 60, 3600, 86400))
 # A field's part: *, a, a-b, each perhaps with /step.
 PART = re.compile(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/([0-9]{1,9}))?')
+# What is no cron expression: one word, or a number with a unit, of which cron's hours have none.
+INTERVAL = re.compile(r'(?i)\S+$|@?every\b|[\d.]+ ?[a-z]')
 
 
 class Field(NamedTuple):
@@ -362,24 +365,25 @@ def parse_part(part: str, field) -> Iterable:
         raise UserError(f'{field.name} {part!r} is not understood; '
                         'allowed are * */n a a-b a-b/n and lists of these')
     star, first, last, step = match.groups()
-    low, high = field.low, field.high
+    # Of weekdays there are seven, though 0 and 7 are Sunday in cron
+    size = len(field.names) or field.high - field.low + 1
+    low, high = field.low, field.low + size - 1
     if not star:
         low = field_value(first, field)
         if last:
             high = field_value(last, field)
         elif not step:
             high = low
-    if field is CRON_WEEKDAY and last == 'sun' and low:
-        high = 7                                # sat-sun
-    elif field is CRON_WEEKDAY and step and not last:
-        low, high = low % 7, 6                  # 7 is Sunday once more
-    if low > high:
-        raise UserError(f'{field.name} {part!r} is an empty range; '
-                        f'write {first}-{field.high},{field.low}-{last} to go round')
     if step and not 0 < int(step) <= field.high - field.low:
         raise UserError(f'{field.name} {part!r} has a step that is '
                         f'not in 1-{field.high - field.low}')
-    return range(low, high + 1, int(step or 1))
+    if low > high and field.name == 'year':
+        raise UserError(f'year {part!r} is an empty range')
+    # It goes round
+    if low > high:
+        high += size
+    numbers = range(low, high + 1, int(step or 1))
+    return [(number - field.low) % size + field.low for number in numbers]
 
 
 def parse_field(text: str, field) -> set:
@@ -578,10 +582,12 @@ def parse_zone(name: str) -> Any:
 
 
 def parse_interval(text: str) -> Interval:
-    """Return the Interval of `every 15s` or `15s`."""
-    if f'@{text.lower()}' in CRON_NAMES:
-        raise UserError(f"{text!r} is no schedule; did you mean '@{text.lower()}'?")
-    seconds = parse_duration(re.sub(r'(?i)^every\s*', '', text))
+    """Return the Interval of `every 15s`, `@every 15s` or `15s`."""
+    length = re.sub(r'(?i)^@?every\s*', '', text)
+    if '@' in length or f'@{text.lower()}' in CRON_NAMES:
+        raise UserError(f"{text!r} is no schedule; allowed are {' '.join(CRON_NAMES)}, and "
+                        '@every 5m, which runs at the start, too')
+    seconds = parse_duration(length)
     if seconds < 0.1:
         raise UserError(f'interval {text!r} is too short; at least 0.1s is allowed')
     return Interval(seconds)
@@ -641,13 +647,11 @@ def parse_schedule(text: str) -> Schedule:
     schedule: Schedule
     if fields:
         schedule = Calendar(fields, zone)
-    elif ' ' not in cron or cron.lower().startswith('every '):
+    elif INTERVAL.match(cron):
         schedule = parse_interval(cron)
     else:
         schedule = parse_cron(cron, zone)
     schedule.jitter = jitter
-    if schedule.next(0) is None:
-        raise UserError(f'schedule {text!r} can never fire: there is no such date')
     return schedule
 
 
@@ -6791,7 +6795,7 @@ def parse_due(text):
         raise UserError('is missing; a job needs a handler and a schedule')
     schedule = parse_schedule(text)
     if schedule.next(time.time()) is None:
-        raise UserError(f'{text!r} lies in the past: it would never fire')
+        raise UserError(f'{text!r} can never fire: there is no such date to come')
     return schedule
 
 
