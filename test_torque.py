@@ -410,6 +410,17 @@ class TableCase(unittest.TestCase):
             self.check_runs(text + suffix, change - 7200, [change + n for n in expected])
 
 
+class HeadTest(unittest.TestCase):
+    def test_older_pythons_show_what_is_needed(self):
+        with open(torque.__file__, encoding='ascii') as stream:
+            content = stream.read()
+        for minor in (4, 6, 7):
+            with self.subTest(minor=minor), self.assertRaises(SyntaxError) as caught:
+                ast.parse(content, feature_version=(3, minor))
+            line = content.splitlines()[caught.exception.lineno - 1]
+            self.assertEqual(line, '(torque_needs_python_3_8 := True)')
+
+
 class ValuesTest(TableCase):
     def test_text_becomes_values(self):
         for parse, kind, values in (
@@ -432,9 +443,10 @@ class ValuesTest(TableCase):
         for parse, words, texts in (
                 (torque.parse_bool, 'is neither yes nor no; allowed are yes no',
                  ('maybe', '', '2', 'y e s', None, 'truefalse')),
-                (torque.parse_duration, 'is not a length of time; allowed are e.g. 15s 5m (minutes)',
+                (torque.parse_duration, 'is not a length of time; allowed are e.g. 15s 5m (minut',
                  ('', 'soon', '-5', '1h30', '5m5m', '1 2', '5x', '1..5s', '.5', 'm', '1e3', None,
-                  '5m;', '1h-30m', '1M', '1h30M', '5 min', '5 minutes', 'inf', 'nan', '9' * 310, '9' * 15, '10000w1s')),
+                  '5m;', '1h-30m', '1M', '1h30M', '5 min', '5 minutes', 'inf', 'nan', '9' * 310,
+                  '9' * 15, '10000w1s')),
                 (torque.parse_size, 'is not a size; allowed are e.g. 100m',
                  ('', '-1', '5x', '1p', 'k', '1 2', '1,5k', '1e3', 'nan', '9' * 310)),
                 (torque.parse_count, 'is not a whole number of 0 or more',
@@ -500,7 +512,7 @@ GRAMMAR = (
     # Ranges go round.
     ('hour=22-2', '22:00 23:00 02-29 02-29T01:00 02-29T02:00 02-29T22:00'),
     ('0 22-2/2 * * *', '22:00 02-29 02-29T02:00 02-29T22:00'),
-    ('minute=50-10/15', '12:05 12:50 13:05'), ('month=nov-feb', '11-01 12-01 2025-01-01 2025-02-01'),
+    ('minute=50-10/15', '12:05 12:50 13:05'), ('month=nov-jan', '11-01 12-01 2025-01-01'),
     ('month=apr-mar/2', '04-01 06-01 08-01 10-01 12-01 2025-02-01 2025-04-01'),
     ('0 0 1 apr-mar/2 *', '04-01 06-01 08-01 10-01 12-01 2025-02-01 2025-04-01'),
     ('day_of_week=sat-mon', '03-02 03-03 03-04 03-09'),
@@ -770,7 +782,9 @@ class CroniterTest(TableCase):
         for text, words in (
                 ('0 0 * * fri#6', "croniter refuses '0 0 * * fri#6': "), ('0 0 40L * *', 'refuses'),
                 ('a b c d e f', "croniter refuses 'a b c d e f': "), ('61 0 L * *', 'refuses'),
-                ('0 0 30 2 * 0', 'can never fire'), ('0 12 * * * 0 2020', 'no such date to come'), ('0 0 * * 1 0 x', 'croniter refuses')):
+                ('0 0 30 2 * 0', 'can never fire'),
+                ('0 12 * * * 0 2020', 'no such date to come'),
+                ('0 0 * * 1 0 x', 'croniter refuses')):
             self.assert_refused(torque.parse_due, text, words)
         with local_time(ZONES['Europe/Berlin'][0]):
             every_hour = ('30 * * * * 5', -5395, -1795, 1805)
@@ -7101,7 +7115,7 @@ class CommandLineTest(ConfigCase):
             self.assertRegex(self.command('--check')[1], rf'(?m)^(\S+/)?{place}: no mistakes')
 
     def test_check_shows_next_runs(self):
-        before = time.time()
+        before, zone = time.time(), time.strftime('%Z')
         status, out, err, _ = self.check(GOOD_INI + 'job.b.handler = good:Plain\n'
                                          'job.b.schedule = hour=3\n')
         self.assertEqual(status, 0)
@@ -7110,10 +7124,30 @@ class CommandLineTest(ConfigCase):
         by_hour = torque.parse_schedule('hour=3').next
         for row, first, following in (('a +good:Plain +1h', before, lambda due: due + 3600),
                                       ('b +good:Plain +hour=3', by_hour(before), by_hour)):
-            told = re.search(rf'(?m)^{row} +({TIME}), ({TIME}), ({TIME})$', out)
+            told = re.search(rf'(?m)^{row} +({TIME}), ({TIME}), ({TIME}) {zone}$', out)
             due = [time.mktime(time.strptime(text, '%Y-%m-%d %H:%M:%S')) for text in told.groups()]
             self.assertAlmostEqual(due[0], first, delta=20)
             self.assertEqual(due[1:], [following(due[0]), following(due[1])])
+
+    @unittest.skipIf(NO_ZONES, NO_ZONES)
+    def test_time_zones_are_told(self):
+        path = self.ini(HEAD + '''job.a.handler = good:Plain
+job.a.schedule = hour=4 timezone=Asia/Tokyo
+job.b.handler = good:Plain
+job.b.schedule = hour=3
+''')
+        now = datetime.datetime.now(zoneinfo.ZoneInfo('Asia/Tokyo'))
+        day = now.date() + datetime.timedelta(now.hour >= 4)
+        for zone, shown, warns in (
+                ('Europe/Berlin', 'CES?T', 0), (':Europe/London', 'GMT|BST', 0),
+                ('UTC', 'UTC', 0), ('', 'UTC', 0), ('CET-1CEST', 'CES?T', 0), ('Etc/GMT', 'GMT', 0),
+                ('Europe/Berln', 'Europe', 1), ('Berlin', 'Berlin', 1), (':/etc/nosuch', '', 1)):
+            with self.subTest(zone=zone), mock.patch.dict(os.environ, TZ=zone):
+                status, out, err = self.command('-c', path, '--check')
+                self.assertRegex(out, rf'(?m)^b .* 03:00:00 ?({shown})$')
+                self.assertRegex(out, rf'(?m)^a .* {day} 04:00:00, .* 04:00:00 Asia/Tokyo$')
+                text = f"TZ='{zone.strip(':')}' is no time zone of this machine: times are UTC"
+                self.assertEqual((status, err.count(text)), (0, warns))
 
     def test_run_once_tells_how_it_went(self):
         self.ini(DOES + '\njob.a.active = no\njob.b.handler = good:Plain\njob.b.schedule = 1h\n')

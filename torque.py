@@ -80,6 +80,8 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
 # Imported where they are first needed, because they cost most of the start-up time:
 # argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
 
+# An older Python shows this line, the first that it cannot read.
+(torque_needs_python_3_8 := True)
 VERSION = '1.0'
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOT_RUNNING, EXIT_RUNNING, EXIT_CONFIG = 0, 1, 2, 69, 75, 78
 
@@ -405,6 +407,7 @@ class Schedule:
     jitter = 0.0
     elapsed = False                     # True: next() takes and gives elapsed, not Unix seconds
     every_hour = True                   # follows real time through clock changes
+    zone: Any = None                    # local time
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`, None when there is none any more."""
@@ -7563,9 +7566,22 @@ def find_secret(config) -> str:
     return ''
 
 
+def missing_zone() -> str:
+    """Return the time zone that TZ names if this machine does not have it, else ''."""
+    name = os.environ.get('TZ', '').lstrip(':')
+    path = os.path.join(os.environ.get('TZDIR', '/usr/share/zoneinfo'), name)
+    # The C library takes UTC for it, without a word; rules such as UTC0 need no file
+    if time.timezone or re.search(r'UTC|GMT|\d', name) or os.path.exists(path):
+        return ''
+    return name
+
+
 def warn_of_risks(config, jobs) -> None:
-    """Log what lets others read secrets or run commands as this user."""
+    """Log what lets others read secrets or run commands as this user, and a missing time zone."""
     risks = []
+    zone = missing_zone()
+    if zone:
+        risks.append(f'TZ={quoted(zone)} is no time zone of this machine: times are UTC')
     secret = find_secret(config)
     if secret and others_may(0o044, config.path):
         risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
@@ -9051,7 +9067,7 @@ def run_once(config) -> int:
 
 
 def next_runs(schedule) -> str:
-    """Return the next three due times of a schedule, as text."""
+    """Return the next three due times of a schedule, and the time zone that they are in."""
     due = time.time()
     if isinstance(schedule, Interval):
         # Intervals count from the start of torque, which would be now.
@@ -9062,8 +9078,9 @@ def next_runs(schedule) -> str:
         due = schedule.next(due)
         if due is None:
             break
-        dates.append(time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due)))
-    return ', '.join(dates)
+        dates.append(datetime.fromtimestamp(due, schedule.zone).strftime('%Y-%m-%d %H:%M:%S'))
+    zone = schedule.zone or time.strftime('%Z')
+    return f"{', '.join(dates)} {zone}"
 
 
 def check_engine(engine) -> None:
