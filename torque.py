@@ -1937,11 +1937,12 @@ def sync(path: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Make one line that names the file of what the system refuses inside."""
+    """Make one line of what the system refuses inside, with a file of torque's own."""
     try:
         yield
     except OSError as error:
-        raise LoggableError(f'{path} cannot be written: {error.strerror}') from None
+        raise UserError(f'{path} cannot be used: {error.strerror}; state_dir and pid_file in '
+                        '[TORQUE] say where it is') from None
 
 
 def open_own(path: str, flags: int) -> int:
@@ -2062,6 +2063,17 @@ def lock(file, patience: float) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
+
+
+def require_place(folder: str) -> None:
+    """Raise UserError where files cannot be written and locked in a folder, which may be made."""
+    there = folder
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    path = os.path.join(there, f'.torque-{os.getpid()}')
+    with writing(folder), open(path, 'x', opener=open_own) as stream:
+        os.remove(path)
+        lock(stream, 0)
 
 
 @contextlib.contextmanager
@@ -6997,8 +7009,11 @@ def beside(path, name):
     """Return where a file named in a configuration is: a relative name is beside it."""
     if not name:
         return ''
-    folder = os.path.dirname(os.path.realpath(path))
-    return os.path.join(folder, os.path.expanduser(name))
+    expanded = os.path.expanduser(name)
+    if expanded.startswith('~'):
+        raise UserError(f'{name!r}: there is no such home folder, by HOME or passwd; set state_dir '
+                        '(pid_file, log_file) in [TORQUE] to a whole path')
+    return os.path.join(os.path.dirname(os.path.realpath(path)), expanded)
 
 
 def read_files(path, overrides):
@@ -7033,7 +7048,7 @@ def state_folder(path, name):
     if name:
         return beside(path, name)
     real = os.path.realpath(path)
-    base = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
+    base = beside(path, os.environ.get('XDG_STATE_HOME') or '~/.local/state')
     mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
     return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
 
@@ -7383,8 +7398,10 @@ class PidFile:
         if not re.fullmatch(rb'[\s\0\d]{0,64}', os.pread(file, 65, 0)):
             os.close(file)
             raise UserError(f'pid file {self.path}: this is something else; it is left alone')
-        # A process that only looks, in is_locked(), has the lock for a moment.
-        if not lock(file, 0.2):
+        with writing(self.path):
+            # A process that only looks, in is_locked(), has the lock for a moment.
+            free = lock(file, 0.2)
+        if not free:
             os.close(file)
             return False
         if self.file >= 0:
@@ -7397,16 +7414,9 @@ class PidFile:
         return True
 
     def open(self, flags) -> int:
-        """Open the file, if it is a plain one of this user; root may read those of others.
-
-        Raises FileNotFoundError, and UserError for all the rest.
-        """
-        try:
+        """Open the file, if it is a plain one of this user; root may read those of others."""
+        with writing(self.path):
             file = open_own(self.path, flags)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise UserError(f'{self.path}: {error.strerror}') from None
         status = os.fstat(file)
         users = [os.geteuid()]
         if flags == os.O_RDONLY and users == [0]:
@@ -7419,13 +7429,14 @@ class PidFile:
     def is_locked(self) -> bool:
         """Tell whether a daemon runs."""
         import fcntl
-        try:
+        with writing(self.path):
+            if identity(self.path) is None:
+                return False
             with open(self.open(os.O_RDONLY)) as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
         return False
 
     def read(self) -> tuple[int, str]:
@@ -9093,7 +9104,7 @@ def check_engine(engine) -> None:
             logging.getLogger('torque.engine').warning('%s', error)
 
 
-def check(config) -> int:
+def check(config, pid_file) -> int:
     """Print what would run and when, and whether rTorrent answers."""
     rows = [('JOB', 'HANDLER', 'SCHEDULE', 'NEXT RUNS')]
     jobs = make_jobs(config.jobs)
@@ -9108,6 +9119,8 @@ def check(config) -> int:
             for text in job.check():
                 logging.getLogger('torque.' + name).warning('%s', text)
     warn_of_risks(config, jobs.values())
+    require_place(config.state_dir)
+    require_place(os.path.dirname(pid_file.path))
     print(f'{config.path}: no mistakes')
     return EXIT_OK
 
@@ -9264,6 +9277,8 @@ def log_level(arguments) -> int:
 def start_daemon(arguments, path, lock, reloaded) -> Daemon:
     """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(arguments, path)
+    if not reloaded:
+        require_place(config_ini.state_dir)
     if arguments.restart and not reloaded:
         # The other is ended only now that the configuration is known to be good.
         lock.stop()
@@ -9404,7 +9419,7 @@ def obey(arguments) -> int:
     if arguments.explain:
         return explain(config_ini, arguments.explain)
     if arguments.check:
-        return check(config_ini)
+        return check(config_ini, find_pid_file(arguments, path))
     return run_once(config_ini)
 
 
