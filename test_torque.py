@@ -13,6 +13,7 @@ import datetime
 import doctest
 import hashlib
 import http.client
+import http.server
 import importlib
 import io
 import itertools
@@ -1274,9 +1275,10 @@ class RpcCase(Folder):
             return caught.exception
 
     def assert_trouble(self, words, engine, kind=torque.RpcError):
-        """Ask; the error has to name the address and what was asked."""
-        return self.assert_error(f'{engine.address.where}: system.listMethods: |{words}',
-                                 engine.reach, kind=kind)
+        """Ask; the error has to name the address, and no command that nobody has asked for."""
+        error = self.assert_error(f'{engine.address.where}: |{words}', engine.reach, kind=kind)
+        self.assertNotIn('system.listMethods', str(error))
+        return error
 
     def value_or_error(self, function, *params):
         """Call; any value and any RpcError of one line will do."""
@@ -1626,10 +1628,31 @@ class TransportTest(RpcCase):
                 self.assertRegex(str(error), 'HTTP 401|Negotiate|digest auth failed')
                 self.assertNotIn('wr0ng', f'{error!r} {engine!r} {self.lines}')
 
+    def test_other_servers_are_named_at_once(self):
+        web = http.server.HTTPServer(('127.0.0.1', 0), http.server.BaseHTTPRequestHandler)
+        self.addCleanup(web.server_close)
+        self.addCleanup(web.shutdown)
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        greeter = self.serve(plays(b'SSH-2.0-OpenSSH_9.2p1\r\n', silent=True))
+        closes = self.serve(lambda connection: connection.recv(4))
+        with mock.patch('sys.stderr', io.StringIO()):
+            for url, words in ((f'scgi://127.0.0.1:{web.server_port}', 'not one of rTorrent: |HTML'),
+                               (greeter.url, 'not one of rTorrent: |SSH-2.0-OpenSSH'),
+                               (closes.url.replace('scgi', 'http'), 'the connection was closed')):
+                began = time.monotonic()
+                self.assert_trouble(
+                    f'{words}|; scgi:// is for the port of rTorrent itself, http:// for a web',
+                    torque.Engine(url, 20), torque.Unreachable)
+                self.assertLess(time.monotonic() - began, 5)
+
     def test_missing_servers_are_named(self):
+        stale = f'{self.folder}/stale.sock'
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(stale)
         for url, word in ((f'scgi://127.0.0.1:{free_port()}', 'nobody listens'),
                           (f'http://127.0.0.1:{free_port()}', 'nobody listens'),
-                          (self.write('stale.sock', ''), 'nobody listens'),
+                          (self.write('file', ''), 'this is no socket; scgi_url is what'),
+                          (self.folder, 'this is no socket'), (stale, 'nobody listens'),
                           ('/no/such.sock', 'no such socket'), ('/' + 'x' * 200, 'too long'),
                           ('scgi://no.such.invalid:5000', 'cannot be resolved')):
             self.assert_trouble(word, torque.Engine(url, 9), torque.Unreachable)
@@ -7154,13 +7177,15 @@ job.b.schedule = hour=3
         for code, expected, text in (
                 ('pass', 0, ''), ('raise torque.LoggableError("no luck")', 1, 'WARNING a: no luck'),
                 ('raise ValueError("odd")', 1, 'ERROR a: ValueError: odd'),
-                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'), ('self.engine.reach()', 1, '/now')):
+                ('sys.exit(0)', 1, 'ERROR a: SystemExit: 0'),
+                ('self.engine.reach()', 1, 'WARNING engine: scgi:///nowhere: there is no such')):
             with self.subTest(code=code):
                 status, out, err = run_torque(*RUN, '-D', f'job.a.code={code}', cwd=self.folder)
                 self.assertEqual((status, out), (expected, ''))
                 self.assertIn(text, err)
                 self.assertEqual('Traceback' in err, 'ERROR a: ' in text)
                 self.assertEqual((err.count('INFO a: cleaned'), err.count(' b: ')), (1, 0))
+                self.assertLess(err.count('/nowhere'), 2)
 
     def test_log_shows_what_is_asked(self):
         self.ini(GOOD_INI + 'job.a.password = hunter2\njob.a.url = http://me:hunter2@h/\n')
@@ -7722,7 +7747,7 @@ class DaemonControlTest(DaemonFolder):
                 ('pid_file = /proc/x.pid', every[3:], env, '/proc/x.pid', 'No such file'),
                 ('pid_file = /proc/x.pid', every[:1], env, '/proc cannot be used: No such file'),
                 ('', every, {**env, 'NO_LOCKS': '1'}, '/state', 'No locks available'),
-                ('state_dir =', every, homeless, "state': there is no such home folder", 'to a whole'),
+                ('state_dir =', every, homeless, "state': there is no such home folder", 'a whole'),
                 ('state_dir = ~/x', every, homeless, "'~/x': there is no such home folder"),
                 ('pid_file = ~nobody-here/x', every[::4], env, "'~nobody-here/x': there is no")):
             self.ini(setting)

@@ -1067,6 +1067,7 @@ WEIGHT = 5
 MISSING = (-506, -32601)
 # Calls in one request; rTorrent takes 512 KiB at most
 BATCH = 500
+KINDS_OF_PORT = 'scgi:// is for the port of rTorrent itself, http:// for a web server'
 LOOPBACK = re.compile(r'localhost$|127\.|::1$')
 
 
@@ -1154,11 +1155,14 @@ def describe(error) -> str:
     return f'no usable answer: {quoted(error)}'
 
 
-def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
-    """Return what comes over a connection until the other side closes it: an answer."""
+def receive(sock: socket.socket, seconds: float, limit: int, start: bytes = b'') -> bytearray:
+    """Return what comes over a connection until the other side closes it: an answer.
+
+    What does not begin with `start` is not read to its end.
+    """
     received, chunk = bytearray(), b'?'
     end = time.monotonic() + seconds
-    while chunk:
+    while chunk and received[:len(start)] == start[:len(received)]:
         sock.settimeout(max(end - time.monotonic(), 0.001))
         try:
             chunk = sock.recv(1 << 18)
@@ -1167,7 +1171,7 @@ def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
                 came = counted(len(received), 'byte')
                 raise Unreachable(f'only {came} came in {seconds:g} s') from None
             raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
-                              'or hung') from None
+                              'hung, or another kind of server (scgi://, http://)') from None
         # It refused what it had not read yet
         except ConnectionError:
             chunk = b''
@@ -1175,7 +1179,7 @@ def receive(sock: socket.socket, seconds: float, limit: int) -> bytearray:
         if len(received) > limit:
             raise RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
     if not received:
-        raise Unreachable('the connection was closed without an answer')
+        raise Unreachable(f'the connection was closed without an answer; {KINDS_OF_PORT}')
     return received
 
 
@@ -1198,17 +1202,23 @@ def scgi_request(address, body: bytes, content_type: str, seconds: float, limit:
 
     Raises RpcError; the text says what happened, the caller adds where and which method.
     """
+    # Another kind of server answers at the end of a line, but would wait for it
+    body += b'\r\n\r\n'
     head = f'CONTENT_LENGTH\0{len(body)}\0SCGI\0001\0CONTENT_TYPE\0{content_type}\0'
     try:
         with connect(address, seconds) as sock:
             sock.sendall(b'%d:%s,%s' % (len(head), head.encode(), body))
-            received = receive(sock, seconds, limit)
+            received = receive(sock, seconds, limit, b'Status:')
     except OSError as error:
-        raise Unreachable(describe(error)) from None
+        trouble = describe(error)
+        if os.path.isfile(address.path) or os.path.isdir(address.path):
+            trouble = 'this is no socket; scgi_url is what network.scgi.open_local of rTorrent says'
+        raise Unreachable(trouble) from None
     start, _, content = received.partition(b'\r\n\r\n')
     size = re.search(rb'\ncontent-length: {0,9}(\d{1,15})', start, re.I)
     if not size or not start.startswith(b'Status:'):
-        raise Unreachable(f'the answer is not one of rTorrent: {beginning(received)}')
+        raise Unreachable(f'the answer is not one of rTorrent: {beginning(received)}; '
+                          + KINDS_OF_PORT)
     if len(content) < int(size[1]):
         raise Unreachable(f"the answer broke off after {counted(len(received), 'byte')}")
     return content
@@ -1753,7 +1763,11 @@ class Engine:
         if isinstance(error, Unreachable) or error.code in MISSING:
             # It may have been restarted or upgraded
             self.stamp = None
-        return type(error)(f'{self.address.where}: {method}: {error}', error.code)
+        where = self.address.where
+        # Whoever reads this has not asked for the list of methods
+        if method != 'system.listMethods':
+            where += f': {method}'
+        return type(error)(f'{where}: {error}', error.code)
 
     def reach(self) -> None:
         """Ask what rTorrent is and offers, unless that is known; RpcError if it is away."""
@@ -9069,12 +9083,9 @@ def run_once(config) -> int:
         task.attempt()
     finally:
         clean_up(planned.name, job)
-    if not task.failures:
-        return EXIT_OK
-    if task.told is None:
-        # The log has another line on it, as where rTorrent is away.
-        task.log.error('failed: %s', task.last_error)
-    return EXIT_FAILED
+    if task.failures:
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def next_runs(schedule) -> str:
