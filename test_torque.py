@@ -1636,7 +1636,7 @@ class TransportTest(RpcCase):
         greeter = self.serve(plays(b'SSH-2.0-OpenSSH_9.2p1\r\n', silent=True))
         closes = self.serve(lambda connection: connection.recv(4))
         with mock.patch('sys.stderr', io.StringIO()):
-            for url, words in ((f'scgi://127.0.0.1:{web.server_port}', 'not one of rTorrent: |HTML'),
+            for url, words in ((f'scgi://127.0.0.1:{web.server_port}', 'not one of rTorrent|HTML'),
                                (greeter.url, 'not one of rTorrent: |SSH-2.0-OpenSSH'),
                                (closes.url.replace('scgi', 'http'), 'the connection was closed')):
                 began = time.monotonic()
@@ -8219,6 +8219,24 @@ class FaultTest(DaemonFolder):
                 server.stop(signal.SIGKILL)
             wait_for(lambda: program.seen('WARNING engine'))
             self.answered(self.rtorrent())
+        self.told(program, 1, 1)
+
+    def test_late_rtorrents_are_noticed(self):
+        self.ini('job.stats.handler = torque:EngineStats\njob.stats.schedule = hour=*\n')
+        program, path = self.start(), f'{self.folder}/rpc.sock'
+        wait_for(lambda: program.seen('WARNING engine'))
+        with self.fault(program):
+            hung = Server(plays(b'', silent=True), path)
+            wait_for(lambda: hung.connections, 5)
+            self.more(count=8)                          # one that hangs holds nothing up
+            hung.stop()
+            os.remove(path)
+            double = Commands()
+            self.addCleanup(Server(double.scgi, path).stop)
+            wait_for(lambda: program.seen('answers again'), 6)
+            asked = len(double.seen)
+            self.more(count=20)
+            self.assertEqual(len(double.seen), asked)
         self.told(program, 1, 1)
 
     def test_rtorrents_are_away(self):

@@ -33,9 +33,9 @@ is due until cleanup() is called, once, at the end. A reload ends all of it and 
 
 Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
 own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
-one more, under the job's lock; pings, the status and the page have theirs, which only read, or hand
-a function to the main thread (calls). Engines are used by all; what they know of rTorrent is
-replaced whole, never changed.
+one more, under the job's lock; pings, the status, the page and the search for an rTorrent that
+is away have theirs, which only read, or hand a function to the main thread (calls). Engines are
+used by all; what they know of rTorrent is replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
 78 configuration.
@@ -7354,13 +7354,15 @@ config_ini = Config()
 # --- Daemon ----------------------------------------------------------------------------------
 # The life of the process, from the lock on its pid file to its end or its start over. Planned
 # jobs enter; runs, a log, the status at a socket and pings of monitors leave. The scheduler is
-# the main thread's. The status, each monitor, each cleanup and the check before a reload have
-# threads of their own, which only read what is the main thread's, or put into scheduler.calls.
+# the main thread's. The status, each monitor, each cleanup, the check before a reload and the
+# search for an rTorrent that is away have threads of their own, which only read what is the main
+# thread's, or put into scheduler.calls.
 
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
 RARE = 600                      # seconds from one due time to the next
+AWAY_PAUSE = 4                  # seconds until an rTorrent that is away is tried again
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
 BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
@@ -7690,6 +7692,7 @@ class Daemon:
         self.began = elapsed_time()
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
+        self.seekers: dict[Engine, threading.Thread] = {}
         self.missed: list[str] = []             # what was due while torque did not run
         self.at_end: list[Callable] = []        # what else is to be done at the end
 
@@ -7767,20 +7770,39 @@ class Daemon:
 
     def run_job(self, planned, path, monitor: Monitor | None) -> None:
         """Run a job, and tell disk and monitor of it; in the thread of that job."""
-        job = self.jobs[planned.name]
         if path:
             # It is on the disk before the job does anything.
             self.mark_start(path)
-        if planned.config.dry_run or not monitor:
-            job.run()
-            return
-        monitor.send('/start')
+        if planned.config.dry_run:
+            monitor = None
+        if monitor:
+            monitor.send('/start')
         try:
-            job.run()
+            self.jobs[planned.name].run()
         except BaseException as error:
-            monitor.send('/fail', f'{type(error).__name__}: {error_text(error)}')
+            if monitor:
+                monitor.send('/fail', f'{type(error).__name__}: {error_text(error)}')
             raise
-        monitor.send('')
+        finally:
+            self.seek_engines()
+        if monitor:
+            monitor.send('')
+
+    def seek_engines(self) -> None:
+        """Have a thread look for each rTorrent that is away: a late one need not wait for a run."""
+        for engine in self.config.engines.values():
+            seeker = self.seekers.get(engine)
+            if engine.gone_since is None or seeker and seeker.is_alive():
+                continue
+            with contextlib.suppress(RuntimeError):         # no more threads
+                self.seekers[engine] = in_thread(self.seek, engine)
+
+    def seek(self, engine) -> None:
+        """Try an rTorrent until it answers; a thread, for one that hangs answers late."""
+        while engine.gone_since is not None:
+            time.sleep(AWAY_PAUSE)
+            with contextlib.suppress(RpcError):
+                engine.reach()
 
     def serve(self, verb) -> None:
         """Run jobs on schedule until a signal comes, and what then has to be done."""
