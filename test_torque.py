@@ -1681,6 +1681,9 @@ WIKI (cat,(session.path),rpc.sock) >> /x/s/rpc.sock
 WIKI (cat, (session.path), "../rpc.sock") >> /x/s/../rpc.sock
 WIKI (cat, \ | (cfg.basedir), \ | rpc.sock) >> /x/rpc.sock
 WIKI (cat,(system.env,HOME),/rpc.sock) >> HOME/rpc.sock
+WIKI (cat,(fs.homedir),/rpc.sock) >> HOME/rpc.sock
+method.insert = cfg.home, private|const|string, (fs.homedir) | scgi_local = (cfg.home)/x >> HOME/x
+import = (cat,(fs.homedir),/more/common.rc) >> /x/common.sock
 WIKI /x/rpc.sock ; print = "x ; y" >> /x/rpc.sock
 network.scgi.open_local=/x/rpc.sock >> /x/rpc.sock
 scgi_local = /x/rpc.sock >> /x/rpc.sock
@@ -1820,13 +1823,23 @@ class EngineTest(RpcCase):
                 self.assertEqual(torque.parse_address(found), torque.parse_address(expected))
 
     def test_unclear_rc_files_are_named(self):
-        local = 'network.scgi.open_local'
+        local, path = 'network.scgi.open_local', self.path('rt.rc')
+        line = f'{local} = (cat,(session.path),rpc.socket)'
         for text, words in (
-                ('', 'rt.rc'), (f'#{local} = /x', 'rt.rc'), ('import = /no/such.rc', '/no/such.rc'),
-                (f'{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'execute.capture'),
-                (f'{local} = (cat,(session.path),rpc.sock)', 'session.path'),
-                ('import = /x\0y', 'null'), ('import = /', 'directory'),
-                (f'{local} = (a)\nmethod.insert = a, string, (a)', "work out '(a)'")):
+                ('', f'{path} opens no SCGI socket|start rTorrent anew: {line}'),
+                (f'#{local} = /x', f'opens no|{line}'),
+                (f'schedule2 = x,1,0,"{local}=/x"', f'opens no|{line}'),
+                ('# a\\\nb\n\nimport = /no/such.rc', f'{path}:4: /no/such.rc: No such file'),
+                (f'\n{local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock)', 'rt.rc:2|execute.ca'),
+                (line, "rt.rc:1: torque cannot tell what '(cat,(session.path),rpc.socket)' comes"),
+                (f'# x\n\n  {local} = rpc.sock', "rt.rc:3: |'rpc.sock' comes to; write the whole"),
+                (f'print = a ; {local} = ./session/rpc.sock', "rt.rc:1: |'./session/rpc.sock'"),
+                (f'print = \\\n a\n{local} = x.sock', 'rt.rc:3: '),
+                ('session = s\nscgi_local = (cat,(session.path),x)', 'rt.rc:2: |session.path'),
+                (f'{local} = "$cat=$session.path=,rpc.socket"', 'rt.rc:1: |$cat=$session.path='),
+                ('network.scgi.open_port = 5000', "rt.rc:1: |'5000'"),
+                ('import = /x\0y', 'null'), ('import = /', 'rt.rc:1: /: Is a directory'),
+                (f'{local} = (a)\nmethod.insert = a, string, (a)', "rt.rc:1: |'(a)'")):
             self.assert_error(f'{words}|set scgi_url', torque.find_url, self.write('rt.rc', text),
                               kind=torque.UserError)
         with mock.patch.dict(os.environ, HOME=self.folder):
@@ -7131,11 +7144,35 @@ class CommandLineTest(ConfigCase):
         places = ['.pyroscope/torque.ini', 'xdg/torque/torque.ini', 'torque.ini']
         status, out, err = self.command('--check')
         self.assertEqual((status, out), (78, ''))
-        for word in (*places, 'copy torque.ini.example to torque.ini', 'scgi_url'):
+        for word in ('INFO config: there is no torque.ini or $XDG_CONFIG_HOME/torque/torque.ini',
+                     'or ~/.pyroscope/torque.ini: the defaults are run; torque.ini.example',
+                     '<defaults>: scgi_url: is not set in [TORQUE], and there is no', '.rc'):
             self.assertIn(word, err)
         for place in places:
             self.write(place, HEAD)
             self.assertRegex(self.command('--check')[1], rf'(?m)^(\S+/)?{place}: no mistakes')
+
+    def test_defaults_are_run_without_an_ini(self):
+        double = Commands()
+        self.addCleanup(Server(double.scgi, self.path('rpc.sock')).stop)
+        self.write('.rtorrent.rc', 'scgi_local = (cat,(fs.homedir),/rpc.sock)')
+        where = f'{self.folder}/rpc.sock'
+        status, out, err = self.command('--check')
+        self.assertEqual((status, 'the defaults are run' in err), (0, True), err)
+        for text in 'connstats  torque:Engine', f'{where}: rTorrent', '<defaults>: no mistakes':
+            self.assertIn(text, out)
+        status, out, err = self.command('--run-once', 'connstats', '-D', 'rpc_timeout=2')
+        self.assertEqual((status, 'INFO connstats: double:1' in err), (0, True), err)
+        self.assertEqual(self.command('--status'), (69, 'torque is not running\n', ''))
+        self.assertEqual(self.command('--daemon')[0], 0)
+        self.addCleanup(self.command, '--stop')
+        self.assertEqual(os.listdir(self.path('.local/state/torque')), ['default'])
+        other = self.path('other')
+        os.mkdir(other)
+        status, out, err = run_torque('--status', '-q', cwd=other)
+        self.assertEqual((status, 'connstats' in out, err), (0, True, ''))
+        self.assertEqual(run_torque('--stop', cwd=other)[0], 0)
+        self.assertEqual(self.command('--status')[0], 69)
 
     def test_check_shows_next_runs(self):
         before, zone = time.time(), time.strftime('%Z')

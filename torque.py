@@ -1590,9 +1590,8 @@ RC_NAMES = {
     'scgi_port': 'network.scgi.open_port',
     'session': 'session.path',
     'session.path.set': 'session.path'}
-RC_COMMENT = re.compile(r'(?m)^[ \t]{0,99}#.*')
-# A semicolon ends a command, but in quotes
-RC_COMMAND = re.compile(r'(?:[^";\n]|"[^"\n]*"?)+')
+# A comment, or a command, which a semicolon ends, but in quotes
+RC_COMMAND = re.compile(r'(?m)^[ \t]{0,99}#.*|(?:[^";\n]|"[^"\n]*"?)+')
 RC_CALL = re.compile(r'\(\s{0,99}([\w.]{1,99})\s{0,99}(?:,([^()]*))?\)')
 # Characters of an rc that are read
 RC_LIMIT = 1 << 20
@@ -1830,13 +1829,25 @@ class Engine:
             **{name: told.get(name) for name in GAUGES})
 
 
-def rc_value(value: str, settings: dict) -> str:
-    """Return what an rc's value comes to: (command,args) are worked out from the inside."""
+def first_file(names: Iterable[str]) -> str:
+    """Return the path of the first file that exists, variables and ~ expanded; '' for none."""
+    for name in names:
+        path = os.path.expanduser(os.path.expandvars(name))
+        if os.path.isfile(path):
+            return path
+    return ''
+
+
+def rc_value(value: str, settings: dict[str, tuple[str, str]]) -> str:
+    """Return what an rc's value comes to: (command,args) are worked out from the inside.
+
+    What torque cannot work out is left.
+    """
     # A name may stand for itself
     for _ in range(100):
         call = RC_CALL.search(value)
         if not call or not value.startswith('('):
-            return value
+            break
         name, rest = call.groups('')
         args = [arg.strip() for arg in rest.split(',')]
         if name == 'cat':
@@ -1844,21 +1855,21 @@ def rc_value(value: str, settings: dict) -> str:
         elif name == 'system.env':
             found = os.environ.get(args[0], '')
         elif name in settings:
-            found = settings[name]
+            found = settings[name][0]
             # rTorrent's own ends so
             if name == 'session.path':
                 found += '/'
         else:
             break
         value = value[:call.start()] + found + value[call.end():]
-    raise UserError(f'the address in rtorrent.rc needs rTorrent to work out {value!r}; '
-                    'set scgi_url in [TORQUE]')
+    return value
 
 
-def read_rc(path: str, settings: dict, seen: set) -> None:
+def read_rc(path: str, settings: dict[str, tuple[str, str]], seen: set) -> None:
     """Add the commands of an rc and of the files it imports to settings; later ones win.
 
-    seen: the files that are read, none of which is read again: one may import itself.
+    settings: values, and where they stand, by name. seen: the files that are read, none of which
+    is read again: one may import itself.
     """
     path = os.path.normpath(os.path.expanduser(path))
     if path in seen:
@@ -1866,25 +1877,29 @@ def read_rc(path: str, settings: dict, seen: set) -> None:
     seen.add(path)
     try:
         with open(path, encoding='utf-8', errors='replace') as stream:
-            text = stream.read(RC_LIMIT).replace('\\\n', ' ')
+            # A line that goes on below still counts as one
+            text = stream.read(RC_LIMIT).replace('\\\n', '\r')
     # Its name may hold a NUL
     except (OSError, ValueError) as error:
-        raise UserError(f'{one_line(path)}: {error}; set scgi_url in [TORQUE]') from None
-    for command in RC_COMMAND.findall(RC_COMMENT.sub('', text)):
-        key, _, value = command.replace('"', '').partition('=')
+        why = getattr(error, 'strerror', error)
+        raise UserError(f'{one_line(path)}: {why}; set scgi_url in [TORQUE]') from None
+    for command in RC_COMMAND.finditer(text):
+        key, _, value = command[0].replace('"', '').partition('=')
         key, value = key.strip(), value.strip()
+        line = 1 + len(re.findall('[\n\r]', text[:command.start()]))
+        place = f'{path}:{line}'
         if key in ('import', 'try_import'):
             try:
                 target = os.path.expanduser(rc_value(value, settings))
                 read_rc(os.path.join(os.path.dirname(path), target), settings, seen)
-            except UserError:
+            except UserError as error:
                 if key == 'import':
-                    raise
+                    raise UserError(f'{place}: {error}') from None
         elif key == 'method.insert':
             key, _, rest = value.partition(',')
-            settings[key.strip()] = rest.partition(',')[2].strip()
+            settings[key.strip()] = rest.partition(',')[2].strip(), place
         else:
-            settings[RC_NAMES.get(key, key)] = value
+            settings[RC_NAMES.get(key, key)] = value, place
 
 
 def find_url(rc_file: str | None) -> str:
@@ -1895,20 +1910,26 @@ def find_url(rc_file: str | None) -> str:
     names = RC_FILES
     if rc_file:
         names = [rc_file]
-    for name in names:
-        path = os.path.expanduser(os.path.expandvars(name))
-        if not os.path.isfile(path):
-            continue
-        settings: dict = {}
-        read_rc(path, settings, set())
-        for key in ('network.scgi.open_local', 'network.scgi.open_port'):
-            if key in settings:
-                return 'scgi://' + rc_value(settings[key], settings).replace('//', '/')
-        raise UserError(f'{path} opens no SCGI port or socket (network.scgi.open_local); '
-                        'set scgi_url in [TORQUE]')
-    raise UserError('is not set in [TORQUE], and there is no '
-                    f"{' or '.join(names)} (rtorrent_rc) to take it from; "
-                    '-D scgi_url=ADDRESS sets it for once')
+    path = first_file(names)
+    if not path:
+        raise UserError('is not set in [TORQUE], and there is no '
+                        f"{' or '.join(names)} (rtorrent_rc) to take it from; "
+                        '-D scgi_url=ADDRESS sets it for once')
+    settings = {'fs.homedir': (os.path.expanduser('~'), '')}
+    read_rc(path, settings, set())
+    value, place = settings.get('network.scgi.open_local',
+                                settings.get('network.scgi.open_port', ('', '')))
+    if not value:
+        raise UserError(f'{path} opens no SCGI socket; set scgi_url in [TORQUE], or write there, '
+                        'and start rTorrent anew: network.scgi.open_local = '
+                        '(cat,(session.path),rpc.socket)')
+    url = 'scgi://' + rc_value(value, settings).replace('//', '/')
+    try:
+        parse_address(url)
+    except UserError:
+        raise UserError(f'{place}: torque cannot tell what {quoted(value)} comes to; write the '
+                        'whole path of the socket there, or set scgi_url in [TORQUE]') from None
+    return url
 
 
 # --- Files -----------------------------------------------------------------------------------
@@ -6841,6 +6862,10 @@ def parse_port(text: str) -> int:
     return port
 
 
+# Where the configuration is looked for; without one the defaults are run.
+INI_FILES = ['torque.ini', '$XDG_CONFIG_HOME/torque/torque.ini', '~/.config/torque/torque.ini',
+             '~/.pyroscope/torque.ini']
+NO_INI = '<defaults>'
 CORE_OPTIONS = (                        # what any job has
     Option('handler', import_handler, '', 'module:Class of the job'),
     Option('schedule', parse_due, '', 'when it runs'),
@@ -7037,7 +7062,7 @@ def read_files(path, overrides):
     KEY=VALUE of [TORQUE], or section.KEY=VALUE.
     """
     ini = Ini()
-    ini.read(DEFAULTS, '<defaults>')
+    ini.read(DEFAULTS, NO_INI)
     common = beside(path, 'config.ini')
     if os.path.isfile(common):
         try:
@@ -7047,7 +7072,11 @@ def read_files(path, overrides):
                 '[ANNOUNCE]')))
         except Mistakes as error:
             ini.remarks.append((logging.WARNING, str(error)))
-    ini.read(read_text(path), path)
+    if path == NO_INI:
+        ini.remarks.append((logging.INFO, f"there is no {' or '.join(INI_FILES)}: the defaults are "
+                                          'run; torque.ini.example shows what there is to set'))
+    else:
+        ini.read(read_text(path), path)
     for text in overrides:
         section, _, rest = text.partition('.')
         if section.upper() not in ini.sections:
@@ -7061,10 +7090,13 @@ def state_folder(path, name):
     import hashlib
     if name:
         return beside(path, name)
-    real = os.path.realpath(path)
     base = beside(path, os.environ.get('XDG_STATE_HOME') or '~/.local/state')
-    mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
-    return os.path.join(base, 'torque', f'{os.path.basename(real)}-{mark}')
+    folder = 'default'
+    if path != NO_INI:
+        real = os.path.realpath(path)
+        mark = hashlib.sha256(os.fsencode(real)).hexdigest()[:8]
+        folder = f'{os.path.basename(real)}-{mark}'
+    return os.path.join(base, 'torque', folder)
 
 
 def where_it_belongs(key, ini):
@@ -9076,19 +9108,6 @@ def set_up_log(level, log_file: str | None) -> None:
     root.setLevel(level)
 
 
-def find_ini() -> str:
-    """Return the first configuration file that exists in the usual places."""
-    base = os.environ.get('XDG_CONFIG_HOME') or '~/.config'
-    places = ['torque.ini', f'{base}/torque/torque.ini', '~/.pyroscope/torque.ini']
-    places = [os.path.expanduser(place) for place in places]
-    for place in places:
-        if os.path.isfile(place):
-            return place
-    raise UserError(f"no configuration: there is no {', '.join(places)}. To begin, copy "
-                    'torque.ini.example to torque.ini, set scgi_url in it to where your '
-                    'rTorrent answers, and start `python3 torque.py -c torque.ini`')
-
-
 def run_once(config) -> int:
     """Run the one planned job now, in the foreground."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -9380,7 +9399,7 @@ def run_demo(arguments: Any) -> int:
 
 OPTIONS = {                             # names=what it takes: help
     '-c --config=FILE': 'configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
-                        '~/.pyroscope/torque.ini',
+                        '~/.pyroscope/torque.ini, else the defaults',
     '--log-file=FILE': 'log to a file instead of stderr',
     '--pid-file=FILE': 'left out, torque.pid in the state folder',
     '-n --dry-run': 'change nothing, only say what would be',
@@ -9440,7 +9459,7 @@ def obey(arguments) -> int:
         return EXIT_OK
     if arguments.demo:
         return run_demo(arguments)
-    path = arguments.config or find_ini()
+    path = arguments.config or first_file(INI_FILES) or NO_INI
     if arguments.status or arguments.stop or arguments.reload:
         return control(arguments, path)
     if arguments.check_files:
