@@ -7152,6 +7152,18 @@ class CommandLineTest(ConfigCase):
             self.write(place, HEAD)
             self.assertRegex(self.command('--check')[1], rf'(?m)^(\S+/)?{place}: no mistakes')
 
+    def test_check_counts_warnings(self):
+        self.addCleanup(Server(Commands().scgi, self.path('rpc.sock')).stop)
+        for text, words, told in (
+                ('', [], ''), ('downloading_max = 1\nx = 1\n', [], '; warnings: 2'),
+                ('', ['-D', 'scgi_url=/no.sock'], '; warnings: 1; rTorrent is away'),
+                ('y = 1\n', ['-q', '-D', 'scgi_url=/no.sock'], '; warnings: 2; rTorrent is away'),
+                ('job.treewatch.active=yes\njob.treewatch.path = /tmp', [], '; warnings: 1')):
+            path = self.ini(f'[TORQUE]\nscgi_url = {self.folder}/rpc.sock\n{text}')
+            with self.subTest(text=text, words=words):
+                status, out, err = self.command('-c', path, '--check', *words)
+                self.assertEqual((status, out.splitlines()[-1]), (0, f'{path}: no mistakes{told}'))
+
     def test_defaults_are_run_without_an_ini(self):
         double = Commands()
         self.addCleanup(Server(double.scgi, self.path('rpc.sock')).stop)
@@ -8032,6 +8044,24 @@ class ReloadTest(DaemonFolder):
         self.assertEqual([job['name'] for job in self.ask()['jobs']], ['tick'])
         self.more()
         self.assertEqual(len(self.marks(word='made')), 1)
+        self.write('torque.ini', good + 'grace = x')
+        self.command('--reload')
+        told = r"(?m)^not reloaded: .*torque\.ini:\d+: grace: 'x' is not a length"
+        self.assertRegex(self.command('--status')[1], told)
+        self.write('torque.ini', good)
+        self.assertEqual(self.command('--reload'), (0, 'reloaded\n'))
+        self.assertNotIn('not reloaded', self.command('--status')[1])
+
+    def test_dry_runs_are_told(self):
+        self.ini(self.job('dry', dry_run='yes'))
+        for words, told, dry in (([], 'with dry (dry run), tick', [True, False]),
+                                 (['-n'], 'with dry (dry run), tick (dry run)', [True, True])):
+            program = self.start(*words)
+            self.assertTrue(program.seen(f'started {told}'), program.lines)
+            self.assertEqual([job['dry_run'] for job in self.ask()['jobs']], dry)
+            out = self.command('--status')[1]
+            shown = [f'{name}, dry run' in out for name in ('dry   idle', 'tick  idle')]
+            self.assertEqual(shown, dry)
 
     def test_broken_torque_changes_nothing(self):
         copy = shutil.copy(torque.__file__, f'{self.folder}/torque.py')

@@ -751,9 +751,10 @@ class Task:
     Its worker writes how runs went; the main thread writes when it is due. `waiting` is guarded
     by the scheduler's lock.
     """
-    TOLD = ('name', 'state', 'running_since', 'last_start', 'last_duration', 'runs', 'failures',
-            'missed', 'last_error')     # by --status
+    TOLD = ('name', 'state', 'dry_run', 'running_since', 'last_start', 'last_duration', 'runs',
+            'failures', 'missed', 'last_error')         # by --status
     at_start = False                    # a calendar task is due at once, too
+    dry_run = False                     # it changes nothing
     due: float | None = None            # in the clock of the schedule
     last_due = 0.0
     waiting = 0                         # due times without a run so far
@@ -7404,6 +7405,7 @@ def make_task(planned, run) -> Task:
     """Return the task of a job, which is done by a function."""
     task = Task(planned.name, planned.schedule, run, planned.config.max_runtime)
     task.log.setLevel(planned.config.log_level or 'NOTSET')
+    task.dry_run = planned.config.dry_run
     return task
 
 
@@ -7841,8 +7843,12 @@ class Daemon:
         if os.geteuid() == 0:
             self.log.warning('torque runs as root; the user of rTorrent is enough')
         warn_of_risks(self.config, self.jobs.values())
-        names = ', '.join(sorted(self.jobs))
-        self.log.info('%s with %s', verb, names or 'no active job')
+        names = []
+        for name, task in sorted(self.scheduler.tasks.items()):
+            if task.dry_run:
+                name += ' (dry run)'
+            names.append(name)
+        self.log.info('%s with %s', verb, ', '.join(names) or 'no active job')
         if self.missed:
             self.log.info('missed while torque was not running: %s', ', '.join(self.missed))
         self.starting = False
@@ -8094,8 +8100,13 @@ def print_status(status) -> None:
     print(one_line(line))
     for engine in status['rtorrent']:
         print(one_line(engine_line(**engine)))
+    for text in status['mistakes']:
+        print(one_line(f'not reloaded: {text}'))
     rows = [list(COLUMNS.values())]
     for job in status['jobs']:
+        # An older torque may answer
+        if job.get('dry_run'):
+            job['state'] += ', dry run'
         rows.append([status_cell(key, job[key]) for key in COLUMNS])
     print_table(rows)
 
@@ -9048,6 +9059,7 @@ def dashboard(kind) -> dict:
 
 class LogFormat(logging.Formatter):
     """A line a record: control characters in a message are escaped, tracebacks follow below."""
+    warnings = 0                        # lines of that level or above
 
     def __init__(self, with_time):
         form = '%(levelname)s %(job)s: %(text)s'
@@ -9058,6 +9070,8 @@ class LogFormat(logging.Formatter):
     def format(self, record) -> str:
         record.job = one_line(re.sub(r'^torque\.', '', record.name))
         record.text = scrubbed(one_line(record.getMessage()))
+        if record.levelno >= logging.WARNING:
+            self.warnings += 1
         return super().format(record)
 
     def formatException(self, ei) -> str:
@@ -9173,7 +9187,13 @@ def check(config, pid_file) -> int:
     warn_of_risks(config, jobs.values())
     require_place(config.state_dir)
     require_place(os.path.dirname(pid_file.path))
-    print(f'{config.path}: no mistakes')
+    told = f'{config.path}: no mistakes'
+    log_format: Any = logging.getLogger().handlers[0].formatter
+    if log_format.warnings:
+        told += f'; warnings: {log_format.warnings}'
+    if any(engine.gone_since is not None for engine in config.engines.values()):
+        told += '; rTorrent is away'
+    print(told)
     return EXIT_OK
 
 
