@@ -7627,22 +7627,19 @@ def find_secret(config) -> str:
     return ''
 
 
-def missing_zone() -> str:
-    """Return the time zone that TZ names if this machine does not have it, else ''."""
+def missing_zone() -> list[str]:
+    """Return a warning where TZ names a time zone that this machine does not have."""
     name = os.environ.get('TZ', '').lstrip(':')
     path = os.path.join(os.environ.get('TZDIR', '/usr/share/zoneinfo'), name)
     # The C library takes UTC for it, without a word; rules such as UTC0 need no file
     if time.timezone or re.search(r'UTC|GMT|\d', name) or os.path.exists(path):
-        return ''
-    return name
+        return []
+    return [f'TZ={quoted(name)} is no time zone of this machine: times are UTC']
 
 
 def warn_of_risks(config, jobs) -> None:
     """Log what lets others read secrets or run commands as this user, and a missing time zone."""
-    risks = []
-    zone = missing_zone()
-    if zone:
-        risks.append(f'TZ={quoted(zone)} is no time zone of this machine: times are UTC')
+    risks = missing_zone()
     secret = find_secret(config)
     if secret and others_may(0o044, config.path):
         risks.append(f'{config.path} holds {secret} and can be read by others: chmod 600')
@@ -7726,7 +7723,7 @@ class Daemon:
         self.began = elapsed_time()
         self.started = time.time()
         self.jobs: dict[str, Any] = {}
-        self.seekers: dict[Engine, threading.Thread] = {}
+        self.sought: set[Engine] = set()        # rTorrents that are away
         self.missed: list[str] = []             # what was due while torque did not run
         self.at_end: list[Callable] = []        # what else is to be done at the end
 
@@ -7825,11 +7822,10 @@ class Daemon:
     def seek_engines(self) -> None:
         """Have a thread look for each rTorrent that is away: a late one need not wait for a run."""
         for engine in self.config.engines.values():
-            seeker = self.seekers.get(engine)
-            if engine.gone_since is None or seeker and seeker.is_alive():
-                continue
-            with contextlib.suppress(RuntimeError):         # no more threads
-                self.seekers[engine] = in_thread(self.seek, engine)
+            if engine.gone_since is not None and engine not in self.sought:
+                with contextlib.suppress(RuntimeError):     # no more threads
+                    in_thread(self.seek, engine)
+                    self.sought.add(engine)
 
     def seek(self, engine) -> None:
         """Try an rTorrent until it answers; a thread, for one that hangs answers late."""
@@ -7837,6 +7833,7 @@ class Daemon:
             time.sleep(AWAY_PAUSE)
             with contextlib.suppress(RpcError):
                 engine.reach()
+        self.sought.discard(engine)
 
     def serve(self, verb) -> None:
         """Run jobs on schedule until a signal comes, and what then has to be done."""
