@@ -4567,7 +4567,7 @@ LEFT_ALONE = re.compile(r"""(?s)#(?!})|(?:'[^']*'|\\.|[^'\\])*?(?:\$(?=[\w({])|`
 
 
 def split_args(text: str) -> list[str]:
-    """Return program and arguments, split as a shell would; ~/ is the home folder.
+    r"""Return program and arguments, split as a shell would; ~/ is the home folder.
 
     >>> split_args('echo "a  b" \\; ";"')
     ['echo', 'a  b', ';', ';']
