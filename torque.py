@@ -8547,6 +8547,10 @@ class Samples:
                      figures.messages[alias], rtorrent=where, tracker=alias)
 
 
+ADDRESS = re.compile(r'[\d.]+|\[[\da-f:.]+\]')
+PORT = re.compile(r':\d+\Z')
+
+
 class Page:
     """All that is to be seen of a daemon."""
     SAVE_EVERY = 15                             # minutes
@@ -8556,9 +8560,7 @@ class Page:
         self.config = daemon.config
         self.password = str(self.config.torque['httpd.password'] or '')
         self.host = self.config.torque['httpd.host']
-        # For other names a page of somebody else may make a browser take this for its server.
-        names = '|'.join(map(re.escape, (self.host, socket.gethostname())))
-        self.served = re.compile(rf'(localhost|[\d.]+|\[[\da-fA-F:.]+\]|{names})(:\d+)?')
+        self.names = {'localhost', self.host.lower(), socket.gethostname().lower()}
         self.engines = {engine.address.where: Figures(engine)
                         for engine in self.config.engines.values()}
         self.history = History(os.path.join(self.config.state_dir, HISTORY))
@@ -8611,10 +8613,18 @@ class Page:
 
     # What is answered.
 
+    def is_served(self, host: str) -> bool:
+        """Tell whether a request may be for this host, as its header names it.
+
+        For other names a page of somebody else may make a browser take this for its server.
+        """
+        name = PORT.sub('', host).lower()
+        return name in self.names or bool(ADDRESS.fullmatch(name))
+
     def respond(self, path, headers) -> tuple[int, str, str]:
         """Return status, content type and text of the answer to a request."""
         import hmac
-        if not self.served.fullmatch(headers.get('Host', '')):
+        if not self.is_served(headers.get('Host', '')):
             return 421, 'text/plain', 'not served under this name: use localhost or an address\n'
         if self.password:
             login = headers.get('Authorization', '').partition('Basic ')[2]
