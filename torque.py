@@ -2158,12 +2158,14 @@ def rtorrent_process(engine) -> int | None:
 
 def has_our_mounts(pid: int) -> bool:
     """Tell whether a process sees the same mounts as this one, from the same root."""
-    try:
-        with open(f'/proc/{pid}/mountinfo', 'rb') as theirs, \
-                open('/proc/self/mountinfo', 'rb') as ours:
-            return theirs.read() == ours.read()
-    except OSError:
-        return False
+    # Something may be mounted between the two looks, but not every time.
+    with contextlib.suppress(OSError):
+        for _ in range(3):
+            with open(f'/proc/{pid}/mountinfo', 'rb') as theirs, \
+                    open('/proc/self/mountinfo', 'rb') as ours:
+                if theirs.read() == ours.read():
+                    return True
+    return False
 
 
 def why_unseen(engine) -> str:
