@@ -109,7 +109,7 @@ class UserError(LoggableError):
     exit_status = EXIT_CONFIG
     option = ''
 
-    def __init__(self, *text: Any, option: str = ''):
+    def __init__(self, *text, option=''):
         super().__init__(*text)
         self.option = option
 
@@ -156,7 +156,7 @@ SHOWN_UNITS = {                         # and the digits behind the point
     'GiB': 1}
 
 
-def parse_bool(text: Any) -> bool:
+def parse_bool(text) -> bool:
     """Return the truth that a word stands for."""
     word = str(text).strip().lower()
     if word in TRUE:
@@ -166,7 +166,7 @@ def parse_bool(text: Any) -> bool:
     raise UserError(f'{text!r} is neither yes nor no; allowed are yes no true false on off 1 0')
 
 
-def added_up(text: str, pattern: re.Pattern, units: dict[str, int]) -> float | None:
+def added_up(text, pattern, units) -> float | None:
     """Return the seconds in numbers with units; None for what is written as something else."""
     match = pattern.fullmatch(text)
     if not match or not text:
@@ -175,7 +175,7 @@ def added_up(text: str, pattern: re.Pattern, units: dict[str, int]) -> float | N
     return sum(map(operator.mul, numbers, units.values()))
 
 
-def parse_duration(text: Any) -> float:
+def parse_duration(text) -> float:
     """Return the seconds in a length of time; a bare number is seconds.
 
     >>> parse_duration('1h30m'), parse_duration('0.25'), parse_duration(15)
@@ -192,7 +192,7 @@ def parse_duration(text: Any) -> float:
     return seconds
 
 
-def parse_size(text: Any) -> int:
+def parse_size(text) -> int:
     """Return the bytes in a size; units are powers of 1024.
 
     >>> parse_size('1.5k'), parse_size('4G')
@@ -204,7 +204,7 @@ def parse_size(text: Any) -> int:
     return int(float(match[1]) * 1024 ** 'bkmgt'.index(match[2]))
 
 
-def parse_count(text: Any) -> int:
+def parse_count(text) -> int:
     """Return a whole number, zero or more."""
     if not re.fullmatch('[0-9]{1,18}', str(text).strip()):
         raise UserError(f'{text!r} is not a whole number of 0 or more')
@@ -242,7 +242,7 @@ def show_size(number: float) -> str:
     return f'{number:.1f} TiB'
 
 
-def counted(number, noun) -> str:
+def counted(number, noun):
     """Return a number of things.
 
     >>> counted(1, 'file'), counted(0, 'file')
@@ -258,12 +258,12 @@ CONTROL = {number: f'\\x{number:02x}' for number in [*range(32), *range(127, 160
 CONTROL.update({0x2028: '\\u2028', 0x2029: '\\u2029'})
 
 
-def one_line(text: str) -> str:
+def one_line(text):
     """Return text with control characters escaped, so that it stays one line of a log."""
     return text.translate(CONTROL).encode('utf-8', 'backslashreplace').decode()
 
 
-def quoted(text: Any, limit: int = 200) -> str:
+def quoted(text, limit=200):
     """Return hostile text fit for one log line: quoted, escaped, not endless.
 
     >>> print(quoted('a\\nb'))
@@ -275,7 +275,7 @@ def quoted(text: Any, limit: int = 200) -> str:
     return shown
 
 
-def scrubbed(text: str) -> str:
+def scrubbed(text):
     """Return text without the passwords of URLs in it.
 
     >>> scrubbed('at http://me:secret@host/RPC2: refused')
@@ -285,7 +285,7 @@ def scrubbed(text: str) -> str:
     return re.sub(r'(\w://[^\s:/@]{0,99}:)\S{0,999}@', r'\1***@', text)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word, known):
     """Return `; did you mean ...?` for a misspelt word, or nothing."""
     import difflib
     for close in difflib.get_close_matches(word, known, 1):
@@ -339,7 +339,7 @@ CRON_NAMES = {
     '@annually': '0 0 1 1 *'}
 
 
-def field_value(word: str, field) -> int:
+def field_value(word, field):
     """Return the number that a word means in a field: digits, or a name such as `mon`."""
     if word in field.names:
         return field.names.index(word) + field.low
@@ -351,7 +351,7 @@ def field_value(word: str, field) -> int:
     raise UserError(f'{field.name} {word!r} is not in {allowed}')
 
 
-def parse_part(part: str, field) -> Iterable:
+def parse_part(part, field):
     """Return the numbers of one part of a field; for a position, its (index, weekday).
 
     part ::= ('*' | value | value '-' value) ['/' step]
@@ -388,7 +388,7 @@ def parse_part(part: str, field) -> Iterable:
     return [(number - field.low) % size + field.low for number in numbers]
 
 
-def parse_field(text: str, field) -> set:
+def parse_field(text, field) -> set:
     """Return the numbers that a field allows; for a position among days (its index, weekday).
 
     field ::= (part | position) (',' (part | position))*
@@ -422,7 +422,7 @@ class Interval(Schedule):
     """
     elapsed = True
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds):
         self.seconds = seconds
         self.start = 0.0
 
@@ -434,7 +434,7 @@ class Interval(Schedule):
         return due
 
 
-def allowed_numbers(texts: dict[str, str], fields: dict[str, Field]) -> dict[str, Any]:
+def allowed_numbers(texts, fields) -> dict[str, set]:
     """Return the numbers that each field allows, of those that are left out as well."""
     names = list(fields)
     finest = max(map(names.index, texts))
@@ -459,7 +459,7 @@ class Calendar(Schedule):
     # More than the days of 400 years, after which the calendar repeats.
     MOST_STEPS = 160000
 
-    def __init__(self, texts: dict[str, str], zone=None, cron: bool = False):
+    def __init__(self, texts, zone=None, cron=False):
         self.zone = zone
         self.either = False
         if cron:
@@ -471,7 +471,7 @@ class Calendar(Schedule):
             self.allowed = allowed_numbers(texts, FIELDS)
         self.every_hour = len(self.allowed['hour']) == 24
 
-    def fits_day(self, wall: datetime) -> bool:
+    def fits_day(self, wall):
         """Tell whether a day is allowed, in a month that is."""
         weekday = wall.weekday()
         marks = {wall.day, ((wall.day - 1) // 7, weekday)}
@@ -486,7 +486,7 @@ class Calendar(Schedule):
             fits = marked or on_weekday
         return fits and wall.isocalendar()[1] in self.allowed['week']
 
-    def wall_from(self, wall: datetime) -> datetime:
+    def wall_from(self, wall):
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
         allowed = self.allowed
         for _ in range(self.MOST_STEPS):
@@ -504,11 +504,11 @@ class Calendar(Schedule):
                 return wall
         raise ValueError('there is no such date')
 
-    def wall(self, seconds: int) -> datetime:
+    def wall(self, seconds) -> datetime:
         """Return the naive wall time at Unix seconds."""
         return datetime.fromtimestamp(seconds, self.zone).replace(tzinfo=None)
 
-    def unix(self, wall: datetime) -> int:
+    def unix(self, wall):
         """Return when the wall shows a time first, or one after it where a change skips it."""
         # Of a time that is skipped, one is before the change, of one that comes twice, the first.
         seconds = min(wall.replace(tzinfo=self.zone, fold=fold).timestamp() for fold in (0, 1))
@@ -526,7 +526,7 @@ class Calendar(Schedule):
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
-    def by_real_time(self, after: int) -> int:
+    def by_real_time(self, after):
         """Return the first second after `after` whose wall time is allowed."""
         second = after + 1
         while True:
@@ -541,7 +541,7 @@ class Calendar(Schedule):
                 ahead //= 2                         # go near the change that is on the way
             second = max(second + ahead, end)
 
-    def by_wall(self, after: int) -> int:
+    def by_wall(self, after):
         """Return the first second after `after` that is allowed and not a repetition."""
         wall = self.wall(after)
         while True:
@@ -554,7 +554,7 @@ class Calendar(Schedule):
 class Croniter(Calendar):
     """A cron expression beyond torque's grammar, as the croniter package reads it."""
 
-    def __init__(self, text: str, zone=None):
+    def __init__(self, text, zone=None):
         try:
             import croniter                         # type: ignore
             croniter.croniter(text, datetime(2000, 1, 1))
@@ -568,11 +568,11 @@ class Croniter(Calendar):
         self.zone = zone
         self.every_hour = text.split()[1] == '*'
 
-    def wall_from(self, wall: datetime) -> datetime:
+    def wall_from(self, wall):
         return self.croniter(self.text, wall - SECOND).get_next(datetime)
 
 
-def parse_zone(name: str) -> Any:
+def parse_zone(name):
     """Return the time zone named `Area/City`."""
     try:
         import zoneinfo
@@ -672,19 +672,19 @@ MOST_COUNTED = 1000             # due times that are counted one by one
 TRACE = 5                       # log level of --debug: tracebacks of any failure
 
 
-def elapsed_time() -> float:
+def elapsed_time():
     """Return seconds that no clock change touches; where the system can, sleep counts too."""
     return time.clock_gettime(getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC))
 
 
-def no_pause(seconds) -> None:
+def no_pause(seconds):
     """Take the place of the sleep of 0 s that sched has after each event.
 
     It hands the interpreter to another thread each time, and makes 1,000 events twice as late.
     """
 
 
-def in_thread(function, *args) -> threading.Thread:
+def in_thread(function, *args):
     """Start a function in a thread; RuntimeError where there can be none."""
     thread = threading.Thread(target=function, args=args, daemon=True)
     thread.start()
@@ -699,7 +699,7 @@ class Repeats:
     MOST_KINDS = 100
     FORGOTTEN = 7200.0                  # seconds without a line, after which all begins anew
 
-    def __init__(self) -> None:
+    def __init__(self):
         # Kind -> when it was told last, and the pause from then on, in elapsed seconds.
         self.kinds: dict[Any, tuple[float, float]] = {}
 
@@ -717,14 +717,14 @@ class Repeats:
         return True
 
 
-def error_text(error) -> str:
+def error_text(error):
     """Return the text of an error; its class where there is none, or that is broken, too."""
     with contextlib.suppress(Exception):
         return str(error) or type(error).__name__
     return type(error).__name__
 
 
-def kind_of_error(error) -> Any:
+def kind_of_error(error):
     """Return what errors have in common that are the same but for names and numbers in them."""
     trace = error.__traceback__
     if isinstance(error, LoggableError) or trace is None:
@@ -735,7 +735,7 @@ def kind_of_error(error) -> Any:
     return type(error), trace.tb_frame.f_code, trace.tb_lineno
 
 
-def end_child(error: BaseException | None) -> None:
+def end_child(error):
     """End a process that a job has forked and that comes back here: it is no second torque."""
     status: Any = error
     if isinstance(error, SystemExit):
@@ -782,7 +782,7 @@ class Task:
         self.wake.acquire()
 
     @property
-    def state(self) -> str:
+    def state(self):
         """Return a word for --status."""
         if self.running_since is None:
             return 'idle'
@@ -790,7 +790,7 @@ class Task:
             return 'overdue'
         return 'running'
 
-    def attempt(self) -> None:
+    def attempt(self):
         """Call the function once, and log how it went."""
         pid = os.getpid()
         error: BaseException | None = None
@@ -806,7 +806,7 @@ class Task:
         else:
             self.failed(error)
 
-    def failed(self, error) -> None:
+    def failed(self, error):
         """Count a failure and log it: in full once, then summed up."""
         known = isinstance(error, LoggableError)
         text = scrubbed(error_text(error))
@@ -833,7 +833,7 @@ class Task:
         self.told = kind
         self.log.log(level, '%s', text, exc_info=trace)
 
-    def worked(self) -> None:
+    def worked(self):
         """Note that a run went well, and say so when the last failure was said."""
         if self.told is not None:
             self.log.info('works again, after %s in %s', counted(self.failed_times, 'failure'),
@@ -866,7 +866,7 @@ class Scheduler:
         self.repeats = Repeats()
         self.log = logging.getLogger('torque.scheduler')
 
-    def add(self, task) -> Task:
+    def add(self, task):
         """Register a task; an interval is due now, a calendar at its next date."""
         self.tasks[task.name] = task
         now = task.due = self.clock_of(task).timefunc()
@@ -877,13 +877,13 @@ class Scheduler:
         self.enter(task)
         return task
 
-    def clock_of(self, task) -> sched.scheduler:
+    def clock_of(self, task):
         """Return the queue that the due times of a task go by."""
         if task.schedule.elapsed:
             return self.intervals
         return self.calendar
 
-    def enter(self, task) -> None:
+    def enter(self, task):
         """Enter the next due time of a task, put off by its jitter."""
         if task.due is None:
             return
@@ -899,7 +899,7 @@ class Scheduler:
             return task.due
         return self.wall() + task.due - self.elapsed()
 
-    def step(self) -> float:
+    def step(self):
         """Wake the tasks that are due; return the seconds until this is to be called again."""
         offset = self.wall() - self.elapsed()
         back = self.offset - offset
@@ -914,7 +914,7 @@ class Scheduler:
                 until = min(until, self.elapsed() + delay)
         return max(until - self.elapsed(), 0)
 
-    def set_back(self) -> None:
+    def set_back(self):
         """Enter all dates anew, for the wall clock was set back.
 
         A small step repeats no run. After a big one the last run belongs to a future that was
@@ -933,7 +933,7 @@ class Scheduler:
             task.due = task.schedule.next(max(now, task.last_due))
             self.enter(task)
 
-    def come_due(self, task, delay) -> None:
+    def come_due(self, task, delay):
         """Count the due times that have passed, enter the next one, wake the task."""
         now = self.clock_of(task).timefunc()
         times = 0
@@ -951,7 +951,7 @@ class Scheduler:
         if times and asleep:
             self.wake(task)
 
-    def wake(self, task) -> None:
+    def wake(self, task):
         """Let the worker of a task begin; start it where there is none yet."""
         if task.worker is None:
             try:
@@ -964,7 +964,7 @@ class Scheduler:
                 return
         task.wake.release()
 
-    def work(self, task) -> None:
+    def work(self, task):
         """Run a task each time it is woken; the thread of that task."""
         while True:
             task.wake.acquire()
@@ -988,7 +988,7 @@ class Scheduler:
                 # The main thread may be in finish(), and wait for the last run.
                 self.calls.put(None)
 
-    def run_task(self, task) -> None:
+    def run_task(self, task):
         """Run a task once, and measure it."""
         started = self.elapsed()
         event = None
@@ -1007,7 +1007,7 @@ class Scheduler:
                 # The caller passes over what it raises when the event has happened.
                 self.intervals.cancel(event)
 
-    def call_overdue(self, task, run) -> None:
+    def call_overdue(self, task, run):
         """Say of a run that it takes longer than it may, unless it has just ended."""
         if task.runs != run:
             return
@@ -1020,14 +1020,14 @@ class Scheduler:
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
-    def wait(self, seconds) -> None:
+    def wait(self, seconds):
         """Sleep, but not longer than until there is a call to make; make it."""
         with contextlib.suppress(queue.Empty):
             function = self.calls.get(timeout=seconds)
             if function:
                 function()
 
-    def serve(self, chore) -> None:
+    def serve(self, chore):
         """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
         while not self.stopping:
             seconds = THREAD_PAUSE
@@ -1038,7 +1038,7 @@ class Scheduler:
                 self.log.exception('this should not happen')
             self.wait(seconds)
 
-    def stop(self) -> None:
+    def stop(self):
         """Let serve() return; no new runs start."""
         with self.lock:
             self.stopping = True
@@ -1082,7 +1082,7 @@ class Address(NamedTuple):
     login: tuple = ()                   # user, password
     exposed: bool = False               # rTorrent's port is open to the network
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return f'<Address {self.where}>'
 
     def is_local(self) -> bool:
@@ -1090,7 +1090,7 @@ class Address(NamedTuple):
         return not self.host or bool(LOOPBACK.match(self.host))
 
 
-def redacted(text) -> str:
+def redacted(text):
     """Return a URL, or what was meant to be one, without the password in it.
 
     >>> redacted('http://me:secret@host/RPC2')
@@ -1133,7 +1133,7 @@ def parse_address(text: str) -> Address:
     return Address('tcp', f'scgi://{netloc}', '', host, port, exposed=exposed)
 
 
-def beginning(content: bytes | bytearray) -> str:
+def beginning(content):
     """Return the first bytes of an answer, quoted."""
     return quoted(bytes(content[:80]).decode('utf-8', 'replace'))
 
@@ -1146,7 +1146,7 @@ TROUBLE = {
     socket.timeout: 'no connection in time'}
 
 
-def describe(error) -> str:
+def describe(error):
     """Return what to say of an error on the way to a server."""
     # urllib wraps what happened
     error = getattr(error, 'reason', error)
@@ -1156,7 +1156,7 @@ def describe(error) -> str:
     return f'no usable answer: {quoted(error)}'
 
 
-def receive(sock: socket.socket, seconds: float, limit: int, start: bytes = b'') -> bytearray:
+def receive(sock, seconds, limit, start=b'') -> bytearray:
     """Return what comes over a connection until the other side closes it: an answer.
 
     What does not begin with `start` is not read to its end.
@@ -1184,7 +1184,7 @@ def receive(sock: socket.socket, seconds: float, limit: int, start: bytes = b'')
     return received
 
 
-def connect(address, seconds: float) -> socket.socket:
+def connect(address, seconds):
     """Return a socket that is connected to rTorrent."""
     if address.kind == 'tcp':
         return socket.create_connection((address.host, address.port), seconds)
@@ -1198,7 +1198,7 @@ def connect(address, seconds: float) -> socket.socket:
     return sock
 
 
-def scgi_request(address, body: bytes, content_type: str, seconds: float, limit: int) -> bytearray:
+def scgi_request(address, body, content_type, seconds, limit) -> bytearray:
     """Send one SCGI request and return the body of its answer.
 
     Raises RpcError; the text says what happened, the caller adds where and which method.
@@ -1244,7 +1244,7 @@ class Received(io.BytesIO):
         pass
 
 
-def http_opener(url: str, login: tuple, seconds: float, limit: int) -> Any:
+def http_opener(url, login, seconds, limit):
     """Return urllib's opener: with proxies and both kinds of login, but no redirections."""
     import http.client
     import urllib.request as lib
@@ -1297,7 +1297,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
         raise Unreachable(describe(error)) from None
 
 
-def http_request(address, body: bytes, content_type: str, seconds: float, limit: int) -> bytes:
+def http_request(address, body, content_type, seconds, limit) -> bytes:
     """Send a request to an HTTP mount of rTorrent and return the body of its answer.
 
     What rTorrent says comes through with any status and content type.
@@ -1311,7 +1311,7 @@ def http_request(address, body: bytes, content_type: str, seconds: float, limit:
                       f'rTorrent: {beginning(answer.body)}')
 
 
-def typed(answer, unknown) -> Any:
+def typed(answer, unknown):
     """Return an answer if it is of the same type as `unknown`, else that."""
     if isinstance(answer, type(unknown)):
         return answer
@@ -1333,7 +1333,7 @@ def rpc_fault(fault) -> RpcError:
     return RpcError(said, code)
 
 
-def json_text(content: bytes | bytearray, limit: int) -> str:
+def json_text(content, limit):
     """Return JSON text; RpcError where its value would take too much memory."""
     # In CPython one emoji makes all characters of a text take 4 bytes; a value takes 90 bytes at
     # most, beside its text
@@ -1357,7 +1357,7 @@ def json_text(content: bytes | bytearray, limit: int) -> str:
 ODD_TEXT = re.compile('[\0-\x08\x0b-\x1f\ud800-\U0010ffff]')
 
 
-def sendable(value) -> Any:
+def sendable(value):
     """Return a value as both xmlrpc.client and rTorrent take it, in what it holds as well."""
     if isinstance(value, (list, tuple)):
         return [sendable(item) for item in value]
@@ -1374,12 +1374,12 @@ def sendable(value) -> Any:
     return value
 
 
-def xml_escape(text) -> str:
+def xml_escape(text):
     """Return text as character data."""
     return str(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
 
 
-def xml_value(value) -> str:
+def xml_value(value):
     """Return the <value> of what sendable() gave."""
     if isinstance(value, str):
         inner = f'<string>{xml_escape(value)}</string>'
@@ -1399,7 +1399,7 @@ def xml_value(value) -> str:
     return f'<value>{inner}</value>'
 
 
-def xml_batch(calls: list[tuple]) -> bytes:
+def xml_batch(calls) -> bytes:
     """Return one methodCall for many calls."""
     entries = [{'methodName': method, 'params': params} for method, *params in calls]
     return ('<?xml version="1.0"?><methodCall><methodName>system.multicall</methodName><params>'
@@ -1458,13 +1458,13 @@ XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResp
                         rb'<(params|fault)>(.*)</\1>\s{0,9}</methodResponse>\s{0,9}')
 
 
-def xml_from_base64(found: re.Match) -> bytes:
+def xml_from_base64(found) -> bytes:
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
     text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
     return b'<string>%s</string>' % xml_escape(text).encode()
 
 
-def xml_as_json(inner: bytes) -> bytes:
+def xml_as_json(inner) -> bytes:
     """Return JSON text for what stands in an answer."""
     if b'<base64>' in inner:
         inner = re.sub(b'<base64>([^<]*)</base64>', xml_from_base64, inner)
@@ -1474,7 +1474,7 @@ def xml_as_json(inner: bytes) -> bytes:
     return inner.strip(b'\n,')
 
 
-def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
+def xml_reply(content, limit=RPC_LIMIT):
     """Return the value in the body of an answer; raises RpcError for a fault or a non-answer."""
     answer = XML_ANSWER.fullmatch(content)
     try:
@@ -1492,13 +1492,13 @@ def xml_reply(content: bytes | bytearray, limit: int = RPC_LIMIT) -> Any:
 # JSON-RPC is answered by 0.15 and later. It is 15 times faster to read and carries every
 # character, but a single name that is not UTF-8 turns a whole answer into an error.
 
-def json_batch(calls: list[tuple]) -> bytes:
+def json_batch(calls) -> bytes:
     """Return one request for many calls; their ids count from 0."""
     return json.dumps([{'jsonrpc': '2.0', 'id': number, 'method': method, 'params': params}
                        for number, (method, *params) in enumerate(calls)]).encode()
 
 
-def batch_answers(entries, count: int) -> list:
+def batch_answers(entries, count):
     """Return the answers to `count` calls, an RpcError in the place of each that failed.
 
     By XML an entry is [answer] or a fault, by JSON {'result': answer} or {'error': fault}.
@@ -1523,7 +1523,7 @@ FILE_COMMAND = re.compile(r'(?:^|\$) {0,9}f\.(?!multicall)[a-z]')
 RUNS_COMMANDS = re.compile(r'load\.|branch$|[dtp]\.multicall')
 
 
-def refuse_deadly(method: str, params: list) -> None:
+def refuse_deadly(method, params):
     """Refuse f.x(HASH), which needs a target HASH:fINDEX, in any disguise."""
     if method == 'system.multicall':
         for entry in params[0]:
@@ -1540,7 +1540,7 @@ def refuse_deadly(method: str, params: list) -> None:
 class Transport:
     """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
 
-    def __init__(self, carry: Callable[[bytes], Any]):
+    def __init__(self, carry):
         self.carry = carry
 
     def request(self, host, handler, body, verbose=False):
@@ -1617,7 +1617,7 @@ class Stats(NamedTuple):
     rpc_time: float                     # seconds that rTorrent took to tell all this
 
 
-def process_start(pid: int) -> float:
+def process_start(pid):
     """Return when a process of rTorrent was started here, in Unix seconds; 0 if not known."""
     with contextlib.suppress(OSError), open(f'/proc/{pid}/stat', 'rb') as stream:
         name, _, fields = stream.read().rpartition(b')')
@@ -1629,7 +1629,7 @@ def process_start(pid: int) -> float:
     return 0
 
 
-def without_errors(answers: list) -> list:
+def without_errors(answers):
     """Return the answers of Engine.ask() or tell(); raises the first RpcError among them."""
     for answer in answers:
         if isinstance(answer, RpcError):
@@ -1664,7 +1664,7 @@ class Engine:
         # What is worth a line of the log only once
         self.said: set[str] = set()
 
-    def open(self) -> Any:
+    def open(self):
         """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
         import xmlrpc.client
         engine = self
@@ -1695,7 +1695,7 @@ class Engine:
         self.reach()
         return self.in_parts(calls, self.by_xml)
 
-    def in_parts(self, calls: Iterable[tuple], get: Callable[[list[tuple]], list]) -> list:
+    def in_parts(self, calls, get):
         """Return the answers to calls, of which each request takes BATCH."""
         calls = list(calls)
         answers: list = []
@@ -1708,7 +1708,7 @@ class Engine:
                 answers[number] = self.failed(answer, calls[number][0])
         return answers
 
-    def by_json(self, calls: list[tuple]) -> list:
+    def by_json(self, calls):
         """Return the answers to questions, asked by XML where JSON cannot carry them."""
         try:
             text = json_text(self.send(json_batch(calls), 'application/json'), self.limit)
@@ -1718,15 +1718,15 @@ class Engine:
         except (RpcError, TypeError, ValueError, RecursionError):
             return self.by_xml(calls)
 
-    def by_xml(self, calls: list[tuple]) -> list:
+    def by_xml(self, calls):
         """Return the answers to calls that go out together, by XML."""
         return batch_answers(self.carry(xml_batch(calls)), len(calls))
 
-    def carry(self, body: bytes) -> Any:
+    def carry(self, body):
         """Return the answer to one methodCall."""
         return xml_reply(self.send(body, 'text/xml'), self.limit)
 
-    def send(self, body: bytes, content_type: str) -> bytes | bytearray:
+    def send(self, body, content_type) -> bytes | bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
         request: Callable = scgi_request
         if self.address.kind == 'http':
@@ -1734,7 +1734,7 @@ class Engine:
         return request(self.address, body, content_type, self.timeout, self.limit)
 
     @contextlib.contextmanager
-    def exchange(self, calls: list[tuple]) -> Iterator[None]:
+    def exchange(self, calls):
         """Let what fails in here say where and in which call; log that rTorrent goes or is back.
 
         An error that says so counts as told. Deadly calls are refused.
@@ -1758,7 +1758,7 @@ class Engine:
             self.log.info('%s answers again, after %s', self.address.where,
                           show_duration(elapsed_time() - since))
 
-    def failed(self, error: RpcError, method: str) -> RpcError:
+    def failed(self, error, method):
         """Return the error that says where and which call failed."""
         if isinstance(error, Unreachable) or error.code in MISSING:
             # It may have been restarted or upgraded
@@ -1769,7 +1769,7 @@ class Engine:
             where += f': {method}'
         return type(error)(f'{where}: {error}', error.code)
 
-    def reach(self) -> None:
+    def reach(self):
         """Ask what rTorrent is and offers, unless that is known; RpcError if it is away."""
         # A restarted rTorrent makes a new socket file; a port is looked at once a minute
         stamp: Any = elapsed_time() // 60
@@ -1780,7 +1780,7 @@ class Engine:
             self.look()
             self.stamp = stamp
 
-    def look(self) -> None:
+    def look(self):
         """Ask rTorrent who it is and what it offers."""
         answers = self.in_parts([(command,) for command in ABOUT], self.by_xml)
         without_errors(answers[:1])
@@ -1794,7 +1794,7 @@ class Engine:
             self.startup = process_start(pid)
         self.speaks_json = by_json == 1
 
-    def say_once(self, text: str) -> None:
+    def say_once(self, text):
         """Log a warning about this rTorrent, if it has not been said yet."""
         if text not in self.said:
             self.said.add(text)
@@ -1830,7 +1830,7 @@ class Engine:
             **{name: told.get(name) for name in GAUGES})
 
 
-def first_file(names: Iterable[str]) -> str:
+def first_file(names):
     """Return the path of the first file that exists, variables and ~ expanded; '' for none."""
     for name in names:
         path = os.path.expanduser(os.path.expandvars(name))
@@ -1839,7 +1839,7 @@ def first_file(names: Iterable[str]) -> str:
     return ''
 
 
-def rc_value(value: str, settings: dict[str, tuple[str, str]]) -> str:
+def rc_value(value, settings):
     """Return what an rc's value comes to: (command,args) are worked out from the inside.
 
     What torque cannot work out is left.
@@ -1866,7 +1866,7 @@ def rc_value(value: str, settings: dict[str, tuple[str, str]]) -> str:
     return value
 
 
-def read_rc(path: str, settings: dict[str, tuple[str, str]], seen: set) -> None:
+def read_rc(path, settings: dict[str, tuple[str, str]], seen: set):
     """Add the commands of an rc and of the files it imports to settings; later ones win.
 
     settings: values, and where they stand, by name. seen: the files that are read, none of which
@@ -1903,7 +1903,7 @@ def read_rc(path: str, settings: dict[str, tuple[str, str]], seen: set) -> None:
             settings[RC_NAMES.get(key, key)] = value, place
 
 
-def find_url(rc_file: str | None) -> str:
+def find_url(rc_file):
     """Return the scgi_url that rTorrent's own configuration gives.
 
     rc_file None: the first of RC_FILES that exists. Raises UserError naming what was read.
@@ -1946,7 +1946,7 @@ COPIED_AT_ONCE = 1 << 20                # bytes
 DOUBTFUL = re.compile('[?\ufffd\n]|%[0-9A-Fa-f]{2}')
 
 
-def identity(path: str) -> Identity | None:
+def identity(path) -> Identity | None:
     """Return the identity of what a path leads to, None where nothing is there.
 
     Raises OSError where that cannot be told, as in a folder that may not be read.
@@ -1962,7 +1962,7 @@ def identity(path: str) -> Identity | None:
     return status.st_dev, status.st_ino
 
 
-def sync(path: str) -> None:
+def sync(path):
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -1972,7 +1972,7 @@ def sync(path: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
+def writing(path):
     """Make one line of what the system refuses inside, with a file of torque's own."""
     try:
         yield
@@ -1981,14 +1981,14 @@ def writing(path: str) -> Iterator[None]:
                         '[TORQUE] say where it is') from None
 
 
-def open_own(path: str, flags: int) -> int:
+def open_own(path, flags):
     """Open a private file, but no link; its folder is made if need be. An `opener` of open()."""
     if flags & os.O_CREAT:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
-def replace_file(path: str, text: str) -> None:
+def replace_file(path, text):
     """Write a private file whole or not at all, whatever happens meanwhile."""
     with writing(path):
         with open(path + '.new', 'w', encoding='utf-8', opener=open_own) as stream:
@@ -1998,7 +1998,7 @@ def replace_file(path: str, text: str) -> None:
         sync(os.path.dirname(path))
 
 
-def disk_of(path: str) -> tuple[int | None, int | None]:
+def disk_of(path) -> tuple[int | None, int | None]:
     """Return the device that holds a path, or would, and its free bytes; None: not known."""
     while path and not os.path.exists(path):
         path = os.path.dirname(path)
@@ -2009,7 +2009,7 @@ def disk_of(path: str) -> tuple[int | None, int | None]:
         return None, None
 
 
-def same_content(path: str, other: str) -> bool:
+def same_content(path, other):
     """Tell whether two regular files hold the same bytes; links are no regular files."""
     for name in (path, other):
         if os.path.islink(name) or not os.path.isfile(name):
@@ -2027,14 +2027,14 @@ def same_content(path: str, other: str) -> bool:
                 return True
 
 
-def give_owner(path: str, status: os.stat_result) -> bool:
+def give_owner(path, status: os.stat_result):
     """Give a file or folder the owner of another, and tell whether it has that one now."""
     with contextlib.suppress(OSError):
         os.chown(path, status.st_uid, status.st_gid)
     return os.stat(path).st_uid == status.st_uid
 
 
-def copy_file(path: str, copy: str) -> None:
+def copy_file(path, copy):
     """Make a new file with content, holes, times, mode and owner of another, on the disk."""
     import shutil
     with open(path, 'rb') as source, open(copy, 'xb') as target:
@@ -2060,7 +2060,7 @@ def copy_file(path: str, copy: str) -> None:
     sync(copy)
 
 
-def make_folders(folder: str) -> None:
+def make_folders(folder):
     """Make a folder and those above it; new ones belong to the owner of the one they lie in."""
     parent = os.path.dirname(folder)
     if not os.path.isdir(folder):
@@ -2069,13 +2069,13 @@ def make_folders(folder: str) -> None:
         give_owner(folder, os.stat(parent))
 
 
-def discard(folder: str) -> None:
+def discard(folder):
     """Delete a folder of torque's own and all in it."""
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def rename_new(path: str, new: str) -> None:
+def rename_new(path, new):
     """Give a file or folder another name that nothing has; OSError where something has it."""
     if os.path.isfile(path):
         with contextlib.suppress(OSError):      # where there are hard links, nothing can go wrong
@@ -2088,7 +2088,7 @@ def rename_new(path: str, new: str) -> None:
     sync(os.path.dirname(new))
 
 
-def lock(file, patience: float) -> bool:
+def lock(file, patience):
     """Lock an open file; tell whether no other thread or process has kept it so long."""
     import fcntl
     end = time.monotonic() + patience
@@ -2101,7 +2101,7 @@ def lock(file, patience: float) -> bool:
         time.sleep(0.01)
 
 
-def require_place(folder: str) -> None:
+def require_place(folder):
     """Raise UserError where files cannot be written and locked in a folder, which may be made."""
     there = folder
     while not os.path.exists(there):
@@ -2113,7 +2113,7 @@ def require_place(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, patience: float) -> Iterator[None]:
+def locked(path, patience):
     """Hold a lock that no other thread or process has; LoggableError where one keeps it."""
     with writing(path):
         stream = open(path, 'w', encoding='utf-8', opener=open_own)
@@ -2125,7 +2125,7 @@ def locked(path: str, patience: float) -> Iterator[None]:
         yield
 
 
-def listener(sock: socket.socket) -> tuple[int, int]:
+def listener(sock) -> tuple[int, int]:
     """Return pid and user of who called listen() at the other end of a Unix socket."""
     # The kernel says so, as pid, uid, gid: struct ucred, unix(7).
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -2156,7 +2156,7 @@ def rtorrent_process(engine) -> int | None:
     return None
 
 
-def has_our_mounts(pid: int) -> bool:
+def has_our_mounts(pid):
     """Tell whether a process sees the same mounts as this one, from the same root."""
     # Something may be mounted between the two looks, but not every time.
     with contextlib.suppress(OSError):
@@ -2168,7 +2168,7 @@ def has_our_mounts(pid: int) -> bool:
     return False
 
 
-def why_unseen(engine) -> str:
+def why_unseen(engine):
     """Return why the paths of an rTorrent may not mean our files; '' where they do."""
     if engine.same_files:
         return ''
@@ -2180,7 +2180,7 @@ def why_unseen(engine) -> str:
     return ''
 
 
-def sees_same_files(engine) -> bool:
+def sees_same_files(engine):
     """Tell whether the paths of an rTorrent mean our files; where not, the log has why, once."""
     why = why_unseen(engine)
     if why:
@@ -2189,7 +2189,7 @@ def sees_same_files(engine) -> bool:
     return not why
 
 
-def require_same_files(engine) -> None:
+def require_same_files(engine):
     """Raise LoggableError where the paths of an rTorrent may not mean our files."""
     why = why_unseen(engine)
     if why:
@@ -2361,7 +2361,7 @@ def decoded_label(text):
     return text
 
 
-def tracker_alias(url: str, aliases: dict[str, list[str]]) -> str:
+def tracker_alias(url, aliases: dict[str, list[str]]):
     """Return a tracker's name by [ANNOUNCE], else the domain that its host belongs to.
 
     >>> tracker_alias('https://tracker.example.co.uk:80/x/announce', {})
@@ -2432,7 +2432,7 @@ def file_kinds(rows, percent=0):
     return sorted(kind for kind, size in sizes.items() if kind and 100 * size >= least)
 
 
-def name_traits(name: str, kind: str) -> dict[str, str]:
+def name_traits(name, kind) -> dict[str, str]:
     """Return what a name tells: kind (tv, movie, audio ...), show, season, title, group ..."""
     name = name[:255]                   # the patterns are quadratic
     if kind and name.endswith(kind):
@@ -2593,13 +2593,13 @@ CHANGING = re.compile(
     r'tracker_send_scrape|try|unset|update)(?![^._])')
 
 
-def in_quotes(text: str) -> str:
+def in_quotes(text):
     """Return a text as an argument of a command of rTorrent."""
     text = text.replace('\\', '\\\\').replace('"', '\\"')
     return f'"{text}"'
 
 
-def torrent_field(name: str) -> TorrentField:
+def torrent_field(name) -> TorrentField:
     """Return a field of the table; custom_KEY, kind_N and d_NAME are made as needed."""
     if name in TORRENT_FIELDS:
         return TORRENT_FIELDS[name]
@@ -2675,7 +2675,7 @@ COMPARED_AS = {
 POSSIBLE = object()                     # in a row: not known yet, so a condition may hold
 
 
-def mistake(what: str, text: str, at: int, why) -> UserError:
+def mistake(what, text, at, why):
     """Return the error that shows a text of the user with a mark at the place."""
     before = ' '.join(text[:at].split())[-90:]
     after = ' '.join(text[at:].split())[:40]
@@ -2996,17 +2996,17 @@ class Filter:
 class Torrent(dict):
     """One row: torrent.size or torrent['size']; `hash` and `name` are always there."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name):
         try:
             return self[name]
         except KeyError:
             raise AttributeError(f'the field {name!r} was not asked for') from None
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{quoted(self['name'])} {self['hash']}"
 
 
-def fetch_columns(engine: Engine, view: str, needs: Iterable[str]) -> dict[str, Any]:
+def fetch_columns(engine, view, needs) -> dict[str, Any]:
     """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
     commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
     cells = [re.sub('^([^=]*)$', r'\1=', command) for command in commands]
@@ -3187,7 +3187,7 @@ def bdecode(content, at=0):
     return bencoded_text(content, at)
 
 
-def bencoded_files(content, at) -> Iterator[Any]:
+def bencoded_files(content, at):
     """Give what a metafile says of each of several files: b'path', b'length', and more."""
     if content[at:at + 1] == b'l':
         for start, end in bencoded_items(content, at):
@@ -3248,7 +3248,7 @@ class Metafile(NamedTuple):
         return bencoded_files(self.content, self.files_at)
 
 
-def first_text(content, start, end) -> str:
+def first_text(content, start, end):
     """Return a text, or the first one in lists of lists; '' without one."""
     at = NO_TEXT.match(content, start, end).end()       # type: ignore[union-attr]
     if at == end:
@@ -3256,7 +3256,7 @@ def first_text(content, start, end) -> str:
     return (bencoded_text(content, at) or b'').decode('utf-8', 'surrogateescape')
 
 
-def parse_magnet(content, uri) -> Metafile:
+def parse_magnet(content, uri):
     """Return what a magnet link says of its item, as rTorrent has it until the rest is there."""
     import base64
     import urllib.parse
@@ -3326,7 +3326,7 @@ def parse_metafile(content: bytes) -> Metafile:
         facts[b'files'])
 
 
-def read_metafile(path: str) -> Metafile:
+def read_metafile(path) -> Metafile:
     """Return a metafile; raises ValueError when it is none, not whole, or too large."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
@@ -6857,7 +6857,7 @@ def parse_level(text):
     return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
 
 
-def parse_port(text: str) -> int:
+def parse_port(text):
     """Return the number of a TCP port; 0 is any that is free."""
     port = parse_count(text)
     if port > 65535:
@@ -7242,7 +7242,7 @@ class Config(Settings):
     make_engine: Any = Engine           # --demo has another
 
     def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
-             only: str | None = None) -> None:
+             only: str | None = None):
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
         self.path = path
