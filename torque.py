@@ -27,15 +27,16 @@ Sections, each using only what stands above it:
     Web                 the page, figures for Prometheus, --demo, --grafana
     Command line        arguments, log, main
 
-The life of a job: lines of the ini become entries, entries a planned job (Config), a planned
-job an object (make_jobs), and the object's run() a task of the scheduler, which is run when it
-is due until cleanup() is called, once, at the end. A reload ends all of it and begins anew.
+The life of a job: lines of the ini become values, the values of a job a planned job (Config),
+that an object (make_jobs), and its run() a task of the scheduler, which is run when it is due
+until cleanup() is called, once, at the end. A reload ends all of it and begins anew.
 
 Threads: the main thread serves the scheduler, signals and reload. A job has a worker of its
 own from its first run on, and nobody else calls its run(). A TreeWatch watches its folders in
-one more, under the job's lock; pings, the status, the page and the search for an rTorrent that
-is away have theirs, which only read, or hand a function to the main thread (calls). Engines are
-used by all; what they know of rTorrent is replaced whole, never changed.
+one more, under the job's lock; pings, the status, the page, cleanups, the check before a reload
+and the search for an rTorrent that is away have theirs. These only read what is the main
+thread's, or hand it a function (calls). Engines are used by all; what they know of rTorrent is
+replaced whole, never changed.
 
 Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
 78 configuration.
@@ -77,8 +78,8 @@ import traceback
 from datetime import datetime, timedelta
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
-# Imported where they are first needed, because they cost most of the start-up time:
-# argparse, gzip, importlib, urllib.request, xmlrpc.client (brings ssl), zoneinfo.
+# What takes most of the start-up time is imported where it is needed: argparse, shutil,
+# urllib.request, xmlrpc.client (brings ssl), zoneinfo and the like.
 
 # An older Python shows this line, the first that it cannot read.
 (torque_needs_python_3_8 := True)
@@ -104,7 +105,7 @@ class HeldBack(LoggableError):
 class UserError(LoggableError):
     """The configuration or the command line is wrong: nothing but its author can mend it.
 
-    A job that is made may say of which of its options it speaks.
+    option: of which of its options a job speaks that is made.
     """
     exit_status = EXIT_CONFIG
     option = ''
@@ -358,17 +359,19 @@ def parse_part(part, field):
     position ::= 'last' | ('1st' ... '5th' | 'last') weekday      (of the field `day` alone)
     """
     position, _, weekday = part.partition(' ')
-    if field.name == 'day' and part == 'last':
-        return [(-1, None)]
-    if field.name == 'day' and weekday and position in POSITIONS:
-        return [(POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week']))]
+    if field.name == 'day' and position in POSITIONS:
+        if weekday:
+            return [(POSITIONS[position], field_value(weekday.strip(), FIELDS['day_of_week']))]
+        if position == 'last':
+            return [(-1, None)]
     match = PART.fullmatch(part)
     if not match:
         raise UserError(f'{field.name} {part!r} is not understood; '
                         'allowed are * */n a a-b a-b/n and lists of these')
     star, first, last, step = match.groups()
+    longest = field.high - field.low
     # Of weekdays there are seven, though 0 and 7 are Sunday in cron
-    size = len(field.names) or field.high - field.low + 1
+    size = len(field.names) or longest + 1
     low, high = field.low, field.low + size - 1
     if not star:
         low = field_value(first, field)
@@ -376,13 +379,12 @@ def parse_part(part, field):
             high = field_value(last, field)
         elif not step:
             high = low
-    if step and not 0 < int(step) <= field.high - field.low:
-        raise UserError(f'{field.name} {part!r} has a step that is '
-                        f'not in 1-{field.high - field.low}')
-    if low > high and field.name == 'year':
-        raise UserError(f'year {part!r} is an empty range')
-    # It goes round
+    if step and not 0 < int(step) <= longest:
+        raise UserError(f'{field.name} {part!r} has a step that is not in 1-{longest}')
     if low > high:
+        if field.name == 'year':
+            raise UserError(f'year {part!r} is an empty range')
+        # All others go round
         high += size
     numbers = range(low, high + 1, int(step or 1))
     return [(number - field.low) % size + field.low for number in numbers]
@@ -396,10 +398,8 @@ def parse_field(text, field) -> set:
     >>> sorted(parse_field('0-20/10,30', FIELDS['minute']))
     [0, 10, 20, 30]
     """
-    allowed: set = set()
-    for part in text.lower().split(','):
-        allowed.update(parse_part(part.strip(), field))
-    return allowed
+    parts = [parse_part(part.strip(), field) for part in text.lower().split(',')]
+    return set().union(*parts)
 
 
 class Schedule:
@@ -407,7 +407,7 @@ class Schedule:
     jitter = 0.0
     elapsed = False                     # True: next() takes and gives elapsed, not Unix seconds
     every_hour = True                   # follows real time through clock changes
-    zone: Any = None                    # local time
+    zone = None                         # local time
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`, None when there is none any more."""
@@ -481,10 +481,11 @@ class Calendar(Schedule):
             marks.add((-1, None))
         marked = not marks.isdisjoint(self.allowed['day'])
         on_weekday = weekday in self.allowed['day_of_week']
-        fits = marked and on_weekday
+        if wall.isocalendar()[1] not in self.allowed['week']:
+            return False
         if self.either:
-            fits = marked or on_weekday
-        return fits and wall.isocalendar()[1] in self.allowed['week']
+            return marked or on_weekday
+        return marked and on_weekday
 
     def wall_from(self, wall):
         """Return the first allowed wall time that is `wall` or later; ValueError: there is none."""
@@ -519,10 +520,11 @@ class Calendar(Schedule):
 
     def next(self, after: float) -> float | None:
         """Return the first due time after `after`; before the year 10000, else None."""
+        find = self.by_wall
+        if self.every_hour:
+            find = self.by_real_time
         try:
-            if self.every_hour:
-                return self.by_real_time(int(after // 1))
-            return self.by_wall(int(after // 1))
+            return find(math.floor(after))
         except (OverflowError, ValueError):         # no such date, or beyond the year 9999
             return None
 
@@ -610,8 +612,7 @@ def parse_cron(text: str, zone) -> Schedule:
 
 def parse_words(text: str) -> tuple[dict[str, str], str]:
     """Return the fields of a schedule by name, and the words that are none of them."""
-    fields: dict[str, str] = {}
-    plain = []
+    fields, plain = {}, []
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -701,9 +702,9 @@ class Repeats:
 
     def __init__(self):
         # Kind -> when it was told last, and the pause from then on, in elapsed seconds.
-        self.kinds: dict[Any, tuple[float, float]] = {}
+        self.kinds: dict = {}
 
-    def deserve_line(self, kind) -> bool:
+    def deserve_line(self, kind):
         """Tell whether an event that happens now is to be told."""
         now = elapsed_time()
         told, pause = self.kinds.get(kind, (-self.FORGOTTEN, 0.0))
@@ -737,7 +738,7 @@ def kind_of_error(error):
 
 def end_child(error):
     """End a process that a job has forked and that comes back here: it is no second torque."""
-    status: Any = error
+    status = error
     if isinstance(error, SystemExit):
         status = error.code
     if not isinstance(status, int):
@@ -793,7 +794,7 @@ class Task:
     def attempt(self):
         """Call the function once, and log how it went."""
         pid = os.getpid()
-        error: BaseException | None = None
+        error = None
         try:
             self.run()
         except BaseException as raised:
@@ -1198,7 +1199,7 @@ def connect(address, seconds):
     return sock
 
 
-def scgi_request(address, body, content_type, seconds, limit) -> bytearray:
+def scgi_request(address, body, content_type, seconds, limit):
     """Send one SCGI request and return the body of its answer.
 
     Raises RpcError; the text says what happened, the caller adds where and which method.
@@ -1281,8 +1282,7 @@ def http_opener(url, login, seconds, limit):
     return opener
 
 
-def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int = 1 << 20,
-              login: tuple = ()) -> HttpAnswer:
+def http_post(url, body: bytes, headers, seconds, limit=1 << 20, login=()) -> HttpAnswer:
     """POST to a web server; it may ask for a login by basic or digest authentication.
 
     Redirections are not followed. Raises Unreachable when there is no whole answer in time.
@@ -1297,7 +1297,7 @@ def http_post(url: str, body: bytes, headers: dict, seconds: float, limit: int =
         raise Unreachable(describe(error)) from None
 
 
-def http_request(address, body, content_type, seconds, limit) -> bytes:
+def http_request(address, body, content_type, seconds, limit):
     """Send a request to an HTTP mount of rTorrent and return the body of its answer.
 
     What rTorrent says comes through with any status and content type.
@@ -1458,7 +1458,7 @@ XML_ANSWER = re.compile(rb'(?s)\s{0,9}(?:<\?xml[^>]{0,99}\?>)?\s{0,9}<methodResp
                         rb'<(params|fault)>(.*)</\1>\s{0,9}</methodResponse>\s{0,9}')
 
 
-def xml_from_base64(found) -> bytes:
+def xml_from_base64(found):
     """Return a base64 element as text: rTorrent sends so what is not UTF-8."""
     text = binascii.a2b_base64(found[1]).decode('utf-8', 'replace')
     return b'<string>%s</string>' % xml_escape(text).encode()
@@ -1728,7 +1728,7 @@ class Engine:
 
     def send(self, body, content_type) -> bytes | bytearray:
         """Carry a request to rTorrent and the body of the answer back."""
-        request: Callable = scgi_request
+        request = scgi_request
         if self.address.kind == 'http':
             request = http_request
         return request(self.address, body, content_type, self.timeout, self.limit)
