@@ -13,7 +13,7 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
@@ -369,9 +369,9 @@ def parse_part(part, field):
         raise UserError(f'{field.name} {part!r} is not understood; '
                         'allowed are * */n a a-b a-b/n and lists of these')
     star, first, last, step = match.groups()
-    longest = field.high - field.low
+    span = field.high - field.low
     # Of weekdays there are seven, though 0 and 7 are Sunday in cron
-    size = len(field.names) or longest + 1
+    size = len(field.names) or span + 1
     low, high = field.low, field.low + size - 1
     if not star:
         low = field_value(first, field)
@@ -379,8 +379,8 @@ def parse_part(part, field):
             high = field_value(last, field)
         elif not step:
             high = low
-    if step and not 0 < int(step) <= longest:
-        raise UserError(f'{field.name} {part!r} has a step that is not in 1-{longest}')
+    if step and not 0 < int(step) <= span:
+        raise UserError(f'{field.name} {part!r} has a step that is not in 1-{span}')
     if low > high:
         if field.name == 'year':
             raise UserError(f'year {part!r} is an empty range')
@@ -1357,37 +1357,28 @@ def json_text(content, limit):
 ODD_TEXT = re.compile('[\0-\x08\x0b-\x1f\ud800-\U0010ffff]')
 
 
-def sendable(value):
-    """Return a value as both xmlrpc.client and rTorrent take it, in what it holds as well."""
-    if isinstance(value, (list, tuple)):
-        return [sendable(item) for item in value]
-    if isinstance(value, dict):
-        return {name: sendable(item) for name, item in value.items()}
-    # Older ones refuse <boolean>
-    if isinstance(value, bool):
-        return int(value)
-    # rTorrent takes text for numbers
-    if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
-        return str(value)
-    if isinstance(value, str) and ODD_TEXT.search(value):
-        return value.encode('utf-8', 'surrogateescape')
-    return value
-
-
 def xml_escape(text):
     """Return text as character data."""
     return str(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
 
 
 def xml_value(value):
-    """Return the <value> of what sendable() gave."""
+    """Return a value as a <value> that older rTorrents take, too."""
+    # Those of an xmlrpc.client.Binary
+    value = getattr(value, 'data', value)
+    if isinstance(value, str) and ODD_TEXT.search(value):
+        value = value.encode('utf-8', 'surrogateescape')
+    # rTorrent takes text for numbers
+    if isinstance(value, int) and not -1 << 31 <= value < 1 << 31:
+        value = str(value)
     if isinstance(value, str):
         inner = f'<string>{xml_escape(value)}</string>'
+    # Older ones refuse <boolean>
     elif isinstance(value, int):
-        inner = f'<i8>{value}</i8>'
-    elif isinstance(value, bytes):
+        inner = f'<i8>{value:d}</i8>'
+    elif isinstance(value, (bytes, bytearray)):
         inner = f'<base64>{binascii.b2a_base64(value).decode()}</base64>'
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         inner = f"<array><data>{''.join(map(xml_value, value))}</data></array>"
     elif isinstance(value, dict):
         members = [f'<member><name>{xml_escape(name)}</name>{xml_value(item)}</member>'
@@ -1399,11 +1390,17 @@ def xml_value(value):
     return f'<value>{inner}</value>'
 
 
+def xml_call(method, *params) -> bytes:
+    """Return one methodCall."""
+    inner = ''.join([f'<param>{xml_value(param)}</param>' for param in params])
+    return (f'<?xml version="1.0"?><methodCall><methodName>{xml_escape(method)}</methodName>'
+            f'<params>{inner}</params></methodCall>').encode()
+
+
 def xml_batch(calls) -> bytes:
     """Return one methodCall for many calls."""
     entries = [{'methodName': method, 'params': params} for method, *params in calls]
-    return ('<?xml version="1.0"?><methodCall><methodName>system.multicall</methodName><params>'
-            f'<param>{xml_value(sendable(entries))}</param></params></methodCall>').encode()
+    return xml_call('system.multicall', entries)
 
 
 # An answer becomes JSON text by replacing its tags, in this order, so that the C code of `bytes`
@@ -1537,20 +1534,6 @@ def refuse_deadly(method, params):
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
-class Transport:
-    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
-
-    def __init__(self, carry):
-        self.carry = carry
-
-    def request(self, host, handler, body, verbose=False):
-        """Return what a call answers, alone in a tuple; host and handler are placeholders."""
-        return (self.carry(body),)
-
-    def close(self):
-        """Do nothing: there is a connection for each call."""
-
-
 # --- Engine ----------------------------------------------------------------------------------
 # A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
 # doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
@@ -1672,13 +1655,12 @@ class Engine:
         class Proxy(xmlrpc.client.ServerProxy):
             # What every call of a ServerProxy goes through is its private __request.
             def _ServerProxy__request(self, method, params):
-                request = super()._ServerProxy__request     # type: ignore[misc]
                 engine.reach()
                 with engine.exchange([(method, *params)]):
-                    return request(method, tuple(sendable(params)))
+                    return engine.carry(xml_call(method, *params))
 
-        transport: Any = Transport(self.carry)
-        return Proxy('http://rtorrent/RPC2', transport)
+        # A placeholder: nothing is sent there
+        return Proxy('http://rtorrent/RPC2')
 
     def ask(self, calls: Iterable[tuple]) -> list:
         """Return the answers to many questions, (method, *params) each, in one round trip.
@@ -1772,7 +1754,7 @@ class Engine:
     def reach(self):
         """Ask what rTorrent is and offers, unless that is known; RpcError if it is away."""
         # A restarted rTorrent makes a new socket file; a port is looked at once a minute
-        stamp: Any = elapsed_time() // 60
+        stamp = elapsed_time() // 60
         with contextlib.suppress(OSError):
             found = os.stat(self.address.path)
             stamp = found.st_ino, found.st_ctime_ns
@@ -1991,17 +1973,24 @@ def open_own(path, flags):
 def replace_file(path, text):
     """Write a private file whole or not at all, whatever happens meanwhile."""
     with writing(path):
-        with open(path + '.new', 'w', encoding='utf-8', opener=open_own) as stream:
+        new = path + '.new'
+        with open(new, 'w', encoding='utf-8', opener=open_own) as stream:
             stream.write(text)
-        sync(path + '.new')
-        os.replace(path + '.new', path)
+        sync(new)
+        os.replace(new, path)
         sync(os.path.dirname(path))
+
+
+def existing(path):
+    """Return a path if something is there, else the folder above it that exists."""
+    while path and not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def disk_of(path) -> tuple[int | None, int | None]:
     """Return the device that holds a path, or would, and its free bytes; None: not known."""
-    while path and not os.path.exists(path):
-        path = os.path.dirname(path)
+    path = existing(path)
     try:
         disk = os.statvfs(path)
         return os.stat(path).st_dev, disk.f_bavail * disk.f_frsize
@@ -2103,10 +2092,7 @@ def lock(file, patience):
 
 def require_place(folder):
     """Raise UserError where files cannot be written and locked in a folder, which may be made."""
-    there = folder
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    path = os.path.join(there, f'.torque-{os.getpid()}')
+    path = os.path.join(existing(folder), f'.torque-{os.getpid()}')
     with writing(folder), open(path, 'x', opener=open_own) as stream:
         os.remove(path)
         lock(stream, 0)
@@ -2144,8 +2130,8 @@ def rtorrent_process(engine) -> int | None:
         elif engine.address.is_local():
             pid, session, cwd = without_errors(engine.ask(
                 [('system.pid', ''), ('session.path', ''), ('system.cwd', '')]))
-            lock = os.path.join(cwd, session, 'rtorrent.lock')
-            with open(lock, encoding='utf-8') as stream:
+            lock_file = os.path.join(cwd, session, 'rtorrent.lock')
+            with open(lock_file, encoding='utf-8') as stream:
                 if stream.read(300).strip() != f'{socket.gethostname()}:+{pid}':
                     return None
         else:
@@ -2268,7 +2254,7 @@ def first_number(*values):
     return 0
 
 
-def time_started(marks, start, end):
+def seconds_active(marks, start, end):
     """Return the seconds between R(esumed) and P(aused) marks that lie within a window.
 
     None where pyrocore has left no marks.
@@ -2288,7 +2274,7 @@ def seed_time(marks, tm_completed, finished, complete, active, now):
     completed = first_number(tm_completed, finished)
     if not complete or not completed:
         return None
-    seconds = time_started(marks, completed, now)
+    seconds = seconds_active(marks, completed, now)
     if seconds is None and active:
         return now - completed
     return seconds
@@ -2298,7 +2284,7 @@ def leech_time(marks, tm_started, began, tm_completed, finished, now):
     """Return for how long an item was downloaded; None where that is not known."""
     started = first_number(tm_started, began)
     end = first_number(tm_completed, finished) or now
-    seconds = time_started(marks, 0, end)
+    seconds = seconds_active(marks, 0, end)
     if seconds is None and started:
         return max(end - started, 0)
     return seconds
@@ -2821,7 +2807,7 @@ def leaf(name, kind, op, text, negated):
         unknown = (None, 0)
 
     def holds(row, now):
-        value: Any = row.get(name)
+        value = row.get(name)
         if value is POSSIBLE:
             return True
         if value in unknown:
@@ -2914,10 +2900,10 @@ class Filter:
         if not word:
             raise UserError('after this, a quote has no other half')
         self.at = word.end()
-        if (word[2] or '').startswith('#'):
+        self.key, text = word[1], word[2] or ''
+        if text.startswith('#'):
             raise UserError('# begins no comment here; put it on a line of its own, or quote it')
-        self.key = word[1]
-        self.word = PIECE.sub(unquoted, word[2] or '')
+        self.word = PIECE.sub(unquoted, text)
 
     def expression(self, negated, end):
         """expr ::= term ( 'OR' term )*;  then comes ']', or the end"""
@@ -3056,7 +3042,7 @@ def listed_rows(engine, view, names, condition):
     fields = {name: torrent_field(name) for name in ('hash', 'name', *tested, *names)}
     needs = sum([field.needs for field in fields.values()], ())
     # Columns of raw values, and the rows in the making: they are dropped together.
-    columns: dict[str, Any] = fetch_columns(engine, view, needs)
+    columns = fetch_columns(engine, view, needs)
     columns['row'] = [Torrent(dict.fromkeys(tested, POSSIBLE)) for _ in columns['d.hash']]
     constants = {
         'now': now,
@@ -6766,9 +6752,13 @@ class TreeWatch(Job):
 # torque.ini becomes values (a text that knows where it stands), values become planned jobs, and
 # those become the objects that run. Mistakes are collected, so that all are told at once, each as
 # `file:line: setting: what is wrong; what is allowed`; only where there is none does anything
-# start. What has no effect is a warning. config_ini is the configuration
-# as jobs see it. All of this runs in the main thread.
+# start. What has no effect is a warning. config_ini is the configuration as jobs see it. All of
+# this runs in the main thread.
 
+# Where the configuration is looked for; without one the defaults are run.
+INI_FILES = ['torque.ini', '$XDG_CONFIG_HOME/torque/torque.ini', '~/.config/torque/torque.ini',
+             '~/.pyroscope/torque.ini']
+NO_INI = '<defaults>'
 INI_LIMIT = 1 << 20                     # bytes of a configuration file
 SECTIONS = ('TORQUE', 'INFLUXDB', 'ANNOUNCE')
 JOB_SETTING = re.compile(r'job\.([^.]+)\.(.+)')
@@ -6865,10 +6855,6 @@ def parse_port(text):
     return port
 
 
-# Where the configuration is looked for; without one the defaults are run.
-INI_FILES = ['torque.ini', '$XDG_CONFIG_HOME/torque/torque.ini', '~/.config/torque/torque.ini',
-             '~/.pyroscope/torque.ini']
-NO_INI = '<defaults>'
 CORE_OPTIONS = (                        # what any job has
     Option('handler', import_handler, '', 'module:Class of the job'),
     Option('schedule', parse_due, '', 'when it runs'),
@@ -6905,10 +6891,8 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
 
 def option_names(options):
     """Return the names of options, and their other names."""
-    names: list = []
-    for option in options:
-        names += filter(None, (option.name, option.alias))
-    return names
+    names = [option.name for option in options]
+    return names + [option.alias for option in options if option.alias]
 
 
 CORE_NAMES = option_names(CORE_OPTIONS)
@@ -6954,7 +6938,7 @@ class NumberedParser(configparser.RawConfigParser):
     OPTCRE = re.compile(
         r'(?s)(?P<option>(?:(?!\s;)[^=:])*[=:]?)(?P<value>.*?)(?P<vi>(?:\s;.*)?)\Z')
 
-    def counted(self, lines):
+    def count(self, lines):
         """Give the lines."""
         for self.number, line in enumerate(lines):
             yield line
@@ -6994,11 +6978,12 @@ class Ini:
         """Add the values of one file; common: it is pyrocore's config.ini."""
         lines = ['[ ]', *text.split('\n')]      # a header for what stands before the first one
         parser = NumberedParser(strict=False, default_section='')
-        parser.read_file(parser.counted(lines), file)
+        parser.read_file(parser.count(lines), file)
         for header in parser.sections():
-            for numbered, text in parser.items(header):
+            for numbered, written in parser.items(header):
                 number, _, key = numbered.partition(' ')
-                value = Value(re.sub('\n+', '\n', text), (file, int(number)), key[:-1].rstrip())
+                written = re.sub('\n+', '\n', written)
+                value = Value(written, (file, int(number)), key[:-1].rstrip())
                 section = header.strip().upper()
                 if common and section in ('GLOBAL', 'DEFAULT') and value.key in COMMON:
                     section = 'TORQUE'
@@ -7191,15 +7176,13 @@ def checked(options, values, ini, prefix='', shared=()):
 def check_names(job, values, section, tell):
     """Tell what is no option of a built-in job, among its settings and in its section."""
     own = option_names(job.options)
-    known = CORE_NAMES + own
-    for key, value in values.items():
-        if key not in known and not key.startswith(job.families):
-            hint = nearest(key, known) or '; see --list-jobs'
-            tell(value, f'{job.__name__} has no such option{hint}')
-    for key, value in section.items():
-        if key not in own:
-            hint = nearest(key, own) or '; a setting of torque or of jobs belongs under [TORQUE]'
-            tell(value, f'{job.__name__} has no such option{hint}')
+    for settings, known, otherwise in (
+            (values, CORE_NAMES + own, '; see --list-jobs'),
+            (section, own, '; a setting of torque or of jobs belongs under [TORQUE]')):
+        for key, value in settings.items():
+            if key not in known and not key.startswith(job.families):
+                hint = nearest(key, known) or otherwise
+                tell(value, f'{job.__name__} has no such option{hint}')
 
 
 def import_handlers(path, groups, only, ini):
