@@ -426,7 +426,7 @@ class Interval(Schedule):
         self.seconds = seconds
         self.start = 0.0
 
-    def next(self, after: float) -> float:
+    def next(self, after):
         # By multiplication, so that rounding does not add up; it may still give `after` itself.
         due = self.start + ((after - self.start) // self.seconds + 1) * self.seconds
         if due <= after:
@@ -518,7 +518,7 @@ class Calendar(Schedule):
             first += 1
         return first
 
-    def next(self, after: float) -> float | None:
+    def next(self, after):
         """Return the first due time after `after`; before the year 10000, else None."""
         find = self.by_wall
         if self.every_hour:
@@ -2992,7 +2992,7 @@ class Torrent(dict):
         return f"{quoted(self['name'])} {self['hash']}"
 
 
-def fetch_columns(engine, view, needs) -> dict[str, Any]:
+def fetch_columns(engine, view, needs):
     """Return what the d. commands in `needs` answer for all torrents of a view, by command."""
     commands = [need for need in dict.fromkeys(needs) if need.startswith('d.')]
     cells = [re.sub('^([^=]*)$', r'\1=', command) for command in commands]
@@ -3011,7 +3011,7 @@ def fetch_columns(engine, view, needs) -> dict[str, Any]:
 
 
 def keep(columns, wanted):
-    """Drop the other torrents."""
+    """Keep the wanted torrents, and drop the others."""
     for need, values in columns.items():
         columns[need] = list(itertools.compress(values, wanted))
 
@@ -3074,8 +3074,7 @@ def listed_rows(engine, view, names, condition):
     return columns['row']
 
 
-def list_torrents(engine: Engine, view: str, names: Iterable[str],
-                  condition: Filter | None = None) -> list[Torrent]:
+def list_torrents(engine, view, names, condition: Filter | None = None) -> list[Torrent]:
     """Return the torrents of a view that meet a Filter, with hash, name and the given fields.
 
     One round trip, and one more for each second question. Raises RpcError, also when the list is
@@ -7127,14 +7126,14 @@ def group_jobs(ini):
 def tell_of_sections(ini):
     """Tell of sections, and of settings in them, that have no effect."""
     for section, values in ini.sections.items():
-        old = OLD_SECTION.fullmatch(section)
-        if old:
+        if OLD_SECTION.fullmatch(section):
             ini.unused.add(f'[{section}]')
+        elif section not in SECTIONS:
+            first, *_ = values.values()
+            hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
+            ini.warn(first, f'section [{section}] means nothing to torque{hint}')
+            continue
         for key, value in values.items():
-            if not old and section not in SECTIONS:
-                hint = nearest(section, SECTIONS) or '; settings and jobs belong under [TORQUE]'
-                ini.warn(value, f'section [{section}] means nothing to torque{hint}')
-                break
             if section not in ('TORQUE', InfluxDB.section) and (
                     key.startswith('job.') or key in TORQUE_NAMES):
                 ini.warn(value, f'no effect under [{section}]; it belongs under [TORQUE]')
@@ -7224,8 +7223,7 @@ class Config(Settings):
     """
     make_engine: Any = Engine           # --demo has another
 
-    def load(self, path: str, overrides: Iterable[str] = (), dry_run: bool = False,
-             only: str | None = None):
+    def load(self, path, overrides=(), dry_run=False, only=None):
         """Read a file and plan its active jobs, or `only` one; raises Mistakes."""
         ini = read_files(path, overrides)
         self.path = path
@@ -7242,10 +7240,10 @@ class Config(Settings):
         classes = import_handlers(path, groups, only, ini)
         self.jobs: list[PlannedJob] = []
         for name, values in groups.items():
-            job = BUILT_IN.get(handler_name(values.get('handler', '')))
             if name in classes and only in (None, name):
                 self.jobs.append(self.plan(name, classes[name], values, ini, bool(only)))
                 continue
+            job = BUILT_IN.get(handler_name(values.get('handler', '')))
             if values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
                 self.engine_at(values['scgi_url'], self.torque.same_files, ini)
@@ -7261,19 +7259,15 @@ class Config(Settings):
         self['torque'] = torque = checked(TORQUE_OPTIONS, ini.torque, ini)
         torque['dry_run'] = bool(torque.dry_run or dry_run)
         self.state_dir = state_folder(self.path, torque.state_dir)
-        self.engines = {}                   # by address and same_files
-        self.require_password(torque, ini)
-        place = ini.torque.get('rtorrent_rc', Value('', (self.path, 0))).place
-        self.url = ini.torque.get('scgi_url', Value('', place, 'scgi_url'))
-        self.engine = self.engine_at(self.url, torque.same_files, ini)
-
-    @staticmethod
-    def require_password(torque, ini):
-        """Refuse a page that others can reach, and that everybody may read."""
         host = torque['httpd.host']
+        # Others must not reach a page that everybody may read.
         if torque['httpd.active'] and not torque['httpd.password'] and not LOOPBACK.match(host):
             ini.refuse(ini.torque['httpd.host'], f'{host!r} is reached from elsewhere; that needs '
                                                  'httpd.password')
+        self.engines = {}                   # by address and same_files
+        place = ini.torque.get('rtorrent_rc', Value('', (self.path, 0))).place
+        self.url = ini.torque.get('scgi_url', Value('', place, 'scgi_url'))
+        self.engine = self.engine_at(self.url, torque.same_files, ini)
 
     def plan(self, name, make, values, ini, alone):
         """Return a job ready to be made, if there are no mistakes."""
