@@ -525,7 +525,8 @@ class Calendar(Schedule):
             find = self.by_real_time
         try:
             return find(math.floor(after))
-        except (OverflowError, ValueError):         # no such date, or beyond the year 9999
+        # No such date, or beyond the year 9999
+        except (OverflowError, ValueError):
             return None
 
     def by_real_time(self, after):
@@ -536,11 +537,13 @@ class Calendar(Schedule):
             due = self.wall_from(wall)
             if due == wall:
                 return second
-            end = self.unix(due - DAY)              # no two changes lie within a day
+            # No two changes lie within a day
+            end = self.unix(due - DAY)
             ahead = min(due - wall, DAY) // SECOND
+            # Go near the change that is on the way
             while self.wall(second + ahead) != wall + ahead * SECOND:
                 end = second + 1
-                ahead //= 2                         # go near the change that is on the way
+                ahead //= 2
             second = max(second + ahead, end)
 
     def by_wall(self, after):
@@ -770,7 +773,7 @@ class Task:
     missed = 0                          # due times that were merged into others
     failed_times = 0                    # since it failed for the first time, or once more
     failing_since = 0.0                 # elapsed seconds
-    told: Any = None                    # kind of the failure that the log had last since then
+    told_kind: Any = None               # of the failure that the log had last since then
 
     def __init__(self, name, schedule, run, max_runtime=None):
         self.name = name
@@ -825,21 +828,21 @@ class Task:
         level, trace = logging.ERROR, error
         if known:
             level, trace = logging.WARNING, None
-        if kind == self.told:
+        if kind == self.told_kind:
             seconds = elapsed_time() - self.failing_since
             text = f'still failing, {self.failed_times} times in {show_duration(seconds)}: {text}'
             trace = None
         if self.log.isEnabledFor(TRACE):
             trace = error
-        self.told = kind
+        self.told_kind = kind
         self.log.log(level, '%s', text, exc_info=trace)
 
     def worked(self):
         """Note that a run went well, and say so when the last failure was said."""
-        if self.told is not None:
+        if self.told_kind is not None:
             self.log.info('works again, after %s in %s', counted(self.failed_times, 'failure'),
                           show_duration(elapsed_time() - self.failing_since))
-        self.last_error = self.told = None
+        self.last_error = self.told_kind = None
         self.failed_times = 0
 
 
@@ -1015,7 +1018,7 @@ class Scheduler:
         task.overdue_run = run
         if task.repeats.deserve_line('overdue'):
             task.log.warning('still running after %s, its max_runtime',
-                             show_duration(task.max_runtime or 0))
+                             show_duration(task.max_runtime))
 
     def running(self) -> list[Task]:
         """Return the tasks that are running now."""
@@ -1935,7 +1938,8 @@ def identity(path) -> Identity | None:
     """
     try:
         status = os.stat(path)
-    except ValueError:                  # a NUL in it: no file has such a name
+    # A NUL in it: no file has such a name
+    except ValueError:
         return None
     except OSError as error:
         if error.errno in NOT_THERE:
@@ -2035,7 +2039,8 @@ def copy_file(path, copy):
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
-                break                   # only a hole is left
+                # Only a hole is left
+                break
             end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
             while at < end:
                 content = os.pread(source.fileno(), min(end - at, COPIED_AT_ONCE), at)
@@ -2044,7 +2049,8 @@ def copy_file(path, copy):
                 at += os.pwrite(target.fileno(), content, at)
     if not give_owner(copy, os.stat(path)):
         raise LoggableError(f'{quoted(copy)} cannot be given to the owner of {quoted(path)}')
-    with contextlib.suppress(OSError):  # not every file system has modes
+    # Not every file system has modes
+    with contextlib.suppress(OSError):
         shutil.copystat(path, copy)
     sync(copy)
 
@@ -2067,7 +2073,8 @@ def discard(folder):
 def rename_new(path, new):
     """Give a file or folder another name that nothing has; OSError where something has it."""
     if os.path.isfile(path):
-        with contextlib.suppress(OSError):      # where there are hard links, nothing can go wrong
+        # Where there are hard links, nothing can go wrong
+        with contextlib.suppress(OSError):
             os.link(path, new)
             os.unlink(path)
     if os.path.lexists(path):
@@ -2248,7 +2255,8 @@ def data_path(cwd, base, directory, name, multi, is_open):
 def first_number(*values):
     """Return the first value that is a number above 0; 0 for a time that is not known."""
     for value in values:
-        text = str(value).strip()       # that of ruTorrent ends in a line feed
+        # That of ruTorrent ends in a line feed
+        text = str(value).strip()
         if text.isdecimal() and len(text) < 19 and int(text):
             return int(text)
     return 0
@@ -2420,7 +2428,8 @@ def file_kinds(rows, percent=0):
 
 def name_traits(name, kind) -> dict[str, str]:
     """Return what a name tells: kind (tv, movie, audio ...), show, season, title, group ..."""
-    name = name[:255]                   # the patterns are quadratic
+    # The patterns are quadratic
+    name = name[:255]
     if kind and name.endswith(kind):
         name = os.path.splitext(name)[0]
     sort = ''
@@ -2791,7 +2800,8 @@ def value_test(kind, op, text):
 
 def leaf(name, kind, op, text, negated):
     """Return one condition: False for an unknown value, also when it is negated."""
-    if op == '=' and text.startswith('!'):              # negates, as in pyrocore
+    # This negates, as in pyrocore
+    if op == '=' and text.startswith('!'):
         negated, text = not negated, text[1:]
     if name == 'throttle' and text.lower() == 'none':
         text = ''
@@ -2913,7 +2923,8 @@ class Filter:
             terms.append(self.term(negated))
         if self.key != end:
             raise UserError('a bracket without its other half; [ and ] stand between spaces')
-        return joined(terms, negated)                   # neither a nor b: not a, and not b
+        # Neither a nor b: not a, and not b
+        return joined(terms, negated)
 
     def term(self, negated):
         """term ::= factor+"""
@@ -2951,9 +2962,11 @@ class Filter:
             self.fields += (name,)
         if op in ('!=', '<>'):
             negated = not negated
-        elif op == '~':                                 # as in pyrocore
+        # As in pyrocore
+        elif op == '~':
             value = f'/{value}/'.replace(',', COMMA)
-        elif op == '==' and kind == 'tags':             # this one and no other
+        # This one and no other
+        elif op == '==' and kind == 'tags':
             value = ':' + value
         values = [value]
         if op not in ORDER:
@@ -3002,7 +3015,8 @@ def fetch_columns(engine, view, needs):
     # Half a list must not pass for the whole: what is not listed would count as gone.
     try:
         listed = len([row for row in rows if len(row) == len(cells)])
-    except TypeError:                   # it is no list at all
+    # It is no list at all
+    except TypeError:
         listed = 0
     if listed != size:
         raise RpcError(f'{engine.address.where}: only {listed} of the {size!r} items '
@@ -3314,7 +3328,8 @@ def parse_metafile(content: bytes) -> Metafile:
 def read_metafile(path) -> Metafile:
     """Return a metafile; raises ValueError when it is none, not whole, or too large."""
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):                # a named pipe would block for ever
+    # A named pipe would block for ever
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError('no regular file')
     if not 0 < status.st_size <= METAFILE_LIMIT:
         raise ValueError(f'empty, or larger than {show_size(METAFILE_LIMIT)}')
@@ -6821,7 +6836,8 @@ def import_handler(text):
     path, name = handler.split(':')
     try:
         __import__(path)
-    except (Exception, SystemExit) as error:    # whatever the module does when imported
+    # Whatever the module does when imported
+    except (Exception, SystemExit) as error:
         raise UserError(f'module {path!r} cannot be imported: {origin(error)}') from None
     module = sys.modules[path]
     handler_class = getattr(module, name, None)
@@ -6964,9 +6980,13 @@ class Ini:
             text = f'{text}; values stand without quotes'
         self.mistakes.append((value.place, value.located(text)))
 
+    def remark(self, text, level=logging.INFO):
+        """Add a line for the log."""
+        self.remarks.append((level, text))
+
     def warn(self, value, text):
         """Add a warning of what has no effect, or another one than it seems."""
-        self.remarks.append((logging.WARNING, value.located(text)))
+        self.remark(value.located(text), logging.WARNING)
 
     def raise_mistakes(self):
         """Raise Mistakes if there are any."""
@@ -6975,7 +6995,8 @@ class Ini:
 
     def read(self, text, file, common=False):
         """Add the values of one file; common: it is pyrocore's config.ini."""
-        lines = ['[ ]', *text.split('\n')]      # a header for what stands before the first one
+        # A header for what stands before the first one
+        lines = ['[ ]', *text.split('\n')]
         parser = NumberedParser(strict=False, default_section='')
         parser.read_file(parser.count(lines), file)
         for header in parser.sections():
@@ -7054,14 +7075,13 @@ def read_files(path, overrides):
     if os.path.isfile(common):
         try:
             ini.read(read_text(common), common, common=True)
-            ini.remarks.append((logging.INFO, one_line(
-                f'{common} is read first, for [GLOBAL] scgi_url, rtorrent_rc, [INFLUXDB], '
-                '[ANNOUNCE]')))
+            ini.remark(one_line(f'{common} is read first, for [GLOBAL] scgi_url, rtorrent_rc, '
+                                '[INFLUXDB], [ANNOUNCE]'))
         except Mistakes as error:
-            ini.remarks.append((logging.WARNING, str(error)))
+            ini.remark(str(error), logging.WARNING)
     if path == NO_INI:
-        ini.remarks.append((logging.INFO, f"there is no {' or '.join(INI_FILES)}: the defaults are "
-                                          'run; torque.ini.example shows what there is to set'))
+        ini.remark(f"there is no {' or '.join(INI_FILES)}: the defaults are run; "
+                   'torque.ini.example shows what there is to set')
     else:
         ini.read(read_text(path), path)
     for text in overrides:
@@ -7148,7 +7168,8 @@ def checked(options, values, ini, prefix='', shared=()):
     place = ('', 0)
     for name, text in values.items():
         place = text.place
-        if re.fullmatch('[0-9]{1,4000}', text):         # Python refuses to convert more
+        # Python refuses to convert more
+        if re.fullmatch('[0-9]{1,4000}', text):
             meanings[name] = int(text)
         elif text.lower() in ('true', 'yes', 'on', 'false', 'no', 'off'):
             meanings[name] = parse_bool(text)
@@ -7197,7 +7218,8 @@ def import_handlers(path, groups, only, ini):
             continue
         if name in with_handler:
             classes[name] = None
-            with contextlib.suppress(UserError):        # told of when the job is planned
+            # What is wrong is told when the job is planned
+            with contextlib.suppress(UserError):
                 classes[name] = import_handler(values['handler'])
         elif only in (None, name):
             first = next(iter(values.values()))
@@ -7231,8 +7253,7 @@ class Config(Settings):
         tell_of_sections(ini)
         groups = group_jobs(ini)
         if ini.unused:
-            text = f"what pyrocore alone has a use for: {' '.join(sorted(ini.unused))}"
-            ini.remarks.append((logging.INFO, text))
+            ini.remark(f"what pyrocore alone has a use for: {' '.join(sorted(ini.unused))}")
         if only is not None and only not in groups:
             raise UnknownJob(f"there is no job {only!r}; the jobs are {' '.join(sorted(groups))}"
                              f'{nearest(only, groups)}')
@@ -7247,7 +7268,8 @@ class Config(Settings):
             if values.get('scgi_url'):
                 # No job of this run, but its items have data that others must not touch.
                 self.engine_at(values['scgi_url'], self.torque.same_files, ini)
-            if only is None and job:            # a slip may be why it is not active
+            # A slip may be why it is not active
+            if only is None and job:
                 check_names(job, values, ini.sections.get(job.section, {}), ini.warn)
         ini.raise_mistakes()
 
@@ -7330,7 +7352,8 @@ def make_job(planned):
     """Return the object of a job; raises UserError."""
     try:
         job = planned.make(planned.config)
-    except (UserError, Unreachable):            # it may be there the next time
+    # rTorrent may be there the next time
+    except (UserError, Unreachable):
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f'it cannot be made: {origin(error)}') from None
