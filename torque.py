@@ -1367,7 +1367,7 @@ def xml_escape(text):
 
 def xml_value(value):
     """Return a value as a <value> that older rTorrents take, too."""
-    # Those of an xmlrpc.client.Binary
+    # An xmlrpc.client.Binary holds its bytes there
     value = getattr(value, 'data', value)
     if isinstance(value, str) and ODD_TEXT.search(value):
         value = value.encode('utf-8', 'surrogateescape')
