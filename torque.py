@@ -13,7 +13,7 @@ Sections, each using only what stands above it:
     Values              text <-> bool, duration, size
     Schedule            when is the next run: pure functions of a date
     Scheduler           due times and the worker threads that meet them
-    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC
+    RPC                 SCGI and HTTP, XML-RPC and JSON-RPC, Transport
     Engine              one rTorrent: where it is, what it offers, its figures
     Files               what a path leads to, what rTorrent sees of it; whole copies
     Fields and Filter   what is known of a torrent; conditions on it
@@ -1537,6 +1537,20 @@ def refuse_deadly(method, params):
         raise RpcError(f'{method} needs a target HASH:fINDEX; without it rTorrent would abort')
 
 
+class Transport:
+    """Carries the calls of an xmlrpc.client.ServerProxy; `carry` makes a value of a request."""
+
+    def __init__(self, carry: Callable[[bytes], Any]):
+        self.carry = carry
+
+    def request(self, host, handler, body, verbose=False):
+        """Return what a call answers; host and handler mean nothing here."""
+        return self.carry(body)
+
+    def close(self):
+        """Do nothing: there is a connection for each call."""
+
+
 # --- Engine ----------------------------------------------------------------------------------
 # A URL, or rTorrent's own configuration file (the rc), becomes an Engine: one rTorrent, with two
 # doors. ask() and tell() are for the built-in jobs, open() for jobs that people write. Before the
@@ -1656,14 +1670,16 @@ class Engine:
         engine = self
 
         class Proxy(xmlrpc.client.ServerProxy):
-            # What every call of a ServerProxy goes through is its private __request.
+            # What every call of a ServerProxy goes through is its private __request; this one
+            # writes what older rTorrents take, too.
             def _ServerProxy__request(self, method, params):
                 engine.reach()
                 with engine.exchange([(method, *params)]):
-                    return engine.carry(xml_call(method, *params))
+                    return self('transport').request('', '', xml_call(method, *params))
 
+        transport: Any = Transport(self.carry)
         # A placeholder: nothing is sent there
-        return Proxy('http://rtorrent/RPC2')
+        return Proxy('http://rtorrent/RPC2', transport)
 
     def ask(self, calls: Iterable[tuple]) -> list:
         """Return the answers to many questions, (method, *params) each, in one round trip.
