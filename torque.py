@@ -1020,7 +1020,7 @@ class Scheduler:
             task.log.warning('still running after %s, its max_runtime',
                              show_duration(task.max_runtime))
 
-    def running(self) -> list[Task]:
+    def running(self):
         """Return the tasks that are running now."""
         return [task for task in self.tasks.values() if task.running_since is not None]
 
@@ -4115,7 +4115,7 @@ COMPARE = {
 MISFITS = (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError)
 
 
-def show(value) -> str:
+def show(value):
     """Return a value as text: None is nothing, yes is 1, tags stand side by side."""
     if value is None:
         return ''
@@ -4135,19 +4135,19 @@ def part_of(value, name, other=None):
     return value.get(name, other)
 
 
-def stem_of(path) -> str:
+def stem_of(path):
     """Return the name of a file without folder and extension."""
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def show_time(when) -> str:
+def show_time(when):
     """Return local date and time of Unix seconds, nothing for an unknown time."""
     if not when:
         return ''
     return time.strftime('%F %T', time.localtime(when))
 
 
-def value_or(value, other: Any = ''):
+def value_or(value, other=''):
     """Return a value, or another where it is empty; 0 is not."""
     if value or value == 0:
         return value
@@ -4180,7 +4180,7 @@ FILTER_ARGUMENTS = {                    # how many they take; the others none
     'default': (0, 1)}
 
 
-def compares(op: ast.cmpop, one, other):
+def compares(op, one, other):
     """Tell whether a comparison holds; what cannot be compared does not."""
     try:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -4247,12 +4247,12 @@ def evaluate(node, values):
     return apply_filter(node, values)
 
 
-def nth_branch(number: int, branches) -> list:
+def nth_branch(number, branches):
     """Return the branch of a number, in a list; none where there is no such branch."""
     return branches[number:number + 1]
 
 
-def true_branch(values, branches) -> list:
+def true_branch(values, branches):
     """Return the first branch whose condition holds, in a list."""
     for branch in branches:
         if evaluate(branch[0], values):
@@ -4260,7 +4260,7 @@ def true_branch(values, branches) -> list:
     return []
 
 
-def flat(nodes, choose: Callable[[list], list]) -> str:
+def flat(nodes, choose: Callable[[list], list]):
     """Return the text of nodes, and of those of the branches that are chosen, one at most."""
     text = ''
     for node in nodes:
@@ -4320,13 +4320,13 @@ class Template:
         if self.open_ifs:
             raise UserError('an if has no endif')
 
-    def check_braces(self, text) -> None:
+    def check_braces(self, text):
         """Refuse a {name} in plain text that is meant as a {{name}}."""
         for slip in ONE_BRACE.finditer(text):
             if slip[1] in (self.known or TORRENT_FIELDS):
                 raise UserError(f'{slip[0]} is plain text; write {{{slip[0]}}}')
 
-    def add_tag(self, nodes, code) -> list:
+    def add_tag(self, nodes, code):
         """Add what a tag says; return the nodes that what follows is to be among."""
         branch = BRANCH.fullmatch(code.strip('-: \t\r\n'))
         if not branch:
@@ -4369,7 +4369,7 @@ class Template:
                 raise UserError(f'there is no {quoted(name)} here{nearest(name, self.known)}')
         return tree
 
-    def divide(self, text) -> list:
+    def divide(self, text):
         """Return what the text is split into before the values are put in."""
         return [text]
 
@@ -4385,7 +4385,7 @@ class Template:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
         return self.divide(text), shown
 
-    def put_in(self, text, shown: dict[int, str]) -> str:
+    def put_in(self, text, shown: dict[int, str]):
         """Return a text with values put in; none leads out of the folder that stands before it."""
         for part in text.split('/')[1:]:
             value = part.translate(shown)
@@ -4475,7 +4475,7 @@ OLD_SET = re.compile(r'\b([dfpt])\.set_(?!(?:create|resize)_queued=)(\w{1,99})='
 QUOTED_ARGUMENT = re.compile(r'"((?:[^"\\]|\\.)*)"', re.S)
 
 
-def argument_text(word) -> str:
+def argument_text(word):
     """Return what an argument of a command says, without its quotes."""
     word = word.strip()
     whole = QUOTED_ARGUMENT.fullmatch(word)
@@ -4561,11 +4561,11 @@ class CommandTemplate(Template):
             commands.append(name + ','.join(arguments))
         return commands
 
-    def render(self, values) -> str:
+    def render(self, values):
         """Return the commands as one text, which load.* takes too."""
         return ' ; '.join(self.commands(values))
 
-    def argument(self, word, shown: dict[int, str]) -> str:
+    def argument(self, word, shown: dict[int, str]):
         """Return an argument with its values, quoted as a whole.
 
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
@@ -4584,7 +4584,7 @@ FOR_SHELL = re.compile(r'(?s)(\|\|?|&&?|<<?)|([0-9&]?>>?).*|.*(?<!\\)(;)')
 LEFT_ALONE = re.compile(r"""(?s)#(?!})|(?:'[^']*'|\\.|[^'\\])*?(?:\$(?=[\w({])|`)""")
 
 
-def split_args(text: str) -> list[str]:
+def split_args(text) -> list[str]:
     r"""Return program and arguments, split as a shell would; ~/ is the home folder.
 
     >>> split_args('echo "a  b" \\; ";"')
@@ -4653,11 +4653,11 @@ class Settings(dict):
     daemon.
     """
 
-    def __init__(self, settings: Any = (), **attributes: Any):
+    def __init__(self, settings=(), **attributes):
         super().__init__(settings)
         vars(self).update(attributes)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         # Asked for what is no attribute; copy and pickle look for __names__ that mean something.
         if name.startswith('__'):
             raise AttributeError(name)
@@ -4705,7 +4705,7 @@ def parse_condition(text: str) -> Filter | None:
     return Filter(text)
 
 
-def get_class_logger(job: Any) -> logging.Logger:
+def get_class_logger(job) -> logging.Logger:
     """Return the logger of a job: its lines carry the job's name."""
     config = getattr(job, 'config', None)
     name = getattr(config, 'job_name', None) or type(job).__name__
@@ -4715,7 +4715,7 @@ def get_class_logger(job: Any) -> logging.Logger:
 class Unset:
     """Stands for an attribute of a job until Job.__init__() has set it."""
 
-    def __get__(self, job: Any, owner: Any) -> Any:
+    def __get__(self, job, owner):
         raise AttributeError('config, LOG, engine and dry_run are set by '
                              'super().__init__(config), which this __init__() does not call')
 
@@ -4740,7 +4740,7 @@ class Job:
         self.engine = config.engine
         self.dry_run = bool(config.dry_run)
 
-    def torrents(self, condition: str = '', fields: Any = '', view: str = 'main') -> list[Torrent]:
+    def torrents(self, condition: str = '', fields='', view: str = 'main') -> list[Torrent]:
         """Return the torrents of a view that meet a condition, with the fields it names.
 
         fields: `size uploaded`, or a list of names. A row reads as torrent.size and as
@@ -4773,7 +4773,7 @@ class Job:
         """Return what the job is going to do, or leaves alone, a line each; for the page."""
         return []
 
-    def end_run(self) -> None:
+    def end_run(self):
         """End what a run has started outside of this process: it has run out of time."""
 
     def report(self, text, *args):
@@ -4783,7 +4783,7 @@ class Job:
             level = logging.INFO
         self.LOG.log(level, text, *args)
 
-    def announce(self, *words: Any) -> bool:
+    def announce(self, *words) -> bool:
         """Log what is done now, and tell whether to do it: a dry run only says so."""
         text = ' '.join(str(word) for word in words if word)
         if self.dry_run:
@@ -4791,7 +4791,7 @@ class Job:
         self.LOG.info('%s', text)
         return not self.dry_run
 
-    def act(self, method: str, *params: Any) -> Any:
+    def act(self, method: str, *params):
         """Call a command that changes something in rTorrent; a dry run only says so."""
         if self.dry_run:
             self.announce(method, *map(quoted, params))
@@ -4800,7 +4800,7 @@ class Job:
         return answer
 
 
-def rate_text(way, rate: int | None, limit: int | None) -> str:
+def rate_text(way, rate: int | None, limit: int | None):
     """Return a rate and its limit in bytes a second; a limit of 0 is none.
 
     >>> rate_text('up', 1258291, 2097152), rate_text('down', None, 0)
@@ -4833,7 +4833,7 @@ class EngineStats(Job):
             rate_text('down', stats.down_rate, stats.down_limit), stats.rpc_time * 1000)
 
 
-def parse_pairs(text: str) -> dict[str, str]:
+def parse_pairs(text) -> dict[str, str]:
     """Return what stands in `name=value, name=value`."""
     pairs = {}
     for part in filter(str.strip, text.split(',')):
@@ -4844,7 +4844,7 @@ def parse_pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def parse_web_url(text) -> str:
+def parse_web_url(text):
     """Return the URL of a web server, without the slash at its end."""
     if not re.fullmatch(r'https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d+)?(?:[/?]\S*)?', text):
         raise UserError(f'{redacted(text)!r} is no web address; allowed is http(s)://host:port/, '
@@ -4852,7 +4852,7 @@ def parse_web_url(text) -> str:
     return text.rstrip('/')
 
 
-def parse_base_url(text: str) -> str:
+def parse_base_url(text):
     """Return the URL of an InfluxDB, below which its interface begins."""
     base = re.sub(r'[?#].*|(?<!/)/(?:write|query|orgs|api/v\d)(?![\w.-]).*', '', text)
     url = parse_web_url(base)
@@ -4862,12 +4862,12 @@ def parse_base_url(text: str) -> str:
     return url
 
 
-def parse_ping_url(text: str) -> str:
+def parse_ping_url(text):
     """Return the URL of a monitor, or nothing."""
     return text and parse_web_url(text)
 
 
-def parse_word(known: Iterable[str], text: str) -> str:
+def parse_word(known, text):
     """Return a word that has to be one of those known."""
     if text not in known:
         raise UserError(f"{text!r} is not known; allowed are {' '.join(filter(None, known))}"
@@ -4875,26 +4875,26 @@ def parse_word(known: Iterable[str], text: str) -> str:
     return text
 
 
-def parse_token(text) -> str:
+def parse_token(text):
     """Return a token that can stand in a header; what is wrong with it is not shown."""
     if not re.fullmatch('[!-~]*', text):
         raise UserError('holds a blank, a line break or another character that no token has')
     return text
 
 
-def parse_series(text) -> str:
+def parse_series(text):
     """Return the name of a series."""
     if text.startswith('#'):
         raise UserError(f'{text!r} would begin a comment of line protocol; another name will do')
     return text
 
 
-def escape_key(text) -> str:
+def escape_key(text):
     """Return the name of a series or field, or a tag, for line protocol."""
     return re.sub(r'([,= ])', r'\\\1', re.sub(r'[\x00-\x1f\\]+', ' ', str(text)).strip())
 
 
-def field_text(value) -> str:
+def field_text(value):
     """Return the value of a field as its type is written in line protocol."""
     if isinstance(value, (bool, float)):
         return str(value)
@@ -4904,7 +4904,7 @@ def field_text(value) -> str:
     return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
 
 
-def influx_line(series, tags: dict, fields: dict, when: float) -> str:
+def influx_line(series, tags, fields, when):
     """Return a point in line protocol, with milliseconds; fields that are None are left out.
 
     >>> influx_line('s', {'a b': 'c,d'}, {'n': 1, 'x': 0.5, 't': 'y"', 'z': None}, 2)
@@ -4969,7 +4969,7 @@ def disk_figures(path) -> dict:
     return {'disk_total': disk.total, 'disk_free': disk.free}
 
 
-def read_secret(path) -> str:
+def read_secret(path):
     """Return the first line of a file that holds a password or token; '' for no file."""
     if not path:
         return ''
@@ -4980,7 +4980,7 @@ def read_secret(path) -> str:
         raise LoggableError(f'{path}: {error.strerror}') from None
 
 
-def server_message(answer: HttpAnswer) -> str:
+def server_message(answer: HttpAnswer):
     """Return what a server says, without the JSON that InfluxDB wraps it in."""
     text = answer.body[:5000].decode('utf-8', 'replace').strip()
     with contextlib.suppress(ValueError, AttributeError, RecursionError):
@@ -5067,14 +5067,14 @@ class InfluxDB(Job):
             raise self.problems[0]
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self):
         """Note what keeps figures away, for the end of the run."""
         try:
             yield
         except LoggableError as error:
             self.problems.append(error)
 
-    def measure(self) -> Iterator[tuple]:
+    def measure(self):
         """Give (series, tags, figures) of rTorrent, of its views, of the host and its disks."""
         config, host = self.config, socket.gethostname()
         if config.series:
@@ -5183,7 +5183,7 @@ def parse_sort(text) -> list[tuple[str, bool]]:
 
 
 @contextlib.contextmanager
-def reading(option) -> Iterator[None]:
+def reading(option):
     """Let a mistake found in here say of which option it is."""
     try:
         yield
@@ -5200,7 +5200,7 @@ def sort_key(name, torrent) -> tuple:
     return isinstance(value, str), value
 
 
-def in_order(torrents, keys: list[tuple[str, bool]]):
+def in_order(torrents, keys):
     """Return torrents sorted by the keys."""
     for name, backwards in reversed(keys):
         key = functools.partial(sort_key, name)
@@ -5230,7 +5230,7 @@ class Choice(Job):
         self.held: dict = {}            # kind of reason -> reason and torrents, in this run
         self.repeats = Repeats()
 
-    def use(self, option, make: Callable, text):
+    def use(self, option, make, text):
         """Return the template that is made of an option, and have known what it needs."""
         with reading(option):
             template = make(text)
@@ -5247,7 +5247,7 @@ class Choice(Job):
         torrents = list_torrents(self.engine, config.view or 'main', names, config.matcher)
         return in_order(torrents, config.sort)
 
-    def check(self) -> list[str]:
+    def check(self):
         config, views = self.config, self.engine.views
         view, missing = config.viewname or config.view, super().check()
         if view and views and view not in views:
@@ -5292,14 +5292,14 @@ class Choice(Job):
             if len(self.waiting) < self.SHOWN:
                 self.waiting.append(f'{quoted(torrent.name)}: {why}')
 
-    def announce(self, *words: Any) -> bool:
+    def announce(self, *words):
         to_do = super().announce(*words)
         if not to_do:
             torrents = [word for word in words if isinstance(word, Torrent)]
             self.remember(torrents, f'{words[0]}, if it were no dry run')
         return to_do
 
-    def outlook(self) -> list[str]:
+    def outlook(self):
         return self.waiting
 
     def failed(self, torrent, error):
@@ -5308,8 +5308,7 @@ class Choice(Job):
         if self.repeats.deserve_line((torrent.hash, str(error))):
             self.LOG.warning('%s: %s', torrent, error)
 
-    def each(self, torrents, handle: Callable[[Torrent], bool],
-             most: int | None = None):
+    def each(self, torrents, handle, most: int | None = None):
         """Handle the torrents, until so many were changed; one that fails costs its turn only.
 
         handle: tells whether it changed the torrent. After a while they are looked at again: the
@@ -5524,7 +5523,7 @@ PLAIN_ACTIONS: dict[str, tuple] = {
     'delete': ('*', ('d.stop',), ('d.close',), ('d.erase',))}
 
 
-def tag_commands(change: Callable, item, args) -> list[tuple]:
+def tag_commands(change, item, args) -> list[tuple]:
     """Add tags, or take them away."""
     tags = change({*item.tagged}, args.lower().replace(',', ' ').split())
     if tags == {*item.tagged}:
@@ -5579,7 +5578,7 @@ BAD_ARGS = (                            # action, what args must not have, and w
 CLOSED = '; it is closed: which files are its own is known once it has been opened for that'
 
 
-def worth(torrent) -> str:
+def worth(torrent):
     """Return what a person needs to judge whether an item may go."""
     seeded = '?'
     if torrent.seedtime is not None:
@@ -5640,7 +5639,7 @@ class Action(Choice):
         self.gone: list = []            # hashes that this dry run would have erased
         self.promised: Any = None       # PromisedSpace of this run
 
-    def risks(self) -> list[str]:
+    def risks(self):
         """Return the conditions of a deleting rule that may mean more than meets the eye."""
         if not self.deletes:
             return []
@@ -5764,7 +5763,7 @@ class Action(Choice):
             raise HeldBack(f'another item may use its data: {quoted(path)}')
         return data, ''
 
-    def erase_with_data(self, item, data, freed: int):
+    def erase_with_data(self, item, data, freed):
         """Write down what is going to be removed, erase the item, and delete the data."""
         shared = self.config.shared == 'delete'
         removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
@@ -5836,7 +5835,7 @@ class Action(Choice):
 OUTPUT_KEPT = 50000                     # bytes of what a program says
 
 
-def keep_end(stream, kept: bytearray):
+def keep_end(stream, kept):
     """Read all that a program says, and keep the end of it; a thread.
 
     It goes on while any process has the other end, so that none is ended by a closed pipe.
@@ -5874,7 +5873,7 @@ class Command(Job):
         """Return the words of args, the program first."""
         return split_args(args)
 
-    def risks(self) -> list[str]:
+    def risks(self):
         """Return what is in args as if a shell read it."""
         risks = []
         for word in RAW_WORD.findall(self.config.args):
@@ -5885,7 +5884,7 @@ class Command(Job):
                              "is; write shell = yes where a shell is to read it, else '...'")
         return risks
 
-    def check(self) -> list[str]:
+    def check(self):
         import shutil
         # A path is that from the folder it is run in.
         path = program = self.words[0]
@@ -5908,7 +5907,7 @@ class Command(Job):
                 os.killpg(self.process.pid, number)
                 self.process.wait(3)
 
-    def execute(self, words, environment: dict):
+    def execute(self, words, environment):
         """Run the program once; its output goes to the log, a failure is raised."""
         import subprocess
         config = self.config
@@ -5957,7 +5956,7 @@ class Command(Job):
                 self.LOG.info('%s', text[:500])
 
 
-def once_mark(job_name) -> str:
+def once_mark(job_name):
     """Return the custom value that marks an item for a job, another one for each name."""
     plain = re.sub('[^A-Za-z0-9_-]', '_', job_name)
     if plain != job_name:
@@ -6162,7 +6161,7 @@ class Move(Choice):
 
     @staticmethod
     @contextlib.contextmanager
-    def ending(item, removal) -> Iterator[None]:
+    def ending(item, removal):
         """Let an item go on after what is done in here; the note goes if that went well."""
         try:
             yield
@@ -6267,7 +6266,7 @@ class Inotify:
         path = os.fsencode(folder)
         self.call('inotify_add_watch', self.events.fileno(), path, self.MASK)
 
-    def wait(self, seconds: float):
+    def wait(self, seconds):
         """Wait so long at most; tell whether something changed, once for many changes."""
         changed = bool(self.poll.poll(seconds * 1000))
         self.events.read(1 << 16)
@@ -6288,13 +6287,13 @@ class FileState(NamedTuple):
     modified: float                     # Unix seconds
 
 
-def file_state(status) -> FileState:
+def file_state(status):
     """Return the state of a file."""
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns,
                      status.st_mtime)
 
 
-def parse_mode(text) -> str:
+def parse_mode(text):
     """Return how new items are loaded: load is normal, started is start."""
     return parse_word(('normal', 'start', 'load', 'started'), text or 'normal')
 
@@ -6376,7 +6375,7 @@ class TreeWatch(Job):
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()
 
-    def risks(self) -> list[str]:
+    def risks(self):
         """Return what lets others load items: folders that every user may write."""
         open_to_all = [root for root in self.roots
                        if os.path.exists(root) and os.stat(root).st_mode & 0o002]
@@ -6397,7 +6396,7 @@ class TreeWatch(Job):
             if self.handled == known:
                 self.report('no new metafile below %s', ' '.join(self.roots))
 
-    def check(self) -> list[str]:
+    def check(self):
         for root in self.roots:
             try:
                 os.listdir(root)
@@ -6511,7 +6510,7 @@ class TreeWatch(Job):
                 self.failed(path, error)
         return files
 
-    def scan_folder(self, folder, left: collections.deque):
+    def scan_folder(self, folder, left):
         """Add the paths in a folder to those that are left; have changes in it told."""
         # Watched before it is read: what comes in between is in both.
         if self.inotify:
@@ -6643,11 +6642,11 @@ class TreeWatch(Job):
             how = 'started'
         return how, commands, values
 
-    def ask(self, *call: str):
+    def ask(self, *call):
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path, state, before, meta) -> str:
+    def load(self, path, state, before, meta):
         """Load a metafile unless its item is there, or was; return the hash of the item."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
         if not isinstance(tied, HashNotFound):
@@ -6729,7 +6728,7 @@ class TreeWatch(Job):
             self.act('d.tied_to_file.set', meta.info_hash, path)
             self.act('d.save_full_session', meta.info_hash)
 
-    def send_content(self, method: str, content: bytes, commands):
+    def send_content(self, method, content, commands):
         """Load by content; what is too large for one request is no sign that rTorrent is away."""
         try:
             self.act(method, '', content, *commands)
@@ -7419,7 +7418,7 @@ LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file
 BYTE_CODE = __file__.endswith('.pyc')           # this runs from byte code
 
 
-def make_task(planned, run) -> Task:
+def make_task(planned, run):
     """Return the task of a job, which is done by a function."""
     task = Task(planned.name, planned.schedule, run, planned.config.max_runtime)
     task.log.setLevel(planned.config.log_level or 'NOTSET')
@@ -7447,7 +7446,7 @@ class PidFile:
             raise UserError(f'pid_file {path}: the name of the socket beside it is longer than '
                             'the 107 bytes that it may have; set pid_file to a shorter path')
 
-    def inherit(self) -> bool:
+    def inherit(self):
         """Take over the lock from the program that this process was until now, if any."""
         if LOCK not in os.environ:
             return False
@@ -7456,7 +7455,7 @@ class PidFile:
         os.set_inheritable(self.file, False)
         return True
 
-    def keep(self) -> bool:
+    def keep(self):
         """Lock the file and write our pid, where that is not done; False where another has it."""
         # A file that was removed or replaced still has our lock, and keeps nobody out.
         with contextlib.suppress(OSError):
@@ -7494,7 +7493,7 @@ class PidFile:
         os.close(file)
         raise UserError(f'{self.path}: this is no file of your own; it is left alone')
 
-    def is_locked(self) -> bool:
+    def is_locked(self):
         """Tell whether a daemon runs."""
         import fcntl
         with writing(self.path):
@@ -7550,7 +7549,7 @@ class PidFile:
         os.kill(pid, number)
         return pid
 
-    def stop(self) -> None:
+    def stop(self):
         """End a running daemon, if there is one; returns when it is gone."""
         if not self.is_locked():
             return
@@ -7590,14 +7589,14 @@ class Monitor:
         self.pings: queue.SimpleQueue = queue.SimpleQueue()
         self.thread = in_thread(self.work)
 
-    def send(self, way, text='') -> None:
+    def send(self, way, text=''):
         """Queue one ping."""
         body = scrubbed(text[:10000])
         if self.pings.qsize() < self.MOST_WAITING:
             url = self.base.rstrip('/') + way + self.mark + self.query
             self.pings.put((url, body.encode('utf-8', 'replace')))
 
-    def work(self) -> None:
+    def work(self):
         """Send pings, one after another, until there comes None; a thread."""
         for url, body in iter(self.pings.get, None):
             trouble = ''
@@ -7611,7 +7610,7 @@ class Monitor:
                 logging.getLogger('torque.ping').warning('%s: %s', url, trouble)
 
 
-def systemd_notify(state) -> None:
+def systemd_notify(state):
     """Tell systemd our state, when it wants to know (sd_notify)."""
     # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
     address = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
@@ -7620,7 +7619,7 @@ def systemd_notify(state) -> None:
             sock.sendto(state.encode(), address)
 
 
-def end_process(status) -> None:
+def end_process(status):
     """End the process at once: Python itself would wait for threads and children of jobs."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -7629,14 +7628,14 @@ def end_process(status) -> None:
     os._exit(status)
 
 
-def others_may(mode, path) -> bool:
+def others_may(mode, path):
     """Tell whether other users have one of these permissions on a file or folder."""
     with contextlib.suppress(OSError):
         return bool(os.stat(path).st_mode & mode)
     return False
 
 
-def find_secret(config) -> str:
+def find_secret(config):
     """Return the name of a setting that holds a secret, '' where there is none."""
     for section in config.values():
         for key, value in section.items():
@@ -7655,7 +7654,7 @@ def missing_zone() -> list[str]:
     return [f'TZ={quoted(name)} is no time zone of this machine: times are UTC']
 
 
-def warn_of_risks(config, jobs) -> None:
+def warn_of_risks(config, jobs):
     """Log what lets others read secrets or run commands as this user, and a missing time zone."""
     risks = missing_zone()
     secret = find_secret(config)
@@ -7692,7 +7691,7 @@ def own_command(program, *more) -> list[str]:
     return [sys.executable, *flags, program, *sys.argv[1:], *more]
 
 
-def run_from_byte_code() -> None:
+def run_from_byte_code():
     """Start over from byte code, where that can be.
 
     Python keeps the syntax tree of a script in memory as long as it runs: 16 MiB.
@@ -7745,7 +7744,7 @@ class Daemon:
         self.missed: list[str] = []             # what was due while torque did not run
         self.at_end: list[Callable] = []        # what else is to be done at the end
 
-    def begin(self) -> None:
+    def begin(self):
         """Make the jobs and their tasks; from now on signals and questions are answered."""
         os.register_at_fork(after_in_child=self.leave_child)
         signal.signal(signal.SIGHUP, self.on_signal)
@@ -7756,7 +7755,7 @@ class Daemon:
         for planned in self.config.jobs:
             self.scheduler.add(self.task(planned))
 
-    def leave_child(self) -> None:
+    def leave_child(self):
         """Let a process that a job forks have none of what is the daemon's."""
         os.close(self.pid_file.file)
         if self.server:
@@ -7764,7 +7763,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 
-    def on_signal(self, number, frame) -> None:
+    def on_signal(self, number, frame):
         """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
         if number == signal.SIGHUP:
             self.scheduler.calls.put(self.reload)
@@ -7774,7 +7773,7 @@ class Daemon:
         self.stopping = True
         self.scheduler.calls.put(self.scheduler.stop)
 
-    def task(self, planned) -> Task:
+    def task(self, planned):
         """Return the task of a job."""
         config = planned.config
         url = config.ping_url
@@ -7794,7 +7793,7 @@ class Daemon:
             self.missed.append(text)
         return task
 
-    def was_missed(self, planned, path) -> bool:
+    def was_missed(self, planned, path):
         """Tell whether a run came due since the last start, while torque was not running."""
         try:
             # A clock that was wrong may have left a time to come.
@@ -7806,7 +7805,7 @@ class Daemon:
         due = planned.schedule.next(start)
         return due is not None and due <= self.started
 
-    def mark_start(self, path) -> None:
+    def mark_start(self, path):
         """Give a file the time of now; a disk that is full must not stop a job."""
         now = time.time()
         try:
@@ -7817,7 +7816,7 @@ class Daemon:
             if self.repeats.deserve_line('start'):
                 self.log.warning('%s', error)
 
-    def run_job(self, planned, path, monitor: Monitor | None) -> None:
+    def run_job(self, planned, path, monitor: Monitor | None):
         """Run a job, and tell disk and monitor of it; in the thread of that job."""
         if path:
             # It is on the disk before the job does anything.
@@ -7837,7 +7836,7 @@ class Daemon:
         if monitor:
             monitor.send('')
 
-    def seek_engines(self) -> None:
+    def seek_engines(self):
         """Have a thread look for each rTorrent that is away: a late one need not wait for a run."""
         for engine in self.config.engines.values():
             if engine.gone_since is not None and engine not in self.sought:
@@ -7845,7 +7844,7 @@ class Daemon:
                     in_thread(self.seek, engine)
                     self.sought.add(engine)
 
-    def seek(self, engine) -> None:
+    def seek(self, engine):
         """Try an rTorrent until it answers; a thread, for one that hangs answers late."""
         while engine.gone_since is not None:
             time.sleep(AWAY_PAUSE)
@@ -7853,7 +7852,7 @@ class Daemon:
                 engine.reach()
         self.sought.discard(engine)
 
-    def serve(self, verb) -> None:
+    def serve(self, verb):
         """Run jobs on schedule until a signal comes, and what then has to be done."""
         if os.geteuid() == 0:
             self.log.warning('torque runs as root; the user of rTorrent is enough')
@@ -7920,7 +7919,7 @@ class Daemon:
             thread.join(max(end - elapsed_time(), 0))
         return {name for name, thread in threads.items() if thread.is_alive()}
 
-    def look_after_pid_file(self) -> None:
+    def look_after_pid_file(self):
         """Make pid file and socket again where somebody removed them; end for another daemon."""
         try:
             ours = self.pid_file.keep()
@@ -7936,14 +7935,14 @@ class Daemon:
         elif not os.path.exists(self.pid_file.socket):
             self.listen()
 
-    def reload(self) -> None:
+    def reload(self):
         """Have the files checked, by a child, and start over if there are no mistakes in them."""
         if not self.reloading:
             in_thread(self.check_files)
             self.reloading = True
             systemd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
 
-    def check_files(self) -> None:
+    def check_files(self):
         """Have the main thread do what the check of the files calls for; a thread."""
         self.mistakes = self.find_mistakes()
         action = self.scheduler.stop
@@ -7971,7 +7970,7 @@ class Daemon:
         lines = told.decode('utf-8', 'replace').splitlines()
         return lines or [f'torque.py ended with status {status}']
 
-    def refuse(self) -> None:
+    def refuse(self):
         """Go on as before, for there are mistakes in the files."""
         self.refusals += 1
         self.reloading = False
@@ -7979,7 +7978,7 @@ class Daemon:
             self.log.error('not reloaded: %s', line)
         systemd_notify('READY=1')
 
-    def start_over(self, hung) -> None:
+    def start_over(self, hung):
         """Become a new torque: same process, same lock, everything else from the disk."""
         if hung:
             self.log.warning('cut short by the reload: %s', hung)
@@ -8001,7 +8000,7 @@ class Daemon:
             self.log.error('cannot start over: %s', error)
             self.exit_status = EXIT_FAILED
 
-    def listen(self) -> None:
+    def listen(self):
         """Open the socket that tells the status, served by a thread of its own."""
         if self.server:
             with contextlib.suppress(OSError):
@@ -8021,7 +8020,7 @@ class Daemon:
         except (OSError, RuntimeError) as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
 
-    def answer(self, server) -> None:
+    def answer(self, server):
         """Tell the status to whoever connects, one after another; a thread."""
         while server.fileno() >= 0:
             try:
@@ -8057,7 +8056,7 @@ class Daemon:
             'jobs': jobs}
 
 
-def print_table(rows) -> None:
+def print_table(rows):
     """Print rows in columns."""
     columns = []
     for column in zip(*rows):
@@ -8080,7 +8079,7 @@ COLUMNS = {                     # of the table of jobs
     'last_error': 'LAST ERROR'}
 
 
-def status_cell(key, value) -> str:
+def status_cell(key, value):
     """Return what the table of jobs shows in a column."""
     if value is None:
         return '-'
@@ -8091,7 +8090,7 @@ def status_cell(key, value) -> str:
     return str(value)
 
 
-def engine_line(address, version: str | None, away_for: float | None) -> str:
+def engine_line(address, version: str | None, away_for: float | None):
     """Return a line about an rTorrent."""
     if away_for is not None:
         state = f'has not answered for {show_duration(away_for)}'
@@ -8103,7 +8102,7 @@ def engine_line(address, version: str | None, away_for: float | None) -> str:
     return f'{name} at {address}: {state}'
 
 
-def print_status(status) -> None:
+def print_status(status):
     """Print a daemon's status as a table."""
     up = show_duration(status['uptime'])
     line = f"torque {status['version']}, pid {status['pid']}, up {up}, {status['config']}"
@@ -8146,7 +8145,7 @@ def detach() -> int:
     return writer
 
 
-def report_start(writer, status) -> None:
+def report_start(writer, status):
     """Let the process that waits end with that status; leave the terminal when all is well."""
     if status == EXIT_OK:
         null = os.open(os.devnull, os.O_RDWR)
@@ -8331,14 +8330,14 @@ class History:
             self.minute, self.curves = int(kept['minute']), curves
 
     @staticmethod
-    def curve(figures) -> Any:
+    def curve(figures):
         """Return a curve that ends with these figures, 4 bytes each."""
         import array
         curve = array.array('f', [math.nan] * KEPT_MINUTES)
         curve.extend(figures)
         return curve[-KEPT_MINUTES:]
 
-    def add(self, minute, figures: dict[str, float]) -> None:
+    def add(self, minute, figures: dict[str, float]):
         """Add the figures of a minute; minutes that were left out before it are gaps."""
         passed = minute - self.minute
         if passed < 0:                          # the clock was set back
@@ -8352,7 +8351,7 @@ class History:
                 curves[name] = curve
         self.minute, self.curves = minute, curves
 
-    def averages(self, name, minutes: int, step: int) -> list[float]:
+    def averages(self, name, minutes, step) -> list[float]:
         """Return the last minutes of a curve, `step` of them as one, which is their average."""
         curve = self.curves.get(name, self.curve(()))[-minutes:]
         found = []
@@ -8363,13 +8362,13 @@ class History:
                 found[-1] = sum(known) / len(known)
         return found
 
-    def save(self) -> None:
+    def save(self):
         """Keep it for the next start."""
         curves = {name: curve.tolist() for name, curve in self.curves.items()}
         replace_file(self.path, json.dumps({'minute': self.minute, 'curves': curves}))
 
 
-def plausible(figure: Any) -> float:
+def plausible(figure) -> float:
     """Return a rate or size as it is; nan for anything else."""
     if isinstance(figure, (int, float)) and 0 <= figure < 1 << 63:
         return figure
@@ -8388,7 +8387,7 @@ class Figures:
         self.folder = ''                        # where it puts data
         self.count_trackers([])
 
-    def renew(self) -> None:
+    def renew(self):
         """Ask, if what was told is old; where another thread is asking, do not wait for long."""
         engine = self.engine
         if not engine.methods or engine.gone_since is not None:
@@ -8402,7 +8401,7 @@ class Figures:
             finally:
                 self.lock.release()
 
-    def ask(self) -> None:
+    def ask(self):
         """Ask for all that anybody wants to know, in one round trip."""
         engine = self.engine
         calls: dict[str, tuple] = {
@@ -8419,7 +8418,7 @@ class Figures:
         self.folder = typed(told.get('folder'), self.folder)
         self.count_trackers(typed(told.get('trackers'), []))
 
-    def count_trackers(self, rows) -> None:
+    def count_trackers(self, rows):
         """Count the torrents of each tracker, and those of them with a message."""
         torrents: collections.Counter = collections.Counter()
         messages: collections.Counter = collections.Counter()
@@ -8438,14 +8437,14 @@ class Figures:
 class LogTail(logging.Handler):
     """Keeps the last lines of the log, as HTML."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.lines: collections.deque = collections.deque(maxlen=LOG_SHOWN)
         root = logging.getLogger()
         self.setFormatter(root.handlers[0].formatter)
         root.addHandler(self)
 
-    def emit(self, record) -> None:
+    def emit(self, record):
         css_class = ''
         if record.levelno >= logging.WARNING:
             css_class = 'bad'
@@ -8455,7 +8454,7 @@ class LogTail(logging.Handler):
                 self.lines.append(f'<span class="{css_class}">{markup(line)}</span>')
 
 
-def markup(text) -> str:
+def markup(text):
     """Return text of anybody as HTML that shows it, without secrets and not endless."""
     import html
     shown = one_line(scrubbed(str(text)[:10 * MOST_SHOWN]))
@@ -8464,18 +8463,18 @@ def markup(text) -> str:
     return html.escape(shown)
 
 
-def section(title, inner, css_class='') -> str:
+def section(title, inner, css_class=''):
     """Return a part of the page."""
     return f'<section><h2 class="{css_class}">{markup(title)}</h2>{inner}</section>'
 
 
-def items(css_class, texts) -> str:
+def items(css_class, texts):
     """Return an HTML list of what is HTML already."""
     inner = ''.join(f'<li>{text}</li>\n' for text in texts)
     return f'<ul class="{css_class}">{inner}</ul>'
 
 
-def path_data(values: list[float], top: float) -> str:
+def path_data(values, top):
     """Return the path of a curve in a plot of 100 by 100; nan breaks it.
 
     >>> path_data([0.0, 5.0, math.nan, 10.0], 10)
@@ -8493,7 +8492,7 @@ def path_data(values: list[float], top: float) -> str:
     return path
 
 
-def round_above(values: Iterable[float]) -> float:
+def round_above(values) -> float:
     """Return the power of two that no value is above, at least a KiB; nan is no value."""
     top = 1024.0
     for value in values:
@@ -8513,10 +8512,10 @@ class Samples:
     a_total{b="c\\""} 1
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.families: dict[str, list[str]] = {}
 
-    def add(self, name, about, value: float | None, **labels: str) -> None:
+    def add(self, name, about, value: float | None, **labels):
         """Add a sample of a metric, unless its value is None."""
         if value is None:
             return
@@ -8531,18 +8530,18 @@ class Samples:
             pairs.append(f'{label}="{escaped}"')
         family.append(f"{name}{{{','.join(pairs)}}} {value}")
 
-    def text(self) -> str:
+    def text(self):
         """Return all samples, those of a metric together."""
         return '\n'.join(itertools.chain(*self.families.values(), ['']))
 
-    def add_job(self, job) -> None:
+    def add_job(self, job):
         """Add what --status tells of a job."""
         for key, name, about in JOB_METRICS:
             self.add(name, about, job[key], job=job['name'])
         self.add('torque_job_failing', 'Has the last run failed?', int(bool(job['last_error'])),
                  job=job['name'])
 
-    def add_engine(self, where, figures) -> None:
+    def add_engine(self, where, figures):
         """Add what an rTorrent tells."""
         engine, numbers = figures.engine, figures.numbers
         self.add('rtorrent_up', 'Does rTorrent answer?', int(bool(numbers)), rtorrent=where)
@@ -8590,7 +8589,7 @@ class Page:
 
     # What is measured.
 
-    def watch(self) -> None:
+    def watch(self):
         """Take a point of the history each minute; a thread."""
         while True:
             try:
@@ -8600,7 +8599,7 @@ class Page:
                     self.log.warning('%s', error_text(error))
             time.sleep(60 - time.time() % 60)
 
-    def measure(self, now) -> None:
+    def measure(self, now):
         """Take a point of the history."""
         rates: dict[str, Any] = {}
         for where, figures in self.engines.items():
@@ -8662,11 +8661,11 @@ class Page:
             return 404, 'text/plain', f"there are {' '.join(pages)}\n"
         return 200, kind, make()
 
-    def json(self) -> str:
+    def json(self):
         """Return what --status --json prints."""
         return json.dumps(self.daemon.status(), indent=1)
 
-    def metrics(self) -> str:
+    def metrics(self):
         """Return all figures for Prometheus."""
         status, samples = self.daemon.status(), Samples()
         samples.add('torque_info', 'Version of torque.', 1, version=VERSION)
@@ -8681,7 +8680,7 @@ class Page:
             samples.add_engine(where, figures)
         return samples.text()
 
-    def html(self) -> str:
+    def html(self):
         """Return the page."""
         for figures in self.engines.values():
             figures.renew()
@@ -8696,7 +8695,7 @@ class Page:
             section('Log', f'<pre>{lines}</pre>')])
 
     @staticmethod
-    def header(status) -> str:
+    def header(status):
         """Return the head of the page, which names the jobs that fail."""
         failing = [job['name'] for job in status['jobs'] if job['last_error']]
         bad = ''
@@ -8706,7 +8705,7 @@ class Page:
                 f"{show_duration(status['uptime'])}, pid {status['pid']}, "
                 f"{markup(status['config'])}</p>{bad}</header>")
 
-    def engine_part(self, status) -> str:
+    def engine_part(self, status):
         """Return what is shown of an rTorrent."""
         where = status['address']
         figures = self.engines[where]
@@ -8733,14 +8732,14 @@ class Page:
                              f'{self.plots(where, ("up", "down"), "/s")}{items("views", views)}',
                        css_class)
 
-    def disk_part(self, path, disk_total: int, disk_free: int) -> str:
+    def disk_part(self, path, disk_total, disk_free):
         """Return what is shown of a disk."""
         return section(f'Disk of {path}', (
             f'<div class="row"><p><b class="free">{show_size(disk_free)} free</b>'
             f'<span class="dim">of {show_size(disk_total)}</span></p></div>'
             f'{self.plots(path, ("free",), "")}'))
 
-    def plots(self, of, names: Iterable[str], unit) -> str:
+    def plots(self, of, names, unit):
         """Return plots of the last hour and day of curves, whose names are classes of CSS."""
         parts = []
         for title, minutes, step in PLOTS:
@@ -8759,7 +8758,7 @@ class Page:
         return f'<div class="plots">{"".join(parts)}</div>'
 
     @staticmethod
-    def jobs_part(jobs) -> str:
+    def jobs_part(jobs):
         """Return the table of jobs as --status has it; what has failed stands out."""
         *keys, last = COLUMNS
         heads = ''.join(f'<th>{COLUMNS[key].capitalize()}</th>' for key in keys)
@@ -8803,7 +8802,7 @@ def request_head(sock) -> bytes:
     return head
 
 
-def make_handler(page) -> Any:
+def make_handler(page):
     """Return the class that answers requests for a page."""
     import http.server
 
@@ -8843,7 +8842,7 @@ def make_handler(page) -> Any:
     return Handler
 
 
-def web_server(page, port) -> Any:
+def web_server(page, port):
     """Return a server for a page; OSError where it cannot listen."""
     import socketserver
 
@@ -8871,7 +8870,7 @@ def web_server(page, port) -> Any:
     return Server((page.host, port), make_handler(page))
 
 
-def serve_page(daemon) -> None:
+def serve_page(daemon):
     """Serve the page of a daemon where that is switched on."""
     torque = daemon.config.torque
     if not torque['httpd.active']:
@@ -8947,7 +8946,7 @@ messages message'''.splitlines())
 class StandIn(Engine):
     """Answers what built-in jobs ask of an rTorrent, with a few torrents."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args):
         super().__init__(*args)
         self.began = time.time()
         # Hash -> Unix seconds; the first four are complete.
@@ -8965,10 +8964,10 @@ class StandIn(Engine):
             'throttle.global_up.max_rate': 2 << 20,
             'print': 0}
 
-    def by_xml(self, calls: list[tuple]) -> list:
+    def by_xml(self, calls):
         return [self.answer(*call) for call in calls]
 
-    def answer(self, method: str, target: str = '', view: str = '', *cells: str) -> Any:
+    def answer(self, method, target='', view='', *cells):
         """Return the answer to a call, or the fault."""
         now = time.time()
         if method == 'd.start':
@@ -9020,7 +9019,7 @@ class StandIn(Engine):
             't.multicall': [[f'http://tracker{number % 2}.example.org/', 1]]})
 
 
-def fill_history(folder) -> None:
+def fill_history(folder):
     """Write a day that might have been, with a gap, for the rTorrent of --demo."""
     home = os.path.expanduser('~')
     names = ('up scgi:///demo', 'down scgi:///demo', f'free {home}')
@@ -9092,19 +9091,19 @@ class LogFormat(logging.Formatter):
             form = '%(asctime)s ' + form
         super().__init__(form, '%Y-%m-%d %H:%M:%S')
 
-    def format(self, record) -> str:
+    def format(self, record):
         record.job = one_line(re.sub(r'^torque\.', '', record.name))
         record.text = scrubbed(one_line(record.getMessage()))
         if record.levelno >= logging.WARNING:
             self.warnings += 1
         return super().format(record)
 
-    def formatException(self, ei) -> str:
+    def formatException(self, ei):
         lines = super().formatException(ei).split('\n')
         return scrubbed('\n'.join(map(one_line, lines)))
 
 
-def stderr_is_journal() -> bool:
+def stderr_is_journal():
     """Tell whether systemd's journal reads stderr: it names device and inode of the stream."""
     try:
         stream = os.fstat(sys.stderr.fileno())
@@ -9113,16 +9112,16 @@ def stderr_is_journal() -> bool:
     return os.environ.get('JOURNAL_STREAM') == f'{stream.st_dev}:{stream.st_ino}'
 
 
-def log_file_handler(path) -> logging.Handler:
+def log_file_handler(path):
     """Return what writes the log to a private file: 10 MiB, and five older ones."""
     from logging.handlers import RotatingFileHandler
 
     class LogFile(RotatingFileHandler):
-        def _open(self) -> Any:
+        def _open(self):
             return open(self.baseFilename, 'a', encoding='utf-8',
                         opener=lambda path, flags: os.open(path, flags, 0o600))
 
-        def doRollover(self) -> None:
+        def doRollover(self):
             """Go on in the same file where its folder cannot be written."""
             with contextlib.suppress(OSError):
                 super().doRollover()
@@ -9133,7 +9132,7 @@ def log_file_handler(path) -> logging.Handler:
         raise UserError(f'log file {path}: {error.strerror}') from None
 
 
-def set_up_log(level, log_file: str | None) -> None:
+def set_up_log(level, log_file: str | None):
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
     # A closed stderr must not end anything.
     logging.raiseExceptions = False
@@ -9168,7 +9167,7 @@ def run_once(config) -> int:
     return EXIT_OK
 
 
-def next_runs(schedule) -> str:
+def next_runs(schedule):
     """Return the next three due times of a schedule, and the time zone that they are in."""
     due = time.time()
     if isinstance(schedule, Interval):
@@ -9185,7 +9184,7 @@ def next_runs(schedule) -> str:
     return f"{', '.join(dates)} {zone}"
 
 
-def check_engine(engine) -> None:
+def check_engine(engine):
     """Print whether an rTorrent answers."""
     try:
         engine.reach()
@@ -9256,7 +9255,7 @@ def list_jobs() -> int:
     return EXIT_OK
 
 
-def find_pid_file(arguments, path) -> PidFile:
+def find_pid_file(arguments, path):
     """Return the pid file that goes with a configuration."""
     options = Settings()
     with contextlib.suppress(UserError):
@@ -9269,7 +9268,7 @@ def find_pid_file(arguments, path) -> PidFile:
     return PidFile(os.path.abspath(name))
 
 
-def print_error(text) -> None:
+def print_error(text):
     """Print what went wrong; names and answers in it may hold anything."""
     for line in text.split('\n'):
         print(one_line(line), file=sys.stderr)
@@ -9296,7 +9295,7 @@ def reload(daemon) -> int:
     raise LoggableError('the daemon has not reloaded in time; its log may say why')
 
 
-def control(arguments, path) -> int:
+def control(arguments, path):
     """Speak with a running daemon; return the exit status."""
     daemon = find_pid_file(arguments, path)
     if not daemon.is_locked():
@@ -9326,7 +9325,7 @@ def control(arguments, path) -> int:
     return EXIT_OK
 
 
-def load(arguments, path) -> None:
+def load(arguments, path):
     """Load the configuration, and log what is noteworthy in it even when it is refused."""
     log = logging.getLogger('torque.config')
     config_ini.remarks = []
@@ -9337,7 +9336,7 @@ def load(arguments, path) -> None:
             log.log(level, '%s', text)
 
 
-def background_log(arguments, path) -> str:
+def background_log(arguments, path):
     """Return the path of the log of a daemon in the background."""
     log_file = arguments.log_file or beside(path, config_ini.torque.log_file)
     if not log_file:
@@ -9357,7 +9356,7 @@ def check_files(arguments, path) -> int:
     return EXIT_OK
 
 
-def log_level(arguments) -> int:
+def log_level(arguments):
     """Return from which level on the log is shown."""
     if arguments.check_files:
         # What is noteworthy the new daemon will say.
@@ -9371,7 +9370,7 @@ def log_level(arguments) -> int:
     return logging.INFO
 
 
-def start_daemon(arguments, path, lock, reloaded) -> Daemon:
+def start_daemon(arguments, path, lock, reloaded):
     """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(arguments, path)
     if not reloaded:
@@ -9426,7 +9425,7 @@ def run_daemon(arguments, path) -> int:
     return status
 
 
-def run_demo(arguments: Any) -> int:
+def run_demo(arguments) -> int:
     """Run torque beside a stand-in of rTorrent, all in a temporary folder."""
     import tempfile
     if arguments.check_files:
@@ -9466,7 +9465,7 @@ OPTIONS = {                             # names=what it takes: help
     '--explain=FILE': 'show what each TreeWatch would do with a metafile'}
 
 
-def parse_arguments(words: list[str] | None) -> Any:
+def parse_arguments(words):
     """Return the command line's options."""
     import argparse
     statuses = (__doc__ or '').rpartition('\n\n')[2]
@@ -9494,7 +9493,7 @@ def parse_arguments(words: list[str] | None) -> Any:
     return arguments
 
 
-def obey(arguments) -> int:
+def obey(arguments):
     """Do what the command line says; return the exit status."""
     set_up_log(log_level(arguments), arguments.log_file)
     if arguments.list_jobs:
@@ -9520,7 +9519,7 @@ def obey(arguments) -> int:
     return run_once(config_ini)
 
 
-def take_place() -> None:
+def take_place():
     """Make this the module torque, whatever it was started from."""
     global __file__
     # `import torque` in a module of jobs gives this program, not a second copy of it.
@@ -9534,7 +9533,7 @@ def take_place() -> None:
     __file__ = source
 
 
-def main(words=None) -> int:
+def main(words=None):
     """Run the command line and return the exit status."""
     take_place()
     arguments = parse_arguments(words)
