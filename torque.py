@@ -705,7 +705,7 @@ class Repeats:
 
     def __init__(self):
         # Kind -> when it was told last, and the pause from then on, in elapsed seconds.
-        self.kinds: dict = {}
+        self.kinds = {}
 
     def deserve_line(self, kind):
         """Tell whether an event that happens now is to be told."""
@@ -773,7 +773,7 @@ class Task:
     missed = 0                          # due times that were merged into others
     failed_times = 0                    # since it failed for the first time, or once more
     failing_since = 0.0                 # elapsed seconds
-    told_kind: Any = None               # of the failure that the log had last since then
+    told_kind = None                    # of the failure that the log had last since then
 
     def __init__(self, name, schedule, run, max_runtime=None):
         self.name = name
@@ -4192,7 +4192,7 @@ def compares(op, one, other):
 
 def apply_filter(node, values):
     """Return what a|filter, a|filter(x), a|h.filter or a.filter(x) gives."""
-    operands: list = []
+    operands = []
     call = node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         operands, call = [node.left], node.right
@@ -4288,8 +4288,8 @@ class Template:
         self.text, self.known = text, known
         # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
         self.nodes: list = []
-        self.expressions: dict = {}     # number of the character that stands for it -> ast
-        self.open_ifs: list = []        # an if, and the nodes that it is among
+        self.expressions = {}     # number of the character that stands for it -> ast
+        self.open_ifs = []              # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
         self.seen: dict = collections.defaultdict(lambda: None)
@@ -4619,7 +4619,7 @@ class ArgsTemplate(Template):
     def render(self, values) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
         words, shown = self.divided(values)
-        args: list[str] = []
+        args = []
         for word in words:
             args.append(self.put_in(word, shown))
             # A torrent may be called -rf.
@@ -5026,7 +5026,7 @@ class InfluxDB(Job):
         super().__init__(config)
         if not config.series and not config.series_host:
             raise UserError('series_host is empty as well: nothing to push', option='series')
-        self.points: list[str] = []     # not delivered yet
+        self.points = []                # not delivered yet
         self.retry_at = 0.0             # elapsed seconds: the server has asked to wait until then
         self.file = ''
         self.buffer = 0
@@ -5226,8 +5226,8 @@ class Choice(Job):
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
         self.failures: list[Exception] = []             # of torrents, in this run
-        self.waiting: list[str] = []                    # torrents left alone in this run, a few
-        self.held: dict = {}            # kind of reason -> reason and torrents, in this run
+        self.waiting = []         # torrents left alone in this run, a few
+        self.held = {}            # kind of reason -> reason and torrents, in this run
         self.repeats = Repeats()
 
     def use(self, option, make, text):
@@ -5384,7 +5384,7 @@ class QueueManager(Choice):
         self.counted = Filter('*')              # which of the running items take a place
         if config.downloading:
             self.counted = Filter(f'is_active=no OR [ {config.downloading.text} ]')
-        self.not_started: set[str] = set()      # hashes of what did not start the last time
+        self.not_started = set()                # hashes of what did not start the last time
         self.no_room_for = ''                   # hash of what the log says waits for room
         self.file = config.state_file('last_start')
         self.last_start = 0.0
@@ -5635,8 +5635,8 @@ class Action(Choice):
         if action == 'exec':
             make = CommandTemplate
         self.template = self.use('args', make, args)
-        self.met: dict = {}             # hash -> runs in a row that it met the condition
-        self.gone: list = []            # hashes that this dry run would have erased
+        self.met = {}             # hash -> runs in a row that it met the condition
+        self.gone = []                  # hashes that this dry run would have erased
         self.promised: Any = None       # PromisedSpace of this run
 
     def risks(self):
@@ -6029,7 +6029,7 @@ class Move(Choice):
         self.template = self.use('target', Template, config.target)
         # 0.9.8 aborts over more than 10 tracker requests of an item in 10 s, and each try makes
         # some. hash -> failures, and until when it is left alone, in elapsed seconds
-        self.pauses: dict = {}
+        self.pauses = {}
 
     def run(self):
         """Move what meets the condition, after what an ended run has left."""
@@ -6368,7 +6368,7 @@ class TreeWatch(Job):
                 for path, (state, item, _) in json.load(stream).items():
                     self.handled[path] = Handled(FileState(*state), item, 'of another run')
         self.kept = self.handled.copy()         # what the file in the state folder says
-        self.trouble: dict[str, str] = {}       # what the last look could not read, and why
+        self.trouble = {}                       # what the last look could not read, and why
         self.took = 0.0                         # seconds, to look through the trees
         self.by_path = self.engine.address.is_local()
         self.inotify: Inotify | None = None
@@ -7739,10 +7739,10 @@ class Daemon:
         self.repeats = Repeats()
         self.began = elapsed_time()
         self.started = time.time()
-        self.jobs: dict[str, Any] = {}
+        self.jobs = {}
         self.sought: set[Engine] = set()        # rTorrents that are away
-        self.missed: list[str] = []             # what was due while torque did not run
-        self.at_end: list[Callable] = []        # what else is to be done at the end
+        self.missed = []        # what was due while torque did not run
+        self.at_end = []        # what else is to be done at the end
 
     def begin(self):
         """Make the jobs and their tasks; from now on signals and questions are answered."""
@@ -8321,7 +8321,7 @@ class History:
     def __init__(self, path):
         self.path = path
         self.minute = 0
-        self.curves: dict[str, Any] = {}
+        self.curves = {}
         # Whatever is in the file, it is no reason not to start.
         with contextlib.suppress(Exception), open(path, encoding='ascii') as stream:
             kept = json.load(stream)
@@ -8383,7 +8383,7 @@ class Figures:
         self.engine = engine
         self.lock = threading.Lock()
         self.asked = -FRESH
-        self.numbers: dict[str, int] = {}       # command or `view NAME` -> answer
+        self.numbers = {}                       # command or `view NAME` -> answer
         self.folder = ''                        # where it puts data
         self.count_trackers([])
 
@@ -8404,14 +8404,14 @@ class Figures:
     def ask(self):
         """Ask for all that anybody wants to know, in one round trip."""
         engine = self.engine
-        calls: dict[str, tuple] = {
+        calls = {
             'folder': ('directory.default', ''),
             'trackers': ('d.multicall2', '', 'main', *self.COLUMNS)}
         for command in engine.methods.intersection(METRICS):
             calls[command] = (command, '')
         for view in [*VIEWS, *sorted(engine.views.difference(VIEWS))]:
             calls[f'view {view}'] = ('view.size', '', view)
-        told: dict[str, Any] = {}
+        told = {}
         with contextlib.suppress(RpcError):
             told = dict(zip(calls, engine.in_parts(calls.values(), engine.by_xml)))
         self.numbers = {name: answer for name, answer in told.items() if plausible(answer) >= 0}
@@ -8513,7 +8513,7 @@ class Samples:
     """
 
     def __init__(self):
-        self.families: dict[str, list[str]] = {}
+        self.families = {}
 
     def add(self, name, about, value: float | None, **labels):
         """Add a sample of a metric, unless its value is None."""
@@ -8581,11 +8581,11 @@ class Page:
         self.engines = {engine.address.where: Figures(engine)
                         for engine in self.config.engines.values()}
         self.history = History(os.path.join(self.config.state_dir, HISTORY))
-        self.folders: dict[str, str] = {}       # rTorrent -> where it puts data
+        self.folders = {}       # rTorrent -> where it puts data
         self.log = logging.getLogger('torque.page')
         self.tail = LogTail()
         self.repeats = Repeats()
-        self.busy: set = set()                  # requests that are being read or answered
+        self.busy = set()       # requests that are being read or answered
 
     # What is measured.
 
@@ -8863,7 +8863,7 @@ def web_server(page, port):
             return len(page.busy) < MOST_REQUESTS
 
         def handle_error(self, request, client_address):
-            error: Any = sys.exc_info()[1]
+            error = sys.exc_info()[1]
             if not isinstance(error, OSError) and page.repeats.deserve_line(kind_of_error(error)):
                 page.log.exception('a request failed')
 
@@ -9052,7 +9052,7 @@ Uptime | s | max(uptime) AS uptime FROM rtorrent | time() - rtorrent_start_time_
 
 def dashboard(kind) -> dict:
     """Return a dashboard of Grafana, whose source of data is influxdb or prometheus."""
-    panels: list[dict] = []
+    panels = []
     for number, line in enumerate(PANELS.splitlines()):
         title, unit, influxql, promql, name = line.split(' | ')
         target: dict[str, Any] = {'refId': 'A', 'expr': promql, 'legendFormat': name}
@@ -9136,7 +9136,7 @@ def set_up_log(level, log_file: str | None):
     """Send the log to stderr, or to a file; systemd's journal adds the time itself."""
     # A closed stderr must not end anything.
     logging.raiseExceptions = False
-    handler: logging.Handler = logging.StreamHandler()
+    handler = logging.StreamHandler()
     if log_file:
         handler = log_file_handler(log_file)
     handler.setFormatter(LogFormat(bool(log_file) or not stderr_is_journal()))
