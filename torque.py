@@ -943,11 +943,10 @@ class Scheduler:
         times = 0
         while task.due is not None and task.due + delay <= now:
             times += 1
-            task.last_due = task.due
-            if times <= MOST_COUNTED:
-                task.due = task.schedule.next(task.due)
-            else:
-                task.due = task.schedule.next(now)
+            task.last_due = after = task.due
+            if times > MOST_COUNTED:
+                after = now
+            task.due = task.schedule.next(after)
         self.enter(task)
         with self.lock:
             asleep = not task.waiting
@@ -4248,27 +4247,27 @@ def evaluate(node, values):
 
 
 def nth_branch(number, branches):
-    """Return the branch of a number, in a list; none where there is no such branch."""
-    return branches[number:number + 1]
-
-
-def true_branch(values, branches):
-    """Return the first branch whose condition holds, in a list."""
-    for branch in branches:
-        if evaluate(branch[0], values):
-            return [branch]
+    """Return the nodes of the branch of a number; none where there is no such branch."""
+    for _, nodes in branches[number:number + 1]:
+        return nodes
     return []
 
 
-def flat(nodes, choose: Callable[[list], list]):
-    """Return the text of nodes, and of those of the branches that are chosen, one at most."""
+def true_branch(values, branches):
+    """Return the nodes of the first branch whose condition holds."""
+    for test, nodes in branches:
+        if evaluate(test, values):
+            return nodes
+    return []
+
+
+def flat(nodes, choose):
+    """Return the text of nodes, and of those that are chosen from the branches of an if."""
     text = ''
     for node in nodes:
-        if isinstance(node, str):
-            text += node
-            continue
-        for _, chosen in choose(node):
-            text += flat(chosen, choose)
+        if not isinstance(node, str):
+            node = flat(choose(node), choose)
+        text += node
     return text
 
 
@@ -4288,7 +4287,7 @@ class Template:
         self.text, self.known = text, known
         # Each is a text, the mark of an expression, or of an if [(ast, nodes), ...].
         self.nodes: list = []
-        self.expressions = {}     # number of the character that stands for it -> ast
+        self.expressions = {}           # number of the character that stands for it -> ast
         self.open_ifs = []              # an if, and the nodes that it is among
         self.at = 0                     # end of the piece in hand
         self.most_branches = 0          # of one if
@@ -4619,13 +4618,14 @@ class ArgsTemplate(Template):
     def render(self, values) -> list[str]:
         """Return the arguments; LoggableError for a value that would pass for an option."""
         words, shown = self.divided(values)
-        args = []
+        args: list[str] = []
         for word in words:
-            args.append(self.put_in(word, shown))
-            # A torrent may be called -rf.
-            if word.startswith(MARK) and args[-1].startswith('-') and '--' not in args:
-                raise LoggableError(f'{quoted(args[-1])} would be an option of {quoted(args[0])}; '
+            arg = self.put_in(word, shown)
+            # A torrent may be called -rf, or --
+            if word.startswith(MARK) and arg.startswith('-') and '--' not in args:
+                raise LoggableError(f'{quoted(arg)} would be an option of {quoted(args[0])}; '
                                     'write -- before it')
+            args.append(arg)
         return args
 
 
@@ -4636,11 +4636,6 @@ class ArgsTemplate(Template):
 # made and cleaned up in the main thread; run() is called in a thread of its own, never twice
 # at once.
 
-MEMORY_FIGURES = {                      # of InfluxDB, and the rows of /proc/meminfo, in kB
-    'memory_total': 'MemTotal',
-    'memory_available': 'MemAvailable',
-    'swap_total': 'SwapTotal',
-    'swap_free': 'SwapFree'}
 SECRET = '(?i)(?:pass(?:word|wd|phrase)?|secret|token|api.?key)'      # in names of settings
 
 
@@ -4939,6 +4934,13 @@ def proc_rows(name) -> dict[str, list[str]]:
     return rows
 
 
+MEMORY_FIGURES = {                      # of InfluxDB, and the rows of /proc/meminfo, in kB
+    'memory_total': 'MemTotal',
+    'memory_available': 'MemAvailable',
+    'swap_total': 'SwapTotal',
+    'swap_free': 'SwapFree'}
+
+
 def host_figures() -> dict:
     """Return load, memory in bytes, and network bytes of this machine, where /proc has them."""
     figures: Any = collections.Counter()
@@ -5035,9 +5037,9 @@ class InfluxDB(Job):
         if not config.alone and not self.dry_run:
             self.buffer = config.buffer
             self.file = config.state_file('points')
-            with contextlib.suppress(FileNotFoundError):
-                with open(self.file, encoding='utf-8', errors='replace') as stream:
-                    self.points = [line.rstrip('\n') for line in stream]
+            with contextlib.suppress(FileNotFoundError), \
+                    open(self.file, encoding='utf-8', errors='replace') as stream:
+                self.points = [line.rstrip('\n') for line in stream]
 
     def cleanup(self):
         """Keep undelivered points for the next process, or remove what was kept."""
@@ -5183,7 +5185,7 @@ def parse_sort(text) -> list[tuple[str, bool]]:
 
 
 @contextlib.contextmanager
-def reading(option):
+def naming(option):
     """Let a mistake found in here say of which option it is."""
     try:
         yield
@@ -5225,14 +5227,14 @@ class Choice(Job):
         super().__init__(config)
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
-        self.failures: list[Exception] = []             # of torrents, in this run
-        self.waiting = []         # torrents left alone in this run, a few
-        self.held = {}            # kind of reason -> reason and torrents, in this run
+        self.failures: list[Exception] = []     # of torrents, in this run
+        self.left_alone = []            # a few torrents of this run, and why; for the page
+        self.held = {}                  # kind of reason -> reason and torrents, in this run
         self.repeats = Repeats()
 
     def use(self, option, make, text):
         """Return the template that is made of an option, and have known what it needs."""
-        with reading(option):
+        with naming(option):
             template = make(text)
             for name in template.names:
                 torrent_field(name)
@@ -5261,7 +5263,7 @@ class Choice(Job):
         """Return all rTorrents of the configuration, that of the job among them."""
         return [self.engine, *(self.config.engines or ())]
 
-    def alone(self):
+    def data_lock(self):
         """Hold what lets one run at a time delete or move; others have no need of it."""
         if self.dry_run or not self.removes:
             return contextlib.nullcontext()
@@ -5289,8 +5291,8 @@ class Choice(Job):
     def remember(self, torrents, why):
         """Keep for the page which torrents are left alone."""
         for torrent in torrents:
-            if len(self.waiting) < self.SHOWN:
-                self.waiting.append(f'{quoted(torrent.name)}: {why}')
+            if len(self.left_alone) < self.SHOWN:
+                self.left_alone.append(f'{quoted(torrent.name)}: {why}')
 
     def announce(self, *words):
         to_do = super().announce(*words)
@@ -5300,7 +5302,7 @@ class Choice(Job):
         return to_do
 
     def outlook(self):
-        return self.waiting
+        return self.left_alone
 
     def failed(self, torrent, error):
         """Log why a torrent failed: once, then from time to time."""
@@ -5337,9 +5339,9 @@ class Choice(Job):
             except (LoggableError, OSError, ValueError) as error:       # of a path with a NUL, say
                 self.failed(torrent, error)
         self.tell_of_held()
-        if not torrents and not self.waiting:
+        if not torrents and not self.left_alone:
             self.report('no torrent meets the condition')
-        elif not done and not self.waiting and not self.failures:
+        elif not done and not self.left_alone and not self.failures:
             self.report('nothing to do for %s', counted(len(torrents), 'torrent'))
         if self.failures:
             raise LoggableError(f"{counted(len(self.failures), 'torrent')} failed, the last: "
@@ -5388,9 +5390,8 @@ class QueueManager(Choice):
         self.no_room_for = ''                   # hash of what the log says waits for room
         self.file = config.state_file('last_start')
         self.last_start = 0.0
-        with contextlib.suppress(OSError, ValueError):
-            with open(self.file, encoding='ascii') as stream:
-                self.last_start = float(stream.read())
+        with contextlib.suppress(OSError, ValueError), open(self.file, encoding='ascii') as stream:
+            self.last_start = float(stream.read())
 
     def run(self):
         """Start what there is a place for, in order, unless the intermission goes on."""
@@ -5402,7 +5403,7 @@ class QueueManager(Choice):
             self.report('no start: the intermission goes on for %s', show_duration(rest))
             return
         with self.turn:
-            self.waiting = []
+            self.left_alone = []
             startable = self.chosen()
             if not startable:
                 self.report('no start: nothing is startable')
@@ -5534,7 +5535,7 @@ def tag_commands(change, item, args) -> list[tuple]:
 def custom_commands(item, args) -> list[tuple]:
     """Set a custom value, KEY=VALUE."""
     key, _, value = args.partition('=')
-    if key in ('1', '2', '3', '4', '5'):
+    if re.fullmatch('[1-5]', key):
         return [(f'd.custom{key}.set', value)]
     return [('d.custom.set', key, value)]
 
@@ -5618,7 +5619,7 @@ class Action(Choice):
         if config.until_free and action != 'cull':
             raise UserError('is for the action cull: nothing else frees anything',
                             option='until_free')
-        with reading('args'):
+        with naming('args'):
             check_args(action, args)
         if (action, args) == ('throttle', 'none'):
             args = ''
@@ -5635,7 +5636,7 @@ class Action(Choice):
         if action == 'exec':
             make = CommandTemplate
         self.template = self.use('args', make, args)
-        self.met = {}             # hash -> runs in a row that it met the condition
+        self.met = {}                   # hash -> runs in a row that it met the condition
         self.gone = []                  # hashes that this dry run would have erased
         self.promised: Any = None       # PromisedSpace of this run
 
@@ -5649,10 +5650,10 @@ class Action(Choice):
 
     def run(self):
         """Act on what has met the condition often enough, as far as the guards allow."""
-        with self.alone():
+        with self.data_lock():
             if self.removes and not self.dry_run:
                 self.finish_removals()
-            self.gone, self.waiting = [], []
+            self.gone, self.left_alone = [], []
             self.promised = PromisedSpace(os.path.join(self.config.state_dir, 'promised.json'))
             limit = self.config.limit
             if self.deletes and limit is None:
@@ -5866,7 +5867,7 @@ class Command(Job):
             raise UserError('is not set', option='args')
         self.words = ['/bin/sh', '-c', config.args]
         if not config.shell:
-            with reading('args'):
+            with naming('args'):
                 self.words = self.split(config.args)
 
     def split(self, args) -> list[str]:
@@ -5942,8 +5943,7 @@ class Command(Job):
         """Wait for the program, and log the end of its output; LoggableError if it is late."""
         import subprocess
         kept, timeout = bytearray(), self.config.timeout
-        reader = threading.Thread(target=keep_end, args=(self.process.stdout, kept), daemon=True)
-        reader.start()
+        reader = in_thread(keep_end, self.process.stdout, kept)
         try:
             self.process.wait(timeout or None)
         except subprocess.TimeoutExpired:
@@ -5988,7 +5988,7 @@ class ItemCommand(Choice, Command):
         return [self.template.program]
 
     def run(self):
-        self.waiting = []
+        self.left_alone = []
         self.each(self.chosen(), self.for_torrent)
 
     def for_torrent(self, torrent) -> bool:
@@ -6033,8 +6033,8 @@ class Move(Choice):
 
     def run(self):
         """Move what meets the condition, after what an ended run has left."""
-        self.waiting = []
-        with self.alone():
+        self.left_alone = []
+        with self.data_lock():
             stuck = ''
             for removal in left_removals(self.config.state_dir, self.engine):
                 info_hash = removal.facts['hash']
@@ -6309,6 +6309,13 @@ class Refused(LoggableError):
     """rTorrent does not take a metafile, and will not take it later either."""
 
 
+def others_may(mode, path):
+    """Tell whether other users have one of these permissions on a file or folder."""
+    with contextlib.suppress(OSError):
+        return bool(os.stat(path).st_mode & mode)
+    return False
+
+
 class TreeWatch(Job):
     """Load metafiles that appear in trees of folders.
 
@@ -6356,7 +6363,7 @@ class TreeWatch(Job):
         self.commands = []
         for key in sorted(config):
             if key.startswith(self.families):
-                with reading(key):
+                with naming(key):
                     self.commands.append(CommandTemplate(str(config[key]), self.NAMES))
         self.lock = threading.Lock()            # run() and the watching thread take turns
         self.repeats = Repeats()
@@ -6377,9 +6384,8 @@ class TreeWatch(Job):
 
     def risks(self):
         """Return what lets others load items: folders that every user may write."""
-        open_to_all = [root for root in self.roots
-                       if os.path.exists(root) and os.stat(root).st_mode & 0o002]
-        return [f'{root}, which is watched, can be written by every user' for root in open_to_all]
+        return [f'{root}, which is watched, can be written by every user'
+                for root in self.roots if others_may(0o002, root)]
 
     def run(self):
         """Look through the trees, and see to it that changes are watched from now on."""
@@ -6421,8 +6427,7 @@ class TreeWatch(Job):
         self.inotify = None
         try:
             self.inotify = Inotify()
-            self.thread = threading.Thread(target=self.watch, args=(self.inotify,), daemon=True)
-            self.thread.start()
+            self.thread = in_thread(self.watch, self.inotify)
         except Exception as error:
             raise LoggableError(f'no inotify, files are found on schedule only: {error}; where '
                                 'that is how it should be, write inotify = no') from None
@@ -6461,6 +6466,7 @@ class TreeWatch(Job):
 
         Where a thread watches, it is said in the log instead.
         """
+        # By a clock that stands while the machine sleeps
         began, before = time.monotonic(), self.trouble
         files = self.scan()
         self.took = time.monotonic() - began
@@ -6741,9 +6747,9 @@ class TreeWatch(Job):
 
     def appears(self, meta):
         """Tell whether a new item comes up in time: load commands never say what went wrong."""
-        end = time.monotonic() + 1 + len(meta.content) / 5e6
+        end = elapsed_time() + 1 + len(meta.content) / 5e6
         pause = 0.0002
-        while time.monotonic() < end:
+        while elapsed_time() < end:
             answer = self.ask('d.hash', meta.info_hash)
             if not isinstance(answer, HashNotFound):
                 without_errors([answer])
@@ -7557,10 +7563,10 @@ class PidFile:
         with contextlib.suppress(LoggableError):
             seconds += self.ask(2)['grace']
         pid = self.signal(signal.SIGTERM)
-        end = time.monotonic() + seconds
+        end = elapsed_time() + seconds
         # A supervisor may have started the next one already, which is not waited for.
         while self.is_locked() and os.path.exists(f'/proc/{pid}'):
-            if time.monotonic() > end:
+            if elapsed_time() > end:
                 raise LoggableError(f'process {pid} has not ended in {seconds:g} s')
             time.sleep(0.02)
 
@@ -7626,13 +7632,6 @@ def end_process(status):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(status)
-
-
-def others_may(mode, path):
-    """Tell whether other users have one of these permissions on a file or folder."""
-    with contextlib.suppress(OSError):
-        return bool(os.stat(path).st_mode & mode)
-    return False
 
 
 def find_secret(config):
@@ -8058,13 +8057,10 @@ class Daemon:
 
 def print_table(rows):
     """Print rows in columns."""
-    columns = []
-    for column in zip(*rows):
-        cells = [one_line(str(cell)) for cell in column]
-        width = max(map(len, cells))
-        columns.append([cell.ljust(width) for cell in cells])
-    for row in zip(*columns):
-        print('  '.join(row).rstrip())
+    rows = [[*map(one_line, map(str, row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(map(str.ljust, row, widths)).rstrip())
 
 
 COLUMNS = {                     # of the table of jobs
@@ -8468,7 +8464,7 @@ def section(title, inner, css_class=''):
     return f'<section><h2 class="{css_class}">{markup(title)}</h2>{inner}</section>'
 
 
-def items(css_class, texts):
+def html_list(css_class, texts):
     """Return an HTML list of what is HTML already."""
     inner = ''.join(f'<li>{text}</li>\n' for text in texts)
     return f'<ul class="{css_class}">{inner}</ul>'
@@ -8715,22 +8711,26 @@ class Page:
             css_class = 'bad'
         if figures.engine.startup and figures.numbers:
             line += f', up {show_duration(time.time() - figures.engine.startup)}'
+        views = [f'{markup(view)} <span>{size}</span>' for view, size in figures.views().items()]
+        return section(name, f'<p class="{css_class or "dim"}">{markup(line)}</p>'
+                             f'<div class="row">{self.rates(figures.numbers)}</div>'
+                             f'{self.plots(where, ("up", "down"), "/s")}'
+                             f'{html_list("views", views)}', css_class)
+
+    @staticmethod
+    def rates(numbers):
+        """Return what is shown of the traffic of an rTorrent; nothing while it is away."""
         rates = ''
         for way in ('up', 'down'):
-            rate, limit, total = (figures.numbers.get(f'throttle.global_{way}.{key}', 0)
+            rate, limit, total = (numbers.get(f'throttle.global_{way}.{key}', 0)
                                   for key in ('rate', 'max_rate', 'total'))
             shown = f'{show_size(total)} in all'
             if limit:
                 shown = f'of {show_size(limit)}/s, {shown}'
-            rates += (f'<p><b class="{way}">{way} {show_size(rate)}/s</b>'
-                      f'<span class="dim">{shown}</span></p>')
-        if not figures.numbers:
-            rates = ''
-        views = [f'{markup(view)} <span>{size}</span>' for view, size in figures.views().items()]
-        return section(name, f'<p class="{css_class or "dim"}">{markup(line)}</p>'
-                             f'<div class="row">{rates}</div>'
-                             f'{self.plots(where, ("up", "down"), "/s")}{items("views", views)}',
-                       css_class)
+            if numbers:
+                rates += (f'<p><b class="{way}">{way} {show_size(rate)}/s</b>'
+                          f'<span class="dim">{shown}</span></p>')
+        return rates
 
     def disk_part(self, path, disk_total, disk_free):
         """Return what is shown of a disk."""
@@ -8783,15 +8783,15 @@ class Page:
                 lines = job.outlook()
             if lines:
                 parts.append(section(f'{name}: what comes next',
-                                     items('next', map(markup, lines))))
+                                     html_list('next', map(markup, lines))))
         return parts
 
 
 def request_head(sock) -> bytes:
     """Return the head of a request, nothing where it is too long or does not come in time."""
-    end, head = time.monotonic() + HEAD_TIME, b''
+    end, head = elapsed_time() + HEAD_TIME, b''
     while b'\r\n\r\n' not in head:
-        sock.settimeout(max(end - time.monotonic(), 0.001))
+        sock.settimeout(max(end - elapsed_time(), 0.001))
         with contextlib.suppress(OSError):
             piece = sock.recv(HEAD_LIMIT)
             head += piece
@@ -9119,7 +9119,7 @@ def log_file_handler(path):
     class LogFile(RotatingFileHandler):
         def _open(self):
             return open(self.baseFilename, 'a', encoding='utf-8',
-                        opener=lambda path, flags: os.open(path, flags, 0o600))
+                        opener=functools.partial(os.open, mode=0o600))
 
         def doRollover(self):
             """Go on in the same file where its folder cannot be written."""
@@ -9274,18 +9274,18 @@ def print_error(text):
         print(one_line(line), file=sys.stderr)
 
 
-def reload(daemon) -> int:
+def reload(pid_file) -> int:
     """Have the daemon reload; return the exit status, when it has."""
-    before = daemon.ask()
-    daemon.signal(signal.SIGHUP)
-    end = time.monotonic() + CHECK_TIMEOUT + before['grace'] + 20
-    while time.monotonic() < end:
+    before = pid_file.ask()
+    pid_file.signal(signal.SIGHUP)
+    end = elapsed_time() + CHECK_TIMEOUT + before['grace'] + 20
+    while elapsed_time() < end:
         time.sleep(0.02)
-        if not daemon.is_locked():
+        if not pid_file.is_locked():
             raise LoggableError('the daemon has ended; its log says why')
         with contextlib.suppress(LoggableError):
             # While it starts over it does not answer.
-            now = daemon.ask()
+            now = pid_file.ask()
             if now['started'] != before['started'] and not now['starting']:
                 print('reloaded')
                 return EXIT_OK
@@ -9297,8 +9297,8 @@ def reload(daemon) -> int:
 
 def control(arguments, path):
     """Speak with a running daemon; return the exit status."""
-    daemon = find_pid_file(arguments, path)
-    if not daemon.is_locked():
+    pid_file = find_pid_file(arguments, path)
+    if not pid_file.is_locked():
         if not arguments.pid_file:
             # This raises where the file cannot be read, and might name another pid file.
             read_files(path, ())
@@ -9308,11 +9308,11 @@ def control(arguments, path):
         print(told)
         return EXIT_NOT_RUNNING
     if arguments.stop:
-        daemon.stop()
+        pid_file.stop()
         return EXIT_OK
     if arguments.reload:
-        return reload(daemon)
-    status = daemon.ask()
+        return reload(pid_file)
+    status = pid_file.ask()
     bad = [job for job in status['jobs'] if job['last_error'] or job['state'] == 'overdue']
     if arguments.json:
         print(json.dumps(status, indent=1))
@@ -9370,20 +9370,20 @@ def log_level(arguments):
     return logging.INFO
 
 
-def start_daemon(arguments, path, lock, reloaded):
+def start_daemon(arguments, path, pid_file, reloaded):
     """Return a daemon whose jobs are made, and that logs where it is to log."""
     load(arguments, path)
     if not reloaded:
         require_place(config_ini.state_dir)
     if arguments.restart and not reloaded:
         # The other is ended only now that the configuration is known to be good.
-        lock.stop()
-    if not lock.keep():
-        pid = lock.read()[1]
-        raise AlreadyRunning(f'torque is running already, with pid {pid} ({lock.path})')
+        pid_file.stop()
+    if not pid_file.keep():
+        pid = pid_file.read()[1]
+        raise AlreadyRunning(f'torque is running already, with pid {pid} ({pid_file.path})')
     if arguments.daemon:
         set_up_log(log_level(arguments), background_log(arguments, path))
-    daemon = Daemon(config_ini, lock)
+    daemon = Daemon(config_ini, pid_file)
     daemon.begin()
     if arguments.daemon and not arguments.cron:
         log_file = daemon.status()['log_file']
@@ -9395,18 +9395,18 @@ def start_daemon(arguments, path, lock, reloaded):
 
 def run_daemon(arguments, path) -> int:
     """Start, in the background when that is asked for, and run until a signal comes."""
-    lock = find_pid_file(arguments, path)
+    pid_file = find_pid_file(arguments, path)
     verb = 'started'
     writer = None
-    if lock.inherit():
+    if pid_file.inherit():
         verb = 'reloaded'
-    elif arguments.cron and lock.is_locked():
+    elif arguments.cron and pid_file.is_locked():
         return EXIT_RUNNING
     elif arguments.daemon:
         writer = detach()
     status = EXIT_FAILED
     try:
-        daemon = start_daemon(arguments, path, lock, verb == 'reloaded')
+        daemon = start_daemon(arguments, path, pid_file, verb == 'reloaded')
         status = EXIT_OK
     except LoggableError as error:
         status = error.exit_status
