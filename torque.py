@@ -4662,14 +4662,18 @@ class Settings(dict):
         """Return the path of a file that is kept for the job."""
         return os.path.join(self.state_dir, f'{self.job_name}.{ending}'.replace('/', '_'))
 
-    def __repr__(self) -> str:
+    def without_secrets(self) -> dict:
+        """Return the settings as they may be shown."""
         shown = dict(self)
         for name, value in shown.items():
             if re.search(SECRET + '$', name) and value:
                 shown[name] = '***'
             elif isinstance(value, str):
                 shown[name] = redacted(value)
-        return repr(shown)
+        return shown
+
+    def __repr__(self) -> str:
+        return repr(self.without_secrets())
 
 
 KINDS: dict[Any, str] = {
@@ -4833,7 +4837,8 @@ def parse_pairs(text) -> dict[str, str]:
     pairs = {}
     for part in filter(str.strip, text.split(',')):
         name, _, value = map(str.strip, part.partition('='))
-        if not name or not value:       # not shown: it may be of a password
+        # It is not shown: it may be a password.
+        if not name or not value:
             raise UserError('is not understood; allowed is name=value, name=value')
         pairs[name] = value
     return pairs
@@ -4851,7 +4856,8 @@ def parse_base_url(text):
     """Return the URL of an InfluxDB, below which its interface begins."""
     base = re.sub(r'[?#].*|(?<!/)/(?:write|query|orgs|api/v\d)(?![\w.-]).*', '', text)
     url = parse_web_url(base)
-    if base != text:                    # which is not shown: it may hold a password
+    # It is not shown: it may hold a password.
+    if base != text:
         raise UserError(f'is more than the base URL; write {url}, and dbname, org, bucket, user '
                         '... for the rest')
     return url
@@ -4955,7 +4961,8 @@ def host_figures() -> dict:
     names = [name for name in rows if os.path.exists(f'/sys/class/net/{name}/device')]
     for name in names or rows.keys() - {'lo'}:
         words = rows[name]
-        if len(words) > 8:              # the heads of the table have none
+        # The heads of the table have fewer.
+        if len(words) > 8:
             figures['net_received'] += int(words[0])
             figures['net_sent'] += int(words[8])
     return figures
@@ -5094,17 +5101,18 @@ class InfluxDB(Job):
 
     def deliver(self):
         """Send points, oldest first; LoggableError says why some wait, or were refused for good."""
-        problems, count = [], len(self.points)
+        problems, points = [], self.points
+        count = len(points)
         try:
             if elapsed_time() < self.retry_at:
                 raise LoggableError('the server has asked to wait')
-            while self.points:
-                problems += self.post(self.points[:self.BATCH])
-                del self.points[:self.BATCH]
+            while points:
+                problems += self.post(points[:self.BATCH])
+                del points[:self.BATCH]
         except LoggableError as error:
-            lost = max(len(self.points) - self.buffer, 0)
-            del self.points[:lost]
-            kept = counted(len(self.points), 'point')
+            lost = max(len(points) - self.buffer, 0)
+            del points[:lost]
+            kept = counted(len(points), 'point')
             problems.append(f'{error}; {kept} kept, {lost} dropped')
         if problems:
             raise LoggableError(f"{self.config.url}: {', '.join(problems)}")
@@ -5136,7 +5144,8 @@ class InfluxDB(Job):
         if len(groups) == 1:
             return [f"{counted(len(lines), 'point')} of {min(groups)} refused and dropped: {said}"]
         refused = []
-        for group in groups.values():   # one bad series must not cost the others
+        # One bad series must not cost the others.
+        for group in groups.values():
             refused += self.post(group)
         return refused
 
@@ -5666,7 +5675,8 @@ class Action(Choice):
 
     def counted_runs(self):
         """Return what meets the condition, and note in how many runs in a row it did."""
-        met, self.met = self.met, {}            # a listing that fails ends all runs in a row
+        # A listing that fails ends all runs in a row.
+        met, self.met = self.met, {}
         torrents = self.chosen()
         for torrent in torrents:
             self.met[torrent.hash] = met.get(torrent.hash, 0) + 1
@@ -5675,7 +5685,8 @@ class Action(Choice):
     def require_ready(self, torrent):
         """Raise HeldBack for what has not met the condition often enough, or cannot go now."""
         confirm = self.config.confirm
-        if self.dry_run and self.config.alone:  # it shows what is done once enough runs agree
+        # It shows what is done once enough runs agree.
+        if self.dry_run and self.config.alone:
             confirm = 1
         if self.met[torrent.hash] < confirm:
             raise HeldBack(f'it has not yet met the condition in {confirm} runs in a row')
@@ -5769,7 +5780,8 @@ class Action(Choice):
         shared = self.config.shared == 'delete'
         removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
         try:
-            item.tell(('d.stop',), ('d.close',))        # from now on it does not change
+            # From now on it does not change.
+            item.tell(('d.stop',), ('d.close',))
             files = files_now(data)
             if files is None:
                 raise HeldBack(f'{quoted(data.root)} was changed just now')
@@ -5790,7 +5802,8 @@ class Action(Choice):
         except LoggableError as error:          # the item is gone, and counts
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
-        self.promised.update(data.root)         # what has appeared already is owed no more
+        # What has appeared already is owed no more.
+        self.promised.update(data.root)
 
     def finish_removals(self):
         """Finish what earlier runs could not; while that fails, nothing more is deleted."""
@@ -5949,7 +5962,8 @@ class Command(Job):
         except subprocess.TimeoutExpired:
             raise LoggableError(f'{program} ended with force after {timeout:g} s') from None
         finally:
-            self.end_run()                      # also when torque is interrupted
+            # Also when torque is interrupted.
+            self.end_run()
             # The end of the output, which a process that is left behind may hold open for ever.
             reader.join(1)
             for text in kept.decode('utf-8', 'replace').splitlines()[-100:]:
@@ -6555,7 +6569,8 @@ class TreeWatch(Job):
         What lies there is rTorrent's own: it is not loaded, and never removed.
         """
         engine = self.engine
-        engine.reach()                          # then it has told its folders
+        # Then it has told its folders.
+        engine.reach()
         if engine.session_path:
             # One that may not be looked at cannot be reached from a watched folder either.
             with contextlib.suppress(OSError):
@@ -7637,8 +7652,8 @@ def end_process(status):
 def find_secret(config):
     """Return the name of a setting that holds a secret, '' where there is none."""
     for section in config.values():
-        for key, value in section.items():
-            if value and (re.search(SECRET + '$', key) or redacted(value) != str(value)):
+        for key, shown in section.without_secrets().items():
+            if shown != section[key]:
                 return key
     return ''
 
@@ -7839,7 +7854,8 @@ class Daemon:
         """Have a thread look for each rTorrent that is away: a late one need not wait for a run."""
         for engine in self.config.engines.values():
             if engine.gone_since is not None and engine not in self.sought:
-                with contextlib.suppress(RuntimeError):     # no more threads
+                # There may be no more threads.
+                with contextlib.suppress(RuntimeError):
                     in_thread(self.seek, engine)
                     self.sought.add(engine)
 
@@ -7872,7 +7888,8 @@ class Daemon:
         hung = ', '.join(self.finish())
         if self.reloading and not self.stopping:
             self.start_over(hung)
-        if self.exit_status != EXIT_RUNNING:    # then it is another daemon's socket by now
+        # Else it is another daemon's socket by now.
+        if self.exit_status != EXIT_RUNNING:
             with contextlib.suppress(OSError):
                 os.remove(self.pid_file.socket)
         if hung:
@@ -8006,16 +8023,16 @@ class Daemon:
                 # This ends accept() in the thread of the socket.
                 self.server.shutdown(socket.SHUT_RDWR)
             self.server.close()
-        self.server = socket.socket(socket.AF_UNIX)
+        self.server = server = socket.socket(socket.AF_UNIX)
         try:
             # Linux makes the socket's file with the mode of the descriptor: at no moment can
             # anybody else connect.
-            os.fchmod(self.server.fileno(), 0o600)
+            os.fchmod(server.fileno(), 0o600)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.pid_file.socket)
-            self.server.bind(self.pid_file.socket)
-            self.server.listen()
-            in_thread(self.answer, self.server)
+            server.bind(self.pid_file.socket)
+            server.listen()
+            in_thread(self.answer, server)
         except (OSError, RuntimeError) as error:
             self.log.warning('no --status and --reload: %s: %s', self.pid_file.socket, error)
 
@@ -8343,7 +8360,8 @@ class History:
         for name in {*self.curves, *figures}:
             curve = self.curve([*self.curves.get(name, ()), *gap])
             curve[-1] = plausible(figures.get(name))
-            if not all(map(math.isnan, curve)):     # as that of a disk that is no longer there
+            # That of a disk that is no longer there goes.
+            if not all(map(math.isnan, curve)):
                 curves[name] = curve
         self.minute, self.curves = minute, curves
 
@@ -8416,14 +8434,15 @@ class Figures:
 
     def count_trackers(self, rows):
         """Count the torrents of each tracker, and those of them with a message."""
-        torrents: collections.Counter = collections.Counter()
-        messages: collections.Counter = collections.Counter()
+        torrents, with_message = [], []         # the alias of the tracker of each
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             for message, trackers in rows:
                 alias = alias_of(trackers, self.engine.aliases)
-                torrents[alias] += 1
-                messages[alias] += bool(message)
-        self.trackers, self.messages = torrents, messages
+                torrents.append(alias)
+                if message:
+                    with_message.append(alias)
+        self.trackers = collections.Counter(torrents)
+        self.messages = collections.Counter(with_message)
 
     def views(self) -> dict[str, int]:
         """Return the sizes of views, those first that every rTorrent has."""
@@ -8482,7 +8501,8 @@ def path_data(values, top):
             step = 'M'
             continue
         path += f'{step}{100 * at / (len(values) - 1):.1f} {100 - 100 * value / top:.1f}'
-        if step == 'M':                         # so that a lone point is a dot
+        # A lone point is a dot by this.
+        if step == 'M':
             path += 'h0'
         step = 'L'
     return path
@@ -8540,24 +8560,23 @@ class Samples:
     def add_engine(self, where, figures):
         """Add what an rTorrent tells."""
         engine, numbers = figures.engine, figures.numbers
-        self.add('rtorrent_up', 'Does rTorrent answer?', int(bool(numbers)), rtorrent=where)
+        add = functools.partial(self.add, rtorrent=where)
+        add('rtorrent_up', 'Does rTorrent answer?', int(bool(numbers)))
         if not numbers:
             return
         client, _, library = engine.version.partition('/')
-        self.add('rtorrent_info', 'Versions of rTorrent and its library.', 1, rtorrent=where,
-                 client=client, library=library)
-        self.add('rtorrent_start_time_seconds', 'When rTorrent was started.',
-                 engine.startup or None, rtorrent=where)
+        add('rtorrent_info', 'Versions of rTorrent and its library.', 1, client=client,
+            library=library)
+        add('rtorrent_start_time_seconds', 'When rTorrent was started.', engine.startup or None)
         for command, name in METRICS.items():
-            self.add(f'rtorrent_{name}', f'What rTorrent answers to {command}.',
-                     numbers.get(command), rtorrent=where)
+            add(f'rtorrent_{name}', f'What rTorrent answers to {command}.', numbers.get(command))
         for view, size in figures.views().items():
-            self.add('rtorrent_view_torrents', 'Size of a view.', size, rtorrent=where, view=view)
+            add('rtorrent_view_torrents', 'Size of a view.', size, view=view)
         for alias, count in figures.trackers.most_common(MOST_TRACKERS):
-            self.add('rtorrent_tracker_torrents', 'Torrents whose first tracker it is.', count,
-                     rtorrent=where, tracker=alias)
-            self.add('rtorrent_tracker_message_torrents', 'Those with a message.',
-                     figures.messages[alias], rtorrent=where, tracker=alias)
+            add('rtorrent_tracker_torrents', 'Torrents whose first tracker it is.', count,
+                tracker=alias)
+            add('rtorrent_tracker_message_torrents', 'Those with a message.',
+                figures.messages[alias], tracker=alias)
 
 
 ADDRESS = re.compile(r'[\d.]+|\[[\da-f:.]+\]')
@@ -8570,13 +8589,13 @@ class Page:
 
     def __init__(self, daemon):
         self.daemon = daemon
-        self.config = daemon.config
-        self.password = str(self.config.torque['httpd.password'] or '')
-        self.host = self.config.torque['httpd.host']
+        self.config = config = daemon.config
+        self.password = str(config.torque['httpd.password'] or '')
+        self.host = config.torque['httpd.host']
         self.names = {'localhost', self.host.lower(), socket.gethostname().lower()}
         self.engines = {engine.address.where: Figures(engine)
-                        for engine in self.config.engines.values()}
-        self.history = History(os.path.join(self.config.state_dir, HISTORY))
+                        for engine in config.engines.values()}
+        self.history = History(os.path.join(config.state_dir, HISTORY))
         self.folders = {}       # rTorrent -> where it puts data
         self.log = logging.getLogger('torque.page')
         self.tail = LogTail()
@@ -8779,7 +8798,8 @@ class Page:
         parts = []
         for name, job in sorted(self.daemon.jobs.items()):
             lines = []
-            if isinstance(job, Job):            # those of other people need not be
+            # Those of other people need not be one.
+            if isinstance(job, Job):
                 lines = job.outlook()
             if lines:
                 parts.append(section(f'{name}: what comes next',
@@ -8792,13 +8812,14 @@ def request_head(sock) -> bytes:
     end, head = elapsed_time() + HEAD_TIME, b''
     while b'\r\n\r\n' not in head:
         sock.settimeout(max(end - elapsed_time(), 0.001))
+        piece = b''
         with contextlib.suppress(OSError):
             piece = sock.recv(HEAD_LIMIT)
-            head += piece
-            if piece and len(head) < HEAD_LIMIT:
-                continue
-        return b''
-    sock.settimeout(HEAD_TIME)                  # for the answer
+        head += piece
+        if not piece or len(head) >= HEAD_LIMIT:
+            return b''
+    # That is for the answer.
+    sock.settimeout(HEAD_TIME)
     return head
 
 
@@ -8856,7 +8877,8 @@ def web_server(page, port):
             try:
                 return super().get_request()
             except OSError:
-                time.sleep(0.5)                 # there can be no more open files
+                # There can be no more open files.
+                time.sleep(0.5)
                 raise
 
         def verify_request(self, request, client_address):
