@@ -1046,7 +1046,7 @@ class Scheduler:
         with self.lock:
             self.stopping = True
 
-    def finish(self, grace) -> list[Task]:
+    def finish(self, grace):
         """Wait up to `grace` seconds for runs in progress; return those that still run."""
         end = self.elapsed() + grace
         while self.running() and not self.hurry and self.elapsed() < end:
@@ -4352,7 +4352,7 @@ class Template:
         self.most_branches = max(self.most_branches, len(branches))
         return branches[-1][1]
 
-    def expression(self, code) -> ast.AST:
+    def expression(self, code):
         """Return the ast of an expression whose parts and names are allowed."""
         try:
             if len(code) > MOST_EXPRESSION:
@@ -4522,7 +4522,7 @@ class CommandTemplate(Template):
     d.custom.set="dir","/done/x \"y\", z"
     """
 
-    def divide(self, text) -> list[tuple[str, list[str]]]:
+    def divide(self, text):
         """Return (text, nothing) or (`name=`, arguments) of each command, values still marks."""
         commands = [part.strip() for part in split_commands(text, ';\n')]
         return [self.command(part) for part in commands if part]
@@ -4551,7 +4551,7 @@ class CommandTemplate(Template):
             check_words(words)
         return name + '=', words
 
-    def commands(self, values) -> list[str]:
+    def commands(self, values):
         """Return the commands, each fit for load.*; none where all is empty."""
         divided, shown = self.divided(values)
         commands = []
@@ -4564,7 +4564,7 @@ class CommandTemplate(Template):
         """Return the commands as one text, which load.* takes too."""
         return ' ; '.join(self.commands(values))
 
-    def argument(self, word, shown: dict[int, str]):
+    def argument(self, word, shown):
         """Return an argument with its values, quoted as a whole.
 
         rTorrent RUNS one that begins with $, quoted or not; (cat,{"..."}) keeps it as it is (seen
@@ -4608,14 +4608,14 @@ class ArgsTemplate(Template):
     ['mv', '--', 'a; b', '/old stuff']
     """
 
-    def divide(self, text) -> list[str]:
+    def divide(self, text):
         """Return the arguments, values still marks."""
         words = split_args(text)
         check_words(words or [MARK])
         self.program = words[0]
         return words
 
-    def render(self, values) -> list[str]:
+    def render(self, values):
         """Return the arguments; LoggableError for a value that would pass for an option."""
         words, shown = self.divided(values)
         args: list[str] = []
@@ -5149,7 +5149,7 @@ class InfluxDB(Job):
             refused += self.post(group)
         return refused
 
-    def request(self, body: bytes) -> HttpAnswer:
+    def request(self, body):
         """Return the server's answer to points in line protocol."""
         from urllib.parse import quote_plus
         config = self.config
@@ -5184,7 +5184,7 @@ class InfluxDB(Job):
 # files that come, move or go, and programs that run, each announced in the log and only
 # announced in a dry run. A Choice handles the torrents of a view that meet a condition.
 
-def parse_sort(text) -> list[tuple[str, bool]]:
+def parse_sort(text):
     """Return (field, reversed) of each key in `-prio, loaded, name`."""
     words = text.replace(',', ' ').split()
     keys = [(word.lstrip('-'), word.startswith('-')) for word in words]
@@ -5442,7 +5442,7 @@ class QueueManager(Choice):
         """Say nothing of all that wait for their turn."""
         self.remember(torrents, 'waits for its turn')
 
-    def places(self, running) -> int:
+    def places(self, running):
         """Return how many may be started in this run, beside what is running."""
         config = self.config
         downloading = [*filter(self.counted.match, running)]
@@ -5685,7 +5685,7 @@ class Action(Choice):
     def require_ready(self, torrent):
         """Raise HeldBack for what has not met the condition often enough, or cannot go now."""
         confirm = self.config.confirm
-        # It shows what is done once enough runs agree.
+        # A dry run by hand shows what is done once enough runs agree.
         if self.dry_run and self.config.alone:
             confirm = 1
         if self.met[torrent.hash] < confirm:
@@ -5883,7 +5883,7 @@ class Command(Job):
             with naming('args'):
                 self.words = self.split(config.args)
 
-    def split(self, args) -> list[str]:
+    def split(self, args):
         """Return the words of args, the program first."""
         return split_args(args)
 
@@ -5962,7 +5962,7 @@ class Command(Job):
         except subprocess.TimeoutExpired:
             raise LoggableError(f'{program} ended with force after {timeout:g} s') from None
         finally:
-            # Also when torque is interrupted.
+            # This is done when torque is interrupted, too.
             self.end_run()
             # The end of the output, which a process that is left behind may hold open for ever.
             reader.join(1)
@@ -6563,13 +6563,13 @@ class TreeWatch(Job):
         elif not is_gone:
             self.trouble.setdefault(why, text)
 
-    def session_folder(self) -> Identity | None:
+    def session_folder(self):
         """Return the identity of rTorrent's session folder; None where it has none.
 
         What lies there is rTorrent's own: it is not loaded, and never removed.
         """
         engine = self.engine
-        # Then it has told its folders.
+        # After that it has told its folders.
         engine.reach()
         if engine.session_path:
             # One that may not be looked at cannot be reached from a watched folder either.
@@ -6774,7 +6774,7 @@ class TreeWatch(Job):
             pause = min(1.5 * pause, 0.05)
         return False
 
-    def explain(self, path) -> list[str]:
+    def explain(self, path):
         """Return lines that tell what would be done with a metafile."""
         path = os.path.abspath(path)
         try:
@@ -7533,7 +7533,7 @@ class PidFile:
             owner = os.fstat(stream.fileno()).st_uid
             return owner, stream.read(20).strip()
 
-    def connect(self, seconds) -> tuple[socket.socket, int]:
+    def connect(self, seconds):
         """Return a connection to the daemon, and its pid."""
         try:
             sock = connect(Address('unix', self.socket, self.socket), seconds)
@@ -7563,7 +7563,7 @@ class PidFile:
             raise LoggableError(f'process {pid} does not tell its status over {self.socket}')
         return status
 
-    def signal(self, number) -> int:
+    def signal(self, number):
         """Send a signal to the running daemon; return its pid."""
         sock, pid = self.connect(STATUS_TIMEOUT)
         sock.close()
@@ -7693,7 +7693,7 @@ def warn_of_risks(config, jobs):
         logging.getLogger('torque.main').warning('%s', text)
 
 
-def own_command(program, *more) -> list[str]:
+def own_command(program, *more):
     """Return the words that this process was started with, for another program."""
     # Python itself does not keep all flags: -u and -X are nowhere in sys.flags as they stood.
     with open('/proc/self/cmdline', encoding='utf-8', errors='surrogateescape') as stream:
@@ -7896,7 +7896,7 @@ class Daemon:
             hung = '; still running: ' + hung
         self.log.info('stopped%s', hung)
 
-    def finish(self) -> list[str]:
+    def finish(self):
         """Let runs in progress end, clean up; return the names of jobs that still run."""
         grace = self.config.torque.grace
         end = elapsed_time() + grace
@@ -7922,7 +7922,7 @@ class Daemon:
             monitor.thread.join(max(end - elapsed_time(), 0))
         return sorted(hung)
 
-    def clean_up(self, names, end) -> set[str]:
+    def clean_up(self, names, end):
         """Have jobs clean up, until then; return the names of those that still do."""
         threads = {}
         for name in names:
@@ -8138,7 +8138,7 @@ def print_status(status):
     print_table(rows)
 
 
-def detach() -> int:
+def detach():
     """Go into the background; return the descriptor that report_start() writes to.
 
     The process that was started waits for that, so that what goes wrong at the start still
@@ -8508,7 +8508,7 @@ def path_data(values, top):
     return path
 
 
-def round_above(values) -> float:
+def round_above(values):
     """Return the power of two that no value is above, at least a KiB; nan is no value."""
     top = 1024.0
     for value in values:
@@ -8645,7 +8645,7 @@ class Page:
 
     # What is answered.
 
-    def is_served(self, host: str) -> bool:
+    def is_served(self, host):
         """Tell whether a request may be for this host, as its header names it.
 
         For other names a page of somebody else may make a browser take this for its server.
@@ -8653,7 +8653,7 @@ class Page:
         name = PORT.sub('', host).lower()
         return name in self.names or bool(ADDRESS.fullmatch(name))
 
-    def respond(self, path, headers) -> tuple[int, str, str]:
+    def respond(self, path, headers):
         """Return status, content type and text of the answer to a request."""
         import hmac
         if not self.is_served(headers.get('Host', '')):
@@ -8975,7 +8975,7 @@ class StandIn(Engine):
         self.started = {f'{number:040X}': self.began - 200000 / number ** 4
                         for number in range(1, 7)}
         self.told = {
-            **dict.fromkeys([*METRICS, *ABOUT], 0),
+            **dict.fromkeys([*METRICS, *ABOUT, 'print'], 0),
             'session.name': 'demo',
             'session.path': '',
             'system.client_version': 'of --demo',
@@ -8983,8 +8983,7 @@ class StandIn(Engine):
             'system.listMethods': [*METRICS],
             'startup_time': int(self.began) - 300000,
             'view.list': VIEWS,
-            'throttle.global_up.max_rate': 2 << 20,
-            'print': 0}
+            'throttle.global_up.max_rate': 2 << 20}
 
     def by_xml(self, calls):
         return [self.answer(*call) for call in calls]
@@ -9296,7 +9295,7 @@ def print_error(text):
         print(one_line(line), file=sys.stderr)
 
 
-def reload(pid_file) -> int:
+def reload(pid_file):
     """Have the daemon reload; return the exit status, when it has."""
     before = pid_file.ask()
     pid_file.signal(signal.SIGHUP)
