@@ -812,9 +812,10 @@ class Task:
 
     def failed(self, error):
         """Count a failure and log it: in full once, then summed up."""
-        known = isinstance(error, LoggableError)
+        level, trace = logging.WARNING, None
         text = scrubbed(error_text(error))
-        if not known:
+        if not isinstance(error, LoggableError):
+            level, trace = logging.ERROR, error
             text = f'{type(error).__name__}: {text}'
         self.failures += 1
         self.last_error = text
@@ -825,9 +826,6 @@ class Task:
         if getattr(error, 'told', False) or not self.repeats.deserve_line(kind):
             self.log.debug('failed again: %s', text)
             return
-        level, trace = logging.ERROR, error
-        if known:
-            level, trace = logging.WARNING, None
         if kind == self.told_kind:
             seconds = elapsed_time() - self.failing_since
             text = f'still failing, {self.failed_times} times in {show_duration(seconds)}: {text}'
@@ -8325,6 +8323,13 @@ PLOT = '''\
 '''
 
 
+def plausible(figure) -> float:
+    """Return a rate or size as it is; nan for anything else."""
+    if isinstance(figure, (int, float)) and 0 <= figure < 1 << 63:
+        return figure
+    return math.nan
+
+
 class History:
     """Figures of each minute of the last day by name, the newest last; nan where there are none.
 
@@ -8382,13 +8387,6 @@ class History:
         replace_file(self.path, json.dumps({'minute': self.minute, 'curves': curves}))
 
 
-def plausible(figure) -> float:
-    """Return a rate or size as it is; nan for anything else."""
-    if isinstance(figure, (int, float)) and 0 <= figure < 1 << 63:
-        return figure
-    return math.nan
-
-
 class Figures:
     """What an rTorrent tells, asked for at most every FRESH seconds; nothing while it is away."""
     COLUMNS = ('d.message=', 't.multicall=,t.url=,t.is_enabled=')
@@ -8405,7 +8403,7 @@ class Figures:
         """Ask, if what was told is old; where another thread is asking, do not wait for long."""
         engine = self.engine
         if not engine.methods or engine.gone_since is not None:
-            # A hung one would cost a timeout each time; measure() tries it every minute.
+            # A hung one would cost a timeout each time; Page.measure() tries it every minute.
             self.numbers = {}
         elif self.lock.acquire(timeout=1):
             try:
@@ -8449,6 +8447,15 @@ class Figures:
         return {name[5:]: size for name, size in self.numbers.items() if name.startswith('view ')}
 
 
+def markup(text):
+    """Return text of anybody as HTML that shows it, without secrets and not endless."""
+    import html
+    shown = one_line(scrubbed(str(text)[:10 * MOST_SHOWN]))
+    if len(shown) > MOST_SHOWN:
+        shown = shown[:MOST_SHOWN] + '...'
+    return html.escape(shown)
+
+
 class LogTail(logging.Handler):
     """Keeps the last lines of the log, as HTML."""
 
@@ -8469,16 +8476,7 @@ class LogTail(logging.Handler):
                 self.lines.append(f'<span class="{css_class}">{markup(line)}</span>')
 
 
-def markup(text):
-    """Return text of anybody as HTML that shows it, without secrets and not endless."""
-    import html
-    shown = one_line(scrubbed(str(text)[:10 * MOST_SHOWN]))
-    if len(shown) > MOST_SHOWN:
-        shown = shown[:MOST_SHOWN] + '...'
-    return html.escape(shown)
-
-
-def section(title, inner, css_class=''):
+def html_section(title, inner, css_class=''):
     """Return a part of the page."""
     return f'<section><h2 class="{css_class}">{markup(title)}</h2>{inner}</section>'
 
@@ -8707,7 +8705,7 @@ class Page:
             *[self.disk_part(path, **disk) for path, disk in self.disks().items()],
             self.jobs_part(status['jobs']),
             *self.outlooks(),
-            section('Log', f'<pre>{lines}</pre>')])
+            html_section('Log', f'<pre>{lines}</pre>')])
 
     @staticmethod
     def header(status):
@@ -8731,10 +8729,10 @@ class Page:
         if figures.engine.startup and figures.numbers:
             line += f', up {show_duration(time.time() - figures.engine.startup)}'
         views = [f'{markup(view)} <span>{size}</span>' for view, size in figures.views().items()]
-        return section(name, f'<p class="{css_class or "dim"}">{markup(line)}</p>'
-                             f'<div class="row">{self.rates(figures.numbers)}</div>'
-                             f'{self.plots(where, ("up", "down"), "/s")}'
-                             f'{html_list("views", views)}', css_class)
+        return html_section(name, (
+            f'<p class="{css_class or "dim"}">{markup(line)}</p>'
+            f'<div class="row">{self.rates(figures.numbers)}</div>'
+            f'{self.plots(where, ("up", "down"), "/s")}{html_list("views", views)}'), css_class)
 
     @staticmethod
     def rates(numbers):
@@ -8753,7 +8751,7 @@ class Page:
 
     def disk_part(self, path, disk_total, disk_free):
         """Return what is shown of a disk."""
-        return section(f'Disk of {path}', (
+        return html_section(f'Disk of {path}', (
             f'<div class="row"><p><b class="free">{show_size(disk_free)} free</b>'
             f'<span class="dim">of {show_size(disk_total)}</span></p></div>'
             f'{self.plots(path, ("free",), "")}'))
@@ -8791,7 +8789,7 @@ class Page:
             if job[last]:
                 rows.append(f'<tr class="bad error"><td colspan="{len(keys)}">'
                             f'{markup(job[last])}</td></tr>')
-        return section('Jobs', '<table>' + '\n'.join(rows) + '</table>')
+        return html_section('Jobs', '<table>' + '\n'.join(rows) + '</table>')
 
     def outlooks(self) -> list[str]:
         """Return what each job is going to do, or leaves alone."""
@@ -8802,8 +8800,8 @@ class Page:
             if isinstance(job, Job):
                 lines = job.outlook()
             if lines:
-                parts.append(section(f'{name}: what comes next',
-                                     html_list('next', map(markup, lines))))
+                parts.append(html_section(f'{name}: what comes next',
+                                          html_list('next', map(markup, lines))))
         return parts
 
 
