@@ -7969,16 +7969,16 @@ class Daemon:
         import subprocess
         # A new process has no module in memory: torque.py and those of jobs are read as they are.
         try:
-            self.checker = subprocess.Popen(
+            self.checker = checker = subprocess.Popen(
                 own_command(__file__, '--check-files'), cwd=self.folder,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            told = self.checker.communicate(timeout=CHECK_TIMEOUT)[1]
+            told = checker.communicate(timeout=CHECK_TIMEOUT)[1]
         except OSError as error:
             return [f'the files cannot be checked: {error.strerror}']
         except subprocess.TimeoutExpired:
-            self.checker.kill()
+            checker.kill()
             return [f'the check of the files took longer than {CHECK_TIMEOUT} s']
-        status = self.checker.returncode
+        status = checker.returncode
         if status == EXIT_OK:
             return []
         lines = told.decode('utf-8', 'replace').splitlines()
@@ -9049,7 +9049,7 @@ def fill_history(folder):
         up = 1.3 + math.sin(hour / 4) / 2 + math.sin(7 * hour) / 6
         down = 6 * math.cos(hour) + 2 * math.cos(9 * hour)
         points.append((up * 2 ** 20, max(0, down) * 2 ** 20, free * (1 + hour / 150)))
-    points[880:940] = [(math.nan, math.nan, math.nan)] * 60
+    points[880:940] = [(math.nan,) * 3] * 60
     kept = {'minute': int(time.time() // 60) - 1, 'curves': dict(zip(names, zip(*points)))}
     replace_file(os.path.join(folder, HISTORY), json.dumps(kept))
 
