@@ -38,8 +38,8 @@ and the search for an rTorrent that is away have theirs. These only read what is
 thread's, or hand it a function (calls). Engines are used by all; what they know of rTorrent is
 replaced whole, never changed.
 
-Exit status: 0 fine, 1 a job failed, 2 usage, 69 not running, 75 running already,
-78 configuration.
+Exit status: 0 fine, 1 a job failed (--run-once, --status), 2 usage, 69 not running,
+75 running already, 78 configuration.
 """
 from __future__ import annotations
 
@@ -9461,8 +9461,8 @@ def run_demo(arguments) -> int:
 
 
 OPTIONS = {                             # names=what it takes: help
-    '-c --config=FILE': 'configuration; left out: torque.ini, ~/.config/torque/torque.ini, '
-                        '~/.pyroscope/torque.ini, else the defaults',
+    '-c --config=FILE': 'configuration; left out: torque.ini, $XDG_CONFIG_HOME/torque/torque.ini '
+                        '(~/.config), ~/.pyroscope/torque.ini, else the defaults',
     '--log-file=FILE': 'log to a file instead of stderr',
     '--pid-file=FILE': 'left out, torque.pid in the state folder',
     '-n --dry-run': 'change nothing, only say what would be',
@@ -9472,11 +9472,13 @@ OPTIONS = {                             # names=what it takes: help
     '--daemon': 'go into the background',
     '--fg --no-fork': 'stay in the foreground, as it is without --daemon',
     '--cron': 'as --daemon, and silent when it is running already',
-    '--stop': 'end the running daemon, and wait until it is gone',
-    '--restart': 'end it, if it runs, and start another in the background',
-    '--status': 'show the running daemon and its jobs',
+    '--stop': 'end the daemon that runs with this configuration (-c), and wait until it is gone',
+    '--restart': 'end it, if it runs, and start another in the background, with the options given '
+                 'now: its -n and -D are not kept',
+    '--status': 'show the daemon that runs with this configuration (-c), and its jobs',
     '--json': 'with --status: for programs',
-    '--reload': 'check the files, and have the running daemon start over from them',
+    '--reload': 'check the files, and have the daemon that runs with this configuration (-c) start '
+                'over from them',
     '--check': 'check the configuration, show what would run',
     '--list-jobs': 'show built-in jobs and their options',
     '--run-once=JOB': 'run one job now, active or not, and exit',
