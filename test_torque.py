@@ -1982,10 +1982,12 @@ class EngineTest(RpcCase):
     def test_unclear_rc_files_are_named(self):
         local, path = 'network.scgi.open_local', self.path('rt.rc')
         line = f'{local} = (cat,(session.path),rpc.socket)'
+        plain = f"{local} = {os.path.expanduser('~')}/rpc.socket"
         for text, words in sides(f'''
-                >> {path} opens no SCGI socket|start rTorrent anew: {line}
-                #{local} = /x >> opens no|{line}
-                schedule2 = x,1,0,"{local}=/x" >> opens no|{line}
+                session.path.set = /s >> {path} opens no SCGI socket|start rTorrent anew: {line}
+                >> {path} opens no SCGI socket|start rTorrent anew: {plain}
+                #{local} = /x >> opens no|{plain}
+                schedule2 = x,1,0,"{local}=/x" >> opens no|{plain}
                 # a\\| b| | import = /no/such.rc >> {path}:4: /no/such.rc: No such file
                 | {local} = (cat,(execute.capture,echo,-n,/x),/rpc.sock) >> rt.rc:2|execute.ca
                 {line} >> rt.rc:1: torque cannot tell what '(cat,(session.path),rpc.socket)' comes
@@ -2001,12 +2003,12 @@ class EngineTest(RpcCase):
             text = self.write('rt.rc', text.replace('| ', '\n'))
             self.refused(f'{words}|set scgi_url', find_url, text)
         with mock.patch.dict(os.environ, HOME=self.folder):
-            names = '~/.config/rtorrent/rtorrent.rc', '~/.rtorrent.rc', '/no.rc'
+            names = '/.config/rtorrent/rtorrent.rc', '/.rtorrent.rc', '/no.rc'
             for name, words in (None, '|'.join(names[:2])), (names[2], names[2]):
                 self.refused(f'scgi_url|{words}', find_url, name)
-            self.write(names[1][2:], 'scgi_local = /x/second.sock')
+            self.write(names[1][1:], 'scgi_local = /x/second.sock')
             self.assertEqual(find_url(None), 'scgi:///x/second.sock')
-            self.write(names[0][2:], 'scgi_port = 127.0.0.1:5000')
+            self.write(names[0][1:], 'scgi_port = 127.0.0.1:5000')
             self.assertEqual(find_url(None), 'scgi://127.0.0.1:5000')
 
 
@@ -6413,6 +6415,7 @@ a = 1|b = 2|a = 3 >> 7|a: stands here again|not line 5
 UNPACK job.unpack.args = a ; b >> 8|cut off|without a blank
 [TORQUE]|job.treewatch.cmd.x = d.a= ; d.b= >> 6|cut off
 [TORQUE]|scgi_ulr = x >> 6|did you mean 'scgi_url'
+[TORQUE]|httpd.activ = yes >> 6|did you mean 'httpd.active'
 [TORQUE]|jobs.b.active = no >> 6|did you mean 'job.b.active'
 [TORQUE]|Job.b.active = no >> 6|did you mean 'job.b.active'
 [TORQUE]|queue.active = no >> 6|did you mean 'job.queue.active'
@@ -6786,7 +6789,7 @@ class BrokenIniTest(ConfigCase):
         job.b.c = 1|[TORQUE]|scgi_url = /x|job.connstats.active = no >> 1 job.b.c: stands before
         |# c|[TORQUE| >> 3 neither
         \xff\xfe[\0T\0 >> - utf-8
-        >> - scgi_url|~/.rtorrent.rc|~/.config/rtorrent/rtorrent.rc
+        >> - scgi_url|.rtorrent.rc|.config/rtorrent/rtorrent.rc
         [TORQUE]|rtorrent_rc = /nowhere| >> 2 scgi_url|/nowhere
         '''
 
@@ -7150,7 +7153,7 @@ class DaemonControlTest(DaemonFolder):
             program.process.terminate()
             program.wait('stopping', 'w')
             self.assertEqual(program.stop(number), 0)
-            self.assertTrue(program.seen('still running: w'))
+            self.assertTrue(program.seen('cut short: w'))
         self.assertEqual([len(self.marks(name, 'cleanup')) for name in ('w', 'tick')], [0, 2])
 
     def test_nothing_ends_the_daemon(self):
@@ -7367,7 +7370,7 @@ class DaemonControlTest(DaemonFolder):
         self.assertEqual(self.command('--stop'), (0, ''))
         self.assertFalse(self.pid_file.is_locked())
         self.assertEqual(len(self.marks(word='cleanup')), 2)
-        self.assertEqual(self.command('--stop'), (69, 'torque is not running\n'))
+        self.assertEqual(self.command('--stop'), (69, f'torque is not running with {self.folder}/torque.ini\n'))
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
         self.ini()
         self.assertEqual(self.command('--cron'), (0, ''))       # cron would mail it
@@ -7412,7 +7415,7 @@ class DaemonControlTest(DaemonFolder):
                     self.says(78, f'{words}|state_dir', *option.split(), env=environ)
         self.ini('state_dir = torque.ini')
         for option in '--status', '--stop':
-            self.assertEqual(self.command(option), (69, 'torque is not running\n'))
+            self.says(69, f'torque is not running with {self.folder}/torque.ini', option)
         self.assertFalse({'~', '.torque'} & {*os.listdir(), *os.listdir(self.folder)})
 
     def test_files_are_private(self):
@@ -7702,7 +7705,7 @@ class ReloadTest(DaemonFolder):
         self.assertEqual(program.stop(), 0)
         self.assertLess(time.monotonic() - began, 8)
         self.assertEqual(len(self.marks('a', 'cleanup')), 2)
-        self.assertTrue(program.seen('still running: a'))
+        self.assertTrue(program.seen('cut short: a'))
 
 
 class ByteCodeTest(DaemonFolder):
@@ -8478,7 +8481,7 @@ class DemoTest(Folder):
     def test_writes_nothing_elsewhere(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             program = self.demo()
-            self.shown(program, 'failing: backup')
+            self.shown(program, 'failing: fails_on_purpose')
             outside = [path for path in self.paths() if '/tmp/torque-demo-' not in path]
             self.assertEqual(outside, self.before)
             self.assertEqual(program.stop(number), 0)
@@ -8697,6 +8700,8 @@ class CommandLineTest(ConfigCase):
                 --help >> 0 --run-once JOB|78 config
                 --list-jobs >> 0 HELPS
                 -x >> 2 usage: |-x
+                --stop --status >> 2 --status: not allowed with argument --stop
+                --demo --check >> 2 not allowed
                 t.ini >> 2 t.ini
                 -D >> 2 -D
                 -c t.ini --run-once b >> 2 no job 'b'| a| connstats
@@ -8717,8 +8722,8 @@ class CommandLineTest(ConfigCase):
         places = ['.pyroscope/torque.ini', 'xdg/torque/torque.ini', 'torque.ini']
         status, out, err = self.command('--check')
         self.assertEqual((status, out), (78, ''))
-        for word in ('INFO config: there is no torque.ini or $XDG_CONFIG_HOME/torque/torque.ini',
-                     'or ~/.pyroscope/torque.ini: the defaults are run; torque.ini.example',
+        for word in (f'INFO config: there is no torque.ini or {self.path("xdg")}/torque/torque.ini',
+                     '/.pyroscope/torque.ini: the defaults are run; torque.ini.example',
                      '<defaults>: scgi_url: is not set in [TORQUE], and there is no', '.rc'):
             self.assertIn(word, err)
         for place in places:
@@ -8748,7 +8753,8 @@ class CommandLineTest(ConfigCase):
             self.assertIn(text, out)
         status, out, err = self.command('--run-once', 'connstats', '-D', 'rpc_timeout=2')
         self.assertEqual((status, 'INFO connstats: double:1' in err), (0, True), err)
-        self.assertEqual(self.command('--status'), (69, 'torque is not running\n', ''))
+        self.assertEqual(self.command('--status'),
+                         (69, 'torque is not running with <defaults>\n', ''))
         self.assertEqual(self.command('--daemon')[0], 0)
         self.addCleanup(self.command, '--stop')
         self.assertEqual(os.listdir(self.path('.local/state/torque')), ['default'])

@@ -75,6 +75,7 @@ import struct
 import threading
 import time
 import traceback
+import warnings
 from datetime import datetime, timedelta
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Tuple
 
@@ -210,6 +211,14 @@ def parse_count(text) -> int:
     if not re.fullmatch('[0-9]{1,18}', str(text).strip()):
         raise UserError(f'{text!r} is not a whole number of 0 or more')
     return int(text)
+
+
+def parse_port(text):
+    """Return the number of a TCP port; 0 is any that is free."""
+    port = parse_count(text)
+    if port > 65535:
+        raise UserError(f'{text!r} is no port; allowed are 0-65535')
+    return port
 
 
 def show_duration(seconds: float) -> str:
@@ -649,7 +658,7 @@ def parse_schedule(text: str) -> Schedule:
         zone = parse_zone(fields.pop('timezone'))
     if bool(fields) == bool(plain):
         raise UserError(f'schedule {text!r} is not understood; allowed are an interval '
-                        '(every 15s), fields (hour=*/2 minute=5) or cron (*/5 * * * *)')
+                        '(every 15s), fields (hour=3 "day=3rd sun") or cron (*/5 * * * *)')
     cron = CRON_NAMES.get(plain.lower(), plain)
     schedule: Schedule
     if fields:
@@ -1828,10 +1837,15 @@ class Engine:
             **{name: told.get(name) for name in GAUGES})
 
 
+def expanded(names):
+    """Return paths, variables and ~ expanded, without those whose variable is not set."""
+    paths = [os.path.expanduser(os.path.expandvars(name)) for name in names]
+    return [path for path in paths if not path.startswith('$')]
+
+
 def first_file(names):
-    """Return the path of the first file that exists, variables and ~ expanded; '' for none."""
-    for name in names:
-        path = os.path.expanduser(os.path.expandvars(name))
+    """Return the path of the first file that exists; '' for none."""
+    for path in expanded(names):
         if os.path.isfile(path):
             return path
     return ''
@@ -1912,16 +1926,18 @@ def find_url(rc_file):
     path = first_file(names)
     if not path:
         raise UserError('is not set in [TORQUE], and there is no '
-                        f"{' or '.join(names)} (rtorrent_rc) to take it from; "
+                        f"{' or '.join(expanded(names))} (rtorrent_rc) to take it from; "
                         '-D scgi_url=ADDRESS sets it for once')
     settings = {'fs.homedir': (os.path.expanduser('~'), '')}
     read_rc(path, settings, set())
     value, place = settings.get('network.scgi.open_local',
                                 settings.get('network.scgi.open_port', ('', '')))
     if not value:
+        example = '(cat,(session.path),rpc.socket)'
+        if 'session.path' not in settings:
+            example = os.path.expanduser('~/rpc.socket')
         raise UserError(f'{path} opens no SCGI socket; set scgi_url in [TORQUE], or write there, '
-                        'and start rTorrent anew: network.scgi.open_local = '
-                        '(cat,(session.path),rpc.socket)')
+                        f'and start rTorrent anew: network.scgi.open_local = {example}')
     url = 'scgi://' + rc_value(value, settings).replace('//', '/')
     try:
         parse_address(url)
@@ -2716,10 +2732,13 @@ def text_pattern(text):
         raise UserError('a repeat in a repeated group can take for ever; allowed is e.g. (ab)+, '
                         'not (a+)+')
     try:
-        if regex:
-            return re.compile(regex[1], re.I).search
-        # [x] as it stands is meant, too
-        return re.compile(f'{re.escape(text)}|{glob_regex(text)}', re.I | re.S).fullmatch
+        with warnings.catch_warnings():
+            # Of a [ in [...], which may mean more to a Python to come
+            warnings.simplefilter('ignore', FutureWarning)
+            if regex:
+                return re.compile(regex[1], re.I).search
+            # [x] as it stands is meant, too
+            return re.compile(f'{re.escape(text)}|{glob_regex(text)}', re.I | re.S).fullmatch
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise UserError(f'{quoted(text)} is not a regex or glob: {error}') from None
 
@@ -4677,6 +4696,7 @@ class Settings(dict):
 KINDS: dict[Any, str] = {
     parse_bool: 'yes/no',
     parse_count: 'number',
+    parse_port: 'number',
     parse_duration: 'time',
     parse_size: 'size'}
 
@@ -6781,7 +6801,7 @@ class TreeWatch(Job):
             meta = read_metafile(path)
             how, commands, values = self.plan(path, meta)
         except (OSError, ValueError, LoggableError) as error:
-            return [f'{path} is not loaded: {error}']
+            return [f"{path} is not loaded: {getattr(error, 'strerror', error)}"]
         first = f'{path}: {how}'
         if values['watch_path'] not in self.roots:
             first += ' (if it lay below path)'
@@ -6813,7 +6833,7 @@ JOB_SETTING = re.compile(r'job\.([^.]+)\.(.+)')
 FORM = 'job.NAME.PARAM, as in job.queue.active'
 # Sections, and families of keys in [TORQUE], that are of other parts of pyrocore
 OLD_SECTION = re.compile(r'GLOBAL|FORMATS|TRAITS_BY_ALIAS|(?:XMLRPC|SWEEP)\w*')
-OLD_FAMILIES = ('apscheduler', 'httpd')
+OLD_KEYS = re.compile(r'apscheduler\.|httpd\..*\.')
 COMMON = ('scgi_url', 'rtorrent_rc')    # what is read of pyrocore's [GLOBAL]
 DEFAULTS = """[TORQUE]
 job.connstats.handler = torque:EngineStats
@@ -6844,7 +6864,7 @@ def origin(error):
     place = ''
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        if not file.startswith('<') and file != __file__:
+        if not file.startswith('<') and file != origin.__code__.co_filename:
             place = f'{file}:{line}: '
     return f'{place}{type(error).__name__}: {error}'
 
@@ -6894,14 +6914,6 @@ def parse_due(text):
 def parse_level(text):
     """Return a level of the log, or nothing."""
     return parse_word(('', 'DEBUG', 'INFO', 'WARNING', 'ERROR'), text.upper())
-
-
-def parse_port(text):
-    """Return the number of a TCP port; 0 is any that is free."""
-    port = parse_count(text)
-    if port > 65535:
-        raise UserError(f'{text!r} is no port; allowed are 0-65535')
-    return port
 
 
 CORE_OPTIONS = (                        # what any job has
@@ -7114,7 +7126,7 @@ def read_files(path, overrides):
         except Mistakes as error:
             ini.remark(str(error), logging.WARNING)
     if path == NO_INI:
-        ini.remark(f"there is no {' or '.join(INI_FILES)}: the defaults are run; "
+        ini.remark(f"there is no {' or '.join(expanded(INI_FILES))}: the defaults are run; "
                    'torque.ini.example shows what there is to set')
     else:
         ini.read(read_text(path), path)
@@ -7170,7 +7182,7 @@ def group_jobs(ini):
             ini.refuse(value, f'allowed is {FORM}')
         elif key in TORQUE_NAMES:
             continue
-        elif family in OLD_FAMILIES:
+        elif OLD_KEYS.match(key):
             ini.unused.add(f'{family}.*')
         else:
             ini.warn(value, f'this means nothing to torque{where_it_belongs(key, ini)}')
@@ -7408,6 +7420,10 @@ def make_jobs(plans):
             except UserError as error:
                 key = f'job.{name}.{error.option}'.rstrip('.')
                 value = source.get(error.option, source['handler'])
+                for written in source.values():
+                    # A default stands in no file of the user
+                    if value.place[0] == NO_INI:
+                        value = written
                 ini.refuse(Value(value, value.place, key), error)
         ini.raise_mistakes()
     except BaseException:
@@ -7891,7 +7907,7 @@ class Daemon:
             with contextlib.suppress(OSError):
                 os.remove(self.pid_file.socket)
         if hung:
-            hung = '; still running: ' + hung
+            hung = '; cut short: ' + hung
         self.log.info('stopped%s', hung)
 
     def finish(self):
@@ -8622,7 +8638,8 @@ class Page:
             for way in ('up', 'down'):
                 rates[f'{way} {where}'] = figures.numbers.get(f'throttle.global_{way}.rate')
             if figures.folder and not why_unseen(figures.engine):
-                self.folders[where] = os.path.join(figures.engine.cwd, figures.folder)
+                folder = os.path.expanduser(figures.folder)
+                self.folders[where] = os.path.join(figures.engine.cwd, folder)
         free = {f'free {path}': disk['disk_free'] for path, disk in self.disks().items()}
         minute = int(now // 60)
         self.history.add(minute, {**rates, **free})
@@ -8765,7 +8782,7 @@ class Page:
                 values = self.history.averages(f'{name} {of}', minutes, step)
                 top = round_above(values)
                 paths += f'<path class="{name}" d="{path_data(values, top)}"/>'
-                scales += f' <span class="{name}">{name} {show_size(top)}{unit}</span>'
+                scales += f' <span class="{name}">{name} &le; {show_size(top)}{unit}</span>'
             if 'M' not in paths:
                 scales = 'no figures yet'
             for quarter in (4, 3, 2, 1, 0):
@@ -8903,7 +8920,8 @@ def serve_page(daemon):
         in_thread(server.serve_forever, 3600)
     # The port is taken, the host means nothing, or there can be no more threads.
     except (OSError, ValueError, RuntimeError) as error:
-        page.log.warning('no page: %s port %s: %s', host, port, error)
+        why = getattr(error, 'strerror', error)
+        page.log.warning('no page: %s port %s: %s', host, port, why)
         return
     # A child that a job forks has no part in it.
     os.register_at_fork(after_in_child=server.socket.close)
@@ -8935,9 +8953,9 @@ job.notify.schedule = every 1m
 job.notify.matcher = is_complete=yes completed<10i
 job.notify.args = echo "Done: {{name}}"
 job.notify.dry_run = yes
-job.backup.handler = torque:Command
-job.backup.schedule = every 15m
-job.backup.args = ls backup-disk
+job.fails_on_purpose.handler = torque:Command
+job.fails_on_purpose.schedule = every 15m
+job.fails_on_purpose.args = ls backup-disk
 '''
 # Name, MiB, KiB/s of its downloads and of its uploads; the first are there since long
 DEMO_ITEMS = '''\
@@ -9321,7 +9339,7 @@ def control(arguments, path):
         if not arguments.pid_file:
             # This raises where the file cannot be read, and might name another pid file.
             read_files(path, ())
-        told = 'torque is not running'
+        told = one_line(f'torque is not running with {path}')
         if arguments.json:
             told = '{}'
         print(told)
@@ -9484,6 +9502,9 @@ OPTIONS = {                             # names=what it takes: help
     '--run-once=JOB': 'run one job now, active or not, and exit',
     '--demo': 'run beside a stand-in of rTorrent, with a page to look at',
     '--explain=FILE': 'show what each TreeWatch would do with a metafile'}
+# Of these there can be one
+MODES = ('--stop', '--restart', '--status', '--reload', '--check', '--list-jobs', '--run-once',
+         '--demo', '--explain')
 
 
 def parse_arguments(words):
@@ -9492,15 +9513,19 @@ def parse_arguments(words):
     statuses = (__doc__ or '').rpartition('\n\n')[2]
     parser = argparse.ArgumentParser(prog='torque', epilog=statuses,
                                      description='Run jobs on a schedule beside rTorrent.')
+    modes = parser.add_mutually_exclusive_group()
     for option, text in OPTIONS.items():
         names, _, metavar = option.partition('=')
         kind: dict = {'action': 'store_true'}
         if metavar:
             kind = {'metavar': metavar}
-        parser.add_argument(*names.split(), help=text, **kind)
+        place: Any = parser
+        if names in MODES:
+            place = modes
+        place.add_argument(*names.split(), help=text, **kind)
     parser.add_argument('-D', dest='define', metavar='KEY=VALUE', action='append', default=[],
                         help='set a key of [TORQUE], or section.KEY, over the file')
-    parser.add_argument('--grafana', nargs='?', choices=('influxdb', 'prometheus'),
+    modes.add_argument('--grafana', nargs='?', choices=('influxdb', 'prometheus'),
                         const='influxdb', help='print a dashboard for that source of data')
     parser.add_argument('--version', action='version', version=f'torque {VERSION}')
     parser.add_argument('--check-files', action='store_true', help=argparse.SUPPRESS)
