@@ -7370,7 +7370,8 @@ class DaemonControlTest(DaemonFolder):
         self.assertEqual(self.command('--stop'), (0, ''))
         self.assertFalse(self.pid_file.is_locked())
         self.assertEqual(len(self.marks(word='cleanup')), 2)
-        self.assertEqual(self.command('--stop'), (69, f'torque is not running with {self.folder}/torque.ini\n'))
+        self.assertEqual(self.command('--stop'),
+                         (69, f'torque is not running with {self.folder}/torque.ini\n'))
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
         self.ini()
         self.assertEqual(self.command('--cron'), (0, ''))       # cron would mail it
