@@ -2233,7 +2233,7 @@ def require_same_files(engine):
 SOURCES = {                             # second questions: command, and the columns of its rows
     'files': 'f.multicall f.path= f.size_bytes=',
     'trackers': 't.multicall t.url= t.is_enabled= t.scrape_complete= t.scrape_incomplete= '
-                't.failed_time_last= t.success_time_last='}
+                't.failed_time_last= t.success_time_last= t.scrape_time_last='}
 TV = re.compile(
     r'^(?P<show>.+?)[._ -]+'
     r'(?:S(?P<season>\d{1,2})(?:E(?P<episode>\d{2,3}))?|\d{1,2}x\d{2}|'
@@ -2253,6 +2253,8 @@ TRAITS = {
     'img': 'jpg jpeg png gif tif bmp svg webp',
     'docs': 'chm pdf cbr cbz odt ods doc docx xls xlsx ppt epub mobi azw3 djvu',
     'misc': 'rar zip tgz gz bz2 xz 7z iso bin'}
+# Unix seconds, 1973: what is less has lost its unit, or is of a clock that was not set yet
+EARLIEST = 10 ** 8
 ACTIVATION = re.compile(r'R([0-9]{1,15})[^RP]*(?:P([0-9]{1,15})|$)')
 TRACKER_HOST = re.compile(r'(?:\w{1,9}://)?(?:[^/@]*@)?(\[[^]/]*\]|[^/:]*)')
 # co and the like are part of a country's domain, as in example.co.uk
@@ -2281,12 +2283,12 @@ def data_path(cwd, base, directory, name, multi, is_open):
 
 # The functions of fields take raw values as rTorrent gives them.
 
-def first_number(*values):
-    """Return the first value that is a number above 0; 0 for a time that is not known."""
+def first_time(*values):
+    """Return the first of times that is known; 0 where none is."""
     for value in values:
         # That of ruTorrent ends in a line feed
         text = str(value).strip()
-        if text.isdecimal() and len(text) < 19 and int(text):
+        if text.isdecimal() and len(text) < 19 and int(text) >= EARLIEST:
             return int(text)
     return 0
 
@@ -2308,7 +2310,7 @@ def seconds_active(marks, start, end):
 
 def seed_time(marks, tm_completed, finished, complete, active, now):
     """Return for how long a complete item was seeded; None where that is not known."""
-    completed = first_number(tm_completed, finished)
+    completed = first_time(tm_completed, finished)
     if not complete or not completed:
         return None
     seconds = seconds_active(marks, completed, now)
@@ -2319,8 +2321,8 @@ def seed_time(marks, tm_completed, finished, complete, active, now):
 
 def leech_time(marks, tm_started, began, tm_completed, finished, now):
     """Return for how long an item was downloaded; None where that is not known."""
-    started = first_number(tm_started, began)
-    end = first_number(tm_completed, finished) or now
+    started = first_time(tm_started, began)
+    end = first_time(tm_completed, finished) or now
     seconds = seconds_active(marks, 0, end)
     if seconds is None and started:
         return max(end - started, 0)
@@ -2330,17 +2332,17 @@ def leech_time(marks, tm_started, began, tm_completed, finished, now):
 def time_stopped(marks, state, changed, tm_started, began):
     """Return when an item was stopped: by its last mark, else by rTorrent, if it ever ran."""
     _, _, last = marks.rpartition('P')
-    paused = first_number(last.partition('R')[0])
-    if paused or state or not first_number(tm_started, began):
+    paused = first_time(last.partition('R')[0])
+    if paused or state or not first_time(tm_started, began):
         return paused
-    return first_number(changed)
+    return first_time(changed)
 
 
 def last_time(now, noted, *signs):
     """Return when there last were signs of life, such as peers or a rate."""
     if any(signs):
         return int(now)
-    return first_number(noted)
+    return first_time(noted)
 
 
 def session_file(folder, info_hash):
@@ -2354,9 +2356,10 @@ def time_loaded(noted, added, began, folder, info_hash):
     Else rTorrent's last start, or when its metafile in the session folder was written, which
     happens again when all of an item is saved: the older is nearer to the truth.
     """
+    times = [began]
     with contextlib.suppress(OSError, ValueError):
-        began = min(began, int(os.stat(session_file(folder, info_hash)).st_mtime))
-    return first_number(noted, added, began)
+        times.append(int(os.stat(session_file(folder, info_hash)).st_mtime))
+    return first_time(noted, added, *sorted(times))
 
 
 def percent_done(completed, size):
@@ -2407,26 +2410,30 @@ def tracker_alias(url, aliases: dict[str, list[str]]):
 
 
 def first_tracker(rows):
-    """Return the first enabled announce URL."""
+    """Return the first enabled announce URL; None where all are disabled."""
+    found: str | None = ''
     for url, enabled, *_ in rows:
         if enabled and url != 'dht://':
             return url
-    return ''
+        if url != 'dht://':
+            found = None
+    return found
 
 
 def alias_of(rows, aliases):
-    """Return the name of the first enabled tracker."""
-    return tracker_alias(first_tracker(rows), aliases)
+    """Return the name of the first enabled tracker; None where all are disabled."""
+    url = first_tracker(rows)
+    return url and tracker_alias(url, aliases)
 
 
 def most(column, rows):
-    """Return what the tracker says that knows of most peers."""
-    return max([row[column] for row in rows], default=0)
+    """Return what the tracker says that knows of most peers; None before any has answered."""
+    return max([row[column] for row in rows if row[5] or row[6]], default=None)
 
 
 def trackers_failed(rows):
     """Return how many enabled trackers have failed since they last answered."""
-    return len([url for url, enabled, _, _, failed, answered in rows
+    return len([url for url, enabled, _, _, failed, answered, _ in rows
                 if enabled and failed > answered])
 
 
@@ -2581,8 +2588,8 @@ MADE_OF: dict[str, Callable] = {
     'ratio': true_ratio,
     'done': percent_done,
     'loaded': time_loaded,
-    'started': first_number,
-    'completed': first_number,
+    'started': first_time,
+    'completed': first_time,
     'stopped': time_stopped,
     'active': last_time,
     'last_xfer': last_time,
@@ -2614,7 +2621,7 @@ TORRENT_FIELDS = all_fields()
 CHANGING = re.compile(
     r'(?<![^.])(?:add|check|clear|close|create|delete|disable|disconnect|enable|erase|initialize|'
     r'insert|open|pause|push|remove|resume|save|set|start|stop|tracker_announce|'
-    r'tracker_send_scrape|try|unset|update)(?![^._])')
+    r'tracker_send_scrape|send_scrape|try|unset|update)(?![^._])')
 
 
 def in_quotes(text):
@@ -2757,7 +2764,7 @@ def parse_age(text):
 def parse_time(text):
     """Return the Unix seconds of a local date, or of Unix seconds; None for anything else.
 
-    A number below 10^8 (1973) is an age that lost its unit.
+    A number below EARLIEST is an age that lost its unit.
     """
     if re.fullmatch('[1-9][0-9]{8,11}', text):
         return int(text)
@@ -2839,6 +2846,8 @@ def leaf(name, kind, op, text, negated):
         text = ''
     elif name.partition('_')[0] in ('kind', 'traits'):
         text = kind_of(text)
+    elif name == 'label':
+        text = decoded_label(text)
     test = value_test(kind, op, text)
     if name == 'prio' and not any(map(test, range(4))):
         raise UserError('prio is 0, 1, 2 or 3: this can never be true')
@@ -2852,7 +2861,7 @@ def leaf(name, kind, op, text, negated):
         value = row.get(name)
         if value is POSSIBLE:
             return True
-        if value in unknown:
+        if value in unknown or kind == 'time' and 0 < value < EARLIEST:
             return False
         if counts_back:
             value = now - value
@@ -3099,7 +3108,7 @@ def listed_rows(engine, view, names, condition):
     # Whether torque sees rTorrent's files costs a question: only who needs it asks.
     if 'seen' in needs:
         constants['seen'] = sees_same_files(engine)
-    if 'own_session' in needs and not why_unseen(engine):
+    if 'own_session' in needs and engine.session_path and not why_unseen(engine):
         constants['own_session'] = os.path.join(engine.cwd, engine.session_path)
     for need, value in constants.items():
         columns[need] = itertools.repeat(value)
@@ -3143,6 +3152,7 @@ INFO_KEYS = (b'name', b'length', b'pieces', b'piece length', b'files', b'file tr
 NO_TEXT = re.compile(rb'(?:[le]|0:)*')
 MAGNET_HASH = re.compile('[?&]xt=urn:btih:([0-9a-fA-F]{40}|[a-zA-Z2-7]{32})(?![^&])')
 METAFILE_LIMIT = 16 << 20               # bytes
+MOST_NESTED = 200                       # lists and dictionaries in another
 LEAST_PIECE = 1025                      # bytes; rTorrent takes no smaller pieces
 MOST_IN_ENTRY = 1 << 16                 # bytes of what a metafile says of one file
 
@@ -3169,7 +3179,7 @@ def bencoded_end(content, at, depth=0):
     Nothing is built. Only for a text at the very end, that may be where nothing is any more.
     """
     head = BENCODED.match(content, at)
-    if not head or depth > MOST_DEPTH:
+    if not head or depth > MOST_NESTED:
         raise ValueError(f'not bencoded at byte {at}')
     at = head.end() + int(head[2] or 0)
     if head[0] in (b'l', b'd'):
@@ -3232,13 +3242,20 @@ def shown_path(path):
     return quoted(path.replace(b'\0', b'/').decode('utf-8', 'replace'))
 
 
+def require_apart(path, other):
+    """Raise ValueError where two files cannot both be there."""
+    if (other + b'\0').startswith(path + b'\0'):
+        raise ValueError(f'{shown_path(path)} and {shown_path(other)} cannot both be files: '
+                         'rTorrent would abort, or not open it')
+
+
 def sum_up(files) -> tuple[int, bytes]:
     """Return the size of several files, and the name of the largest.
 
     ValueError where rTorrent does not take them, or aborts: 0.9.8 and 0.16 do so where a file has
     the path of another, or lies below it.
     """
-    paths = []
+    paths, before = [], b'/'
     size, most, largest = 0, -1, b''
     for entry in files:
         try:
@@ -3253,15 +3270,16 @@ def sum_up(files) -> tuple[int, bytes]:
         size += length
         if length > most:
             most, largest = length, name
-        # Padding (BEP 47) has the same path again and again; rTorrent lives with that.
+        # Padding (BEP 47) has the same path again and again; rTorrent lives with that, but not
+        # right after a file of that path.
+        require_apart(before, path)
+        before = path
         if not is_padding:
             paths.append(path)
     # In order, what lies below a file, or is the same, comes right after it.
     paths.sort()
     for path, other in zip(paths, itertools.islice(paths, 1, None)):
-        if (other + b'\0').startswith(path + b'\0'):
-            raise ValueError(f'{shown_path(path)} and {shown_path(other)} cannot both be files: '
-                             'rTorrent would abort')
+        require_apart(path, other)
     return size, largest
 
 
@@ -3355,6 +3373,15 @@ def parse_metafile(content: bytes) -> Metafile:
         texts[0] or texts[1],
         main_file.decode('utf-8', 'surrogateescape'),
         facts[b'files'])
+
+
+def info_of(content) -> dict[bytes, Any]:
+    """Return the texts and numbers in the `info` of a metafile."""
+    for key, start, _ in bencoded_members(content, 0):
+        if key == b'info':
+            return {name: bdecode(content, at) for name, at, _ in bencoded_members(content, start)
+                    if content[at:at + 1] not in (b'l', b'd')}
+    return {}
 
 
 def read_metafile(path) -> Metafile:
@@ -3607,6 +3634,13 @@ def is_at(item, root):
     return os.path.dirname(place) == folder and stands_for(os.path.basename(place), last)
 
 
+def require_one(key, facts):
+    """Raise ValueError where a metafile has more than one text for a key, as name.utf-8."""
+    for other, text in facts.items():
+        if other.startswith(key + b'.') and text != facts[key]:
+            raise ValueError(f'there are two texts for {key.decode()} in it')
+
+
 def names_of_metafile(item: Item) -> tuple[str, list[str]]:
     """Return the true name of an item and the paths of its files, as its metafile has them.
 
@@ -3617,9 +3651,9 @@ def names_of_metafile(item: Item) -> tuple[str, list[str]]:
         if meta.info_hash != item.hash:
             raise ValueError('it is that of another item')
         paths = []
+        require_one(b'name', info_of(meta.content))
         for entry in meta.files():
-            if entry.get(b'path.utf-8', entry[b'path']) != entry[b'path']:
-                raise ValueError('a file has two names in it')
+            require_one(b'path', entry)
             paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
         return meta.name, paths or [meta.name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -4399,6 +4433,9 @@ class Template:
                     shown[number] = show(evaluate(tree, values))
         except MISFITS as error:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
+        # rTorrent 0.9.8 drops what stands behind it
+        if any('\0' in value for value in shown.values()):
+            raise HeldBack(f'template {quoted(self.text, 80)}: a value holds a NUL')
         return self.divide(text), shown
 
     def put_in(self, text, shown: dict[int, str]):
@@ -5222,18 +5259,20 @@ def naming(option):
 
 
 def sort_key(name, torrent) -> tuple:
-    """Return what a torrent is sorted by: what is not known comes first, then numbers."""
-    value = torrent[name]
-    if value is None:
-        return ()
-    return isinstance(value, str), value
+    """Return what a torrent is sorted by: numbers come before texts."""
+    return isinstance(torrent[name], str), torrent[name]
 
 
 def in_order(torrents, keys):
-    """Return torrents sorted by the keys."""
+    """Return torrents sorted by the keys; those of which one is not known come last."""
     for name, backwards in reversed(keys):
-        key = functools.partial(sort_key, name)
-        torrents = sorted(torrents, key=key, reverse=backwards)
+        unknown: tuple = (None,)
+        if torrent_field(name).kind == 'time':
+            unknown = (None, 0)
+        known = [torrent for torrent in torrents if torrent[name] not in unknown]
+        rest = [torrent for torrent in torrents if torrent[name] in unknown]
+        known.sort(key=functools.partial(sort_key, name), reverse=backwards)
+        torrents = known + rest
     return torrents
 
 
@@ -5677,6 +5716,8 @@ class Action(Choice):
 
     def run(self):
         """Act on what has met the condition often enough, as far as the guards allow."""
+        # A run that fails before it has counted anew ends all runs in a row.
+        met, self.met = self.met, {}
         with self.data_lock():
             if self.removes and not self.dry_run:
                 self.finish_removals()
@@ -5686,15 +5727,13 @@ class Action(Choice):
             if self.deletes and limit is None:
                 limit = 10
             try:
-                self.each(self.counted_runs(), self.perform, limit)
+                self.each(self.counted_runs(met), self.perform, limit)
             finally:
                 if self.config.until_free and not self.dry_run:
                     self.promised.save()
 
-    def counted_runs(self):
+    def counted_runs(self, met):
         """Return what meets the condition, and note in how many runs in a row it did."""
-        # A listing that fails ends all runs in a row.
-        met, self.met = self.met, {}
         torrents = self.chosen()
         for torrent in torrents:
             self.met[torrent.hash] = met.get(torrent.hash, 0) + 1
@@ -5817,7 +5856,8 @@ class Action(Choice):
             removal.mark(erased=True)
             delete_data(data)
             removal.drop()
-        except LoggableError as error:          # the item is gone, and counts
+        # The item is gone, and counts.
+        except (LoggableError, OSError) as error:
             self.failures.append(error)
             self.LOG.warning('%s; the next run tries again, by %s', error, removal.path)
         # What has appeared already is owed no more.
@@ -6151,6 +6191,8 @@ class Move(Choice):
         folder = os.path.dirname(target)
         make_folders(folder)
         copy = os.path.join(folder, f'.torque-{item.hash}')
+        if os.path.lexists(copy):
+            raise HeldBack(f'{quoted(copy)} exists')
         removal = Removal.begin(self.config.state_dir, item, data, new=target, copy=copy)
         try:
             self.copy(item, removal)
@@ -6163,7 +6205,6 @@ class Move(Choice):
         """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
         item.tell(('d.close',))         # d.state stays as it is
-        discard(copy)                   # what a crash left
         os.mkdir(copy, 0o700)
         made = os.path.join(copy, os.path.basename(target))
         copies = copy_data(removal.data, made)
@@ -6690,7 +6731,7 @@ class TreeWatch(Job):
         tied = self.ask('d.tied_to_file', meta.info_hash)
         if not isinstance(tied, HashNotFound):
             without_errors([tied])
-            tied = os.path.expanduser(tied)
+            tied = tied and os.path.join(self.engine.cwd, os.path.expanduser(tied))
             # One that rTorrent shows with other characters is not there, and nothing is removed.
             with contextlib.suppress(OSError):
                 if identity(tied) == identity(path):
@@ -6707,7 +6748,7 @@ class TreeWatch(Job):
 
     def remove(self, path, state, tied):
         """Remove a file that was read, unless it may be the last metafile of the item."""
-        if tied and not os.path.exists(tied):
+        if tied and (DOUBTFUL.search(tied) or not os.path.exists(tied)):
             return
         # A link, and a file that was changed since it was read, have another state.
         if file_state(os.lstat(path)) != state:
@@ -8451,7 +8492,7 @@ class Figures:
         torrents, with_message = [], []         # the alias of the tracker of each
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             for message, trackers in rows:
-                alias = alias_of(trackers, self.engine.aliases)
+                alias = alias_of(trackers, self.engine.aliases) or ''
                 torrents.append(alias)
                 if message:
                     with_message.append(alias)
