@@ -2274,6 +2274,22 @@ class FilterTest(Case):
         self.check('started=0  completed!=0', """started>0  NOT started=0  active=0
             NOT active=0  tracker=*  tracker!=x  NOT tracker=x  free>1g  NOT free>1g  leechtime<2w
             NOT leechtime>2w""")
+        for value in (5, -7, torque.EARLIEST - 1):      # of a clock that was not set yet, say
+            self.check('custom_x<999d OR custom_x=*', """loaded>2w  NOT loaded<2w  loaded<2024-03-15
+                custom_x>2w  NOT custom_x<2w  custom_x<2024-03-15  loaded=0  loaded!=0""",
+                       {'loaded': value, 'custom_x': str(value)})
+
+    def test_label_is_decoded_in_conditions(self):
+        self.check("""
+        label=Keep%20This  label=keep%20*  label="Keep This"  label=x,Keep%20This  label=/p%20t/
+        label=!x%20y""", 'NOT label=Keep%20This  label!=Keep%20This  label=/%5E/',
+                   {'label': 'Keep This'})
+        self.check(r'label=%2A  label=*%2a  label=/^%2A$/', row={'label': '*'})
+        self.check('label=%2F[x]%3F%2F  label=*/', 'label=%2Fy%2F', {'label': '/x?/'})
+        # What stands for a character of a pattern is none.
+        self.check('', 'label=%2A  label=%3F  label=%5Bxy%5D  label=%2Fx%2F  label=/%2E/',
+                   {'label': 'x'})
+        self.check('label=a%20%FF', 'label=a%20b', {'label': 'a%20%FF'})
 
     def test_what_is_not_known_yet_rules_out_soundly(self):
         rng, ruled_out = random.Random(7), 0
@@ -2400,8 +2416,8 @@ class Double:
     address = types.SimpleNamespace(where='double', kind='http', is_local=lambda: False)
     same_files, cwd, methods = True, '/cwd', frozenset()
     FILES = [['a.mkv', 90, 1], ['b.txt', 10, 1]]
-    TRACKERS = [['http://off/', 0, 9, 9, 5, 0], ['http://t/x', 1, 3, 4, 2, 1],
-                ['dht://', 1, 0, 0, 0, 0]]
+    TRACKERS = [['http://off/', 0, 9, 9, 5, 0, 0], ['http://t/x', 1, 3, 4, 2, 1, 0],
+                ['dht://', 1, 0, 0, 0, 0, 0]]
 
     def __init__(self, items=(), faults=()):
         self.items, self.asked, self.told, self.faults = {}, [], [], dict(faults)
@@ -2530,10 +2546,10 @@ class Double:
 
 # A function, its arguments >> what it gives.
 WORKED_OUT = r'''
-first_number 0, '' >> 0
-first_number '0', 7 >> 7
-first_number '12', 7 >> 12
-first_number 'x', '-3' >> 0
+first_time 0, '' >> 0
+first_time '0', 7 >> 7
+first_time '12', 7 >> 12
+first_time 'x', '-3' >> 0
 time_loaded '7', '5\n', 900, SESSION, 'H' >> 7
 time_loaded '', '5\n', 900, SESSION, 'H' >> 5
 time_loaded '', '', 900, SESSION, 'H' >> 400
@@ -2593,10 +2609,36 @@ class TorrentsTest(Folder):
     def test_times_are_worked_out(self):
         os.utime(self.write('session/H.torrent', ''), (400, 400))
         session = repr(self.path('session/'))
+        # The table has small numbers.
+        self.enter(mock.patch('torque.EARLIEST', 1))
         for call, expected in sides(WORKED_OUT.replace('SESSION', session)):
             name, params = call.split(' ', 1)
             self.gives(getattr(torque, name),
                        (*ast.literal_eval(params), ast.literal_eval(expected)))
+
+    def test_time_before_1973_is_none(self):
+        os.utime(self.write('H.torrent', ''), (5, 5))
+        early, now = torque.EARLIEST - 1, torque.EARLIEST
+        self.gives(torque.first_time, (early, now, now), ('5\n', f'{now}\n', now), (early, 0))
+        self.gives(torque.time_loaded, ('7', '', now, self.path(''), 'H', now),
+                   ('', '', early, self.path(''), 'H', 0))
+        self.gives(torque.seed_time, ('', early, 0, 1, 1, now, None))
+        self.gives(torque.time_stopped, ('R1P5', 0, early, '', now, 0))
+
+    def test_trackers_tell_what_they_know(self):
+        def told(*rows):
+            return (torque.first_tracker(rows), torque.alias_of(rows, {'T': ['http://t/']}),
+                    TORRENT_FIELDS['seeders'].value(rows), TORRENT_FIELDS['leechers'].value(rows))
+        off, on = ['http://off/', 0, 9, 8, 5, 0, 0], ['http://t/', 1, 0, 0, 5, 0, 0]
+        dht = ['dht://', 1, 0, 0, 0, 7, 0]
+        announced, scraped = [*on[:2], 3, 4, 0, 7, 7], [*on[:2], 2, 5, 5, 0, 7]
+        silent = [*on[:2], 0, 0, 0, 7, 0]
+        self.gives(told, (('', '', None, None),), (dht, ('', '', None, None)),
+                   (off, (None, None, None, None)), (dht, off, (None, None, None, None)),
+                   (off, on, dht, ('http://t/', 'T', None, None)),
+                   (silent, dht, ('http://t/', 'T', None, None)),
+                   (announced, ('http://t/', 'T', 3, 4)), (on, scraped, ('http://t/', 'T', 2, 5)),
+                   (announced, scraped, ('http://t/', 'T', 3, 5)))
 
     def test_files_tell_their_kind(self):
         rows = [['x/a.MKV', 70], ['b.nfo', 20], ['c.jpeg', 10], ['README', 0]]
@@ -2663,7 +2705,8 @@ class TorrentsTest(Folder):
                 d_a b= >> no field
                 d_erase >> changes something
                 d_custom1.set >> changes
-                d_try_start >> changes'''):
+                d_try_start >> changes
+                d_tracker.send_scrape >> changes'''):
             self.refused(words, torque.torrent_field, name)
         self.refused('d.erase changes', parse_condition, 'is_complete=yes d_erase=0')
         self.assertEqual([torque.torrent_field(f'custom_{key}').needs[0] for key in (
@@ -2691,12 +2734,16 @@ class TorrentsTest(Folder):
                          ['f.multicall'] * 5 + ['t.multicall'] * 5)
 
     def test_age_of_session_file_is_seen_where_files_are_ours(self):
-        fake = Double([{'d.load_date': 900}, {'d.load_date': 900, 'd.custom=addtime': '5\n'}])
-        fake.session_path, fake.cwd = 'session/', self.folder
+        old, noted, new = 10 ** 9, 10 ** 9 + 5, 10 ** 9 + 900
+        fake = Double([{'d.load_date': new},
+                       {'d.load_date': new, 'd.custom=addtime': f'{noted}\n'}])
         for item in fake.items:
-            os.utime(self.write(f'session/{item}.torrent', ''), (400, 400))
-        condition = parse_condition('loaded<1970-01-01T12')
-        for fake.same_files, loaded in ((True, [400, 5]), (False, [900, 5])):
+            for folder in ('session/', ''):
+                os.utime(self.write(f'{folder}{item}.torrent', ''), (old, old))
+        fake.cwd, condition = self.folder, parse_condition('loaded<2001-12-31')
+        for fake.session_path, fake.same_files, loaded in (
+                ('session/', True, [old, noted]), ('session/', False, [new, noted]),
+                ('', True, [new, noted])):      # without a session its folder is not the cwd
             rows = list_torrents(fake, 'main', [], condition)
             self.assertEqual([row.loaded for row in rows], loaded)
 
@@ -2713,7 +2760,9 @@ class TorrentsTest(Folder):
             self.gives(torque.decoded_label, (raw, label))
         fake = Double([{'d.custom1': 'TV%20Shows'}])
         row, = list_torrents(fake, 'main', ['label', 'custom_1'], parse_condition(
-            'label="TV Shows" custom_1=TV%20Shows custom1=*%20* NOT label=*%20*'))
+            'label="TV Shows" label=tv%20* custom_1=TV%20Shows custom1=*%20*'))
+        self.assertEqual(list_torrents(fake, 'main', [], parse_condition('NOT label=TV%20Shows')),
+                         [])
         self.assertEqual((row.label, row.custom_1), ('TV Shows', 'TV%20Shows'))
 
     def test_row_reads_as_attributes_too(self):
@@ -2751,7 +2800,7 @@ SINGLE = sorted({f'd.{word}' for word in (*PLAIN_FIELDS.values(), *(
     'state_changed'.split()))})
 CUSTOMS = ('tags', 'tm_loaded', 'addtime', 'tm_completed', 'a key')
 TRACKER = ('url', 'is_enabled', 'scrape_complete', 'scrape_incomplete', 'failed_time_last',
-           'success_time_last')
+           'success_time_last', 'scrape_time_last')
 
 
 def expected(raw, files, trackers, session, now):
@@ -2765,6 +2814,7 @@ def expected(raw, files, trackers, session, now):
     kinds = {name.rpartition('.')[2]: size for name, size in files if '.' in name}
     most = [kind for kind, size in kinds.items() if size >= .51 * raw['d.size_bytes']]
     first = ''.join([url for url, enabled, *_ in trackers if enabled and url != 'dht://'][:1])
+    told = [row for row in trackers if row[6]]
     return {
         **{name: raw[f'd.{word}'] for name, word in PLAIN_FIELDS.items()},
         'label': raw['d.custom1'].replace('%20', ' '),
@@ -2780,8 +2830,8 @@ def expected(raw, files, trackers, session, now):
         'seedtime': now - done if done and raw['d.complete'] and raw['d.is_active'] else None,
         'tagged': raw['tags'].split(), 'custom_a key': raw['a key'], 'tracker': first,
         'alias': 'LO' if '127.0' in first else first and 'example.org',
-        'seeders': max([0] + [row[2] for row in trackers]),
-        'leechers': max([0] + [row[3] for row in trackers]),
+        'seeders': max([row[2] for row in told], default=None),
+        'leechers': max([row[3] for row in told], default=None),
         'trackers_failed': len([1 for row in trackers if row[1] and row[4] > row[5]]),
         'files': [name for name, _ in files], 'kind': sorted(kinds), 'kind_51': most,
         'traits': ['tv', 'mkv'] if 'S01E' in raw['d.name'] else ['audio', 'mp3']
@@ -2801,7 +2851,8 @@ free>1 prio>2 | realpath and prio > 2
 views=mine | 'mine' in views   throttle=slow | throttle == 'slow'   path=*/mo*/* | 'moved/' in path
 files=*.mp3 | 'mp3' in kind   files=sub/* is_complete=no | not is_complete and 'txt' in kind
 kind=mp3,mkv size>9k | {'mp3', 'mkv'} & {*kind} and size > 9216   kind_51=mp3 | 'mp3' in kind_51
-alias=lo seeders=0 | alias == 'LO'   tracker=*e.org* OR prio>2 | 'e.o' in tracker or prio > 2
+alias=lo | alias == 'LO'   tracker=*e.org* OR prio>2 | 'e.o' in tracker or prio > 2
+NOT seeders>0 | seeders == 0
 is_ghost=no prio<3 | is_ghost is False and prio < 3   completed>1y | 0 < completed < now - 31536000
 completed<1y is_complete=yes | completed > now - 31536000 and is_complete   d_state=1 | d_state
 loaded<2015-01-01 | loaded < 1420000000   started<1d prio!=2 | started > now - 86400 and prio != 2
@@ -2934,7 +2985,7 @@ class LiveTorrentsTest(Case):
                 ('f', 'd.size_files', ('path', 'size_bytes')), ('t', 'd.tracker_size', TRACKER)))
         for item, raw in raws.items():
             result[item] = expected(raw, [file(2) for _ in range(raw['d.size_files'])],
-                                    [tracker(6) for _ in range(raw['d.tracker_size'])],
+                                    [tracker(len(TRACKER)) for _ in range(raw['d.tracker_size'])],
                                     cls.folder + '/session/', cls.now)
         return result
 
@@ -3093,9 +3144,28 @@ class MetafileTest(Folder):
         self.refuse("path or length of the file '|' in it is not usable",
                     info_of({'files': [{'path': [''], 'length': 1}]}))
         parse_metafile(info_of({'files': paths_of('a:b  a:c  A  .a  a.b  ..b')}))
+        for names in ('a  a*', 'a*  a', 'a  a:0*', 'a*  a:0', 'x  .pad:1*  .pad:1*', 'p*  p:0*'):
+            files = paths_of(names.replace('*', ''))
+            for file, name in zip(files, names.split('  ')):
+                if '*' in name:
+                    file['attr'] = 'p'
+            self.refuse('cannot both be files', info_of({'files': files}))
         padding = {'path': ['.pad', '9'], 'length': 9, 'attr': 'p'}
         files = [*paths_of('a'), padding, *paths_of('b'), padding]
         self.assertEqual(parse_metafile(info_of({'files': files})).main_file, '9')
+
+    def test_lists_in_lists_are_read(self):
+        good, info_hash = metafile('a')
+        for depth in (150, 199, 300, 100000):
+            content = b'%s1:z%s%se' % (good[:-1], b'l' * depth, b'e' * depth)
+            if depth > 200:
+                self.refuse('not bencoded', content)
+            else:
+                self.assertEqual(parse_metafile(content).info_hash, info_hash)
+        entry = b'd6:path.x%s%se' % (b'l' * 190 + b'le' * 20000, b'e' * 190)
+        self.assertTrue(timed(self, 'lists', lambda: torque.bdecode(entry)))
+        for wrong in (b'd1:ae', b'di1ei2ee', b'dlei2ee', b'd1:a'):
+            self.fails('not bencoded', torque.bdecode, wrong, kind=ValueError)
 
     def test_magnet_is_read(self):
         def read(uri):
@@ -4046,6 +4116,16 @@ class TemplateTest(Case):
         for text in ('{{a}}', '{{a}}/x', 'print {{a}}', '/a/../{{b}}'):
             Template(text).render({'a': '../x', 'b': 'y'})
 
+    def test_nul_in_a_value_is_held_back(self):
+        for make, text in ((Template, '/mv/{{a}}'), (CommandTemplate, 'd.custom1.set={{a}}'),
+                           (ArgsTemplate, 'mkdir {{a}}'), (Template, '{{if b}}x{{else}}{{a}}')):
+            template = make(text + '{{endif}}' * ('{{if' in text))
+            for a in ('..\0', '\0', 'x\0/../y', ['b', '..\0']):
+                self.fails('a value holds a NUL', template.render, {'a': a, 'b': 0},
+                           kind=torque.HeldBack)
+        self.assertEqual(Template('{{if b}}x{{else}}{{a}}{{endif}}').render({'a': '\0', 'b': 1}),
+                         'x')
+
     def test_random_templates_render_or_are_refused(self):
         rng, rendered, values = random.Random(5), 0, {'a': '$x"', 'b': {'c': 2}}
         words = [*'ab()[].,|"\\=;\n$1<-é#f\0', '9' * 9, ' not ', ' and ', '{{if ', 'sh -c ', *"""
@@ -4425,8 +4505,8 @@ class QueueTest(Folder):
         self.assertEqual(self.started(self.queue([{}], dry_run=True)), [])
 
     def test_order_and_conditions_choose(self):
-        items = [{'d.priority': 1, 'd.load_date': 5}, {'d.priority': 3, 'd.load_date': 9},
-                 {'d.priority': 3, 'd.load_date': 7}, {'d.priority': 0}, {'d.message': 'x'},
+        items = [{'d.priority': 1, 'd.load_date': NOW}, {'d.priority': 3, 'd.load_date': NOW + 9},
+                 {'d.priority': 3, 'd.load_date': NOW + 7}, {'d.priority': 0}, {'d.message': 'x'},
                  {'d.ignore_commands': 1}, {'d.completed_bytes': 5, 'd.size_bytes': 9},
                  {'d.message': 'is a ghost'}]
         for settings, wanted in sides('''
@@ -4564,9 +4644,20 @@ class QueueTest(Folder):
         self.assertEqual(torque.parse_sort(' -prio,loaded , -custom_1'),
                          [('prio', True), ('loaded', False), ('custom_1', True)])
         self.refused("did you mean 'loaded'", torque.parse_sort, '-loadde')
-        rows = [{'a': value, 'n': number} for number, value in enumerate((None, 5, 'x', 5, None))]
-        self.assertEqual([[row['n'] for row in torque.in_order(rows, [('a', back)])]
-                          for back in (False, True)], [[0, 4, 1, 3, 2], [2, 1, 3, 0, 4]])
+
+    def test_what_is_not_known_comes_last(self):
+        for name, values, *wanted in (
+                ('custom_a', (None, 5, 'x', 5, None), '13204', '21304'),
+                ('loaded', (0, NOW, None, NOW - 1), '3102', '1302'),
+                ('ratio', (0, 2.5, 1), '021', '120')):
+            rows = [{name: value, 'name': str(at)} for at, value in enumerate(values)]
+            for back, order in enumerate(wanted):
+                found = torque.in_order(rows, [(name, bool(back))])
+                self.assertEqual(''.join([row['name'] for row in found]), order)
+        rows = [{'seedtime': None, 'name': 'b'}, {'seedtime': None, 'name': 'a'},
+                {'seedtime': 1, 'name': 'c'}]
+        found = torque.in_order(rows, torque.parse_sort('-seedtime, name'))
+        self.assertEqual([row['name'] for row in found], [*'cab'])
 
 
 class LiveQueueTest(Folder):
@@ -5117,6 +5208,22 @@ class WatchTest(Folder):
         with mock.patch('torque.read_metafile', changes):
             self.assertEqual(left_of(), ['d.torrent', 'link.torrent'])
 
+    def test_second_file_stays_where_the_first_is_in_doubt(self):
+        info_hash, item = self.drop('a.torrent'), {}
+        content = metafile('a.torrent')[0]
+        self.engine.items[info_hash] = item
+        self.write('else/b.torrent', content)
+        for name in '?', 'x%20y':
+            self.write(f'else/{name}.torrent', content)
+        for cwd, tied, left in (
+                ('', self.path('else/?.torrent'), 1), ('', self.path('else/x%20y.torrent'), 1),
+                (self.root, 'a.torrent', 1), (self.folder, 'w/../w/./a.torrent', 1),
+                (self.path('else'), 'a.torrent', 1), (self.path('else'), 'b.torrent', 0)):
+            item['d.tied_to_file'], self.engine.cwd = tied, cwd
+            with self.subTest(cwd, tied=tied):
+                self.look(remove_already_added='yes')
+                self.assertEqual(len(os.listdir(self.root)), left)
+
     def test_by_path_or_content(self):
         job = self.watch(alone=True)
 
@@ -5540,15 +5647,30 @@ class ActionTest(WithDouble):
         self.assertRegex(told, f"INFO data: .*{self.folder}/a/sub' stays: .* are in it, such as "
                                "'extra.txt'")
 
+    def test_erased_item_counts_whatever_its_data_does(self):
+        for name in 'abc':
+            self.engine.add(self.path(name))
+        for error in (OSError(116, 'Stale file handle'), LoggableError('Stale file handle')):
+            with mock.patch('torque.delete_data', side_effect=error):
+                self.fails('1 torrent failed|Stale', self.act, 'cull', limit='1')
+            self.assertEqual(len(self.logged('Stale', 'the next run tries again')), 1)
+            self.assertEqual((self.names(), len(tree(self.folder))), ([*'bc'], 3))
+            self.reset()
+            for name in 'abc':
+                self.engine.add(self.path(name))
+            del self.lines[:]
+
     def test_condition_is_confirmed(self):
         item = self.engine.items[self.engine.add(self.path('a'))]
-        job = self.job(Action, matcher='message=gone', action='delete', confirm='3')
-        for step in ('', '', 'fine', '', '', 'failing', '', ''):
+        job = self.job(Action, matcher='message=gone', action='cull', confirm='3')
+        for step in ('', '', 'fine', '', '', 'failing', '', '', 'stuck', '', ''):
             item['d.message'] = step or 'gone'
             self.engine.faults = {}
             if step == 'failing':
                 self.engine.faults = {('view.size', ''): 9}
-            with contextlib.suppress(RpcError):
+            stuck = [LoggableError('an earlier removal')] * (step == 'stuck')
+            with contextlib.suppress(LoggableError), mock.patch.object(
+                    job, 'finish_removals', side_effect=stuck or None):
                 job.run()
         self.assertEqual(self.names(), ['a'])
         job.run()
@@ -5882,6 +6004,22 @@ class CullTest(WithDouble):
                 check(words, self.cull)
                 self.assertEqual((self.names(), tree(self.path('a'))), (['a'], before))
 
+    def test_metafile_that_says_two_names_is_no_proof(self):
+        def names(**info):
+            content = info_of(info)
+            item = types.SimpleNamespace(hash=parse_metafile(content).info_hash,
+                                         session=self.folder)
+            self.write(f'{item.hash}.torrent', content)
+            return torque.names_of_metafile(item)
+        file = {'path': ['x'], 'length': 1}
+        for info in ({'name.utf-8': 'b'}, {'name.x': 5}, {'name.x': ['a']},
+                     {'files': [{**file, 'path.utf-8': ['y']}]},
+                     {'files': [file, {**file, 'path': ['y'], 'path.x': 'y'}][1:]}):
+            self.fails('does not tell the true one: it says another |.', names, **info,
+                       kind=torque.HeldBack)
+        self.assertEqual(names(**{'name.utf-8': 'a'}), ('a', ['a']))
+        self.assertEqual(names(files=[{**file, 'path.utf-8': ['x']}]), ('a', ['x']))
+
     def test_notes_that_keep_data_say_why(self):
         for words, steps, change in (
                 ('that was another rTorrent', {'asked': True},
@@ -6048,6 +6186,7 @@ class MoveTest(WithDouble):
         self.refused_lines(Move, 'is not set | target=\n<-- here | target={{x')
         for words, target, facts, prepare in (
                 ('exists: nothing is overwritten', 'new', {}, ('write', 'new/a', 'mine')),
+                (HASH(1) + "' exists", 'new', {}, ('write', f'new/.torque-{HASH(1)}/x', 'mine')),
                 ('File exists', 'file', {}, ('write', 'file', '')),
                 ('lies in it', 'old/a/sub', {}, ()),
                 ('is not there', 'new', {}, ('remove', 'old/a/x')),
@@ -9021,8 +9160,9 @@ class PatternsTest(unittest.TestCase):
         """Feed little to find what it dislikes most, then as much as there may be of that."""
         def text(size, before, unit, end):
             return before + unit * (size // len(unit)) + end
-        slowest = max((self.seconds(regex, method, text(size // 20, *unit, end)), *unit, end)
-                      for unit in dislikes(regex) for end in ('\x01', '\n'))
+        little = max(size // 20, 120)           # a cut one says nothing in 12 characters
+        slowest = max((self.seconds(regex, method, text(little, *unit, end)), *unit, end)
+                      for unit in dislikes(regex) for end in ('\x01', '\n', '\n\x01'))
         whole = text(size, *slowest[1:])
         if self.seconds(regex, method, whole) > .03:
             half = text(size // 2, *slowest[1:])

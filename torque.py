@@ -2240,7 +2240,8 @@ TV = re.compile(
     r'(?P<date>\d{4}[._-]\d{2}[._-]\d{2}))'
     r'(?:[._ -]+(?P<title>.*?))??'
     r'(?:[._ -]+(?:\d{3,4}[pi]|[HP]DTV|WEB-?(?:DL|Rip)|BluRay|BDRip|DVDRip|[XH]\.?26[45])\b.*)?$',
-    re.I)
+    # The title may hold anything: where it could not go on to the end, cubic time was lost
+    re.I | re.S)
 MOVIE = re.compile(
     r'^(?P<title>.+?)[._ -]+[\[(]?(?P<year>(?:19|20)\d\d)[\])]?(?:[._ -].*)?$')
 # What tv and movies may have at the end of their names, too
@@ -2410,14 +2411,14 @@ def tracker_alias(url, aliases: dict[str, list[str]]):
 
 
 def first_tracker(rows):
-    """Return the first enabled announce URL; None where all are disabled."""
-    found: str | None = ''
-    for url, enabled, *_ in rows:
-        if enabled and url != 'dht://':
+    """Return the first enabled announce URL; None where all are disabled, '' without any."""
+    trackers = [(url, enabled) for url, enabled, *_ in rows if url != 'dht://']
+    for url, enabled in trackers:
+        if enabled:
             return url
-        if url != 'dht://':
-            found = None
-    return found
+    if trackers:
+        return None
+    return ''
 
 
 def alias_of(rows, aliases):
@@ -2427,8 +2428,12 @@ def alias_of(rows, aliases):
 
 
 def most(column, rows):
-    """Return what the tracker says that knows of most peers; None before any has answered."""
-    return max([row[column] for row in rows if row[5] or row[6]], default=None)
+    """Return what the tracker says that knows of most peers; None before any has told.
+
+    rTorrent notes a scrape also where an announce was answered with these numbers, which DHT and
+    some trackers leave out.
+    """
+    return max([row[column] for row in rows if row[-1]], default=None)
 
 
 def trackers_failed(rows):
@@ -2620,8 +2625,8 @@ TORRENT_FIELDS = all_fields()
 # Parts of the names of d. commands that change something, or the beginnings of parts
 CHANGING = re.compile(
     r'(?<![^.])(?:add|check|clear|close|create|delete|disable|disconnect|enable|erase|initialize|'
-    r'insert|open|pause|push|remove|resume|save|set|start|stop|tracker_announce|'
-    r'tracker_send_scrape|send_scrape|try|unset|update)(?![^._])')
+    r'insert|open|pause|push|remove|resume|save|send_scrape|set|start|stop|tracker_announce|'
+    r'tracker_send_scrape|try|unset|update)(?![^._])')
 
 
 def in_quotes(text):
@@ -2792,6 +2797,21 @@ def parse_limit(kind, text):
     return limit
 
 
+def label_text(text):
+    """Return what a condition says of a label, decoded as the label is.
+
+    What was encoded stands for itself: it neither begins a regex nor is part of a pattern.
+    """
+    def plain(encoded):
+        decoded = decoded_label(encoded[0])
+        if REGEX.fullmatch(text):
+            return re.escape(decoded)
+        return re.sub('[]*?[/]', r'[\g<0>]', decoded)
+    if decoded_label(text) == text:
+        return text
+    return re.sub('(?:%[0-9A-Fa-f]{2})+', plain, text)
+
+
 def order_test(kind, op, text):
     """Return the test of a number, size, duration, time or, where the text is one, age."""
     if op == '=' and text[:1] in SIGNS:
@@ -2847,21 +2867,22 @@ def leaf(name, kind, op, text, negated):
     elif name.partition('_')[0] in ('kind', 'traits'):
         text = kind_of(text)
     elif name == 'label':
-        text = decoded_label(text)
+        text = label_text(text)
     test = value_test(kind, op, text)
     if name == 'prio' and not any(map(test, range(4))):
         raise UserError('prio is 0, 1, 2 or 3: this can never be true')
     when = text.lstrip('+-')
     counts_back = kind == 'time' and parse_age(when) is not None
-    unknown: tuple = (None,)
-    if kind == 'time' and when != '0':
-        unknown = (None, 0)
+    # A time that was never set is known to who asks for 0
+    unset_counts = when == '0'
 
     def holds(row, now):
         value = row.get(name)
         if value is POSSIBLE:
             return True
-        if value in unknown or kind == 'time' and 0 < value < EARLIEST:
+        if value is None:
+            return False
+        if kind == 'time' and value < EARLIEST and (value or not unset_counts):
             return False
         if counts_back:
             value = now - value
@@ -3211,21 +3232,37 @@ def bencoded_members(content, at):
         yield key, start, at
 
 
+def bencoded_value(content, at) -> tuple[Any, int]:
+    """Return a value that lies whole in there, and where it ends; text stays bytes.
+
+    Each byte is read once: nested lists cost no more than others.
+    """
+    head = content[at:at + 1]
+    if head == b'i':
+        return bencoded_number(content, at), bencoded_end(content, at)
+    if head not in (b'l', b'd'):
+        return bencoded_text(content, at), bencoded_end(content, at)
+    values = []
+    at += 1
+    while content[at:at + 1] != b'e':
+        value, at = bencoded_value(content, at)
+        values.append(value)
+    if head == b'l':
+        return values, at + 1
+    keys = values[::2]
+    if len(values) % 2 or not all(isinstance(key, bytes) for key in keys):
+        raise ValueError(f'not bencoded: no key in what ends at byte {at}')
+    return dict(zip(keys, values[1::2])), at + 1
+
+
 def bdecode(content, at=0):
     """Return a value that lies whole in there; text stays bytes.
 
     >>> bdecode(b'd4:name1:ae')
     {b'name': b'a'}
     """
-    head = content[at:at + 1]
-    if head == b'l':
-        return [bdecode(content, start) for start, _ in bencoded_items(content, at)]
-    if head == b'd':
-        members = bencoded_members(content, at)
-        return {key: bdecode(content, start) for key, start, _ in members}
-    if head == b'i':
-        return bencoded_number(content, at)
-    return bencoded_text(content, at)
+    value, _ = bencoded_value(content, at)
+    return value
 
 
 def bencoded_files(content, at):
@@ -3246,7 +3283,7 @@ def require_apart(path, other):
     """Raise ValueError where two files cannot both be there."""
     if (other + b'\0').startswith(path + b'\0'):
         raise ValueError(f'{shown_path(path)} and {shown_path(other)} cannot both be files: '
-                         'rTorrent would abort, or not open it')
+                         'rTorrent would abort')
 
 
 def sum_up(files) -> tuple[int, bytes]:
@@ -3255,7 +3292,8 @@ def sum_up(files) -> tuple[int, bytes]:
     ValueError where rTorrent does not take them, or aborts: 0.9.8 and 0.16 do so where a file has
     the path of another, or lies below it.
     """
-    paths, before = [], b'/'
+    paths = []
+    before = b'/'                       # no path
     size, most, largest = 0, -1, b''
     for entry in files:
         try:
@@ -3270,8 +3308,8 @@ def sum_up(files) -> tuple[int, bytes]:
         size += length
         if length > most:
             most, largest = length, name
-        # Padding (BEP 47) has the same path again and again; rTorrent lives with that, but not
-        # right after a file of that path.
+        # Padding (BEP 47) has the same path again and again; 0.16 lives with that, and 0.9.8 does
+        # not open it. But right after a file of that path, or above it, both abort.
         require_apart(before, path)
         before = path
         if not is_padding:
@@ -3375,13 +3413,15 @@ def parse_metafile(content: bytes) -> Metafile:
         facts[b'files'])
 
 
-def info_of(content) -> dict[bytes, Any]:
-    """Return the texts and numbers in the `info` of a metafile."""
+def names_in_info(content) -> dict[bytes, bytes]:
+    """Return the name in the `info` of a metafile, and name.utf-8 and the like, bencoded."""
+    names = {}
     for key, start, _ in bencoded_members(content, 0):
         if key == b'info':
-            return {name: bdecode(content, at) for name, at, _ in bencoded_members(content, start)
-                    if content[at:at + 1] not in (b'l', b'd')}
-    return {}
+            for name, at, end in bencoded_members(content, start):
+                if name.startswith(b'name'):
+                    names[name] = content[at:end]
+    return names
 
 
 def read_metafile(path) -> Metafile:
@@ -3635,10 +3675,10 @@ def is_at(item, root):
 
 
 def require_one(key, facts):
-    """Raise ValueError where a metafile has more than one text for a key, as name.utf-8."""
-    for other, text in facts.items():
-        if other.startswith(key + b'.') and text != facts[key]:
-            raise ValueError(f'there are two texts for {key.decode()} in it')
+    """Raise ValueError where a metafile has another value for a key, too, as name.utf-8."""
+    for other, value in facts.items():
+        if other.startswith(key + b'.') and value != facts[key]:
+            raise ValueError(f'it says another {key.decode()} as {shown_path(other)}')
 
 
 def names_of_metafile(item: Item) -> tuple[str, list[str]]:
@@ -3651,7 +3691,7 @@ def names_of_metafile(item: Item) -> tuple[str, list[str]]:
         if meta.info_hash != item.hash:
             raise ValueError('it is that of another item')
         paths = []
-        require_one(b'name', info_of(meta.content))
+        require_one(b'name', names_in_info(meta.content))
         for entry in meta.files():
             require_one(b'path', entry)
             paths.append(os.fsdecode(b'/'.join(entry[b'path'])))
@@ -4433,7 +4473,7 @@ class Template:
                     shown[number] = show(evaluate(tree, values))
         except MISFITS as error:
             raise LoggableError(f'template {quoted(self.text, 80)}: {error!r}') from None
-        # rTorrent 0.9.8 drops what stands behind it
+        # rTorrent 0.9.8 drops what stands behind it: /srv/..{NUL}x would lead out of /srv
         if any('\0' in value for value in shown.values()):
             raise HeldBack(f'template {quoted(self.text, 80)}: a value holds a NUL')
         return self.divide(text), shown
@@ -6141,7 +6181,7 @@ class Move(Choice):
         folder = os.path.expanduser(self.template.render(torrent))
         if not folder or self.is_paused(torrent.hash):
             return False
-        if not os.path.isabs(folder) or '..' in folder.split('/') or '\0' in folder:
+        if not os.path.isabs(folder) or '..' in folder.split('/'):
             raise HeldBack(f'target {quoted(folder)} is no absolute path')
         folder = os.path.normpath(folder)
         place = identity(folder)
@@ -6163,6 +6203,11 @@ class Move(Choice):
                 self.carry_out(item, data, target)
         return True
 
+    @staticmethod
+    def copy_place(item, target):
+        """Return the temporary folder beside a target in which data becomes whole."""
+        return os.path.join(os.path.dirname(target), f'.torque-{item.hash}')
+
     def require_movable(self, item, data, target):
         """Raise HeldBack where an item is better not moved."""
         if not data.files:
@@ -6182,17 +6227,15 @@ class Move(Choice):
         for path in [*users.of(data).values(), users.places.get(place_of(target), '')]:
             if path:
                 raise HeldBack(f'another item uses {quoted(path)}')
-        if os.path.lexists(target):
-            raise HeldBack(f'{quoted(target)} exists: nothing is overwritten')
+        for path in (target, self.copy_place(item, target)):
+            if os.path.lexists(path):
+                raise HeldBack(f'{quoted(path)} exists: nothing is overwritten')
         require_room(data, folder)
 
     def carry_out(self, item, data, target):
         """Have the data of an item at the target, and rTorrent use it there."""
-        folder = os.path.dirname(target)
-        make_folders(folder)
-        copy = os.path.join(folder, f'.torque-{item.hash}')
-        if os.path.lexists(copy):
-            raise HeldBack(f'{quoted(copy)} exists')
+        make_folders(os.path.dirname(target))
+        copy = self.copy_place(item, target)
         removal = Removal.begin(self.config.state_dir, item, data, new=target, copy=copy)
         try:
             self.copy(item, removal)
