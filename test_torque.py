@@ -8137,7 +8137,8 @@ class FaultTest(DaemonFolder):
                 self.write('clock', step)
                 self.more('s', count=3)
             times = self.marks('s')[before:]
-            self.assertLess(max_gap(times), 1.9)
+            # One that misses the step stands still for 30 s, or a day.
+            self.assertLess(max_gap(times), 10)
             self.assertLess(len(times), 2.9 + times[-1] - times[0])
 
     def test_files_run_out(self):
