@@ -2202,7 +2202,8 @@ class FilterTest(Case):
 
     def test_regex_searches(self):
         self.check(r"""
-        /ARCH/  name=/ch-\d+\.iso$/  name!=/mkv|avi/  path=/srv/a  path=/^\/srv/  name~ch-2
+        /ARCH/  name=/[[a]rch/  name=/ch-\d+\.iso$/  name!=/mkv|avi/  path=/srv/a  path=/^\/srv/
+        name~ch-2
         name=/a{1,2}rch/,x  label=/a b/ prio=2  alias=/it's/  name="/ch-/"  done=100
         message=/^$|ghost/""", """
         message=/not registered/i  name=/^ch/  path=/srv OR name=/x/  path=/x OR name=a/""")
@@ -6932,6 +6933,7 @@ class BrokenIniTest(ConfigCase):
         \xff\xfe[\0T\0 >> - utf-8
         >> - scgi_url|.rtorrent.rc|.config/rtorrent/rtorrent.rc
         [TORQUE]|rtorrent_rc = /nowhere| >> 2 scgi_url|/nowhere
+        [TORQUE]|scgi_url = /x|job.treewatch.active = yes >> 3 job.treewatch.path: is not set
         '''
 
     def test_every_mistake_is_told(self):
@@ -8304,6 +8306,13 @@ class PageTest(Folder):
         before = len(self.connections)
         function(*args)
         return len(self.connections) - before
+
+    def test_folder_of_rtorrent_may_be_below_home(self):
+        self.engine.same_files = True
+        self.answers['directory.default'] = '~/dl'
+        self.page.measure(60)
+        self.assertEqual([*self.page.folders.values()], [os.path.expanduser('~/dl')])
+        self.assertEqual([*self.page.disks()], [self.folder])      # that one is not there yet
 
     def test_a_scrape_costs_one_round_trip(self):
         self.assertEqual(self.asked(self.page.metrics), 0)      # it is not even known yet

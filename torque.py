@@ -8737,9 +8737,10 @@ class Page:
         for path in [*self.folders.values(), *map(os.path.expanduser, paths)]:
             device = disk_of(path)[0]
             if device not in devices:
-                devices.add(device)
+                # A folder that is not there yet must not hide the disk it would be on
                 with contextlib.suppress(LoggableError):
                     found[path] = disk_figures(path)
+                    devices.add(device)
         return found
 
     # What is answered.
