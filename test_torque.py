@@ -4278,7 +4278,7 @@ class InfluxDBTest(Folder):
         self.write('t.points', ''.join(f's v={number}i {number}\n' for number in range(9000)))
         job = self.job(*[(413, '\x1b[31mno')] * 50, series='')
         said = str(self.fails("HTTP 413 Said '\\x1b[31mno'|points kept", job.run))
-        self.assertEqual((said.count('413'), self.lines), (1, []))
+        self.assertEqual((said.count('HTTP 413'), self.lines), (1, []))   # a port may hold 413
         self.assertLess(len(self.server.requests), 20)
         self.assertGreater(len(job.points), 9000)
 
