@@ -5588,6 +5588,10 @@ class ActionTest(WithDouble):
             self.engine.add(self.path(f'{number:02}'))
         self.assertEqual(self.act('cull', limit='0'), '')
         self.assertTrue(self.logged('INFO t: held back', 'and 11 more: the limit is 0'))
+        job = self.job(Action, action='cull', limit='0')
+        for _ in range(2):                      # the page shows those of the last run
+            job.run()
+            self.assertEqual(job.outlook()[4:], ["'04': the limit is 0", 'and 7 more'])
         del self.lines[:]
         self.assertEqual(self.act('cull', dry_run=True, limit='2'), '')
         self.assertEqual([len(self.logged(words)) for words in ('not done: cull', 'INFO t: held')],

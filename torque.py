@@ -1670,6 +1670,11 @@ class Engine:
         # What is worth a line of the log only once
         self.said: set[str] = set()
 
+    @property
+    def is_away(self) -> bool:
+        """Tell whether rTorrent did not answer when it was asked last."""
+        return self.gone_since is not None
+
     def open(self):
         """Return an xmlrpc.client.ServerProxy for this rTorrent: engine.open().d.name(HASH)."""
         import xmlrpc.client
@@ -5334,7 +5339,8 @@ class Choice(Job):
         if not config.matcher:
             raise UserError('is not set; for all torrents write matcher = *', option='matcher')
         self.failures: list[Exception] = []     # of torrents, in this run
-        self.left_alone = []            # a few torrents of this run, and why; for the page
+        # For the page, a text for each torrent of this run; '' where it shows only how many
+        self.left_alone = []
         self.held = {}                  # kind of reason -> reason and torrents, in this run
         self.repeats = Repeats()
 
@@ -5397,8 +5403,10 @@ class Choice(Job):
     def remember(self, torrents, why):
         """Keep for the page which torrents are left alone."""
         for torrent in torrents:
+            shown = ''
             if len(self.left_alone) < self.SHOWN:
-                self.left_alone.append(f'{quoted(torrent.name)}: {why}')
+                shown = f'{quoted(torrent.name)}: {why}'
+            self.left_alone.append(shown)
 
     def announce(self, *words):
         to_do = super().announce(*words)
@@ -5408,7 +5416,11 @@ class Choice(Job):
         return to_do
 
     def outlook(self):
-        return self.left_alone
+        lines = self.left_alone[:self.SHOWN]
+        more = self.left_alone[self.SHOWN:]
+        if more:
+            lines.append(f'and {len(more)} more')
+        return lines
 
     def failed(self, torrent, error):
         """Log why a torrent failed: once, then from time to time."""
@@ -7820,9 +7832,9 @@ def run_from_byte_code():
 
 def engine_status(engine) -> dict:
     """Return the state of an rTorrent, for --status."""
-    away_for = None
-    if engine.gone_since is not None:
-        away_for = elapsed_time() - engine.gone_since
+    since, away_for = engine.gone_since, None
+    if since is not None:
+        away_for = elapsed_time() - since
     return {'address': engine.address.where, 'version': engine.version or None,
             'away_for': away_for}
 
@@ -7951,7 +7963,7 @@ class Daemon:
     def seek_engines(self):
         """Have a thread look for each rTorrent that is away: a late one need not wait for a run."""
         for engine in self.config.engines.values():
-            if engine.gone_since is not None and engine not in self.sought:
+            if engine.is_away and engine not in self.sought:
                 # There may be no more threads.
                 with contextlib.suppress(RuntimeError):
                     in_thread(self.seek, engine)
@@ -7959,7 +7971,7 @@ class Daemon:
 
     def seek(self, engine):
         """Try an rTorrent until it answers; a thread, for one that hangs answers late."""
-        while engine.gone_since is not None:
+        while engine.is_away:
             time.sleep(AWAY_PAUSE)
             with contextlib.suppress(RpcError):
                 engine.reach()
@@ -8502,7 +8514,7 @@ class Figures:
     def renew(self):
         """Ask, if what was told is old; where another thread is asking, do not wait for long."""
         engine = self.engine
-        if not engine.methods or engine.gone_since is not None:
+        if not engine.methods or engine.is_away:
             # A hung one would cost a timeout each time; Page.measure() tries it every minute.
             self.numbers = {}
         elif self.lock.acquire(timeout=1):
@@ -9337,7 +9349,7 @@ def check(config, pid_file) -> int:
     log_format: Any = logging.getLogger().handlers[0].formatter
     if log_format.warnings:
         told += f'; warnings: {log_format.warnings}'
-    if any(engine.gone_since is not None for engine in config.engines.values()):
+    if any(engine.is_away for engine in config.engines.values()):
         told += '; rTorrent is away'
     print(told)
     return EXIT_OK
