@@ -5686,6 +5686,8 @@ OTHER_ACTIONS: dict[str, tuple[str, Any]] = {
     'exec': ('', None),
     'log': ('', None)}
 ACTIONS = (*PLAIN_ACTIONS, *OTHER_ACTIONS)
+# Over d.stop, d.close or d.erase of an item that is being checked, 0.9.8 may hang for good.
+HALTING = ('stop', 'close', 'delete', 'cull', 'throttle')
 WITH_ARGS = ACTIONS[ACTIONS.index('tag'):]      # log may have some
 BAD_ARGS = (                            # action, what args must not have, and why
     ('prio', re.compile(r'\A(?![0-3]\Z)'), ' is no priority; allowed are 0 1 2 3'),
@@ -5748,7 +5750,8 @@ class Action(Choice):
             self.fields = self.needed.fields
         else:
             self.fields = tuple(OTHER_ACTIONS[action][0].split())
-        if self.deletes:
+        self.halts = action in HALTING
+        if self.halts:
             self.fields += ('is_hashing',)
         make = Template
         if action == 'exec':
@@ -5799,8 +5802,7 @@ class Action(Choice):
             confirm = 1
         if self.met[torrent.hash] < confirm:
             raise HeldBack(f'it has not yet met the condition in {confirm} runs in a row')
-        if self.deletes and torrent.is_hashing:
-            # 0.9.8 may hang for good, and what is complete is not known.
+        if self.halts and torrent.is_hashing:
             raise HeldBack('it is being checked')
 
     def commands(self, torrent, args) -> list[tuple]:
