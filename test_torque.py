@@ -7978,11 +7978,6 @@ class UnitFileTest(Folder):
 class FaultTest(DaemonFolder):
     """Every fault, under the real program, whose other jobs have to go on."""
 
-    @classmethod
-    def setUpClass(cls):
-        if os.environ.get('TORQUE_FAULTS') == '0':
-            raise unittest.SkipTest('TORQUE_FAULTS is 0: they run under another Python')
-
     @contextlib.contextmanager
     def fault(self, program, gap=2.0):
         """Watch torque during a fault: other jobs are on time, memory and log do not grow."""
