@@ -377,7 +377,8 @@ class Server:
         self.url = path or f'scgi://127.0.0.1:{self.port}'
         self.answer, self.connections = answer, []
         self.over = threading.Event()
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.thread = threading.Thread(target=self.accept, daemon=True)
+        self.thread.start()
 
     def accept(self):
         with contextlib.suppress(OSError):
@@ -394,6 +395,7 @@ class Server:
         self.over.set()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+        self.thread.join(5)             # it may have accepted one just now
         self.sock.close()
         for connection in self.connections:
             with contextlib.suppress(OSError):
@@ -7987,7 +7989,7 @@ class FaultTest(DaemonFolder):
         self.more(count=3)
         self.assertLess(max_gap([at for at in self.marks() if at >= began]), gap)
         self.assertIsNone(self.state('tick')['last_error'])
-        self.assertLess(memory_of(program) - before, 8 << 20)
+        wait_for(lambda: memory_of(program) - before < 8 << 20)     # a run may have some now
         self.assertLess(len(program.lines), 100)
 
     def asking(self, jobs=1):
