@@ -2476,6 +2476,10 @@ class Double:
         return info_hash
 
     def answer(self, method, target, *params):
+        if params[:1] == ('d.hashing=',):
+            if self.items.get(target, {}).get('d.hashing'):
+                return params[1].partition('=')[2]
+            return self.answer_or_fault(params[2].rstrip('='), target)
         shown = [item for item in self.items.values()
                  if not params or params[0] in item.get('views', params[:1])]
         facts = {'system.cwd': self.cwd, 'directory.default': '/default', 'view.size': len(shown),
@@ -5539,6 +5543,7 @@ throttle | none | d.stop; d.throttle_name.set; d.start
 exec | {{if ratio}}d.a=1{{endif}} |
 exec | d.a=1;d.custom.set=x,{{name}} | branch d.hash= d.a=1; branch d.hash= d.custom.set="x","a=b"
 hash_check | | d.check_hash'''
+HALTS = ('stop', ''), ('close', ''), ('throttle', 'none'), ('delete', ''), ('cull', '')
 ACTION_MISTAKES = '''
 'purge' is not known; allowed are start | action=purge
 is not set; for all | action=stop | matcher=
@@ -5579,12 +5584,19 @@ class ActionTest(WithDouble):
 
     def test_what_is_being_checked_is_left_alone(self):
         item = self.engine.items[self.engine.add(self.path('a'))]
-        item['d.hashing'] = 2                   # 0.9.8 would hang
-        for action, args in ('stop', ''), ('close', ''), ('throttle', 'none'), ('delete', ''):
+        item.update({'d.hashing': 2, 'd.throttle_name': 'slow'})        # 0.9.8 would hang
+        for action, args in HALTS:
             self.assertEqual(self.act(action, args=args), '')
             self.assertTrue(self.logged("held back: 'a'", 'it is being checked'))
             del self.lines[:]
         self.assertEqual(self.act('hash_check'), 'd.check_hash')
+        item['d.hashing'] = 0
+        self.engine.faults['branch'] = 'checked'        # it has begun since the list was made
+        for action, args in HALTS:
+            self.act(action, args=args)
+            self.assertTrue(self.logged("held back: 'a'", 'it is being checked'))
+            del self.lines[:]
+        self.assertEqual((self.names(), len(tree(self.folder))), (['a'], 1))
 
     def test_mistakes_are_refused(self):
         self.refused_lines(Action, ACTION_MISTAKES)
@@ -6173,6 +6185,20 @@ class MoveTest(WithDouble):
                 self.path('old/a'), self.path('new/a')), why))
             self.assertEqual(tree(self.path('old/a')), self.FILES)
             self.assertEqual(os.listdir(self.path('state')), ['data.lock'])
+
+    def test_item_that_is_checked_meanwhile(self):
+        self.engine.faults['branch'] = 'checked'
+        self.holds('it is being checked', self.move)
+        self.assert_at('old')
+        self.assertEqual(os.listdir(self.path('state')), ['data.lock'])
+        answers = iter([None, 'checked', 'checked'])        # once its copy is whole
+        self.engine.faults['branch'] = lambda: next(answers)
+        self.holds('it is being checked', self.move)
+        self.engine.faults.clear()
+        self.assertEqual([tree(self.path(place)) for place in ('old/a', 'new/a')],
+                         [self.FILES, self.FILES])
+        self.move(matcher='hash=none')
+        self.assert_at('new')
 
     def test_source_that_another_came_to_use_stays(self):
         def loaded():

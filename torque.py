@@ -3456,6 +3456,11 @@ def read_metafile(path) -> Metafile:
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
 NOTED = 'hash name session engine state is_open is_active'.split()      # and its data
+CHECKED = 'checked'
+# Not done to an item that is being checked, which rTorrent itself finds out at that moment: 0.9.8
+# may hang for good.
+STOP, CLOSE, ERASE, PAUSE = (('branch', 'd.hashing=', f'cat={CHECKED}', f'd.{name}=')
+                             for name in ('stop', 'close', 'erase', 'pause'))
 TEXTS = dict.fromkeys('hash name base_path directory directory_base bitfield cwd session path '
                       'frozen_path'.split(), str)       # of what is asked; the rest are numbers
 
@@ -3470,6 +3475,13 @@ class ItemFile(NamedTuple):
     range_second: int                   # and before this one
     priority: int
     is_created: int                     # does rTorrent find a file there, right now?
+
+
+def require_done(answers):
+    """Raise what has kept commands, of which these are the answers, from being done."""
+    if CHECKED in answers:
+        raise HeldBack('it is being checked')
+    without_errors(answers)
 
 
 class Item(NamedTuple):
@@ -3515,7 +3527,7 @@ class Item(NamedTuple):
 
     def tell(self, *commands: tuple):
         """Have rTorrent do commands, without the hash in them, with the item."""
-        without_errors(self.engine.tell(
+        require_done(self.engine.tell(
             [(name, self.hash, *params) for name, *params in commands]))
 
 
@@ -3581,22 +3593,23 @@ def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
         item.tell(('d.open',))
         yield ask_item(engine, info_hash), True
     finally:
-        with contextlib.suppress(RpcError):     # it may be erased by now
-            item.tell(('d.close',))
+        with contextlib.suppress(RpcError, HeldBack):   # it may be erased by now
+            item.tell(CLOSE)
 
 
 def start_again(item: Item) -> None:
-    """Bring an item to the state that it had when it was asked for."""
-    if item.state:
-        # In one request, for a crash between them would leave it stopped. d.start alone does
-        # nothing where d.state is 1 already.
-        item.tell(('d.open',), ('d.stop',), ('d.start',))
-        if item.is_open and not item.is_active:
-            item.tell(('d.pause',))
-    elif item.is_open:
-        item.tell(('d.open',))
-    else:
-        item.tell(('d.close',))
+    """Bring an item to the state that it had; one that is being checked goes on by itself."""
+    with contextlib.suppress(HeldBack):
+        if item.state:
+            # In one request, for a crash between them would leave it stopped. d.start alone does
+            # nothing where d.state is 1 already.
+            item.tell(('d.open',), STOP, ('d.start',))
+            if item.is_open and not item.is_active:
+                item.tell(PAUSE)
+        elif item.is_open:
+            item.tell(('d.open',))
+        else:
+            item.tell(CLOSE)
 
 
 def save_session(item: Item) -> None:
@@ -3636,7 +3649,7 @@ def has_item(engine: Engine, info_hash: str, session: str) -> bool | None:
 
 def erase(item: Item) -> None:
     """Erase an item from rTorrent; raises RpcError where that has not happened for sure."""
-    commands = [(name, item.hash) for name in ('d.stop', 'd.close', 'd.erase')]
+    commands = [(name, item.hash, *params) for name, *params in (STOP, CLOSE, ERASE)]
     try:
         erased = item.engine.tell(commands)[-1]
     except Unreachable as error:
@@ -3644,7 +3657,7 @@ def erase(item: Item) -> None:
         if has_item(item.engine, item.hash, item.session) is False:
             return
         raise Unreachable(f'{error}; it may be there still') from None
-    without_errors([erased])
+    require_done([erased])
 
 
 def plain_part(name) -> str:
@@ -3671,7 +3684,7 @@ def tell_place(item, root):
         command = ('d.directory_base.set', folder)
     elif stands_for(item.name, last):
         command = ('d.directory.set', folder)
-    item.tell(('d.close',), command)
+    item.tell(CLOSE, command)
 
 
 def is_at(item, root):
@@ -5636,14 +5649,14 @@ class QueueManager(Choice):
 PLAIN_ACTIONS: dict[str, tuple] = {
     'start': ('is_active=no', ('d.start',)),
     # also what is to be started when there is a place
-    'stop': ('is_active=yes OR d_state=1', ('d.stop',)),
-    'close': ('is_open=yes OR d_state=1', ('d.stop',), ('d.close',)),
+    'stop': ('is_active=yes OR d_state=1', STOP),
+    'close': ('is_open=yes OR d_state=1', STOP, CLOSE),
     'open': ('is_open=no', ('d.open',)),
     'hash_check': ('*', ('d.check_hash',)),
     # by rTorrent's own ratio groups and the like
     'ignore': ('is_ignored=no', ('d.ignore_commands.set', 1)),
     'heed': ('is_ignored=yes', ('d.ignore_commands.set', 0)),
-    'delete': ('*', ('d.stop',), ('d.close',), ('d.erase',))}
+    'delete': ('*', STOP, CLOSE, ERASE)}
 
 
 def tag_commands(change, item, args) -> list[tuple]:
@@ -5675,7 +5688,7 @@ def throttle_commands(item, args) -> list[tuple]:
     if item.throttle == args:
         return []
     if item.is_active:
-        return [('d.stop',), change, ('d.start',)]
+        return [STOP, change, ('d.start',)]
     return [change]
 
 
@@ -5690,7 +5703,7 @@ OTHER_ACTIONS: dict[str, tuple[str, Any]] = {
     'exec': ('', None),
     'log': ('', None)}
 ACTIONS = (*PLAIN_ACTIONS, *OTHER_ACTIONS)
-# Over d.stop, d.close or d.erase of an item that is being checked, 0.9.8 may hang for good.
+# What is not done to an item that is being checked
 HALTING = ('stop', 'close', 'delete', 'cull', 'throttle')
 WITH_ARGS = ACTIONS[ACTIONS.index('tag'):]      # log may have some
 BAD_ARGS = (                            # action, what args must not have, and why
@@ -5838,7 +5851,7 @@ class Action(Choice):
             answers = self.engine.tell(calls)
             if self.deletes:
                 answers = answers[-1:]                  # erased is erased
-            without_errors(answers)
+            require_done(answers)
         return True
 
     # What follows is the action cull.
@@ -5896,7 +5909,7 @@ class Action(Choice):
         removal = Removal.begin(self.config.state_dir, item, data, shared=shared)
         try:
             # From now on it does not change.
-            item.tell(('d.stop',), ('d.close',))
+            item.tell(STOP, CLOSE)
             files = files_now(data)
             if files is None:
                 raise HeldBack(f'{quoted(data.root)} was changed just now')
@@ -6257,6 +6270,9 @@ class Move(Choice):
         removal = Removal.begin(self.config.state_dir, item, data, new=target, copy=copy)
         try:
             self.copy(item, removal)
+        except HeldBack:                        # it was not even closed
+            removal.drop()
+            raise
         except BaseException:
             self.undo(item, removal)
             raise
@@ -6265,7 +6281,7 @@ class Move(Choice):
     def copy(self, item, removal):
         """Close an item, and have its data at the target."""
         copy, target = removal.facts['copy'], removal.facts['new']
-        item.tell(('d.close',))         # d.state stays as it is
+        item.tell(CLOSE)                # d.state stays as it is
         os.mkdir(copy, 0o700)
         made = os.path.join(copy, os.path.basename(target))
         copies = copy_data(removal.data, made)
