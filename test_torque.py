@@ -2468,17 +2468,19 @@ class Double:
         info_hash = HASH(len(self.items) + 1)
         item = dict.fromkeys('complete is_active state completed_bytes is_open down.total '
                              'timestamp.started'.split(), 1)
-        item.update(hash=info_hash, name=name, base_path=path, directory=folder, hashing=0,
-                    directory_base=folder, is_multi_file=int(folder == path), files=rows,
-                    views=[], bitfield='')
+        item.update(hash=info_hash, name=name, base_path=path, directory=folder, files=rows,
+                    directory_base=folder, is_multi_file=int(folder == path), views=[],
+                    bitfield='', hashing=0, hashing_failed=0)
         item.update(values)
         self.items[info_hash] = {f'd.{key}': value for key, value in item.items()}
         return info_hash
 
     def answer(self, method, target, *params):
-        if params[:1] == ('d.hashing=',):
-            if self.items.get(target, {}).get('d.hashing'):
-                return params[1].partition('=')[2]
+        if params[1:2] == (f'cat={torque.BUSY}',):
+            item = self.items.get(target, {})
+            is_checked = item.get('d.hashing') and not item.get('d.hashing_failed')
+            if is_checked or 'd.state=' in params[0] and item.get('d.state'):
+                return torque.BUSY
             return self.answer_or_fault(params[2].rstrip('='), target)
         shown = [item for item in self.items.values()
                  if not params or params[0] in item.get('views', params[:1])]
@@ -5591,12 +5593,17 @@ class ActionTest(WithDouble):
             del self.lines[:]
         self.assertEqual(self.act('hash_check'), 'd.check_hash')
         item['d.hashing'] = 0
-        self.engine.faults['branch'] = 'checked'        # it has begun since the list was made
+        self.engine.faults['branch'] = torque.BUSY        # it has begun since the list was made
         for action, args in HALTS:
             self.act(action, args=args)
             self.assertTrue(self.logged("held back: 'a'", 'it is being checked'))
             del self.lines[:]
         self.assertEqual((self.names(), len(tree(self.folder))), (['a'], 1))
+        self.engine.faults.clear()
+        item.update({'d.hashing': 1, 'd.hashing_failed': 1, 'd.is_active': 1})
+        self.assertEqual(self.act('stop'), 'd.stop')    # rTorrent leaves it so for good
+        self.act('cull')
+        self.assertEqual(self.names(), [])
 
     def test_mistakes_are_refused(self):
         self.refused_lines(Action, ACTION_MISTAKES)
@@ -6082,6 +6089,40 @@ class CullTest(WithDouble):
         self.cull(matcher='name=none')
         self.assertEqual(tree(self.path('a')), {'x': b'3'})
 
+    def test_item_is_as_it_was_when_it_was_not_erased(self):
+        item = self.engine.items[self.engine.add(self.path('a'))]
+        self.engine.add(self.path('b'))
+
+        def away():
+            self.engine.faults['d.open'] = Unreachable('away')
+            return RpcError('no')
+        self.engine.faults['d.erase'] = away
+        with self.assertRaises(Unreachable):            # and so it is stopped
+            self.cull(matcher='name=a')
+        elsewhere = {'d.completed_bytes': 0, 'd.directory': '/', 'd.directory_base': '/'}
+        item.update(elsewhere)                          # it has come back so
+        self.engine.faults = {('branch', HASH(1)): torque.BUSY}
+        self.cull(matcher='name=b')                     # one that is checked keeps no other
+        self.assertTrue(self.logged('INFO t: held back', "'a'", 'it is being checked'))
+        self.assertEqual((self.names(), item['d.state'], item['d.directory']), (['a'], 0, '/'))
+        self.engine.faults.clear()
+        self.cull(matcher='name=none')
+        self.assertEqual((item['d.state'], item['d.directory']), (1, self.folder))
+        self.assertNotIn('removal', str(os.listdir(self.path('state'))))
+
+    def test_item_that_its_user_starts_meanwhile(self):
+        item = self.engine.items[self.engine.add(self.path('a'), {'x': b'1'})]
+        self.engine.add(self.path('b'), {'y': b'1'}, base_path=self.path('a'))
+        for kind in Action, Move:
+            item.update({'d.is_open': 0, 'd.is_active': 0, 'd.state': 0})
+
+            def started():
+                item.update({'d.is_open': 1, 'd.is_active': 1, 'd.state': 1})
+            self.engine.faults['view.size_not_visible'] = started
+            self.holds('use', self.job(kind, action='cull', matcher='name=a', shared='keep',
+                                       target=self.path('new')).run)
+            self.assertEqual(item['d.is_active'], 1)
+
     def test_answer_that_is_lost(self):
         self.engine.add(self.path('a'))
         self.engine.add(self.path('b'))
@@ -6187,18 +6228,63 @@ class MoveTest(WithDouble):
             self.assertEqual(os.listdir(self.path('state')), ['data.lock'])
 
     def test_item_that_is_checked_meanwhile(self):
-        self.engine.faults['branch'] = 'checked'
+        self.engine.faults['branch'] = torque.BUSY
         self.holds('it is being checked', self.move)
         self.assert_at('old')
         self.assertEqual(os.listdir(self.path('state')), ['data.lock'])
-        answers = iter([None, 'checked', 'checked'])        # once its copy is whole
+        answers = iter([None, torque.BUSY, torque.BUSY])        # once its copy is whole
         self.engine.faults['branch'] = lambda: next(answers)
         self.holds('it is being checked', self.move)
+        self.assertNotIn('d.directory', str(self.engine.told))      # it kills 0.9.8
+        self.engine.faults['branch'] = torque.BUSY
+        self.move(matcher='hash=none')
+        self.assertTrue(self.logged('INFO t: held back', 'it is being checked'))
         self.engine.faults.clear()
         self.assertEqual([tree(self.path(place)) for place in ('old/a', 'new/a')],
                          [self.FILES, self.FILES])
         self.move(matcher='hash=none')
         self.assert_at('new')
+
+    def test_item_that_was_paused(self):
+        for tries, last, lines in (3, 'd.pause', 0), (1, 'd.start', 1):
+            self.reset()
+            self.item['d.is_active'] = 0
+            answers = iter([None, None, None, torque.BUSY, None])   # it is checked at its start
+            self.engine.faults['branch'] = lambda answers=answers: next(answers)
+            with mock.patch('torque.PAUSE_TRIES', tries), mock.patch('time.sleep'):
+                self.move()
+            self.assertEqual(self.engine.told[-1], last)
+            self.assertEqual(len(self.logged('WARNING', 'was paused, and is not any')), lines)
+
+    def test_state_that_its_user_has_changed_meanwhile(self):
+        for before, after in (1, 0), (0, 1):
+            self.reset()
+            self.item['d.state'] = self.item['d.is_active'] = before
+            self.engine.faults['d.open'] = lambda: self.item.update({'d.state': after})
+            self.move()
+            self.assertEqual((self.item['d.directory'], self.item['d.state']),
+                             (self.path('new/a'), after))
+
+    def test_what_an_undone_move_has_made_goes(self):
+        answers = iter([RpcError('no'), None, None])
+        self.item['d.name'] = 'other'           # its folder is not named after it
+        self.engine.faults['d.directory_base.set'] = lambda: next(answers)
+        self.fails('1 torrent failed', self.move)
+        self.assertEqual(os.listdir(self.path('new')), [])
+
+    def test_link_that_has_changed_is_the_same_file(self):
+        self.cut_short()
+        with open(self.path('old/a/x'), 'ab') as stream:
+            stream.write(b'more')
+        self.move(matcher='hash=none')
+        self.assertEqual([*tree(self.folder)], ['new/a/x', 'new/a/sub/y'])
+
+    def test_dry_run_leaves_notes_alone(self):
+        new = self.write('state/removal.X.new', '')
+        self.move(matcher='name=none', dry_run=True)
+        self.assertTrue(os.path.exists(new))
+        self.move(matcher='name=none')
+        self.assertFalse(os.path.exists(new))
 
     def test_source_that_another_came_to_use_stays(self):
         def loaded():

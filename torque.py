@@ -3456,11 +3456,20 @@ def read_metafile(path) -> Metafile:
 NOT_PLAIN = re.compile('%[0-9A-Fa-f]{2}|[^ -~]|[?%]')
 NOTE = 'removal.'                       # names of notes begin so
 NOTED = 'hash name session engine state is_open is_active'.split()      # and its data
-CHECKED = 'checked'
-# Not done to an item that is being checked, which rTorrent itself finds out at that moment: 0.9.8
-# may hang for good.
-STOP, CLOSE, ERASE, PAUSE = (('branch', 'd.hashing=', f'cat={CHECKED}', f'd.{name}=')
-                             for name in ('stop', 'close', 'erase', 'pause'))
+BUSY = 'torque_leaves_it_alone'         # what the following answer where they do nothing
+
+
+def unless(condition, command) -> tuple:
+    """Return a command that rTorrent does not do to an item that meets a condition just then."""
+    return 'branch', condition, f'cat={BUSY}', f'd.{command}='
+
+
+# Over these 0.9.8 may hang for good while it checks the item. A check that failed is over.
+STOP, CLOSE, ERASE, PAUSE = (unless('and={d.hashing=,not=$d.hashing_failed=}', command)
+                             for command in ('stop', 'close', 'erase', 'pause'))
+# What was opened for a look is not closed where somebody has started it since.
+CLOSE_AGAIN = unless('or={d.hashing=,d.state=}', 'close')
+PAUSE_TRIES = 50                        # a tenth of a second between them
 TEXTS = dict.fromkeys('hash name base_path directory directory_base bitfield cwd session path '
                       'frozen_path'.split(), str)       # of what is asked; the rest are numbers
 
@@ -3479,7 +3488,7 @@ class ItemFile(NamedTuple):
 
 def require_done(answers):
     """Raise what has kept commands, of which these are the answers, from being done."""
-    if CHECKED in answers:
+    if BUSY in answers:
         raise HeldBack('it is being checked')
     without_errors(answers)
 
@@ -3492,6 +3501,7 @@ class Item(NamedTuple):
     is_active: int
     state: int
     hashing: int
+    hashing_failed: int
     base_path: str
     directory: str
     directory_base: str
@@ -3584,7 +3594,7 @@ def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
     Base paths of a closed item are old, or empty: it is opened, and afterwards closed again.
     """
     item = ask_item(engine, info_hash)
-    if item.hashing:
+    if item.hashing and not item.hashing_failed:
         raise HeldBack('it is being checked')
     if item.is_open:
         yield item, False
@@ -3594,22 +3604,34 @@ def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
         yield ask_item(engine, info_hash), True
     finally:
         with contextlib.suppress(RpcError, HeldBack):   # it may be erased by now
-            item.tell(CLOSE)
+            item.tell(CLOSE_AGAIN)
 
 
-def start_again(item: Item) -> None:
-    """Bring an item to the state that it had; one that is being checked goes on by itself."""
-    with contextlib.suppress(HeldBack):
-        if item.state:
-            # In one request, for a crash between them would leave it stopped. d.start alone does
-            # nothing where d.state is 1 already.
+def start_again(item: Item, state: int) -> None:
+    """Bring an item to the state that it had, or that d.state says it is to have by now."""
+    if state:
+        # In one request, for a crash between them would leave it stopped. d.start alone does
+        # nothing where d.state is 1 already.
+        with contextlib.suppress(HeldBack):     # what is being checked goes on by itself
             item.tell(('d.open',), STOP, ('d.start',))
-            if item.is_open and not item.is_active:
-                item.tell(PAUSE)
-        elif item.is_open:
-            item.tell(('d.open',))
-        else:
-            item.tell(CLOSE)
+        if item.state and item.is_open and not item.is_active:
+            pause_again(item)
+    elif item.is_open:
+        item.tell(('d.open',))
+    else:
+        with contextlib.suppress(HeldBack):
+            item.tell(CLOSE_AGAIN)
+
+
+def pause_again(item: Item) -> None:
+    """Pause an item, once the check that may follow a start is over."""
+    for _ in range(PAUSE_TRIES):
+        with contextlib.suppress(HeldBack):
+            item.tell(PAUSE)
+            return
+        time.sleep(0.1)
+    logging.getLogger('torque.data').warning('%s %s was paused, and is not any more: it is being '
+                                             'checked', quoted(item.name), item.hash)
 
 
 def save_session(item: Item) -> None:
@@ -3684,7 +3706,9 @@ def tell_place(item, root):
         command = ('d.directory_base.set', folder)
     elif stands_for(item.name, last):
         command = ('d.directory.set', folder)
-    item.tell(CLOSE, command)
+    # Not in one request: done to what is being checked, the second kills 0.9.8
+    item.tell(CLOSE)
+    item.tell(command)
 
 
 def is_at(item, root):
@@ -4090,9 +4114,13 @@ class Removal:
         replace_file(self.path, json.dumps(self.facts))
 
     def copies(self) -> OwnData:
-        """Return the data of a Move at the new place; without files before they are there."""
+        """Return the data of a Move at the new place; without files before they are there.
+
+        All its folders are torque's own, of any name.
+        """
         files = [OwnFile(*file) for file in self.facts.get('copies', ())]
-        return moved(self.data, self.facts['new'])._replace(files=files)
+        copies = moved(self.data, self.facts['new'])
+        return OwnData(copies.root, files, [*copies.folders, copies.root])
 
     def has_item(self) -> bool | None:
         """Tell whether rTorrent has its item; None where its session is another."""
@@ -4107,6 +4135,7 @@ class Removal:
         """Remove the note: all is done, or nothing is to be done."""
         with contextlib.suppress(OSError):
             os.remove(self.path)
+            sync(os.path.dirname(self.path))
 
 
 def read_removal(path, engine: Engine) -> Removal:
@@ -5769,7 +5798,7 @@ class Action(Choice):
             self.fields = tuple(OTHER_ACTIONS[action][0].split())
         self.halts = action in HALTING
         if self.halts:
-            self.fields += ('is_hashing',)
+            self.fields += ('is_hashing', 'd_hashing_failed')
         make = Template
         if action == 'exec':
             make = CommandTemplate
@@ -5819,7 +5848,7 @@ class Action(Choice):
             confirm = 1
         if self.met[torrent.hash] < confirm:
             raise HeldBack(f'it has not yet met the condition in {confirm} runs in a row')
-        if self.halts and torrent.is_hashing:
+        if self.halts and torrent.is_hashing and not torrent.d_hashing_failed:
             raise HeldBack('it is being checked')
 
     def commands(self, torrent, args) -> list[tuple]:
@@ -5919,8 +5948,8 @@ class Action(Choice):
         except Unreachable:             # the note stays, and the next run asks again
             raise
         except LoggableError:
+            start_again(item, item.state)
             removal.drop()
-            start_again(item)
             raise
         self.promised.update(data.root, freed)
         try:
@@ -5946,7 +5975,11 @@ class Action(Choice):
                                  removal, root, why)
                 # One that is there after it was erased is what the user has loaded since.
                 if 'erased' not in removal.facts and removal.has_item():
-                    self.bring_back(removal)
+                    try:
+                        self.bring_back(removal)
+                    except HeldBack as error:
+                        self.LOG.info('held back: %s: %s', removal, error)
+                        continue
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
@@ -5964,7 +5997,7 @@ class Action(Choice):
         # An rTorrent that died while it erased the item knows nothing of it but its metafile.
         if not item.completed_bytes and files_now(removal.data) and not is_at(item, root):
             tell_place(item, root)
-        start_again(item)
+        start_again(item, item.state)
 
     def is_enough(self, path):
         """Tell whether the disk of a path has what until_free asks for, with what is promised."""
@@ -6179,22 +6212,31 @@ class Move(Choice):
         self.left_alone = []
         with self.data_lock():
             stuck = ''
-            for removal in left_removals(self.config.state_dir, self.engine):
-                info_hash = removal.facts['hash']
-                if 'new' not in removal.facts or self.is_paused(info_hash) or self.dry_run:
-                    continue
-                try:
-                    self.take_up(removal)
-                except Unreachable:
-                    raise
-                except (LoggableError, OSError) as error:       # others are moved all the same
-                    stuck = f'{removal}: {error}'
-                    self.LOG.warning('%s', stuck)
-                    if not self.is_paused(info_hash):
-                        self.pause(info_hash)
+            if not self.dry_run:
+                stuck = self.take_up_all()
             self.each(self.chosen(), self.move)
             if stuck:
                 raise LoggableError(f'a move that was cut short cannot be finished: {stuck}')
+
+    def take_up_all(self):
+        """Finish or undo what ended runs have left; return what keeps one from that, or nothing."""
+        stuck = ''
+        for removal in left_removals(self.config.state_dir, self.engine):
+            info_hash = removal.facts['hash']
+            if 'new' not in removal.facts or self.is_paused(info_hash):
+                continue
+            try:
+                self.take_up(removal)
+            except Unreachable:
+                raise
+            except HeldBack as error:
+                self.LOG.info('held back: %s: %s', removal, error)
+            except (LoggableError, OSError) as error:       # others are moved all the same
+                stuck = f'{removal}: {error}'
+                self.LOG.warning('%s', stuck)
+                if not self.is_paused(info_hash):
+                    self.pause(info_hash)
+        return stuck
 
     def is_paused(self, info_hash):
         """Tell whether an item is left alone after a failure."""
@@ -6317,7 +6359,8 @@ class Move(Choice):
             yield
             discard(removal.facts['copy'])
         finally:
-            start_again(item)
+            # d.state does not change while it is closed, unless the user has started or stopped it.
+            start_again(item, ask_item(item.engine, item.hash).state)
         removal.drop()
 
     def undo(self, item, removal):
@@ -6365,10 +6408,11 @@ class Move(Choice):
         item, source = removal.item(), files_now(data)
         is_whole = bool(files_now(copies))
         if is_whole and source and not is_at(item, copies.root):
-            # It may have gone on at its old place: then the copies are old.
-            is_whole = source == data.files and all(
-                same_content(file.path, copy.path)
-                for file, copy in zip(source, copies.files))
+            # It may have gone on at its old place: then copies are old, unless they are links.
+            item.tell(CLOSE)
+            removal.data = data._replace(files=source)
+            is_whole = all(same_content(file.path, copy.path)
+                           for file, copy in zip(source, copies.files))
         if is_whole:
             self.LOG.info('finishing the move of %s to %s', removal, target)
             self.settle(item, removal)
