@@ -5017,6 +5017,18 @@ class WatchTest(Folder):
             self.look()
         os.rename(away, self.root)
         self.assertEqual(self.look(), [])
+        os.link(file, away)
+        os.chmod(file, 0o640)
+        os.rename(self.root + '/d', self.root + '/e')           # it is the same file
+        os.rename(away, self.root + '/link.torrent')
+        self.assertEqual(self.look(), [])
+        other = self.drop('n.torrent')                          # after one that is loaded
+        os.utime(self.root + '/link.torrent')
+        self.engine.faults[other] = Unreachable('gone')
+        self.fails('gone', self.look)
+        self.engine.items.clear()
+        self.engine.faults.clear()
+        self.assertEqual(self.look(), ['load.normal'])          # of that alone
         self.engine.same_files = True
         info_hash = self.drop('*.torrent')
         self.look()                                             # tied wherever that can be
@@ -5034,6 +5046,15 @@ class WatchTest(Folder):
             self.assertEqual(self.look(), [])                   # it is there, and tied
             self.engine.items.pop(item, None)
         self.assertTrue(self.logged('INFO', 'a.start', 'touch it to have it loaded again'))
+
+    def test_item_that_came_from_the_file(self):
+        """By content, so that it is tied to nothing."""
+        self.engine.same_files = False
+        self.drop('[a].torrent')
+        for _ in range(3):                                      # each is another start
+            self.look(remove_already_added='yes')
+        self.assertEqual((self.logged('loaded already'), os.listdir(self.root)),
+                         ([], ['[a].torrent']))
 
     def test_rtorrent_is_not_lost_a_third_time(self):
         info_hash = self.drop('b.torrent')

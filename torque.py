@@ -6666,16 +6666,19 @@ class TreeWatch(Job):
         self.took = time.monotonic() - began
         if self.thread:
             self.tell_of_trouble(before)
-        for path in self.handled.keys() - files.keys():
-            # On another device the disk of the file is not mounted now.
-            if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
-                del self.handled[path]
-        for path in sorted(files):
-            last = self.handled.get(path, Handled())
-            is_new = last.error or last.state != files[path]
-            if is_new and not self.ended.is_set():
-                self.handled[path] = self.handle(path, files[path], last)
-        self.keep_loaded()
+        try:
+            for path in sorted(files):
+                last = self.handled.get(path, Handled())
+                is_new = last.error or last.state != files[path]
+                if is_new and not self.ended.is_set():
+                    self.handled[path] = self.handle(path, files[path], last)
+            # Only now: one that has another name by now is known.
+            for path in self.handled.keys() - files.keys():
+                # On another device the disk of the file is not mounted now.
+                if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
+                    del self.handled[path]
+        finally:
+            self.keep_loaded()
         if self.trouble and not self.thread:
             raise LoggableError('; '.join(self.trouble.values()))
 
@@ -6774,7 +6777,7 @@ class TreeWatch(Job):
         """Load a new metafile; say why it was not loaded, once, and whether it may be later."""
         name = quoted(path)
         try:
-            return Handled(state, self.load(path, state, before, read_metafile(path)))
+            return Handled(state, self.load(path, state, read_metafile(path)))
         except Unreachable:
             raise
         except FileNotFoundError:
@@ -6847,7 +6850,14 @@ class TreeWatch(Job):
         """Return the answer to one question, an RpcError where it failed."""
         return self.engine.ask([call])[0]
 
-    def load(self, path, state, before, meta):
+    def was_loaded(self, state, meta):
+        """Tell whether the item of a file came from it, whatever names and modes it has had."""
+        facts = (state.inode, state.size, state.modified)
+        return any(done.item == meta.info_hash and facts == (
+            done.state.inode, done.state.size, done.state.modified)
+            for done in self.handled.values())
+
+    def load(self, path, state, meta):
         """Load a metafile unless its item is there, or was; return the hash of the item."""
         tied = self.ask('d.tied_to_file', meta.info_hash)
         if not isinstance(tied, HashNotFound):
@@ -6857,10 +6867,12 @@ class TreeWatch(Job):
             with contextlib.suppress(OSError):
                 if identity(tied) == identity(path):
                     return meta.info_hash
-            self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
-            if self.config.remove_already_added:
-                self.remove(path, state, tied)
-        elif before.item == meta.info_hash and before.state.changed == state.changed:
+            # One that is tied to nothing may have come from this file.
+            if tied or not self.was_loaded(state, meta):
+                self.LOG.info('%s: %s is loaded already', quoted(path), quoted(meta.name))
+                if self.config.remove_already_added:
+                    self.remove(path, state, tied)
+        elif self.was_loaded(state, meta):
             self.LOG.info('%s was loaded before, and its item was erased; touch it to have it '
                           'loaded again', quoted(path))
         else:
