@@ -3163,6 +3163,25 @@ class MetafileTest(Folder):
         files = [*paths_of('a'), padding, *paths_of('b'), padding]
         self.assertEqual(parse_metafile(info_of({'files': files})).main_file, '9')
 
+    def test_resume_that_would_end_rtorrent_is_refused(self):
+        good = metafile('a', {'b': 1, 'c': 2})[0]
+
+        def resumed(resume):
+            return good[:-1] + b'17:libtorrent_resume' + bencode(resume) + b'e'
+        file = {'mtime': NOW, 'priority': 1, 'completed': 1}
+        for resume in ({'bitfield': 1, 'files': [file, file], 'uncertain_pieces.timestamp': NOW},
+                       {'bitfield': b'\x80', 'files': [{}], 'peers': [5], 'trackers': {}},
+                       {'trackers': {'dht://': {'enabled': 0}, 'http://x/': {'group': 32}}}):
+            self.assertEqual(parse_metafile(resumed(resume)).main_file, 'c')
+        for resume in ({'files': ['x']}, {'files': [file, []]}, {'files': [5]},
+                       *({'trackers': {'a': {}, 'b': value}} for value in (5, 'x', [])),
+                       *({'trackers': {'a': {'extra_tracker': 1, 'enabled': 1, 'group': group}}}
+                         for group in ('x', -1, 33, 4294967295))):
+            for content in (resumed(resume), resumed(resume).replace(b'4:info', b'4:inf_')):
+                self.refuse('rTorrent would abort over its `libtorrent_resume`', content)
+        self.refuse("resume`, or hang: the group of a tracker is not 0 to 32",
+                    resumed({'trackers': {'a': {'group': 33}}}))
+
     def test_lists_in_lists_are_read(self):
         good, info_hash = metafile('a')
         for depth in (150, 199, 300, 100000):
@@ -3227,7 +3246,9 @@ class MetafileTest(Folder):
                      b'd4:pathl1:a1:b1:cee'):
             files = unit * (size // len(unit))
             for content in (b'd4:info%se' % (info % (files, bytes(20))),
-                            b'd1:al%se4:info%se' % (files, info % (b'', bytes(20)))):
+                            b'd1:al%se4:info%se' % (files, info % (b'', bytes(20))),
+                            b'd17:libtorrent_resumed5:filesl%see4:info%se'
+                            % (files, info % (b'', bytes(20)))):
                 self.assert_modest(content)
         files = b''.join(b'd6:lengthi1e4:pathl4:%04dee' % number for number in range(10000))
         self.assert_modest(b'd4:info%se' % (info % (files, bytes(20))))

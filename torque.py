@@ -3381,6 +3381,20 @@ def info_facts(content, at) -> dict[bytes, int]:
     return facts
 
 
+def require_harmless(content, at):
+    """Raise ValueError where rTorrent would abort over `libtorrent_resume`, or hang."""
+    for key, start, _ in bencoded_members(content, at):
+        entries: Iterable = ()
+        if key == b'files':
+            entries = bencoded_items(content, start)
+        elif key == b'trackers':
+            entries = (places for _, *places in bencoded_members(content, start))
+        for entry, _ in entries:
+            for name, place, _ in bencoded_members(content, entry):
+                if name == b'group' and bencoded_number(content, place) not in range(33):
+                    raise ValueError('the group of a tracker is not 0 to 32')
+
+
 def parse_metafile(content: bytes) -> Metafile:
     """Return what the bytes of a metafile say.
 
@@ -3391,6 +3405,12 @@ def parse_metafile(content: bytes) -> Metafile:
     for key, start, end in bencoded_members(content, 0):
         if key in outer:
             outer[key] = start, end
+        if key == b'libtorrent_resume':
+            try:
+                require_harmless(content, start)
+            except ValueError as error:
+                raise ValueError('rTorrent would abort over its `libtorrent_resume`, or hang: '
+                                 f'{error}') from None
     begin, end = outer[b'info']
     if not begin:
         uri = first_text(content, *outer[b'magnet-uri'])
