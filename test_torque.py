@@ -3086,7 +3086,6 @@ WRONG_INFOS = '''
 '''
 # Files, whose names stand two spaces apart, their parts between colons >> words of the refusal
 WRONG_PATHS = '''
-a::b >> path or length of the file 'a/|' in it is not usable
 a/b >> path or length of the file 'a/|' in it is not usable
 a\0b >> path or length of the file 'a|' in it is not usable
 a:..:b >> path or length of the file 'a/|' in it is not usable
@@ -3095,14 +3094,17 @@ a:.:c >> path or length of the file 'a/|' in it is not usable
 a  a >> 'a' and 'a' cannot both be files: rTorrent would abort
 a  b  c  a >> 'a' and 'a' cannot both be files: rTorrent would abort
 d:a:b:c  d:a.x  d:a >> 'd/a' and 'd/a/b/c' cannot both
+d:a  d:a: >> 'd/a' and 'd/a' cannot both
+d:a  :d::a:b >> 'd/a' and 'd/a/b' cannot both
 d:a  d:a b  d:a:b:c >> 'd/a' and 'd/a/b/c' cannot both
 '''
 
 
 def info_of(info):
     """Return a metafile of one byte, but for what its `info` says."""
-    return bencode({'info': {'name': 'a', 'piece length': 16384, 'pieces': bytes(20), 'length': 1,
-                             **info}})
+    if 'files' not in info:
+        info = {'length': 1, **info}
+    return bencode({'info': {'name': 'a', 'piece length': 16384, 'pieces': bytes(20), **info}})
 
 
 def paths_of(names):
@@ -3150,8 +3152,13 @@ class MetafileTest(Folder):
             self.refuse(words, info_of(ast.literal_eval(info)))
         for names, words in sides(WRONG_PATHS):
             self.refuse(words, info_of({'files': paths_of(names)}))
-        self.refuse("path or length of the file '|' in it is not usable",
+        self.refuse('a file in it has no path, or no length',
                     info_of({'files': [{'path': [''], 'length': 1}]}))
+        for names, name in (('a::b', 'b'), (':a', 'a'), ('a:', 'a')):
+            self.assertEqual(parse_metafile(info_of({'files': paths_of(names)})).main_file, name)
+        for files in 'x', paths_of('b'), {}:
+            found = parse_metafile(info_of({'name': 'c', 'length': 5, 'files': files}))
+            self.assertEqual((found.main_file, [*found.files()]), ('c', []))
         parse_metafile(info_of({'files': paths_of('a:b  a:c  A  .a  a.b  ..b')}))
         for names in ('a  a*', 'a*  a', 'a  a:0*', 'a*  a:0', 'x  .pad:1*  .pad:1*', 'p*  p:0*'):
             files = paths_of(names.replace('*', ''))

@@ -3306,7 +3306,8 @@ def sum_up(files) -> tuple[int, bytes]:
     size, most, largest = 0, -1, b''
     for entry in files:
         try:
-            parts, length = entry[b'path'], entry[b'length']
+            # rTorrent takes empty parts, and the same file without them; a dictionary has no slice
+            parts, length = [*filter(None, entry[b'path'][:])], entry[b'length']
             path, name = b'\0'.join(parts), parts[-1]
             is_wrong = length < 0 or any(map(UNUSABLE_NAME.fullmatch, parts))
             is_padding = b'p' in entry.get(b'attr', b'')
@@ -3427,6 +3428,9 @@ def parse_metafile(content: bytes) -> Metafile:
     if not pieces or piece_length < LEAST_PIECE:
         raise ValueError('no pieces, or no usable `piece length` in it')
     size, main_file = bencoded_number(content, facts[b'length']) or 0, name
+    # As in rTorrent, it has one file then.
+    if facts[b'length']:
+        facts[b'files'] = 0
     if facts[b'files']:
         size, main_file = sum_up(bencoded_files(content, facts[b'files']))
     # No files, and less than no bytes, have no pieces.
