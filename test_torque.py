@@ -2319,8 +2319,10 @@ class FilterTest(Case):
     def test_tags_and_files_are_lists(self):
         self.check("""
         tagged=new  tagged=NEW,x  tagged=b*  tagged!=:  views=:  views=  views=""  kind=!flac,mp3
-        kind_25=:iso  kind_25==iso  files=sample/*  files=*.nfo  files=/NFO$/  files!=*.rar""", """
-        tagged=ne  tagged=:new  tagged=:  views=rtcontrol  kind=flac,mp3  kind==iso  files=b""")
+        kind_25=:iso  kind_25==iso,x  kind_25==x,iso  files=sample/*  files=*.nfo  files=/NFO$/
+        files!=*.rar""", """
+        tagged=ne  tagged=:new  tagged=:  views=rtcontrol  kind=flac,mp3  kind==iso
+        kind==x,iso  kind==iso,txt  files=b""")
 
     def test_values_are_spelt_as_the_field_has_them(self):
         row = {'kind': ['jpg', 'mpg', 'rar'], 'kind_25': ['jpg'], 'traits': ['img', 'jpg'],

@@ -3035,9 +3035,10 @@ class Filter:
         # As in pyrocore
         elif op == '~':
             value = f'/{value}/'.replace(',', COMMA)
+        only = ''
         # This one and no other
-        elif op == '==' and kind == 'tags':
-            value = ':' + value
+        if op == '==' and kind == 'tags':
+            only = ':'
         values = [value]
         if op not in ORDER:
             op = '='
@@ -3046,7 +3047,7 @@ class Filter:
             raise UserError('a value is missing beside a comma')
         tests = []
         for part in values:
-            part = part.replace(COMMA, ',')
+            part = only + part.replace(COMMA, ',')
             if CLASS_IN_GLOB.match(part):
                 self.classes.append(f'{name}{op}{part}')
             make = leaf
