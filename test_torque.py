@@ -2211,6 +2211,15 @@ class FilterTest(Case):
         message=/not registered/i  name=/^ch/  path=/srv OR name=/x/  path=/x OR name=a/""")
         self.check('message=/not registered/i', row={'message': 'Torrent Not registered.'})
 
+    def test_folders_that_end_in_a_slash_are_several(self):
+        for text, *paths in (('/data/a,/data/b/', '/data/a', '/data/b/'),
+                             ('/data/a/,/data/b/', '/data/a/', '/data/b/x'),
+                             ('/srv/tv/*,/srv/films/', '/srv/tv/x', '/srv/films/')):
+            for path in paths:
+                self.check(f'path={text}  NOT path!={text}', row={'path': path})
+        self.check(r'tracker=/x/announce/,/y/  tracker=/^http://x{1,2}/  tracker=/p://\w+/\w$/',
+                   'tracker=/x/announce/,/z/', row={'tracker': 'http://xx/y'})
+
     def test_long_text_is_cut_first(self):
         row = {'message': 'not' * 100000, 'files': ['a' * 100000] * 3, 'tagged': ['a' * 99999]}
         for text in ('message=/not.*registered/', 'files=*a*a*a*a*a*b', 'tagged=/a.*c/',

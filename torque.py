@@ -2696,9 +2696,11 @@ MOST_CHARACTERS, MOST_IN_PATTERN, MOST_DEPTH = 4000, 500, 50
 # held meanwhile, and a regex of the user may take quadratic time.
 MOST_MATCHED = 1000
 # A word is a keyword, nothing at the end, or pieces, some of them quoted. Only where a value
-# begins, /.../ is a regex: it may hold quotes and (without < = >) spaces; its backslashes stay.
+# begins, /.../ is a regex: it may hold quotes and (without < = > and /) spaces and commas; its
+# backslashes stay. /a/,/b/ are two.
 QUOTED = (
-    r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|\S*)/i?(?=[\s,]|$))'
+    r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|'
+    r'(?:\{\d*,\d*}|[^\s,])*)/i?(?=[\s,]|$))'
     r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
 PIECE = re.compile(QUOTED, re.S)
 WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
