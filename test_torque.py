@@ -2371,6 +2371,8 @@ class FilterTest(Case):
             "'/foo' begins as a /regex/ and does not end as one; write '/foo/', or */foo for the":
             '/foo  name=/foo  name=!/foo  NOT a,/foo  name="/foo"  tagged=/foo',
             'does not end as one': 'message=/not registered  label=/tv/x  name=/x/I  kind==/x',
+            "'.mkv' begins with a dot, as no kind_9 does; allowed is mkv": 'kind_9=.mkv',
+            'begins with a dot': 'kind=a,.mkv  NOT kind=.mkv  kind==.mkv  traits=!.mkv',
             'prio is 0, 1, 2 or 3: this can never be true':
             'prio=9  prio>3  prio>=4  prio<0  prio=2,4  prio=1.5',
             'not a size ... 4g': ['size>4x', 'size=', 'size>' + '9' * 99],

@@ -2876,6 +2876,8 @@ def leaf(name, kind, op, text, negated):
         text = ''
     elif name.partition('_')[0] in ('kind', 'traits'):
         text = kind_of(text)
+        if text.lstrip(':').startswith('.'):
+            raise UserError(f'{quoted(text)} begins with a dot, as no {name} does; allowed is mkv')
     elif name == 'label':
         text = label_text(text)
     test = value_test(kind, op, text)
