@@ -2205,7 +2205,7 @@ class FilterTest(Case):
     def test_regex_searches(self):
         self.check(r"""
         /ARCH/  name=/[[a]rch/  name=/ch-\d+\.iso$/  name!=/mkv|avi/  path=/srv/a  path=/^\/srv/
-        name~ch-2
+        name~ch-2  name~ch-\d+\.iso$  name~h-\d{4,}  name~"c[h] *-"  name~'\d'  name~\d,|iso
         name=/a{1,2}rch/,x  label=/a b/ prio=2  alias=/it's/  name="/ch-/"  done=100
         message=/^$|ghost/""", """
         message=/not registered/i  name=/^ch/  path=/srv OR name=/x/  path=/x OR name=a/""")

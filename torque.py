@@ -2987,7 +2987,10 @@ class Filter:
         self.key, text = word[1], word[2] or ''
         if text.startswith('#'):
             raise UserError('# begins no comment here; put it on a line of its own, or quote it')
-        self.word = PIECE.sub(unquoted, text)
+        # The backslashes of a regex stay
+        if not re.fullmatch(r'''[A-Za-z_][\w.-]*~[^"']*''', text):
+            text = PIECE.sub(unquoted, text)
+        self.word = text
 
     def expression(self, negated, end):
         """expr ::= term ( 'OR' term )*;  then comes ']', or the end"""
