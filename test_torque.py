@@ -2206,7 +2206,8 @@ class FilterTest(Case):
         self.check(r"""
         /ARCH/  name=/[[a]rch/  name=/ch-\d+\.iso$/  name!=/mkv|avi/  path=/srv/a  path=/^\/srv/
         name~ch-2  name~ch-\d+\.iso$  name~h-\d{4,}  name~"c[h] *-"  name~'\d'  name~\d,|iso
-        name=/a{1,2}rch/,x  label=/a b/ prio=2  alias=/it's/  name="/ch-/"  done=100
+        name=/a{1,2}rch/,x  name=/-([0-9]{2})+\./  name=/(rc)+/  label=/a b/ prio=2
+        alias=/it's/  name="/ch-/"  done=100
         message=/^$|ghost/""", """
         message=/not registered/i  name=/^ch/  path=/srv OR name=/x/  path=/x OR name=a/""")
         self.check('message=/not registered/i', row={'message': 'Torrent Not registered.'})
@@ -2383,7 +2384,8 @@ class FilterTest(Case):
             'does not go with =; allowed are < <= > >= =+ =-':
             'completed=2w  completed!=2024-03-15  seedtime=1h',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
-            'for ever ... (ab)+': 'name=/(a+)+$/  /((a*)b)*/', 'no template': 'path!={{d.path}}',
+            'for ever ... (ab)+': r'name=/(a+)+$/  /((a*)b)*/  /(\w{1,9})+-/  /((a{2,})b){3}/',
+            'no template': 'path!={{d.path}}',
             'a glob, up to 500': ['a' * 501],
             'too long; allowed are 4000 ... 50 brackets': ['x' * 5000, '[ ' * 1000]})
 

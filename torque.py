@@ -2709,7 +2709,9 @@ CONDITION = re.compile(r'([A-Za-z_][\w.-]{0,99})(<>|<=|>=|!=|==|<|>|=|~)(.*)', r
 CLASS_IN_GLOB = re.compile(r'[!:]*(?![!:/])[^[]*\[.+\]', re.S)
 COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
-REPEATED_REPEAT = re.compile(r'\((?:[^()]*[*+]|[^()]*\([^()]*[*+][^()]*\))[^()]*\)[*+{]')
+# {2}, which is exact, takes no longer
+REPEATED_REPEAT = re.compile(
+    r'\((?:[^()]*(?:[*+]|,\d*})|[^()]*\([^()]*(?:[*+]|,\d*})[^()]*\))[^()]*\)[*+{]')
 STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
 # Words that cannot be meant as the name of a torrent
 NO_NAME = re.compile(
