@@ -4700,6 +4700,8 @@ class QueueTest(Folder):
     def test_what_is_not_known_comes_last(self):
         for name, values, *wanted in (
                 ('custom_a', (None, 5, 'x', 5, None), '13204', '21304'),
+                ('custom_a', ('10', '9.5', '', 'x', '-1\n'), '41032', '30142'),
+                ('d_x', ('10', 9, '', '10x'), '1032', '3012'),
                 ('loaded', (0, NOW, None, NOW - 1), '3102', '1302'),
                 ('ratio', (0, 2.5, 1), '021', '120')):
             rows = [{name: value, 'name': str(at)} for at, value in enumerate(values)]

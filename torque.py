@@ -5385,15 +5385,22 @@ def naming(option):
 
 def sort_key(name, torrent) -> tuple:
     """Return what a torrent is sorted by: numbers come before texts."""
-    return isinstance(torrent[name], str), torrent[name]
+    value = torrent[name]
+    text = str(value).strip()
+    if torrent_field(name).kind in COMPARED_AS and PLAIN_NUMBER.fullmatch(text):
+        value = float(text)
+    return isinstance(value, str), value
 
 
 def in_order(torrents, keys):
     """Return torrents sorted by the keys; those of which one is not known come last."""
     for name, backwards in reversed(keys):
         unknown: tuple = (None,)
-        if torrent_field(name).kind == 'time':
+        kind = torrent_field(name).kind
+        if kind == 'time':
             unknown = (None, 0)
+        elif kind in COMPARED_AS:
+            unknown = (None, '')
         known = [torrent for torrent in torrents if torrent[name] not in unknown]
         rest = [torrent for torrent in torrents if torrent[name] in unknown]
         known.sort(key=functools.partial(sort_key, name), reverse=backwards)
