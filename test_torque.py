@@ -3968,6 +3968,7 @@ RUN_ARGS = """
     perl -I lib -M{{a}} x.pl  ruby -e {{a}}  ruby -r {{a}} x  node -p {{a}}  node --eval {{a}}
     node --eval={{a}}  node -r x -e {{a}}  php -r {{a}}  php8.2 -d x=1 -r {{a}}  lua5.4 -e {{a}}
     tclsh8.6 {{a}}  awk {{a}}  gawk -f {{a}}  mawk x{{a}}  awk -v a=b {{a}}  sed {{a}}  sed -e {{a}}
+    sh -v {{a}}  bash -v {{a}}  /bin/sh -v {{a}}/x.sh  python3 -v {{a}}  env -v {{a}}  sed -v {{a}}
     sed s/a/b/ x -e {{a}}  sed -i -f {{a}} x  x -c "y {{a}}"  x -e "y {{a}}"  x -E "y {{a}}"
     x -r "y {{a}}"  x -p "y {{a}}"  x --eval "y {{a}}"  x --command "y {{a}}"  x -lc "y {{a}}"
     x -ne "y {{a}}"  x -e{{a}}  x -lc{{a}}  x --eval={{a}}  x --command="y {{a}}"  x "-ey {{a}}"

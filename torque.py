@@ -4608,14 +4608,16 @@ def check_program(name, words):
     flag, given = '', False
     for word in words:
         is_text = not given or gives_text.fullmatch(flag)
+        # awk -v name={{name}} is data
+        is_data = flag == '-v' and name.endswith('awk')
         if name == 'env' and '=' in word:
             continue
-        if MARK in word and is_text and flag != '-v':   # awk -v name={{name}} is data
+        if MARK in word and is_text and not is_data:
             raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
         if word.startswith(('-', '+')):
             flag = word
             continue
-        if flag != '-v' and not FLAG_WITH_ARGUMENT.fullmatch(flag):
+        if not is_data and not FLAG_WITH_ARGUMENT.fullmatch(flag):
             more = name not in SHELLS and gives_text.fullmatch(flag)
             if name in INTERPRETERS and name != 'sed' and not more:
                 return                  # what follows are arguments of its program
