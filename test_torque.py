@@ -3945,7 +3945,20 @@ SAFE_ARGS = """
     awk -v name={{a}} '{print name}' x{{a}}
     sed -e 's/a/b/' -n {{a}}
     flock /run/lock cp -r {{a}} /x/{{a}}
+    flock -n -w 5 /run/lock cp -r {{a}} /x/{{a}}
     nice -n 5 cp -r {{a}} /x/{{a}}
+    nice cp {{a}} /x/{{a}}
+    ionice -c3 nice -n19 nohup cp {{a}} /x/{{a}}
+    timeout 60 cp {{a}} /x/{{a}}
+    timeout -s KILL -k 5 1.5h cp {{a}} /x/{{a}}
+    sudo -u bob cp {{a}} /x/{{a}}
+    sudo -n -u bob -- A=b cp {{a}} /x/{{a}}
+    env -i A=b C={{a}} cp {{a}} /x/{{a}}
+    chroot --userspec=a /x cp {{a}} /x/{{a}}
+    node --max-old-space-size=99 --require x x.js {{a}}
+    php -r 'echo $argv[1];' {{a}}
+    bash --norc x.sh {{a}}
+    sed -r --quiet s/a/b/ {{a}}
     env NAME={{a}} x --name={{a}}
     notify-send "Done: {{a}}"
     notify-send --title="It is done: {{a}}"
@@ -3962,6 +3975,11 @@ RUN_ARGS = """
     ssh nas {{a}}  ssh h ls {{a}}  su -c "x {{a}}" root  su {{a}}  rsh h {{a}}  watch ls {{a}}
     xargs -a {{a}} rm  tmux new {{a}}  screen -dm {{a}}  parallel {{a}}  at {{a}}  nice watch {{a}}
     runuser -u me -c {{a}}  script -c {{a}} x  flock /x -c {{a}}  flock -c "x {{a}}"  sudo {{a}}
+    timeout 60 {{a}}  timeout -s KILL -k 5 1.5h {{a}}  nice -n 19 {{a}}  nice -19 {{a}}
+    sudo -u bob {{a}}  sudo -u bob -- {{a}}  sudo A=b {{a}}  doas -u x {{a}}  chroot /x {{a}}
+    flock /l {{a}}  flock -n /l {{a}}  flock -w 5 /l {{a}}  env -u A {{a}}  env A=b {{a}}
+    env -S A={{a}}  env -SA={{a}}  nice timeout 60 {{a}}  busybox timeout 60 {{a}}
+    node --require x {{a}}  node -r x {{a}}  ruby -r x {{a}}  lua -l x {{a}}
     env -S "sh -c {{a}}"  env -S {{a}}  env {{a}}  nohup {{a}}  find . -exec sh -c {{a}}
     python3 -c {{a}}  python3 {{a}}  python3.11 -Bc {{a}}  python3 -m {{a}}  python3 -W x {{a}}
     perl {{a}}  perl -E {{a}}  perl -e{{a}}  perl5.36 -e {{a}}  perl -ne {{a}}  perl -e x -e {{a}}

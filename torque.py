@@ -4587,7 +4587,7 @@ TEXT_FOLLOWS = re.compile(TEXT_FLAG)
 TEXT_ATTACHED = re.compile(rf'{TEXT_FLAG}(?:=?{MARK}|.*\s)', re.S)
 # These give what they are told to a shell, joined by spaces: no value is safe.
 RUNS_ALL = frozenset('ssh rsh mosh su watch xargs tmux screen parallel at batch'.split())
-# These run the first word that is no flag, or what stands after a flag ...
+# These run the first word that is nothing of theirs, or what stands after a flag ...
 RUNNERS = frozenset('env sudo doas nice ionice nohup timeout setsid busybox toybox chroot flock '
                     'script runuser'.split())
 SHELLS = frozenset('sh bash dash ash zsh ksh mksh lksh pdksh yash posh fish csh tcsh pwsh xonsh '
@@ -4595,7 +4595,14 @@ SHELLS = frozenset('sh bash dash ash zsh ksh mksh lksh pdksh yash posh fish csh 
 # ... and these, as shells do, leave to that program what stands after it; sed does not.
 INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua luajit tclsh wish '
                             'expect awk gawk mawk nawk guile Rscript julia groovy sed'.split())
-FLAG_WITH_ARGUMENT = re.compile('[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file')
+# Of those, flags that no argument follows, unless it is a number
+LONE_FLAG = re.compile('--|-[EHfinvwx]{1,9}|.*[0-9=].*', re.S)
+NUMBER_OR_TIME = re.compile('[0-9.]{1,20}[smhd]?')
+ASSIGNMENT = re.compile(r'[A-Za-z_]\w{0,99}=')
+# The name of an interpreter, and a flag of it
+FLAG_WITH_ARGUMENT = re.compile(
+    r'\w+ (?:[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file)|lua(jit)? -l|'
+    '(node|nodejs|bun|deno|ruby) (-r|--(?!eval|print)[a-z-]{1,30})')
 SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
@@ -4605,23 +4612,32 @@ def check_program(name, words):
     gives_text = SHELL_FLAG
     if name in INTERPRETERS - SHELLS:
         gives_text = SCRIPT_FLAG
-    flag, given = '', False
+    # Words till it is known what is run; before that comes a folder, or a lock.
+    flag, missing = '', 1
+    if name in ('chroot', 'flock'):
+        missing = 2
     for word in words:
-        is_text = not given or gives_text.fullmatch(flag)
+        is_text = missing > 0 or gives_text.fullmatch(flag)
         # awk -v name={{name}} is data
         is_data = flag == '-v' and name.endswith('awk')
-        if name == 'env' and '=' in word:
+        if name in RUNNERS and not flag and ASSIGNMENT.match(word):
             continue
         if MARK in word and is_text and not is_data:
             raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
         if word.startswith(('-', '+')):
             flag = word
+            if name in RUNNERS and LONE_FLAG.fullmatch(word):
+                flag = ''
             continue
-        if not is_data and not FLAG_WITH_ARGUMENT.fullmatch(flag):
+        if name in RUNNERS:
+            # What stands right after a flag may be its argument
+            if not flag and not NUMBER_OR_TIME.fullmatch(word):
+                missing -= 1
+        elif not is_data and not FLAG_WITH_ARGUMENT.fullmatch(f'{name} {flag}'):
             more = name not in SHELLS and gives_text.fullmatch(flag)
-            if name in INTERPRETERS and name != 'sed' and not more:
+            if name != 'sed' and not more:
                 return                  # what follows are arguments of its program
-            given = True
+            missing = 0
         flag = ''
 
 
