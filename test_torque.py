@@ -3940,7 +3940,8 @@ SAFE_ARGS = """
     python3 -u -W ignore x.py --name {{a}}
     python3 script.py -p {{a}}
     perl -w x.pl {{a}}
-    perl -ne 'print $ARGV[0]' {{a}}
+    perl -we 'print $ARGV[0]' {{a}}
+    perl -Mopen -w x.pl -n {{a}}
     node -r dotenv/config x.js {{a}}
     awk -v name={{a}} '{print name}' x{{a}}
     sed -e 's/a/b/' -n {{a}}
@@ -3983,6 +3984,7 @@ RUN_ARGS = """
     env -S "sh -c {{a}}"  env -S {{a}}  env {{a}}  nohup {{a}}  find . -exec sh -c {{a}}
     python3 -c {{a}}  python3 {{a}}  python3.11 -Bc {{a}}  python3 -m {{a}}  python3 -W x {{a}}
     perl {{a}}  perl -E {{a}}  perl -e{{a}}  perl5.36 -e {{a}}  perl -ne {{a}}  perl -e x -e {{a}}
+    perl -ne print {{a}}  perl -pi.bak -e x -- y {{a}}  perl -w0777ne x {{a}}  perl -n x.pl {{a}}
     perl -I lib -M{{a}} x.pl  ruby -e {{a}}  ruby -r {{a}} x  node -p {{a}}  node --eval {{a}}
     node --eval={{a}}  node -r x -e {{a}}  php -r {{a}}  php8.2 -d x=1 -r {{a}}  lua5.4 -e {{a}}
     tclsh8.6 {{a}}  awk {{a}}  gawk -f {{a}}  mawk x{{a}}  awk -v a=b {{a}}  sed {{a}}  sed -e {{a}}

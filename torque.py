@@ -4599,6 +4599,8 @@ INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua 
 LONE_FLAG = re.compile('--|-[EHfinvwx]{1,9}|.*[0-9=].*', re.S)
 NUMBER_OR_TIME = re.compile('[0-9.]{1,20}[smhd]?')
 ASSIGNMENT = re.compile(r'[A-Za-z_]\w{0,99}=')
+# With these, perl opens what follows by an `open` that runs `x|`.
+PERL_LOOP = re.compile('-[^-eEImM]*[Fanp]')
 # The name of an interpreter, and a flag of it
 FLAG_WITH_ARGUMENT = re.compile(
     r'\w+ (?:[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file)|lua(jit)? -l|'
@@ -4622,7 +4624,8 @@ def check_program(name, words):
         is_data = flag == '-v' and name.endswith('awk')
         if name in RUNNERS and not flag and ASSIGNMENT.match(word):
             continue
-        if MARK in word and is_text and not is_data:
+        loops = name == 'perl' and PERL_LOOP.match(word)
+        if MARK in word and is_text and not is_data or loops and MARK in ''.join(words):
             raise UserError(f'a value that a shell or the like would run; {SAFE_WAY}')
         if word.startswith(('-', '+')):
             flag = word
