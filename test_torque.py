@@ -4128,6 +4128,8 @@ class TemplateTest(Case):
             'a value beside ... words and "..."': """d.x=(cat,{{a}})  d.x=$d.y={{a}}  d.x="{{a}}
             d.x={b,{{a}}  d.x="a"{{a}}""", 'would run; ... "$1"':
             'execute=sh,-c,"rm {{a}}"  execute.nothrow.bg=/bin/bash,-ec,{{a}}',
+            'may become a shell; allowed are words': '''execute.throw=$cat=sh,-c,{{a}}
+            execute="$cat=sh",-c,{{a}}  execute.nothrow.bg=cp,{{a}}, $d.name=''',
             'may be run; ... "$1"': 'execute=x,"y;{{a}}"',
             'depends on a value': 'execute={{a}},x', 'makes rTorrent abort ... f.multicall':
             '''f.path=  d.x=$f.path=  d.x=(f.path)  print="$f.path="  branch=d.x=,f.path=

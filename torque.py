@@ -4748,6 +4748,9 @@ class CommandTemplate(Template):
             raise UserError(f'{name} might run the value; allowed are e.g. d.custom.set, print')
         words = [argument_text(word) for word in split_commands(rest, ',')]
         if name.startswith('execute'):
+            if any(word.startswith('$') for word in words):
+                raise UserError('a value with an argument that begins with $, which may become a '
+                                'shell; allowed are words and "..."')
             check_words(words)
         return name + '=', words
 
