@@ -3392,18 +3392,27 @@ def info_facts(content, at) -> dict[bytes, int]:
     return facts
 
 
-def require_harmless(content, at):
-    """Raise ValueError where rTorrent would abort over `libtorrent_resume`, or hang."""
+def resume_entries(content, at):
+    """Give where each file and each tracker of a `libtorrent_resume` stands."""
     for key, start, _ in bencoded_members(content, at):
-        entries: Iterable = ()
         if key == b'files':
-            entries = bencoded_items(content, start)
+            for entry, _ in bencoded_items(content, start):
+                yield entry
         elif key == b'trackers':
-            entries = (places for _, *places in bencoded_members(content, start))
-        for entry, _ in entries:
-            for name, place, _ in bencoded_members(content, entry):
-                if name == b'group' and bencoded_number(content, place) not in range(33):
+            for _, entry, _ in bencoded_members(content, start):
+                yield entry
+
+
+def require_harmless(content, at):
+    """Raise ValueError where rTorrent would abort over a `libtorrent_resume`, or hang."""
+    try:
+        for entry in resume_entries(content, at):
+            for key, start, _ in bencoded_members(content, entry):
+                if key == b'group' and bencoded_number(content, start) not in range(33):
                     raise ValueError('the group of a tracker is not 0 to 32')
+    except ValueError as error:
+        raise ValueError('rTorrent would abort over its `libtorrent_resume`, or hang: '
+                         f'{error}') from None
 
 
 def parse_metafile(content: bytes) -> Metafile:
@@ -3417,11 +3426,7 @@ def parse_metafile(content: bytes) -> Metafile:
         if key in outer:
             outer[key] = start, end
         if key == b'libtorrent_resume':
-            try:
-                require_harmless(content, start)
-            except ValueError as error:
-                raise ValueError('rTorrent would abort over its `libtorrent_resume`, or hang: '
-                                 f'{error}') from None
+            require_harmless(content, start)
     begin, end = outer[b'info']
     if not begin:
         uri = first_text(content, *outer[b'magnet-uri'])
