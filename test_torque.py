@@ -2218,6 +2218,7 @@ class FilterTest(Case):
                              ('/srv/tv/*,/srv/films/', '/srv/tv/x', '/srv/films/')):
             for path in paths:
                 self.check(f'path={text}  NOT path!={text}', row={'path': path})
+        self.check(r'path=/^/data/(a,b)/  path=/(\w{1,3}[.,]){1}\w/', row={'path': '/data/a,b'})
         self.check(r'tracker=/x/announce/,/y/  tracker=/^http://x{1,2}/  tracker=/p://\w+/\w$/',
                    'tracker=/x/announce/,/z/', row={'tracker': 'http://xx/y'})
 
@@ -2384,7 +2385,7 @@ class FilterTest(Case):
             'does not go with =; allowed are < <= > >= =+ =-':
             'completed=2w  completed!=2024-03-15  seedtime=1h',
             'a value is missing beside a comma': 'kind=a,  name=a,,b', 'not a regex': 'name=/(/',
-            'for ever ... (ab)+': r'name=/(a+)+$/  /((a*)b)*/  /(\w{1,9})+-/  /((a{2,})b){3}/',
+            'for ever ... (ab)+': r'name=/(a+)+$/  /((a*)b)*/  /(\w{1,9})+-/  /((a{2,})b){3,}/',
             'no template': 'path!={{d.path}}',
             'a glob, up to 500': ['a' * 501],
             'too long; allowed are 4000 ... 50 brackets': ['x' * 5000, '[ ' * 1000]})
@@ -3191,7 +3192,8 @@ class MetafileTest(Folder):
         def resumed(resume):
             return good[:-1] + b'17:libtorrent_resume' + bencode(resume) + b'e'
         file = {'mtime': NOW, 'priority': 1, 'completed': 1}
-        for resume in ({'bitfield': 1, 'files': [file, file], 'uncertain_pieces.timestamp': NOW},
+        for resume in ([], {'files': {}, 'trackers': []}, {'files': 'x', 'trackers': 5},
+                       {'bitfield': 1, 'files': [file, file], 'uncertain_pieces.timestamp': NOW},
                        {'bitfield': b'\x80', 'files': [{}], 'peers': [5], 'trackers': {}},
                        {'trackers': {'dht://': {'enabled': 0}, 'http://x/': {'group': 32}}}):
             self.assertEqual(parse_metafile(resumed(resume)).main_file, 'c')
@@ -3957,6 +3959,10 @@ SAFE_ARGS = """
     env -i A=b C={{a}} cp {{a}} /x/{{a}}
     chroot --userspec=a /x cp {{a}} /x/{{a}}
     node --max-old-space-size=99 --require x x.js {{a}}
+    node --no-warnings x.js {{a}}
+    sudo -b --non-interactive cp {{a}} /x/{{a}}
+    flock --nonblock -o /l cp {{a}} /x/{{a}}
+    setsid --fork cp {{a}} /x/{{a}}
     php -r 'echo $argv[1];' {{a}}
     bash --norc x.sh {{a}}
     sed -r --quiet s/a/b/ {{a}}
@@ -5115,6 +5121,27 @@ class WatchTest(Folder):
             self.engine.items.pop(item, None)
         self.assertTrue(self.logged('INFO', 'a.start', 'touch it to have it loaded again'))
 
+    def test_files_that_have_gone_are_forgotten(self):
+        self.drop('a/x.torrent')
+        kept = self.path('x')
+        os.link(self.root + '/a/x.torrent', kept)
+        job = self.watch(inotify='no', path=f'{self.root}:{self.folder}/missing')
+        for _ in range(2):
+            self.fails('missing', job.run)
+            self.assertEqual(self.loads(), ['load.normal'])
+            self.engine.items.clear()
+            del self.engine.asked[:]
+            os.remove(self.root + '/a/x.torrent')               # by rTorrent
+            self.fails('missing', job.run)
+            os.link(kept, self.root + '/a/x.torrent')
+
+    def test_disks_that_number_their_files_anew(self):
+        item, state = self.drop('x.torrent'), torque.file_state
+        self.assertEqual(self.look(), ['load.normal'])
+        del self.engine.items[item]
+        with mock.patch('torque.file_state', lambda status: state(status)._replace(inode=1)):
+            self.assertEqual(self.look(), [])
+
     def test_item_that_came_from_the_file(self):
         """By content, so that it is tied to nothing."""
         self.engine.same_files = False
@@ -6211,6 +6238,23 @@ class CullTest(WithDouble):
             self.holds('use', self.job(kind, action='cull', matcher='name=a', shared='keep',
                                        target=self.path('new')).run)
             self.assertEqual(item['d.is_active'], 1)
+        self.engine.faults.clear()
+        item.update({'d.is_open': 0, 'd.is_active': 0})         # closed, and not stopped
+        self.holds('use', self.job(Move, matcher='name=a', target=self.path('new')).run)
+        self.assertEqual(item['d.is_open'], 0)
+
+    def test_item_that_its_user_erases_meanwhile(self):
+        self.engine.add(self.path('a'))
+        self.engine.add(self.path('b'))
+
+        def erased():
+            self.engine.items.pop(HASH(1), None)
+            return torque.HashNotFound('info-hash not found')
+        self.engine.faults['d.erase'] = erased
+        for matcher in 'name=a', 'name=none':
+            with contextlib.suppress(LoggableError):
+                self.cull(matcher=matcher)
+            self.assertEqual((self.names(), sorted(tree(self.folder))), (['b'], ['a', 'b']))
 
     def test_answer_that_is_lost(self):
         self.engine.add(self.path('a'))
@@ -6360,6 +6404,14 @@ class MoveTest(WithDouble):
         self.engine.faults['d.directory_base.set'] = lambda: next(answers)
         self.fails('1 torrent failed', self.move)
         self.assertEqual(os.listdir(self.path('new')), [])
+
+    def test_copy_that_cannot_be_read(self):
+        self.cut_short()
+        self.engine.change(self.item, 'd.open')
+        with mock.patch('torque.same_content', side_effect=OSError(5, 'Input/output error')):
+            self.fails('cannot be finished|Input/output', self.move, matcher='hash=none')
+        self.assertEqual((self.item['d.directory'], self.item['d.is_active']),
+                         (self.path('old/a'), 1))
 
     def test_link_that_has_changed_is_the_same_file(self):
         self.cut_short()

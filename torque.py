@@ -2700,7 +2700,7 @@ MOST_MATCHED = 1000
 # backslashes stay. /a/,/b/ are two.
 QUOTED = (
     r'((?<![^\s=<>!~,])/(?:(?:\\.|(?!\s(?:OR|NOT|[][])\s)[^/\\<=>])*|'
-    r'(?:\{\d*,\d*}|[^\s,])*)/i?(?=[\s,]|$))'
+    r'(?:[^\s,]|,(?!/))*)/i?(?=[\s,]|$))'
     r'''|"((?:\\.|[^"\\])*)"|'([^']*)'|\\(.)''')
 PIECE = re.compile(QUOTED, re.S)
 WORD = re.compile(r'\s*(?:((?:[][]|OR|NOT)(?!\S)|!|\Z)|((?:%s|[^\s"\'\\])+))' % QUOTED, re.S)
@@ -2711,7 +2711,7 @@ COMMA = '\0'                            # stands for a comma that is text
 CLASS_OR_ESCAPE = re.compile(r'\\.|\[\^?\]?(?:\\.|[^]\\])*\]')
 # {2}, which is exact, takes no longer
 REPEATED_REPEAT = re.compile(
-    r'\((?:[^()]*(?:[*+]|,\d*})|[^()]*\([^()]*(?:[*+]|,\d*})[^()]*\))[^()]*\)[*+{]')
+    r'\((?:[^()]*(?:[*+]|,\d*})|[^()]*\([^()]*(?:[*+]|,\d*})[^()]*\))[^()]*\)(?:[*+]|\{\d*,)')
 STARS = re.compile(r'\*+(?![^][]*\])')   # those in [...] are none
 # Words that cannot be meant as the name of a torrent
 NO_NAME = re.compile(
@@ -3394,11 +3394,14 @@ def info_facts(content, at) -> dict[bytes, int]:
 
 def resume_entries(content, at):
     """Give where each file and each tracker of a `libtorrent_resume` stands."""
+    if content[at:at + 1] != b'd':      # which rTorrent passes over
+        return
     for key, start, _ in bencoded_members(content, at):
-        if key == b'files':
+        kind = content[start:start + 1]
+        if key == b'files' and kind == b'l':
             for entry, _ in bencoded_items(content, start):
                 yield entry
-        elif key == b'trackers':
+        elif key == b'trackers' and kind == b'd':
             for _, entry, _ in bencoded_members(content, start):
                 yield entry
 
@@ -3638,12 +3641,15 @@ def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
     if item.is_open:
         yield item, False
         return
+    close = CLOSE_AGAIN
+    if item.state:
+        close = CLOSE
     try:
         item.tell(('d.open',))
         yield ask_item(engine, info_hash), True
     finally:
         with contextlib.suppress(RpcError, HeldBack):   # it may be erased by now
-            item.tell(CLOSE_AGAIN)
+            item.tell(close)
 
 
 def start_again(item: Item, state: int) -> None:
@@ -4601,7 +4607,9 @@ SHELLS = frozenset('sh bash dash ash zsh ksh mksh lksh pdksh yash posh fish csh 
 INTERPRETERS = SHELLS.union('python pypy perl ruby node nodejs deno bun php lua luajit tclsh wish '
                             'expect awk gawk mawk nawk guile Rscript julia groovy sed'.split())
 # Of those, flags that no argument follows, unless it is a number
-LONE_FLAG = re.compile('--|-[EHfinvwx]{1,9}|.*[0-9=].*', re.S)
+LONE_FLAG = re.compile(
+    '--|-[AEHbefiknoqvwx]{1,9}|.*[0-9=].*|--(fork|wait|nonblock|exclusive|shared|close|quiet|verbose|'
+    'background|foreground|non-interactive|preserve-env|preserve-status)', re.S)
 NUMBER_OR_TIME = re.compile('[0-9.]{1,20}[smhd]?')
 ASSIGNMENT = re.compile(r'[A-Za-z_]\w{0,99}=')
 # With these, perl opens what follows by an `open` that runs `x|`.
@@ -4609,7 +4617,7 @@ PERL_LOOP = re.compile('-[^-eEImM]*[Fanp]')
 # The name of an interpreter, and a flag of it
 FLAG_WITH_ARGUMENT = re.compile(
     r'\w+ (?:[-+][A-Za-z]{0,9}[oOWXIdF]|--rcfile|--init-file)|lua(jit)? -l|'
-    '(node|nodejs|bun|deno|ruby) (-r|--(?!eval|print)[a-z-]{1,30})')
+    '(node|nodejs|bun|deno|ruby) (-r|--(require|import|loader|experimental-loader))')
 SHELL_FLAG = re.compile('-[A-Za-z]{0,9}[cS][A-Za-z]{0,9}|--(command|split-string)')
 SCRIPT_FLAG = re.compile('-[A-Za-z0-9.]{0,9}[ceErpSmfBR][A-Za-z0-9.]{0,9}|--[a-z-]{1,20}')
 
@@ -6018,7 +6026,9 @@ class Action(Choice):
         except Unreachable:             # the note stays, and the next run asks again
             raise
         except LoggableError:
-            start_again(item, item.state)
+            # Its user may have erased it just now: then nothing says that its data is to go.
+            with contextlib.suppress(HashNotFound):
+                start_again(item, item.state)
             removal.drop()
             raise
         self.promised.update(data.root, freed)
@@ -6421,16 +6431,19 @@ class Move(Choice):
             raise
         self.finish(item, removal)
 
-    @staticmethod
+    def go_on(self, item):
+        """Have an item that was closed go on as it did, or as its user wants by now."""
+        # d.state does not change while it is closed, unless the user has started or stopped it.
+        start_again(item, ask_item(self.engine, item.hash).state)
+
     @contextlib.contextmanager
-    def ending(item, removal):
+    def ending(self, item, removal):
         """Let an item go on after what is done in here; the note goes if that went well."""
         try:
             yield
             discard(removal.facts['copy'])
         finally:
-            # d.state does not change while it is closed, unless the user has started or stopped it.
-            start_again(item, ask_item(item.engine, item.hash).state)
+            self.go_on(item)
         removal.drop()
 
     def undo(self, item, removal):
@@ -6481,8 +6494,12 @@ class Move(Choice):
             # It may have gone on at its old place: then copies are old, unless they are links.
             item.tell(CLOSE)
             removal.data = data._replace(files=source)
-            is_whole = all(same_content(file.path, copy.path)
-                           for file, copy in zip(source, copies.files))
+            try:
+                is_whole = all(same_content(file.path, copy.path)
+                               for file, copy in zip(source, copies.files))
+            except OSError:
+                self.go_on(item)
+                raise
         if is_whole:
             self.LOG.info('finishing the move of %s to %s', removal, target)
             self.settle(item, removal)
@@ -6744,13 +6761,21 @@ class TreeWatch(Job):
                     self.handled[path] = self.handle(path, files[path], last)
             # Only now: one that has another name by now is known.
             for path in self.handled.keys() - files.keys():
-                # On another device the disk of the file is not mounted now.
-                if not self.trouble and disk_of(path)[0] == self.handled[path].state.device:
+                if self.is_gone(path):
                     del self.handled[path]
         finally:
             self.keep_loaded()
         if self.trouble and not self.thread:
             raise LoggableError('; '.join(self.trouble.values()))
+
+    def is_gone(self, path):
+        """Tell whether a file that was handled is not there any more, for sure."""
+        # Its folder may not be there, or not be readable, or its disk may not be mounted now.
+        with contextlib.suppress(OSError):
+            is_seen = not self.trouble or os.path.isdir(os.path.dirname(path))
+            is_mounted = disk_of(path)[0] == self.handled[path].state.device
+            return is_seen and is_mounted and identity(path) is None
+        return False
 
     def tell_of_trouble(self, before):
         """Say what cannot be watched or read, where that has changed."""
@@ -6922,9 +6947,11 @@ class TreeWatch(Job):
 
     def was_loaded(self, state, meta):
         """Tell whether the item of a file came from it, whatever names and modes it has had."""
+        # Some disks number their files anew
         facts = (state.inode, state.size, state.modified)
-        return any(done.item == meta.info_hash and facts == (
-            done.state.inode, done.state.size, done.state.modified)
+        return any(done.item == meta.info_hash and (
+            done.state.changed == state.changed
+            or facts == (done.state.inode, done.state.size, done.state.modified))
             for done in self.handled.values())
 
     def load(self, path, state, meta):
