@@ -7777,9 +7777,11 @@ class DaemonControlTest(DaemonFolder):
         self.assert_begins('--restart')
         self.assertNotEqual(self.pid(), pid)
         self.more('other')
-        self.ini('oops')
-        self.says(78, 'KEY = VALUE', '--restart')        # no reason to end the one that runs
-        self.more()
+        for text, words in (('oops', 'KEY = VALUE'), ('log_file = /dev/null/x', '/dev/null/x'),
+                            ('job.treewatch.active = yes', 'treewatch.path: is not set')):
+            self.ini(text)
+            self.says(78, words, '--restart')       # no reason to end the one that runs
+            self.more()
         self.assertEqual(self.command('--stop'), (0, ''))
         self.assertFalse(self.pid_file.is_locked())
         self.assertEqual(len(self.marks(word='cleanup')), 2)
@@ -8043,6 +8045,10 @@ class ReloadTest(DaemonFolder):
         for text, words in (('oops', 'KEY = VALUE'),
                             ('job.x.handler = broken:Job\njob.x.schedule = 1h', 'broken.py'),
                             (None, 'No such file'), ('job.x.handler = wit', 'handler'),
+                            ('job.treewatch.active = yes', 'job.treewatch.path: is not set'),
+                            ('job.x.handler = torque:Command\njob.x.schedule = 1h', 'args: is not'),
+                            ('state_dir = torque.ini', '/torque.ini cannot be used'),
+                            ('pid_file = /proc/x.pid', '/proc cannot be used'),
                             ('\\0\\x1f', '')):
             with self.subTest(text):
                 os.remove(self.ini_path) if text is None else self.write('torque.ini', good + text)

@@ -9656,12 +9656,20 @@ def background_log(arguments, path):
     return log_file
 
 
-def check_files(arguments, path) -> int:
-    """Check what a reload would read, without making jobs; for the daemon."""
-    load(arguments, path)
+def check_start(arguments, path, pid_file):
+    """Raise UserError for what a start would fail over, as far as is known without other jobs."""
+    require_place(config_ini.state_dir)
+    require_place(os.path.dirname(pid_file.path))
     if arguments.daemon:
         log_file_handler(background_log(arguments, path)).close()
-    find_pid_file(arguments, path)
+    # Of the jobs of others nobody knows what being made does.
+    make_jobs([planned for planned in config_ini.jobs if planned.make in BUILT_IN.values()])
+
+
+def check_files(arguments, path) -> int:
+    """Check what a reload would read, and make built-in jobs of it; for the daemon."""
+    load(arguments, path)
+    check_start(arguments, path, find_pid_file(arguments, path))
     return EXIT_OK
 
 
@@ -9684,9 +9692,10 @@ def start_daemon(arguments, path, pid_file, reloaded):
     load(arguments, path)
     if not reloaded:
         require_place(config_ini.state_dir)
-    if arguments.restart and not reloaded:
-        # The other is ended only now that the configuration is known to be good.
-        pid_file.stop()
+        if arguments.restart:
+            # The other is ended only where nothing is in the way of the next one.
+            check_start(arguments, path, pid_file)
+            pid_file.stop()
     if not pid_file.keep():
         pid = pid_file.read()[1]
         raise AlreadyRunning(f'torque is running already, with pid {pid} ({pid_file.path})')
