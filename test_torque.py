@@ -7786,7 +7786,8 @@ class DaemonControlTest(DaemonFolder):
         self.assertFalse(self.pid_file.is_locked())
         self.assertEqual(len(self.marks(word='cleanup')), 2)
         self.assertEqual(self.command('--stop'),
-                         (69, f'torque is not running with {self.folder}/torque.ini\n'))
+                         (69, f'torque is not running with {self.folder}/torque.ini: '
+                              f'{self.pid_file.path} is not locked\n'))
         self.assertIn('stopped', open_text(f'{self.folder}/state/torque.log'))
         self.ini()
         self.assertEqual(self.command('--cron'), (0, ''))       # cron would mail it
@@ -7886,6 +7887,13 @@ class DaemonControlTest(DaemonFolder):
         os.remove(self.ini_path)
         self.says(78, '', '--stop')
         self.assertEqual(self.command('--stop', '--pid-file', self.pid_file.path), (0, ''))
+
+    def test_ends_after_its_place_was_changed(self):
+        program = self.start()
+        self.ini(state='other')
+        self.says(69, f'{self.folder}/other/torque.pid is not locked', '--stop')
+        self.says(0, '', '--stop', '--pid-file', self.pid_file.path)
+        self.assertEqual(program.stop(0), 0)
 
     def test_long_names_of_sockets_are_refused(self):
         self.ini(state='d' * 120)
@@ -9177,7 +9185,9 @@ class CommandLineTest(ConfigCase):
         status, out, err = self.command('--run-once', 'connstats', '-D', 'rpc_timeout=2')
         self.assertEqual((status, 'INFO connstats: double:1' in err), (0, True), err)
         self.assertEqual(self.command('--status'),
-                         (69, 'torque is not running with <defaults>\n', ''))
+                         (69, 'torque is not running with <defaults>: '
+                              f'{self.path(".local/state/torque/default/torque.pid")} '
+                              'is not locked\n', ''))
         self.assertEqual(self.command('--daemon')[0], 0)
         self.addCleanup(self.command, '--stop')
         self.assertEqual(os.listdir(self.path('.local/state/torque')), ['default'])

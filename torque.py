@@ -9611,7 +9611,7 @@ def control(arguments, path):
         if not arguments.pid_file:
             # This raises where the file cannot be read, and might name another pid file.
             read_files(path, ())
-        told = one_line(f'torque is not running with {path}')
+        told = one_line(f'torque is not running with {path}: {pid_file.path} is not locked')
         if arguments.json:
             told = '{}'
         print(told)
