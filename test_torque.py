@@ -7125,6 +7125,8 @@ class BrokenIniTest(ConfigCase):
     # A setting of job a, in line 6 >> the words told; | separates words, and lines of an ini.
     JOB = r'''
         active = maybe >> 'maybe' is neither yes nor no|yes no true false
+        active = >> is empty; allowed are yes and no
+        active = "" >> is empty
         dry_run = 2 >> '2' is neither
         max_runtime = long >> 'long'|15s
         max_runtime = 5 5 >> '5 5'
@@ -7181,6 +7183,7 @@ class BrokenIniTest(ConfigCase):
         rpc_limit = "64m" >> 6 rpc_limit: '"64m"'|; values stand without quotes
         ||job.b.x = 1|job.b.handler = good:Plain >> 9 job.b.schedule: is missing
         [S]|b = 1|  -%(home)s- >> [78] b: |interpolated
+        job.queue.active = >> 6 job.queue.active: is empty
         job.connstats.active=1|job.connstats.shedule = 5s >> 7 no such option; did you mean 'sch
         job.connstats.active=1|job.connstats.colour = red >> 7 colour|no such option
         '''

@@ -7531,7 +7531,11 @@ def import_handlers(path, groups, only, ini):
     sys.path.append(os.path.dirname(os.path.realpath(path)))
     with_handler = [name for name, values in groups.items() if values.get('handler')]
     for name, values in groups.items():
-        if name != only and values.get('active', '').lower() in FALSE:
+        active = values.get('active', 'yes')
+        if not active:
+            # It has replaced a `no` of the defaults.
+            ini.refuse(active, 'is empty; allowed are yes and no')
+        if name != only and active.lower() in FALSE:
             continue
         if name in with_handler:
             classes[name] = None
