@@ -1388,6 +1388,14 @@ class WorkersTest(Folder):
         self.thread.start()
         wait_for(lambda: bad.runs >= 3 and bad.failures >= 3)
 
+    def test_calls_may_raise(self):
+        good = self.add('good', lambda: None)
+        self.thread.start()
+        self.scheduler.calls.put(mock.Mock(side_effect=OSError(24, 'Too many open files')))
+        wait_for(lambda: self.logged('ERROR scheduler: this should not happen'))
+        runs = good.runs
+        wait_for(lambda: good.runs > runs)
+
     def test_end_waits_for_runs(self):
         task = self.add('slow', self.release.wait, 'every 1h')
         self.thread.start()
@@ -8444,6 +8452,37 @@ class FaultTest(DaemonFolder):
                 sock.close()
             wait_for(lambda: self.is_told() and not self.ask()['reloading'])
             self.assert_reloaded()
+
+    def test_reload_without_open_files(self):
+        import resource
+        self.write('holds.py', """\
+            import contextlib, os, signal, threading, time, torque
+            class Job(torque.Job):
+                def run(self):
+                    # With older Pythons the C library opens a file when the first one ends.
+                    thread = threading.Thread(target=int)
+                    thread.start()
+                    while os.path.exists(f'/proc/self/task/{thread.native_id}'):
+                        time.sleep(0.005)
+                    go, held = os.path.dirname(__file__) + '/go', []
+                    with contextlib.suppress(OSError):
+                        while not os.path.exists(go):
+                            held.append(os.dup(0))
+                    if held:
+                        os.kill(os.getpid(), signal.SIGHUP)
+                    while not os.path.exists(go):
+                        time.sleep(0.005)
+                    for fd in held:
+                        os.close(fd)
+            """)
+        self.ini('job.h.handler = holds:Job\njob.h.schedule = 1h\n')
+        program = self.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE,
+                                                                   (64, 64)))
+        program.wait('not reloaded: the files cannot be checked')
+        self.more()
+        self.write('go', '')
+        wait_for(lambda: self.is_told() and self.state('h')['runs'])
+        self.assert_reloaded()
 
     def test_standard_streams_are_closed(self):
         words = [sys.executable, torque.__file__, '-c', self.ini_path, '--daemon']

@@ -1032,10 +1032,14 @@ class Scheduler:
 
     def wait(self, seconds):
         """Sleep, but not longer than until there is a call to make; make it."""
-        with contextlib.suppress(queue.Empty):
+        try:
             function = self.calls.get(timeout=seconds)
             if function:
                 function()
+        except queue.Empty:
+            pass
+        except Exception:
+            self.log.exception('this should not happen')
 
     def serve(self, chore):
         """Run tasks until stop() is called; the chore is called every MAX_SLEEP or sooner."""
@@ -7924,9 +7928,11 @@ def systemd_notify(state):
     """Tell systemd our state, when it wants to know (sd_notify)."""
     # @ stands for the NUL that names of abstract sockets begin with, sd_notify(3).
     address = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendto(state.encode(), address)
+    if not address:
+        return
+    # There may be no more open files.
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(state.encode(), address)
 
 
 def end_process(status):
@@ -8257,9 +8263,9 @@ class Daemon:
 
     def find_mistakes(self) -> list[str]:
         """Return what a new program has to say against the files as they are now."""
-        import subprocess
         # A new process has no module in memory: torque.py and those of jobs are read as they are.
         try:
+            import subprocess
             self.checker = checker = subprocess.Popen(
                 own_command(__file__, '--check-files'), cwd=self.folder,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
