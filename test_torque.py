@@ -4387,6 +4387,26 @@ class InfluxDBTest(Folder):
         self.assertEqual(self.sent()[:8], job.points)
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_run_that_is_cut_short_loses_nothing(self):
+        asked, answer = threading.Event(), threading.Event()
+        self.addCleanup(answer.set)
+
+        def hang(body):
+            asked.set()
+            answer.wait()
+            return 204, ''
+        self.write('t.points', 's v=1i 1\n')
+        job = self.job(hang, series_host='')
+        run = threading.Thread(target=job.run, daemon=True)
+        run.start()
+        asked.wait(20)
+        job.end_run()
+        kept = open_text(self.path('t.points')).splitlines()
+        self.assertEqual((kept[0], kept), ('s v=1i 1', self.sent()))
+        answer.set()                            # it comes through, while the end is near
+        run.join(20)
+        self.assertEqual((job.points, os.listdir(self.folder)), ([], []))
+
     def test_run_by_hand_says_what_it_sent(self):
         for alone, level in (True, 'INFO'), (False, 'DEBUG'):
             self.job(alone=alone, disk_path='').run()
@@ -7579,6 +7599,18 @@ class DaemonControlTest(DaemonFolder):
             self.assertEqual(program.stop(number), 0)
             self.assertTrue(program.seen('cut short: w'))
         self.assertEqual([len(self.marks(name, 'cleanup')) for name in ('w', 'tick')], [0, 2])
+
+    def test_hung_runs_are_told_to_end(self):
+        self.write('witness.py', WITNESS + (
+            "    def end_run(self):\n        self.mark('end_run')\n"
+            "        raise OSError(28, 'No space left on device')\n"))
+        self.ini(self.job('w', '1h', hang='never') + 'grace = 0.1s\n')
+        program = self.start()
+        wait_for(lambda: self.state('w')['state'] == 'running')
+        self.assertEqual(program.stop(), 0)
+        self.assertTrue(program.seen('ERROR w: end_run failed: ', 'No space left'), program.lines)
+        self.assertEqual([len(self.marks(*at)) for at in (('w', 'end_run'), ('tick', 'cleanup'))],
+                         [1, 1])
 
     def test_nothing_ends_the_daemon(self):
         bad = {'bug': r'raise ValueError("a\nb\x1b[2J")', 'exit': 'sys.exit(3)',

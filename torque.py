@@ -4994,7 +4994,7 @@ class Job:
         return []
 
     def end_run(self):
-        """End what a run has started outside of this process: it has run out of time."""
+        """End what a run has started, or keep what it has: it has run out of time."""
 
     def report(self, text, *args):
         """Log what is worth a line only to who runs the job by hand."""
@@ -5276,6 +5276,10 @@ class InfluxDB(Job):
             replace_file(self.file, '\n'.join(self.points) + '\n')
         elif os.path.exists(self.file):
             os.remove(self.file)
+
+    def end_run(self):
+        """Keep what the run, which may still be at it, has not delivered."""
+        self.cleanup()
 
     def run(self):
         """Measure, and deliver all that waits; raises what kept points from being had or sent."""
@@ -7650,13 +7654,13 @@ class Config(Settings):
         return self.engines.get(made_of)
 
 
-def clean_up(name, job):
-    """Call a job's cleanup(), if it has one, whatever comes of it."""
+def clean_up(name, job, way='cleanup'):
+    """Call a job's cleanup(), or end_run(), if it has one, whatever comes of it."""
     try:
-        if hasattr(job, 'cleanup'):
-            job.cleanup()
+        if hasattr(job, way):
+            getattr(job, way)()
     except BaseException as error:
-        logging.getLogger('torque.' + name).error('cleanup failed: %s', origin(error))
+        logging.getLogger('torque.' + name).error('%s failed: %s', way, origin(error))
 
 
 def require_run(run):
@@ -8202,9 +8206,7 @@ class Daemon:
             self.log.info('stopping; %s may run for %g s more', ', '.join(running), grace)
         hung = {task.name for task in self.scheduler.finish(grace)}
         for name in hung:
-            job = self.jobs[name]
-            if hasattr(job, 'end_run'):
-                job.end_run()
+            clean_up(name, self.jobs[name], 'end_run')
         end = max(end, elapsed_time() + 0.8)
         hung |= self.clean_up(self.jobs.keys() - hung, end)
         for function in self.at_end:
