@@ -7591,14 +7591,25 @@ class DaemonControlTest(DaemonFolder):
 
     def test_hung_run_is_left(self):
         self.ini(self.job('w', '1h', hang='never'))
-        for grace, number in ('0.2s', 0), ('1h', signal.SIGINT):    # it runs out; Ctrl-C ends it
-            program = self.start('-D', f'grace={grace}')
+        for grace, number, more, told in (          # it runs out; Ctrl-C ends it
+                ('0.2s', 0, '', 'w'), ('1h', signal.SIGINT, '', 'w'),
+                ('1h', signal.SIGINT, 'never', 'tick, w')):
+            program = self.start('-D', f'grace={grace}', '-D', f'job.tick.hung_cleanup={more}')
             wait_for(lambda: self.state('w')['state'] == 'running')
             program.process.terminate()
             program.wait('stopping', 'w')
             self.assertEqual(program.stop(number), 0)
-            self.assertTrue(program.seen('cut short: w'))
-        self.assertEqual([len(self.marks(name, 'cleanup')) for name in ('w', 'tick')], [0, 2])
+            self.assertTrue(program.seen(f'cut short: {told}'))
+        self.assertEqual([len(self.marks(name, 'cleanup')) for name in ('w', 'tick')], [0, 3])
+
+    def test_hung_cleanup_is_left(self):
+        self.ini(self.job('w', hung_cleanup='never'))
+        program = self.start('-D', 'grace=1h')
+        self.more('w')
+        program.process.send_signal(signal.SIGINT)
+        wait_for(self.marks, 'w', 'cleanup')
+        self.assertEqual(program.stop(signal.SIGINT), 0)
+        self.assertTrue(program.seen('cut short: w'))
 
     def test_hung_runs_are_told_to_end(self):
         self.write('witness.py', WITNESS + (

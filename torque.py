@@ -860,7 +860,7 @@ class Scheduler:
     of their own and call step().
     """
     stopping = False
-    hurry = False                       # runs in progress are not waited for
+    hurry = False                       # what is in progress is not waited for
 
     def __init__(self, wall=time.time, elapsed=elapsed_time):
         self.wall = wall
@@ -8077,7 +8077,7 @@ class Daemon:
             signal.signal(number, signal.SIG_DFL)
 
     def on_signal(self, number, frame):
-        """End, or reload, soon; a second Ctrl-C does not wait for runs in progress."""
+        """End, or reload, soon; a second Ctrl-C does not wait for runs or cleanups in progress."""
         if number == signal.SIGHUP:
             self.scheduler.calls.put(self.reload)
             return
@@ -8207,6 +8207,9 @@ class Daemon:
         hung = {task.name for task in self.scheduler.finish(grace)}
         for name in hung:
             clean_up(name, self.jobs[name], 'end_run')
+        if self.scheduler.hurry:
+            # That was for the runs; cleanups have a moment, unless it comes once more.
+            self.scheduler.hurry, end = False, 0.0
         end = max(end, elapsed_time() + 0.8)
         hung |= self.clean_up(self.jobs.keys() - hung, end)
         for function in self.at_end:
@@ -8216,8 +8219,13 @@ class Daemon:
         end = min(end, elapsed_time() + 3)
         for monitor in self.monitors.values():
             monitor.pings.put(None)
-            monitor.thread.join(max(end - elapsed_time(), 0))
+            self.join(monitor.thread, end)
         return sorted(hung)
+
+    def join(self, thread, end):
+        """Wait for a thread, until then or until a second Ctrl-C."""
+        while thread.is_alive() and not self.scheduler.hurry and elapsed_time() < end:
+            thread.join(0.1)
 
     def clean_up(self, names, end):
         """Have jobs clean up, until then; return the names of those that still do."""
@@ -8229,7 +8237,7 @@ class Daemon:
             except RuntimeError:
                 clean_up(name, self.jobs[name])
         for thread in threads.values():
-            thread.join(max(end - elapsed_time(), 0))
+            self.join(thread, end)
         return {name for name, thread in threads.items() if thread.is_alive()}
 
     def look_after_pid_file(self):
