@@ -7382,6 +7382,22 @@ class HandlerTest(ConfigCase):
             self.assert_refused(f'{HEAD}job.a.handler = torque:{handler}\n{"".join(lines)}',
                                 *words.split(' ', 1))
 
+    def test_options_may_be_read_by_any_function(self):
+        self.write('reads.py', """\
+            import torque
+            class Job(torque.Job):
+                options = torque.Option('n', int, '5', ''), torque.Option('x', float, '0.5', '')
+                def run(self): pass
+            """)
+        text = HEAD + 'job.a.handler = reads:Job\njob.a.schedule = 1h\njob.a.'
+        config = self.load(text + 'n = 7')['a'].config
+        self.assertEqual((config.n, config.x), (7, 0.5))
+        for line, words in sides("""
+                n = abc >> job.a.n: invalid literal|'abc'
+                n = >> job.a.n: |''
+                x = 1,5 >> job.a.x: |'1,5'"""):
+            self.assert_refused(text + line, 6, words)
+
     def test_fields_of_a_module_are_known_to_all(self):
         self.write('adds.py', '''\
             import torque

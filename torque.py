@@ -7513,7 +7513,8 @@ def checked(options, values, ini, prefix='', shared=()):
                 continue
         try:
             meanings[option.name] = option.parse(text)
-        except UserError as error:
+        # Those of others may be int() or float()
+        except (UserError, ValueError, TypeError) as error:
             ini.refuse(text, error)
     return meanings
 
