@@ -8992,8 +8992,8 @@ class DemoTest(Folder):
                       for parent, folders, names in os.walk(self.folder)
                       for name in (*folders, *names))
 
-    def demo(self, *words):
-        environ = {**os.environ, 'HOME': self.path('home'), 'TMPDIR': self.path('tmp')}
+    def demo(self, *words, home='home'):
+        environ = {**os.environ, 'HOME': self.path(home), 'TMPDIR': self.path('tmp')}
         return self.ended(Program(
             [sys.executable, self.path('program', 'torque.py'), '--demo', *words],
             cwd=self.path('home'), env=environ))
@@ -9019,6 +9019,11 @@ class DemoTest(Folder):
             self.assertEqual(program.stop(number), 0)
             self.assertFalse(program.seen('Traceback'), program.lines)
             self.assertEqual(self.paths(), self.before)
+
+    def test_needs_no_home(self):
+        program = self.demo(home='nowhere/else')
+        self.shown(program, 'failing: fails_on_purpose')
+        self.assertEqual(program.stop(), 0)
 
     def test_there_is_something_to_look_at(self):
         program = self.demo('--daemon', '-D', 'httpd.port=0')

@@ -9353,7 +9353,8 @@ def fill_history(folder):
     """Write a day that might have been, with a gap, for the rTorrent of --demo."""
     home = os.path.expanduser('~')
     names = ('up scgi:///demo', 'down scgi:///demo', f'free {home}')
-    free = disk_figures(home)['disk_free']
+    # That of a user who only runs services may not be there
+    free = disk_figures(existing(os.path.abspath(home)))['disk_free']
     points = []
     for minute in range(KEPT_MINUTES, 0, -1):
         hour = minute / 60
