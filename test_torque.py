@@ -1746,7 +1746,7 @@ class TransportTest(RpcCase):
         for words, *answer in (
                 ('closed without an answer', b''), ('not one of rTorrent|200 OK', GOOD[:20]),
                 (f'broke off after {size - 20} bytes', GOOD[:-20]),
-                ('connected, but no answer in 0.3 s', b'', b'', 0, True),
+                ('connected, but no answer in 0.3 s|; scgi:// is for', b'', b'', 0, True),
                 (f'only {size - 20} bytes came in 0.3 s', GOOD[:-20], b'', 0, True),
                 ('bytes came in 0.3 s', GOOD[:9], GOOD[9:]),
                 ('64.0 MiB, the limit', head + b'99\r\n\r\n', b'', 300),
@@ -4452,6 +4452,12 @@ class InfluxDBTest(Folder):
                 'holds a blank, a': {'token': 'a\nsesame'}}.items():
             self.refused(words, self.job, **settings)
         self.fails('nobody listens there', self.job(url=f'http://127.0.0.1:{free_port()}').run)
+        silent = self.ended(Server(lambda connection: silent.over.wait()))
+        closes = self.ended(Server(lambda connection: connection.recv(99999)))
+        for server, timeout, words in ((silent, '0.1s', 'no answer in 0.1 s: busy, hung'),
+                                       (closes, '9s', 'the connection was closed')):
+            job = self.job(url=f'http://127.0.0.1:{server.port}', timeout=timeout)
+            self.assertNotIn('scgi://', str(self.fails(words, job.run)))
         self.fails('No such file', self.job(token_file='/nowhere/token').run)
         self.fails('holds a blank', self.job(token_file=self.write('token', 'a sesame')).run)
         self.fails("disk_path '/no/where': No such", self.job(disk_path='/no/where', series='').run)

@@ -128,6 +128,10 @@ class Unreachable(RpcError):
     """There was no answer at all: rTorrent is not there, silent, or broke off."""
 
 
+class NoAnswer(Unreachable):
+    """A server was there, and did not say anything."""
+
+
 class HashNotFound(RpcError):
     """rTorrent has no item with this info-hash (any more)."""
 
@@ -1185,8 +1189,8 @@ def receive(sock, seconds, limit, start=b'') -> bytearray:
             if received:
                 came = counted(len(received), 'byte')
                 raise Unreachable(f'only {came} came in {seconds:g} s') from None
-            raise Unreachable(f'connected, but no answer in {seconds:g} s: reading its session, '
-                              'hung, or another kind of server (scgi://, http://)') from None
+            raise NoAnswer(f'connected, but no answer in {seconds:g} s: busy, hung, or another '
+                           'kind of server') from None
         # It refused what it had not read yet
         except ConnectionError:
             chunk = b''
@@ -1194,7 +1198,7 @@ def receive(sock, seconds, limit, start=b'') -> bytearray:
         if len(received) > limit:
             raise RpcError(f'the answer is larger than {show_size(limit)}, the limit (rpc_limit)')
     if not received:
-        raise Unreachable(f'the connection was closed without an answer; {KINDS_OF_PORT}')
+        raise NoAnswer('the connection was closed without an answer')
     return received
 
 
@@ -1750,7 +1754,10 @@ class Engine:
         request = scgi_request
         if self.address.kind == 'http':
             request = http_request
-        return request(self.address, body, content_type, self.timeout, self.limit)
+        try:
+            return request(self.address, body, content_type, self.timeout, self.limit)
+        except NoAnswer as error:
+            raise Unreachable(f'{error}; {KINDS_OF_PORT}') from None
 
     @contextlib.contextmanager
     def exchange(self, calls):
