@@ -5104,10 +5104,11 @@ def parse_word(known, text):
     return text
 
 
-def parse_token(text):
+def parse_token(text, where=''):
     """Return a token that can stand in a header; what is wrong with it is not shown."""
     if not re.fullmatch('[!-~]*', text):
-        raise UserError('holds a blank, a line break or another character that no token has')
+        raise UserError(f'{where}holds a blank, a line break or another character that no token '
+                        'has')
     return text
 
 
@@ -5401,7 +5402,8 @@ class InfluxDB(Job):
     def login(self, scheme) -> dict[str, str]:
         """Return the header that says who writes: a token, else user and password, else none."""
         config = self.config
-        token = config.token or parse_token(read_secret(config.token_file))
+        file = config.token_file
+        token = config.token or parse_token(read_secret(file), f'token_file {file}: line 1 ')
         if token:
             return {'Authorization': f'{scheme} {token}'}
         if not config.user:
