@@ -7203,6 +7203,7 @@ class BrokenIniTest(ConfigCase):
         grace = soon >> 6 grace: 'soon'|15s
         grace = 5|grace = -1 >> 7 grace: '-1'
         rpc_timeout = x >> 6 rpc_timeout: 'x'
+        rpc_timeout = 0 >> 6 rpc_timeout: '0' leaves no time for anything; allowed are
         rpc_limit = big >> 6 rpc_limit: 'big'|100m
         scgi_url = >> 6 scgi_url: is not set
         scgi_url = here >> 6 scgi_url: 'here'|a socket path
@@ -7228,6 +7229,7 @@ class BrokenIniTest(ConfigCase):
         buffer = many >> 'many'|0
         gzip = perhaps >> 'perhaps'
         timeout = x >> 'x'|15s
+        timeout = 0s >> '0s' leaves no time
         tags = x >> is not understood|=
         api = 4 >> '4'|1 2 3
         url = http://me:hunter2@x/ >> http://me:***@x/

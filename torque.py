@@ -198,6 +198,14 @@ def parse_duration(text) -> float:
     return seconds
 
 
+def parse_timeout(text) -> float:
+    """Return the seconds in a length of time that is not 0."""
+    seconds = parse_duration(text)
+    if not seconds:
+        raise UserError(f'{text!r} leaves no time for anything; allowed are e.g. 0.5s 30s 5m')
+    return seconds
+
+
 def parse_size(text) -> int:
     """Return the bytes in a size; units are powers of 1024.
 
@@ -4908,6 +4916,7 @@ KINDS: dict[Any, str] = {
     parse_count: 'number',
     parse_port: 'number',
     parse_duration: 'time',
+    parse_timeout: 'time',
     parse_size: 'size'}
 
 
@@ -5248,7 +5257,7 @@ class InfluxDB(Job):
         Option('bucket', str, '', 'bucket (2.x); left out, dbname'),
         Option('api', functools.partial(parse_word, ('', *WRITE)), '',
                '1, 2 or 3; left out, 2 where org or bucket is set, else 1'),
-        Option('timeout', parse_duration, '10s', 'most time for one request'),
+        Option('timeout', parse_timeout, '10s', 'most time for one request'),
         Option('gzip', parse_bool, 'no', 'compress what is sent'),
         Option('dbname', str, 'torque', 'database (1.x, 3.x)'),
         Option('series', parse_series, 'rtorrent',
@@ -7222,7 +7231,7 @@ TORQUE_OPTIONS = (                      # what [TORQUE] has beside jobs
     Option('rtorrent_rc', str, '', "rTorrent's configuration"),
     Option('same_files', parse_bool, 'no', 'its paths mean files of this machine, though torque '
                                            'cannot prove it'),
-    Option('rpc_timeout', parse_duration, '30s', 'most time for one call to rTorrent'),
+    Option('rpc_timeout', parse_timeout, '30s', 'most time for one call to rTorrent'),
     Option('rpc_limit', parse_size, '64m', 'largest answer of rTorrent that is read'),
     Option('dry_run', parse_bool, 'no', 'all jobs only say what would be done'),
     Option('grace', parse_duration, '10s', 'time for runs in progress at the end'),
