@@ -928,6 +928,8 @@ class ScheduleTest(ScheduleCase):
     def test_timezone_follows_every_spelling(self):
         for text in ('hour=0', '0 0 * * *', '@daily', 'jitter=1 @daily'):
             self.check_runs(text + ' timezone=Asia/Kolkata', unix(BASE), [unix('18:30')])
+        self.refused("'15s timezone=Asia/Kolkata': an interval has no timezone", parse_schedule,
+                     '15s timezone=Asia/Kolkata')
         for name in ('Foo/Bar', '', 'Europe', '../etc/passwd'):
             self.refused(f'timezone {name!r} is not known on this machine|Europe/Berlin',
                          parse_schedule, 'hour=2 timezone=' + name)

@@ -676,6 +676,8 @@ def parse_schedule(text: str) -> Schedule:
     if fields:
         schedule = Calendar(fields, zone)
     elif INTERVAL.match(cron):
+        if zone:
+            raise UserError(f'{text!r}: an interval has no timezone; allowed are fields or cron')
         schedule = parse_interval(cron)
     else:
         schedule = parse_cron(cron, zone)
