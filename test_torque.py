@@ -9433,6 +9433,15 @@ class CommandLineTest(ConfigCase):
         for line in told, open_text(log):
             self.assertRegex(line, rf'^{TIME} INFO a: {re.escape(text)}\n')
 
+    def test_text_of_errors_is_no_record(self):
+        record = '2020-02-02 02:02:02 INFO main: stopped'
+        self.ini(f'{DOES}raise ValueError("a\\n{record}\\rb")\n')
+        told = run_torque(*RUN, cwd=self.folder)[2].splitlines()
+        self.assertIn(f'    {record}\\x0db', told)
+        records = [line for line in told if not line.startswith('    ')]
+        self.assertEqual([line.split()[2:4] for line in records],
+                         [['ERROR', 'a:'], ['INFO', 'a:']])
+
     def test_rtorrent_is_asked(self):
         daemon = self.ended(RTorrent(self.folder))
         text = f'{DOES}self.LOG.info(config_ini.engine.open().session.name())\n' \

@@ -9433,7 +9433,7 @@ def dashboard(kind) -> dict:
 # process; all of it runs in the main thread.
 
 class LogFormat(logging.Formatter):
-    """A line a record: control characters in a message are escaped, tracebacks follow below."""
+    """A line a record: control characters are escaped, tracebacks follow below, indented."""
     warnings = 0                        # lines of that level or above
 
     def __init__(self, with_time):
@@ -9451,7 +9451,8 @@ class LogFormat(logging.Formatter):
 
     def formatException(self, ei):
         lines = super().formatException(ei).split('\n')
-        return scrubbed('\n'.join(map(one_line, lines)))
+        # A text in it may look like a record.
+        return scrubbed('\n'.join(f'    {one_line(line)}' for line in lines))
 
 
 def stderr_is_journal():
