@@ -7750,7 +7750,7 @@ config_ini = Config()
 STATUS_TIMEOUT = 10             # seconds that a daemon has to tell its status
 STATUS_LIMIT = 16 << 20         # bytes of it that are read
 STATUS_KEYS = {'grace', 'jobs', 'started'}      # that it has to have
-RARE = 600                      # seconds from one due time to the next
+RARE = 600                      # seconds of a pause between due times
 AWAY_PAUSE = 4                  # seconds until an rTorrent that is away is tried again
 CHECK_TIMEOUT = 60              # seconds that the check of the files may take before a reload
 LOCK = 'TORQUE_LOCK'            # environment: descriptor of the locked pid file, at a start over
@@ -7907,15 +7907,18 @@ class PidFile:
 def start_file(planned) -> str:
     """Return the file whose time is when a job was last started; '' where none is kept.
 
-    Of what is due more often than RARE nobody needs to hear that it was missed, unless it is to
-    be made up for.
+    Of what never pauses for longer than RARE nobody needs to hear that it was missed, unless it
+    is to be made up for.
     """
-    first = planned.schedule.next(time.time()) or 0.0
-    second = planned.schedule.next(first)
-    wanted = planned.config.catch_up or second is None or second - first > RARE
-    if not wanted or planned.schedule.elapsed or planned.config.dry_run:
+    if planned.schedule.elapsed or planned.config.dry_run:
         return ''
-    return planned.config.state_file('start')
+    due: Any = time.time()
+    # Pauses between as many due times as an hour has minutes
+    for _ in range(60):
+        before, due = due, planned.schedule.next(due)
+        if planned.config.catch_up or due is None or due - before > RARE:
+            return planned.config.state_file('start')
+    return ''
 
 
 class Monitor:
