@@ -8707,6 +8707,15 @@ class PageTest(Folder):
         self.assertEqual([*self.page.folders.values()], [os.path.expanduser('~/dl')])
         self.assertEqual([*self.page.disks()], [self.folder])      # that one is not there yet
 
+    def test_disks_are_those_that_jobs_measure(self):
+        os.mkdir(self.path('own'))
+        for make, disk_path, shown in ((torque.InfluxDB, self.path('own'), self.path('own')),
+                                       (torque.InfluxDB, '', self.folder),
+                                       (print, self.path('own'), self.folder)):
+            self.page.config.jobs = [torque.PlannedJob(
+                'f', make, Settings(disk_path=disk_path), None, {})]
+            self.assertEqual([*self.page.disks()], [shown])
+
     def test_a_scrape_costs_one_round_trip(self):
         self.assertEqual(self.asked(self.page.metrics), 0)      # it is not even known yet
         self.page.measure(60)

@@ -8963,7 +8963,11 @@ class Page:
 
     def disks(self) -> dict[str, dict]:
         """Return the figures of each disk, by a path on it."""
-        paths = (self.config.influxdb.disk_path or '~').split(os.pathsep)
+        measured = [planned.config.disk_path for planned in self.config.jobs
+                    if planned.make is InfluxDB and planned.config.disk_path]
+        # No such job is active
+        measured = measured or [self.config.influxdb.disk_path or '~']
+        paths = os.pathsep.join(measured).split(os.pathsep)
         found, devices = {}, set()
         for path in [*self.folders.values(), *map(os.path.expanduser, paths)]:
             device = disk_of(path)[0]
