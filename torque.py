@@ -7913,8 +7913,8 @@ def start_file(planned) -> str:
     if planned.schedule.elapsed or planned.config.dry_run:
         return ''
     due: Any = time.time()
-    # Pauses between as many due times as an hour has minutes
-    for _ in range(60):
+    # It may be due several times in a row before it pauses
+    for _ in range(12):
         before, due = due, planned.schedule.next(due)
         if planned.config.catch_up or due is None or due - before > RARE:
             return planned.config.state_file('start')
