@@ -6257,6 +6257,7 @@ class CullTest(WithDouble):
         self.engine.faults = {('branch', HASH(1)): torque.BUSY}
         self.cull(matcher='name=b')                     # one that is checked keeps no other
         self.assertTrue(self.logged('INFO t: held back', "'a'", 'it is being checked'))
+        self.assertEqual(self.logged('WARNING t: the data'), [])    # told when it is done
         self.assertEqual((self.names(), item['d.state'], item['d.directory']), (['a'], 0, '/'))
         self.engine.faults.clear()
         self.cull(matcher='name=none')
@@ -6407,8 +6408,12 @@ class MoveTest(WithDouble):
         self.holds('it is being checked', self.move)
         self.assertNotIn('d.directory', str(self.engine.told))      # it kills 0.9.8
         self.engine.faults['branch'] = torque.BUSY
-        self.move(matcher='hash=none')
-        self.assertTrue(self.logged('INFO t: held back', 'it is being checked'))
+        del self.lines[:]
+        job = self.job(Move, target=self.path('new'), matcher='hash=none')
+        for _ in range(3):
+            job.run()
+        self.assertEqual(len(self.logged('INFO t: held back', 'it is being checked')), 1)
+        self.assertEqual(self.logged('WARNING'), [])
         self.engine.faults.clear()
         self.assertEqual([tree(self.path(place)) for place in ('old/a', 'new/a')],
                          [self.FILES, self.FILES])

@@ -3673,6 +3673,17 @@ def opened(engine: Engine, info_hash: str) -> Iterator[tuple[Item, bool]]:
             item.tell(close)
 
 
+def pause_again(item: Item) -> None:
+    """Pause an item, once the check that may follow a start is over."""
+    for _ in range(PAUSE_TRIES):
+        with contextlib.suppress(HeldBack):
+            item.tell(PAUSE)
+            return
+        time.sleep(0.1)
+    logging.getLogger('torque.data').warning('%s %s was paused, and is not any more: it is being '
+                                             'checked', quoted(item.name), item.hash)
+
+
 def start_again(item: Item, state: int) -> None:
     """Bring an item to the state that it had, or that d.state says it is to have by now."""
     if state:
@@ -3687,17 +3698,6 @@ def start_again(item: Item, state: int) -> None:
     else:
         with contextlib.suppress(HeldBack):
             item.tell(CLOSE_AGAIN)
-
-
-def pause_again(item: Item) -> None:
-    """Pause an item, once the check that may follow a start is over."""
-    for _ in range(PAUSE_TRIES):
-        with contextlib.suppress(HeldBack):
-            item.tell(PAUSE)
-            return
-        time.sleep(0.1)
-    logging.getLogger('torque.data').warning('%s %s was paused, and is not any more: it is being '
-                                             'checked', quoted(item.name), item.hash)
 
 
 def save_session(item: Item) -> None:
@@ -5552,6 +5552,11 @@ class Choice(Job):
             if not self.dry_run and self.repeats.deserve_line(kind):
                 self.LOG.info('held back: %s%s: %s', torrents[0], more, why)
 
+    def put_off(self, removal, why: HeldBack):
+        """Log that what was cut short cannot be taken up yet: once, then now and then."""
+        if self.repeats.deserve_line(removal.path):
+            self.LOG.info('held back: %s: %s', removal, why)
+
     def remember(self, torrents, why):
         """Keep for the page which torrents are left alone."""
         for torrent in torrents:
@@ -6079,15 +6084,15 @@ class Action(Choice):
             root = quoted(removal.data.root)
             why = why_keep(removal, self.engines())
             if why:
-                self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
-                                 removal, root, why)
                 # One that is there after it was erased is what the user has loaded since.
                 if 'erased' not in removal.facts and removal.has_item():
                     try:
                         self.bring_back(removal)
                     except HeldBack as error:
-                        self.LOG.info('held back: %s: %s', removal, error)
+                        self.put_off(removal, error)
                         continue
+                self.LOG.warning('the data of %s at %s is kept: its removal was cut short, and %s',
+                                 removal, root, why)
             else:
                 require_same_files(self.engine)
                 self.LOG.info('removing the rest of %s at %s', removal, root)
@@ -6338,7 +6343,7 @@ class Move(Choice):
             except Unreachable:
                 raise
             except HeldBack as error:
-                self.LOG.info('held back: %s: %s', removal, error)
+                self.put_off(removal, error)
             except (LoggableError, OSError) as error:       # others are moved all the same
                 stuck = f'{removal}: {error}'
                 self.LOG.warning('%s', stuck)
